@@ -1,0 +1,282 @@
+"""The header of a safetensors file, read and written in plain Python.
+
+Layout: 8 bytes little-endian header length N, N bytes of JSON (padded with spaces), then the tensors' bytes without
+holes. The native parser only sees a file whose header passed here, so a damaged or hostile one gives an error that
+names file, tensor and bytes. Source: the format section of the safetensors README.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from gemmakit.errors import CheckpointError
+
+HEADER_LIMIT_BYTES = 100_000_000
+_ENTRY_LIMIT_CHARS = 4096
+_DATA_ALIGNMENT_BYTES = 64
+_SPACE = re.compile(r"[ \t\n\r]*")
+_VALUE = json.JSONDecoder()
+
+# code in the file -> (name that torch and ml_dtypes use, bits an element)
+DTYPES: dict[str, tuple[str, int]] = {
+    "BOOL": ("bool", 8),
+    "U8": ("uint8", 8),
+    "I8": ("int8", 8),
+    "U16": ("uint16", 16),
+    "I16": ("int16", 16),
+    "U32": ("uint32", 32),
+    "I32": ("int32", 32),
+    "U64": ("uint64", 64),
+    "I64": ("int64", 64),
+    "F16": ("float16", 16),
+    "BF16": ("bfloat16", 16),
+    "F32": ("float32", 32),
+    "F64": ("float64", 64),
+    "C64": ("complex64", 64),
+    "F8_E4M3": ("float8_e4m3fn", 8),
+    "F8_E5M2": ("float8_e5m2", 8),
+    "F8_E4M3FNUZ": ("float8_e4m3fnuz", 8),
+    "F8_E5M2FNUZ": ("float8_e5m2fnuz", 8),
+    "F8_E8M0": ("float8_e8m0fnu", 8),
+    "F6_E2M3": ("float6_e2m3fn", 6),
+    "F6_E3M2": ("float6_e3m2fn", 6),
+    "F4": ("float4_e2m1fn_x2", 4),
+}
+CODES = {name: code for code, (name, _) in DTYPES.items()}
+BITS = dict(DTYPES.values())
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor as its file declares it: dtype name ("bfloat16"), shape, and the byte range [begin, end) in the file.
+
+    Tensors of a pickle file have no known place: begin is 0 and end is the number of bytes.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the tensor's data in bytes."""
+        return self.end - self.begin
+
+
+@dataclass(frozen=True)
+class Header:
+    """A checked header: tensors by name in the order of the file, and the free text metadata."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+
+
+def read_header(path: str | os.PathLike[str]) -> dict[str, TensorInfo]:
+    """The tensors of a safetensors file, name -> TensorInfo, in the order of their bytes.
+
+    Reads the header only. Raises CheckpointError if the header is over 100 MB, is not well-formed, repeats a name, has
+    an unknown dtype, or if the byte ranges do not match the shapes, overlap, leave a hole, or do not end with the file.
+    """
+    return scan(path).tensors
+
+
+def scan(path: str | os.PathLike[str]) -> Header:
+    """`read_header` and the metadata, in one reading."""
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = _header_length(path, file.read(8), size)
+            raw = file.read(length)
+    except OSError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
+    if len(raw) != length:
+        raise CheckpointError(f"{path} is truncated: its header needs {length} bytes, {len(raw)} were read. {_AGAIN}")
+    return _parse(path, raw, data_begin=8 + length, size=size)
+
+
+def encode_header(tensors: Mapping[str, tuple[str, tuple[int, ...], int]], metadata: Mapping[str, str]) -> bytes:
+    """The first bytes of a file that holds `tensors`, name -> (dtype name, shape, bytes), in this order.
+
+    Padded so that the data begins on a 64-byte boundary: mapped weights are then aligned for vector loads.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, (dtype, shape, nbytes) in tensors.items():
+        entries[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
+        offset += nbytes
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-(8 + len(text)) % _DATA_ALIGNMENT_BYTES)
+    if len(text) > HEADER_LIMIT_BYTES:
+        raise CheckpointError(f"The names of {len(tensors)} tensors need a header of {len(text)} bytes, over 100 MB.")
+    return len(text).to_bytes(8, "little") + text
+
+
+_AGAIN = "Download or save it again."
+
+
+def _header_length(path: Path, first: bytes, size: int) -> int:
+    if len(first) < 8:
+        raise CheckpointError(f"{path} is truncated: a safetensors file has at least 8 bytes, found {size}. {_AGAIN}")
+    length = int.from_bytes(first, "little")
+    if length > HEADER_LIMIT_BYTES:
+        raise CheckpointError(
+            f"{path} declares a header of {length} bytes; the limit is {HEADER_LIMIT_BYTES}. "
+            "It is not a safetensors file, or it is damaged."
+        )
+    if 8 + length > size:
+        raise CheckpointError(f"{path} is truncated: its header ends at byte {8 + length}, found {size}. {_AGAIN}")
+    return length
+
+
+def _parse(path: Path, raw: bytes, data_begin: int, size: int) -> Header:
+    tensors: dict[str, TensorInfo] = {}
+    metadata: dict[str, str] | None = None
+    try:
+        for name, value in _entries(raw.decode("utf-8")):
+            if name in tensors or (name == "__metadata__" and metadata is not None):
+                raise ValueError(f"the name {_show(name)} occurs twice")
+            if name == "__metadata__":
+                metadata = value
+            else:
+                tensors[name] = _tensor_info(name, value, data_begin)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UnicodeError):
+            error = ValueError("it is not UTF-8 text")
+        raise CheckpointError(f"{path} has a malformed header: {error}. {_AGAIN}") from error
+    ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)))
+    _check_ranges(path, ordered, data_begin, size)
+    return Header(ordered, metadata or {})
+
+
+def _entries(text: str) -> Iterator[tuple[str, Any]]:
+    """Each (name, value) of the outermost JSON object, decoded one at a time.
+
+    `json.loads` on the whole would let 100 MB of nested brackets become gigabytes of Python lists.
+    """
+    if not text.startswith("{"):
+        raise ValueError("it does not begin with '{'")
+    at = _skip(text, 1)
+    more = text[at : at + 1] != "}"
+    at += not more
+    while more:
+        name, at = _string(text, at)
+        at = _skip(text, _expect(text, _skip(text, at), ":"))
+        value, at = _metadata(text, at) if name == "__metadata__" else _small_object(text, at)
+        yield name, value
+        at = _skip(text, at)
+        more = text[at : at + 1] == ","
+        at = _skip(text, at + 1) if more else _expect(text, at, "}")
+    if _skip(text, at) != len(text):
+        raise ValueError(f"something follows its end at character {at}")
+
+
+def _skip(text: str, at: int) -> int:
+    match = _SPACE.match(text, at)
+    assert match is not None
+    return match.end()
+
+
+def _expect(text: str, at: int, char: str) -> int:
+    if text[at : at + 1] != char:
+        raise ValueError(f"{char!r} expected at character {at}")
+    return at + 1
+
+
+def _string(text: str, at: int) -> tuple[str, int]:
+    if text[at : at + 1] != '"':
+        raise ValueError(f"a name expected at character {at}")
+    value, end = _VALUE.raw_decode(text, at)
+    value.encode()  # a lone surrogate, which only an escape can spell, is no text
+    return value, end
+
+
+def _metadata(text: str, at: int) -> tuple[dict[str, str], int]:
+    found: dict[str, str] = {}
+    at = _skip(text, _expect(text, at, "{"))
+    more = text[at : at + 1] != "}"
+    at += not more
+    while more:
+        key, at = _string(text, at)
+        if key in found:
+            raise ValueError(f"the metadata key {_show(key)} occurs twice")
+        at = _skip(text, _expect(text, _skip(text, at), ":"))
+        found[key], at = _string(text, at)
+        at = _skip(text, at)
+        more = text[at : at + 1] == ","
+        at = _skip(text, at + 1) if more else _expect(text, at, "}")
+    return found, at
+
+
+def _small_object(text: str, at: int) -> tuple[Any, int]:
+    end = text.find("}", at, at + _ENTRY_LIMIT_CHARS) + 1
+    if not end or text[at] != "{":
+        raise ValueError(f"a tensor's description expected at character {at}")
+    return json.loads(text[at:end], object_pairs_hook=_no_repeats), end
+
+
+def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a tensor's description repeats a key")
+    return found
+
+
+def _tensor_info(name: str, value: dict[str, Any], data_begin: int) -> TensorInfo:
+    if set(value) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"tensor {_show(name)} needs dtype, shape and data_offsets, found {_show(sorted(value))}")
+    code, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(code, str) or code not in DTYPES:
+        raise ValueError(f"tensor {_show(name)} has the unknown dtype {_show(code)}")
+    if not _are_counts(shape):
+        raise ValueError(f"tensor {_show(name)} has the impossible shape {_show(shape)}")
+    if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"tensor {_show(name)} has the impossible data_offsets {_show(offsets)}")
+    dtype, bits = DTYPES[code]
+    expected, found = prod(shape) * bits, (offsets[1] - offsets[0]) * 8
+    if expected != found:
+        raise ValueError(
+            f"tensor {_show(name)} of dtype {code} and shape {_show(shape)} needs {_show(-(-expected // 8))} bytes, "
+            f"found {found // 8}"
+        )
+    return TensorInfo(dtype, tuple(shape), data_begin + offsets[0], data_begin + offsets[1])
+
+
+def _are_counts(value: Any) -> bool:
+    """Whether `value` is a list of whole numbers that fit 64 bits; true and false are not numbers here."""
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
+
+
+def _check_ranges(path: Path, ordered: dict[str, TensorInfo], data_begin: int, size: int) -> None:
+    at = data_begin
+    for name, info in ordered.items():
+        if info.end > size:
+            raise CheckpointError(
+                f"{path} is truncated: tensor {_show(name)} needs bytes {info.begin} to {info.end}, "
+                f"the file has {size}. {_AGAIN}"
+            )
+        if info.begin != at:
+            wrong = "overlaps the tensor before it" if info.begin < at else "leaves a hole before it"
+            raise CheckpointError(
+                f"{path} is damaged: tensor {_show(name)} {wrong}: expected to begin at byte {at}, "
+                f"found {info.begin}. {_AGAIN}"
+            )
+        at = info.end
+    if at != size:
+        raise CheckpointError(f"{path} is damaged: its tensors end at byte {at}, the file has {size} bytes. {_AGAIN}")
+
+
+def _show(value: Any) -> str:
+    """`value` for a message: one short line of ASCII, whatever the file said."""
+    text = ascii(value) if not isinstance(value, int) or value < 2**64 else "over 2**64"
+    return text if len(text) <= 120 else text[:120] + "..."

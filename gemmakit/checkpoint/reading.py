@@ -1,0 +1,350 @@
+"""A checkpoint as named arrays: one safetensors file, shards with an index, or pickles where asked for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Any, Protocol
+
+from gemmakit.checkpoint.header import TensorInfo, scan
+from gemmakit.checkpoint.index import check_index, read_index
+from gemmakit.errors import CheckpointError, HubError, MissingDependency, UnsafeFile
+from gemmakit.hub import Name, Token, check_relative, commit_of, find_file, find_files, list_files, local_directory
+
+PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")
+_VARIANT = re.compile(r"[A-Za-z0-9_.-]+")
+
+
+class _File(Protocol):
+    """One file of a checkpoint: what it holds, and its tensors on demand."""
+
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+
+    def tensor(self, name: str, framework: str, device: Any) -> Any: ...
+
+    def close(self) -> None: ...
+
+
+class Checkpoint:
+    """The tensors of one checkpoint by name, in the order of the files. Nothing but headers is read until asked for.
+
+    Iterating gives names. `files` are the paths read, `metadata` is that of the first file, `total_bytes` the size of
+    all tensors. Also a context manager; tensors that were handed out stay valid after `close`.
+    """
+
+    def __init__(self, files: list[_File]):
+        self._holder: dict[str, _File] = {}
+        for file in files:
+            for name in file.tensors:
+                if name in self._holder:
+                    raise CheckpointError(f"Tensor {name!r} is in {self._holder[name].path} and in {file.path}.")
+                self._holder[name] = file
+        self._files = files
+        self.files: list[Path] = [file.path for file in files]
+        self.metadata: Mapping[str, str] = MappingProxyType(dict(files[0].metadata))
+        self.total_bytes: int = sum(info.nbytes for file in files for info in file.tensors.values())
+
+    def names(self) -> list[str]:
+        """The tensors' names in the order of the files."""
+        return list(self._holder)
+
+    def info(self, name: str) -> TensorInfo:
+        """dtype ("bfloat16"), shape and nbytes of a tensor, without reading it."""
+        return self._file(name).tensors[name]
+
+    def tensor(self, name: str, framework: str = "pt", device: Any = "cpu") -> Any:
+        """One tensor, of its stored dtype and shape.
+
+        framework "pt": a torch.Tensor on `device`; on the CPU it is a private view of the mapped file: it takes no
+        memory until it is written to, and writing to it never changes the file.
+        framework "np": a numpy array, the same kind of view (bfloat16 and float8 need the package ml_dtypes).
+        framework "flax": a jax.Array. Raises CheckpointError for a name that is not there.
+        """
+        if framework not in ("pt", "np", "flax"):
+            raise ValueError(f"framework must be 'pt', 'np' or 'flax', found {framework!r}.")
+        return self._file(name).tensor(name, framework, device)
+
+    def items(self, framework: str = "pt", device: Any = "cpu") -> Iterator[tuple[str, Any]]:
+        """(name, tensor) one at a time, in the order of the files."""
+        for name in self._holder:
+            yield name, self.tensor(name, framework, device)
+
+    def close(self) -> None:
+        """Let go of the open files; the tensors handed out keep their own hold on the mapping."""
+        for file in self._files:
+            file.close()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._holder)
+
+    def __len__(self) -> int:
+        return len(self._holder)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._holder
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _file(self, name: str) -> _File:
+        try:
+            return self._holder[name]
+        except KeyError:
+            held = ", ".join(list(self._holder)[:3])
+            raise CheckpointError(
+                f"No tensor {name!r} among the {len(self)} of {self.files[0]} ({held}, ...)."
+            ) from None
+
+
+def open_checkpoint(
+    name_or_path: Name,
+    *,
+    revision: str | None = None,
+    token: Token = None,
+    cache_dir: Name | None = None,
+    local_files_only: bool = False,
+    subfolder: str = "",
+    allow_pickle: bool = False,
+    variant: str | None = None,
+) -> Checkpoint:
+    """Open the checkpoint in a directory, in one file or behind a Hub id; check headers and index; read no tensor.
+
+    Looked for in this order: model.safetensors, model.safetensors.index.json and its shards, and with `allow_pickle`
+    pytorch_model.bin and its index (read by torch with weights_only). `variant="fp16"` means model.fp16.safetensors.
+    Raises UnsafeFile (pickles not asked for, shard names that leave the folder), CheckpointError (missing, truncated or
+    inconsistent files), HubError.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_file():
+        return _open_file(path, allow_pickle)
+    where = {
+        "revision": revision,
+        "token": token,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+        "subfolder": subfolder,
+    }
+    stem = _stem("model", "safetensors", variant)
+    for single, index in (stem, _stem("pytorch_model", "bin", variant))[: 2 if allow_pickle else 1]:
+        found = _open_layout(name_or_path, single, index, where, allow_pickle)
+        if found is not None:
+            return found
+    raise _nothing_found(name_or_path, stem, where)
+
+
+def _stem(name: str, suffix: str, variant: str | None) -> tuple[str, str]:
+    """The names of the single file and of the index."""
+    if variant is not None and not _VARIANT.fullmatch(variant):
+        raise UnsafeFile(f"variant must be letters, digits, '.', '_' or '-', found {variant!r}.")
+    dot = f".{variant}" if variant else ""
+    return f"{name}{dot}.{suffix}", f"{name}.{suffix}.index{dot}.json"
+
+
+def _open_layout(
+    name_or_path: Name, single: str, index: str, where: dict[str, Any], allow_pickle: bool
+) -> Checkpoint | None:
+    path = find_file(name_or_path, single, optional=True, **where)
+    if path is not None:
+        return Checkpoint([_open_one(path)])
+    path = find_file(name_or_path, index, optional=True, **where)
+    if path is None:
+        return None
+    weight_map, names = _read_weight_map(path, allow_pickle)
+    # Shards of the very commit the index came from, even if the branch moves on meanwhile.
+    shards = find_files(name_or_path, names, **{**where, "revision": commit_of(path) or where["revision"]})
+    return _open_shards(path, weight_map, names, shards)
+
+
+def _read_weight_map(index: Path, allow_pickle: bool) -> tuple[dict[str, str], list[str]]:
+    """The weight map and its shard names; an index cannot bring in a pickle that was not asked for."""
+    weight_map = read_index(index)
+    names = list(dict.fromkeys(weight_map.values()))
+    for name in names:
+        if name.endswith(PICKLE_SUFFIXES) and not allow_pickle:
+            raise _pickle_refused(f"{name}, which {index} names,")
+        if not name.endswith((".safetensors", *PICKLE_SUFFIXES)):
+            raise UnsafeFile(f"{index} names {name!r}, which is no weights file. Do not use this checkpoint.")
+    return weight_map, names
+
+
+def _open_shards(index: Path, weight_map: dict[str, str], names: list[str], paths: list[Path]) -> Checkpoint:
+    files = [_open_one(path) for path in paths]
+    check_index(index, weight_map, {name: file.tensors for name, file in zip(names, files, strict=True)})
+    return Checkpoint(files)
+
+
+def _open_file(path: Path, allow_pickle: bool) -> Checkpoint:
+    if path.name.endswith(PICKLE_SUFFIXES) and not allow_pickle:
+        raise _pickle_refused(str(path))
+    if path.suffix != ".json":
+        return Checkpoint([_open_one(path)])
+    weight_map, names = _read_weight_map(path, allow_pickle)
+    return _open_shards(path, weight_map, names, find_files(path.parent, names))
+
+
+def _open_one(path: Path) -> _File:
+    return PickleFile(path) if path.name.endswith(PICKLE_SUFFIXES) else SafetensorsFile(path)
+
+
+def _nothing_found(name_or_path: Name, looked_for: tuple[str, str], where: dict[str, Any]) -> CheckpointError:
+    held = _neighbours(name_or_path, where)
+    name = "/".join(part for part in (str(name_or_path), where["subfolder"]) if part)
+    if any(file in ("pytorch_model.bin", "pytorch_model.bin.index.json") for file in held):
+        return _pickle_refused(f"{name}/pytorch_model.bin")
+    message = (
+        f"{name!r} has neither {looked_for[0]} nor {looked_for[1]}. "
+        f"It holds: {', '.join(held[:12]) or 'nothing that could be listed'}. Check name, revision and subfolder."
+    )
+    return (CheckpointError if local_directory(name_or_path) is not None else HubError)(message)
+
+
+def _neighbours(name_or_path: Name, where: dict[str, Any]) -> list[str]:
+    """The files beside where the weights should be, for an error message; empty if they cannot be listed."""
+    subfolder = check_relative(where["subfolder"].rstrip("/")) if where["subfolder"] else ""
+    directory = local_directory(name_or_path)
+    try:
+        if directory is not None:
+            return sorted(path.name for path in (directory / subfolder).iterdir())
+        asked = {key: where[key] for key in ("revision", "token", "local_files_only")}
+        held = list_files(name_or_path, **asked)
+    except OSError:
+        return []
+    prefix = f"{subfolder}/" if subfolder else ""
+    return [file[len(prefix) :] for file in held if file.startswith(prefix)]
+
+
+def _pickle_refused(name: str) -> UnsafeFile:
+    return UnsafeFile(
+        f"{name} is a pickle file, which can run code when it is read. Use a safetensors copy of the model, "
+        "or pass allow_pickle=True if you trust its author (it is then read by torch with weights_only=True)."
+    )
+
+
+class SafetensorsFile:
+    """One safetensors file: header checked on opening, bytes mapped on demand."""
+
+    def __init__(self, path: Path):
+        header = scan(path)
+        self.path = path
+        self.tensors: Mapping[str, TensorInfo] = header.tensors
+        self.metadata: Mapping[str, str] = header.metadata
+        self._handles: dict[str, Any] = {}
+
+    def tensor(self, name: str, framework: str, device: Any) -> Any:
+        if framework == "pt":
+            return self._handle(device).get_tensor(name)
+        array = _map_array(self.path, name, self.tensors[name])
+        return array if framework == "np" else _to_jax(array)
+
+    def close(self) -> None:
+        self._handles.clear()
+
+    def _handle(self, device: Any) -> Any:
+        key = str(device)
+        if key not in self._handles:
+            from safetensors import SafetensorError, safe_open
+
+            try:
+                self._handles[key] = safe_open(self.path, framework="pt", device=key)
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{self.path} cannot be read: {error}. Was it replaced meanwhile?") from error
+        return self._handles[key]
+
+
+class PickleFile:
+    """One file of torch.save, read with weights_only: plain tensors, no code."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.metadata: Mapping[str, str] = {}
+        self._held = _load_pickle(path)
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: TensorInfo(str(t.dtype).removeprefix("torch."), tuple(t.shape), 0, t.numel() * t.element_size())
+            for name, t in self._held.items()
+        }
+
+    def tensor(self, name: str, framework: str, device: Any) -> Any:
+        held = self._held[name]
+        if framework == "pt":
+            return held.to(device)
+        info = self.tensors[name]
+        import torch
+
+        flat = held.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        array = flat.view(_numpy_dtype(name, info.dtype)).reshape(info.shape)
+        return array if framework == "np" else _to_jax(array)
+
+    def close(self) -> None:
+        self._held = dict(self._held)
+
+
+def _load_pickle(path: Path) -> dict[str, Any]:
+    import pickle
+
+    import torch
+
+    try:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # torch before 1.6 did not write zip archives, which alone can be mapped
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UnsafeFile(f"{path} holds more than tensors and is refused: {_first_line(error)}") from error
+    except Exception as error:  # a damaged pickle can raise anything
+        raise CheckpointError(f"{path} cannot be read: {_first_line(error)}. Download it again.") from error
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items()
+    ):
+        raise CheckpointError(f"{path} does not hold a plain mapping of names to tensors.")
+    return content
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _map_array(path: Path, name: str, info: TensorInfo) -> Any:
+    import numpy as np
+
+    dtype = _numpy_dtype(name, info.dtype)
+    if info.nbytes == 0:
+        return np.empty(info.shape, dtype)
+    flat = np.memmap(path, np.uint8, mode="c", offset=info.begin, shape=(info.nbytes,))
+    return np.asarray(flat).view(dtype).reshape(info.shape)
+
+
+def _numpy_dtype(name: str, dtype: str) -> Any:
+    import numpy as np
+
+    try:
+        return np.dtype(dtype)
+    except TypeError:
+        pass
+    try:
+        ml_dtypes = import_module("ml_dtypes")
+    except ImportError as error:
+        raise MissingDependency(
+            f"Tensor {name!r} is {dtype}, which numpy lacks: `pip install ml_dtypes`, or read it with framework='pt'."
+        ) from error
+    kind = getattr(ml_dtypes, dtype, None)
+    if kind is None or dtype.startswith(("float4", "float6")):
+        raise CheckpointError(f"Tensor {name!r} is {dtype}, which has no numpy dtype.")
+    return np.dtype(kind)
+
+
+def _to_jax(array: Any) -> Any:
+    try:
+        jnp = import_module("jax.numpy")
+    except ImportError as error:
+        raise MissingDependency("framework='flax' needs jax: `pip install 'gemmakit[flax]'`.") from error
+    return jnp.asarray(array)

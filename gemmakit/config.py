@@ -1,0 +1,452 @@
+"""What a Gemma is made of: sizes, constants, rotary settings. Data only; neither torch nor jax is needed to read it."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gemmakit.errors import CheckpointError, ConfigError
+from gemmakit.hub import find_file
+
+# "gelu" is absent on purpose: in Gemma configurations it means the tanh form (see _activation).
+ACTIVATIONS = ("gelu_pytorch_tanh", "gelu_erf", "relu", "silu")
+
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+_ROPE_REQUIRED = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "longrope": ("short_factor", "long_factor"),
+}
+
+# Source: arXiv:2403.08295, table 1; the released config.json files.
+PRESETS: dict[str, dict[str, int]] = {
+    "2b": dict(hidden_size=2048, intermediate_size=16384, num_hidden_layers=18, num_attention_heads=8,
+               num_key_value_heads=1),
+    "7b": dict(hidden_size=3072, intermediate_size=24576, num_hidden_layers=28, num_attention_heads=16,
+               num_key_value_heads=16),
+}  # fmt: skip
+
+# Names that other libraries use for the same thing, and what Gemma calls it.
+_OTHER_NAMES = {
+    "n_layer": "num_hidden_layers", "n_layers": "num_hidden_layers", "num_layers": "num_hidden_layers",
+    "n_head": "num_attention_heads", "n_heads": "num_attention_heads", "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads", "n_kv_heads": "num_key_value_heads",
+    "d_model": "hidden_size", "n_embd": "hidden_size", "embed_dim": "hidden_size",
+    "d_ff": "intermediate_size", "ffn_dim": "intermediate_size", "mlp_dim": "intermediate_size",
+    "max_seq_len": "max_position_embeddings", "n_ctx": "max_position_embeddings",
+    "n_positions": "max_position_embeddings", "max_position_embedding": "max_position_embeddings",
+    "rms_eps": "rms_norm_eps", "layer_norm_eps": "rms_norm_eps", "norm_eps": "rms_norm_eps",
+    "rope_base": "rope_theta", "theta": "rope_theta", "activation": "hidden_act", "n_vocab": "vocab_size",
+    "tie_embeddings": "tie_word_embeddings",
+}  # fmt: skip
+
+
+class GemmaConfig:
+    """The settings of a Gemma model; the defaults are those of Gemma 7B.
+
+    Args:
+        vocab_size: number of token ids (V).
+        hidden_size: width of the residual stream (D).
+        intermediate_size: width of the gated MLP (F).
+        num_hidden_layers: decoder layers.
+        num_attention_heads: query heads (N).
+        num_key_value_heads: key and value heads (K), a divisor of N; 1 is multi-query. `None` means N.
+        head_dim: width of one head (H), even. N * H need not equal D. `None` means D // N.
+        hidden_act: MLP activation, one of `ACTIVATIONS` or a callable on tensors. `"gelu"`, a legacy value of the
+            released files, means `"gelu_pytorch_tanh"`, with which Gemma was trained; `"gelu_erf"` asks for the exact
+            error-function form. `hidden_activation`, the key of later releases, wins when given.
+        max_position_embeddings: longest context, in tokens.
+        initializer_range: standard deviation of fresh weights.
+        rms_norm_eps: added to the mean square in RMSNorm.
+        use_cache: whether forward returns `past_key_values` unless told otherwise.
+        pad_token_id, eos_token_id, bos_token_id: special ids; eos may be a list.
+        tie_word_embeddings: whether the head shares the embedding's weight.
+        rope_theta: base of the rotary frequencies; the same number as `rope_parameters["rope_theta"]`.
+        attention_bias: whether q, k, v and o projections carry a bias.
+        attention_dropout: dropout on attention probabilities in training, in [0, 1).
+        rope_parameters: `{"rope_type": ..., "rope_theta": ..., ...}` with a type of `ROPE_TYPES`.
+        rope_scaling: the older spelling of the same without theta (`{"type": ..., "factor": ...}`).
+        use_bidirectional_attention: every token sees every non-padding token.
+        num_labels, id2label, label2id, problem_type, classifier_dropout: for the classification heads.
+        dtype: dtype name of the stored weights (`torch_dtype`, the older key, is read too).
+
+    Keys of a checkpoint's config.json that gemmakit does not know are kept (and can be read as attributes), are never
+    executed, and are written back.
+
+    Raises:
+        ConfigError: a value is impossible; names the field, the value and the limit.
+    """
+
+    model_type = "gemma"
+
+    def __init__(
+        self,
+        vocab_size: int = 256000,
+        hidden_size: int = 3072,
+        intermediate_size: int = 24576,
+        num_hidden_layers: int = 28,
+        num_attention_heads: int = 16,
+        num_key_value_heads: int | None = 16,
+        head_dim: int | None = 256,
+        hidden_act: str | Callable[[Any], Any] = "gelu_pytorch_tanh",
+        max_position_embeddings: int = 8192,
+        initializer_range: float = 0.02,
+        rms_norm_eps: float = 1e-6,
+        use_cache: bool = True,
+        pad_token_id: int | None = 0,
+        eos_token_id: int | list[int] | None = 1,
+        bos_token_id: int | None = 2,
+        tie_word_embeddings: bool = True,
+        rope_theta: float | None = None,
+        attention_bias: bool = False,
+        attention_dropout: float = 0.0,
+        *,
+        rope_parameters: dict[str, Any] | None = None,
+        rope_scaling: dict[str, Any] | None = None,
+        hidden_activation: str | Callable[[Any], Any] | None = None,
+        use_bidirectional_attention: bool | None = None,
+        num_labels: int | None = None,
+        id2label: dict[int, str] | None = None,
+        label2id: dict[str, int] | None = None,
+        problem_type: str | None = None,
+        classifier_dropout: float | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        return_dict: bool = True,
+        attn_implementation: str | None = None,
+        dtype: Any = None,
+        torch_dtype: Any = None,
+        architectures: list[str] | None = None,
+        **extra: Any,
+    ):
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
+        self.head_dim = hidden_size // max(num_attention_heads, 1) if head_dim is None else head_dim
+        self.hidden_act = _activation(hidden_act if hidden_activation is None else hidden_activation)
+        self.max_position_embeddings = max_position_embeddings
+        self.initializer_range = initializer_range
+        self.rms_norm_eps = rms_norm_eps
+        self.use_cache = use_cache
+        self.pad_token_id = pad_token_id
+        self.eos_token_id = eos_token_id
+        self.bos_token_id = bos_token_id
+        self.tie_word_embeddings = tie_word_embeddings
+        self.rope_parameters = _rope(rope_theta, rope_parameters, rope_scaling)
+        self.attention_bias = attention_bias
+        self.attention_dropout = attention_dropout
+        self.use_bidirectional_attention = use_bidirectional_attention
+        self.problem_type = problem_type
+        self.classifier_dropout = classifier_dropout
+        self.output_attentions = output_attentions
+        self.output_hidden_states = output_hidden_states
+        self.return_dict = return_dict
+        self.attn_implementation = attn_implementation
+        self.dtype = _dtype_name(dtype if dtype is not None else torch_dtype)
+        self.architectures = architectures
+        self.name_or_path = ""
+        self._set_labels(num_labels, id2label, label2id)
+        _refuse_misspelled(extra)
+        self.extra = extra
+        self.validate()
+
+    def __getattr__(self, name: str) -> Any:
+        extra = self.__dict__.get("extra", {})
+        if name in extra:
+            return extra[name]
+        raise AttributeError(f"GemmaConfig has no field {name!r}")
+
+    # -- derived ---------------------------------------------------------------------------------------------------
+
+    @property
+    def rope_theta(self) -> float:
+        return self.rope_parameters["rope_theta"]
+
+    @rope_theta.setter
+    def rope_theta(self, value: float) -> None:
+        self.rope_parameters["rope_theta"] = value
+
+    @property
+    def rope_scaling(self) -> dict[str, Any] | None:
+        """The rotary settings without theta, or None for the default type."""
+        if self.rope_parameters["rope_type"] == "default":
+            return None
+        return {k: v for k, v in self.rope_parameters.items() if k != "rope_theta"}
+
+    @rope_scaling.setter
+    def rope_scaling(self, value: dict[str, Any] | None) -> None:
+        self.rope_parameters = _rope(self.rope_theta, None, value)
+
+    @property
+    def hidden_activation(self) -> str | Callable[[Any], Any]:
+        return self.hidden_act
+
+    @property
+    def torch_dtype(self) -> str | None:
+        return self.dtype
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.id2label)
+
+    @num_labels.setter
+    def num_labels(self, value: int) -> None:
+        self._set_labels(value, None, None)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Every id that ends a sequence; empty when there is none."""
+        if self.eos_token_id is None:
+            return ()
+        return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else tuple(self.eos_token_id)
+
+    def _set_labels(self, num: int | None, id2label: dict | None, label2id: dict | None) -> None:
+        if id2label is None:
+            id2label = {i: f"LABEL_{i}" for i in range(2 if num is None else num)}
+        self.id2label = {int(i): label for i, label in id2label.items()}
+        if num is not None and num != len(self.id2label):
+            raise ConfigError(f"num_labels is {num}, but id2label names {len(self.id2label)} labels: give one of them.")
+        self.label2id = label2id or {label: i for i, label in self.id2label.items()}
+
+    # -- validation ------------------------------------------------------------------------------------------------
+
+    def validate(self) -> None:
+        """Refuse what no model can be built from. Raises ConfigError."""
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                     "num_key_value_heads", "head_dim", "max_position_embeddings"):  # fmt: skip
+            _whole_number(name, getattr(self, name), low=1)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"num_key_value_heads is {self.num_key_value_heads}, which does not divide num_attention_heads = "
+                f"{self.num_attention_heads}: every key/value head must serve the same number of query heads."
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim is {self.head_dim}; rotary embeddings rotate halves, so it must be even.")
+        _number("rms_norm_eps", self.rms_norm_eps, low=0.0)
+        _number("initializer_range", self.initializer_range, low=0.0)
+        _number("attention_dropout", self.attention_dropout, low=0.0, below=1.0)
+        for name in ("pad_token_id", "bos_token_id"):
+            self._check_token(name, getattr(self, name))
+        for token in self.eos_token_ids:
+            self._check_token("eos_token_id", token)
+        for name in ("use_cache", "tie_word_embeddings", "attention_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be true or false.")
+        _check_rope(self.rope_parameters, self.head_dim)
+
+    def _check_token(self, name: str, token: int | None) -> None:
+        # Released files hold -1 for "there is no such token".
+        if token is not None and token != -1:
+            _whole_number(name, token, low=0, high=self.vocab_size - 1)
+
+    # -- in and out ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> GemmaConfig:
+        """The configuration of a released size: "2b" or "7b"."""
+        if name not in PRESETS:
+            raise ConfigError(f"there is no preset {name!r}; the presets are {', '.join(PRESETS)}.")
+        return cls(**{**PRESETS[name], **overrides})
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], **overrides: Any) -> GemmaConfig:
+        """Build from config.json's content. Unknown keys are kept as data, whatever they are called."""
+        values = {**values, **overrides}
+        kind = values.pop("model_type", cls.model_type)
+        if kind != cls.model_type:
+            raise ConfigError(f"model_type is {kind!r}: gemmakit runs Gemma 1, 1.1 and CodeGemma ('gemma').")
+        if "rope_parameters" in overrides or "rope_scaling" in overrides:
+            other = "rope_scaling" if "rope_parameters" in overrides else "rope_parameters"
+            if other not in overrides:
+                values.pop(other, None)
+        if "id2label" in values and "num_labels" not in overrides:
+            values.pop("num_labels", None)
+        elif "num_labels" in overrides:
+            values.pop("id2label", None)
+            values.pop("label2id", None)
+        attention = values.pop("_attn_implementation", None)
+        values.setdefault("attn_implementation", attention)
+        name = values.pop("_name_or_path", "")
+        unknown = {k: values.pop(k) for k in list(values) if k not in _FIELDS}
+        config = cls(**values)
+        config.extra.update(unknown)
+        config.name_or_path = name
+        return config
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | os.PathLike[str], **kwargs: Any) -> GemmaConfig:
+        """Read config.json of a folder, a file or a Hub id.
+
+        Args:
+            name_or_path: folder, path of a config.json, or "owner/name" on the Hub.
+            kwargs: revision, token, cache_dir, local_files_only, subfolder; everything else overrides a field.
+
+        Raises:
+            CheckpointError: no such file, or it is not a JSON object.
+            ConfigError: a value is impossible.
+        """
+        where = {k: kwargs.pop(k) for k in HUB_ARGUMENTS if k in kwargs}
+        path = Path(name_or_path)
+        if not path.is_file():
+            found = find_file(name_or_path, "config.json", **where)
+            assert found is not None
+            path = found
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as e:
+            raise CheckpointError(f"{path} is not valid JSON ({e}). Download or export it again.") from e
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{path} holds a {type(values).__name__}, but a config.json is an object.")
+        config = cls.from_dict(values, **kwargs)
+        config.name_or_path = str(name_or_path)
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """config.json's content: readable by gemmakit and by every transformers since 4.38."""
+        out: dict[str, Any] = {**copy.deepcopy(self.extra), "model_type": self.model_type}
+        for name in _STORED:
+            value = getattr(self, name)
+            if value is not None or name in ("pad_token_id", "eos_token_id", "bos_token_id"):
+                out[name] = copy.deepcopy(value)
+        if callable(self.hidden_act):
+            out["hidden_act"] = getattr(self.hidden_act, "__name__", repr(self.hidden_act))
+        out["hidden_activation"] = out["hidden_act"]
+        out["rope_theta"] = self.rope_theta
+        out["rope_scaling"] = self.rope_scaling
+        if self.dtype is not None:
+            out["torch_dtype"] = self.dtype
+        if [*self.id2label.values()] == ["LABEL_0", "LABEL_1"]:
+            del out["id2label"], out["label2id"]
+        return out
+
+    def to_json_string(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True, default=str) + "\n"
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write config.json into `directory`, replacing an older one at once."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        staged = folder / f".config.json.{os.getpid()}"
+        staged.write_text(self.to_json_string(), encoding="utf-8")
+        staged.replace(folder / "config.json")
+
+    def update(self, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            setattr(self, name, value)
+        self.validate()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, GemmaConfig) and self.to_dict() == other.to_dict()
+
+    def __repr__(self) -> str:
+        return f"GemmaConfig {self.to_json_string()}"
+
+
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+
+_STORED = (
+    "architectures", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps",
+    "use_cache", "pad_token_id", "eos_token_id", "bos_token_id", "tie_word_embeddings", "rope_parameters",
+    "attention_bias", "attention_dropout", "use_bidirectional_attention", "id2label", "label2id", "problem_type",
+    "classifier_dropout", "dtype",
+)  # fmt: skip
+
+_FIELDS = frozenset(GemmaConfig.__init__.__code__.co_varnames[: GemmaConfig.__init__.__code__.co_argcount
+                    + GemmaConfig.__init__.__code__.co_kwonlyargcount]) - {"self"}  # fmt: skip
+
+_warned_gelu = False
+
+
+def _activation(name: str | Callable[[Any], Any]) -> str | Callable[[Any], Any]:
+    global _warned_gelu
+    if callable(name):
+        return name
+    if name == "gelu":
+        if not _warned_gelu:
+            warnings.warn(
+                'hidden_act "gelu" is a legacy value of the released Gemma files; Gemma was trained with the tanh form,'
+                ' so "gelu_pytorch_tanh" is used. Ask for the exact form with hidden_act="gelu_erf".',
+                stacklevel=4,
+            )
+            _warned_gelu = True
+        return "gelu_pytorch_tanh"
+    if name not in ACTIVATIONS:
+        raise ConfigError(f"hidden_act is {name!r}; it must be a callable or one of {', '.join(ACTIVATIONS)}.")
+    return name
+
+
+def _rope(theta: float | None, parameters: dict | None, scaling: dict | None) -> dict[str, Any]:
+    """Merge the three spellings into one dictionary; a contradiction is refused."""
+    merged: dict[str, Any] = {}
+    for spelling in (scaling, parameters):
+        if spelling is None:
+            continue
+        if not isinstance(spelling, dict):
+            raise ConfigError(f"rope settings are {spelling!r}; they must be a dictionary with a rope_type.")
+        merged.update({("rope_type" if k == "type" else k): v for k, v in spelling.items()})
+    inside = merged.get("rope_theta")
+    if theta is not None and inside is not None and theta != inside:
+        raise ConfigError(f"rope_theta is {theta}, but rope_parameters says {inside}: give one of them.")
+    merged["rope_theta"] = inside if inside is not None else 10000.0 if theta is None else theta
+    merged.setdefault("rope_type", "default")
+    return merged
+
+
+def _check_rope(rope: dict[str, Any], head_dim: int) -> None:
+    kind = rope["rope_type"]
+    if kind not in ROPE_TYPES:
+        raise ConfigError(f"rope_type is {kind!r}; it must be one of {', '.join(ROPE_TYPES)}.")
+    _number("rope_theta", rope["rope_theta"], above=0.0)
+    for name in _ROPE_REQUIRED[kind]:
+        if name not in rope:
+            raise ConfigError(f"rope_type {kind!r} needs {name!r} in rope_parameters; got {sorted(rope)}.")
+    if "factor" in rope and rope["factor"] is not None:
+        _number("rope factor", rope["factor"], low=1.0)
+    for name in ("short_factor", "long_factor"):
+        factors = rope.get(name)
+        if factors is not None and len(factors) != head_dim // 2:
+            raise ConfigError(f"rope {name} has {len(factors)} entries; head_dim {head_dim} needs {head_dim // 2}.")
+
+
+def _refuse_misspelled(extra: dict[str, Any]) -> None:
+    for name in extra:
+        meant = _OTHER_NAMES.get(name)
+        if meant is None:
+            close = difflib.get_close_matches(name, _FIELDS, n=1, cutoff=0.85)
+            meant = close[0] if close else None
+        if meant is not None:
+            raise ConfigError(f"GemmaConfig has no field {name!r}: did you mean {meant!r}?")
+
+
+def _whole_number(name: str, value: Any, low: int, high: int | None = None) -> None:
+    limit = f"a whole number of at least {low}" + ("" if high is None else f" and at most {high}")
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        raise ConfigError(f"{name} is {value!r}; it must be {limit}.")
+
+
+def _number(name: str, value: Any, *, low: float | None = None, above: float | None = None,
+            below: float | None = None) -> None:  # fmt: skip
+    limits = [f"{sign} {x}" for sign, x in ((">=", low), (">", above), ("<", below)) if x is not None]
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not ok or (low is not None and value < low) or (above is not None and value <= above) or (
+        below is not None and value >= below
+    ):  # fmt: skip
+        raise ConfigError(f"{name} is {value!r}; it must be a finite number {' and '.join(limits)}.")
+
+
+def _dtype_name(dtype: Any) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")

@@ -1,0 +1,32 @@
+"""The order in which generate() changes the logits of a step; the same as transformers'."""
+
+# Those before "custom" shape every strategy; those after it shape sampling alone, but for the last two.
+PROCESSOR_ORDER: tuple[str, ...] = (
+    "guidance_scale",
+    "sequence_bias",
+    "encoder_repetition_penalty",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size",
+    "bad_words_ids",
+    "min_length",
+    "min_new_tokens",
+    "prefix_allowed_tokens_fn",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "remove_invalid_values",
+    "exponential_decay_length_penalty",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "custom",
+    "temperature",
+    "top_h",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "watermarking_config",
+    "renormalize_logits",
+)

@@ -1,0 +1,391 @@
+"""Names to local files: a directory as it is, a Hub id through `huggingface_hub` and its cache.
+
+The environment variables HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE mean here what they mean there.
+Whatever goes wrong becomes one `HubError` that says which of the many it was, and the next step.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from gemmakit.errors import CheckpointError, HubError, UnsafeFile
+
+Name = str | os.PathLike[str]
+Token = str | bool | None
+
+_PARALLEL_DOWNLOADS = 8
+_COMMIT_HASH = re.compile(r"[0-9a-f]{40}")
+_DRIVE = re.compile(r"[A-Za-z]:")
+_DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+_TRANSPORTS = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"}
+
+
+def check_relative(filename: str) -> str:
+    """`filename` unchanged if it stays inside its folder; UnsafeFile otherwise. Nothing is read.
+
+    Refused: empty, absolute, with a drive letter, a backslash, a NUL, or a part that is `..`, `.` or empty.
+    """
+    if not isinstance(filename, str):
+        raise UnsafeFile(f"A file name must be text, found {type(filename).__name__} {filename!r}.")
+    unsafe = not filename or "\\" in filename or "\0" in filename or _DRIVE.match(filename)
+    if unsafe or any(part in ("", ".", "..") for part in filename.split("/")):
+        raise UnsafeFile(
+            f"File name {_clip(filename)} is refused: it must be a plain relative path inside its folder "
+            "(no '..', no leading '/', no drive letter, no backslash). Do not use this checkpoint."
+        )
+    return filename
+
+
+def local_directory(name_or_path: Name) -> Path | None:
+    """The directory that `name_or_path` names, or None if it is to be looked up on the Hub.
+
+    An existing directory wins over a Hub id of the same spelling. Something that can only be a path and is not there
+    (or is not a directory) is a CheckpointError, so that a typing error does not become a question to the network.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    if not _looks_like_path(name_or_path) and not path.exists():
+        return None
+    found = "is a file, not a directory" if path.exists() else "does not exist"
+    raise CheckpointError(f"{str(path)!r} {found}. Give a directory, or a Hub id such as 'google/gemma-2b'.")
+
+
+def find_file(
+    name_or_path: Name,
+    filename: str,
+    *,
+    revision: str | None = None,
+    token: Token = None,
+    cache_dir: Name | None = None,
+    local_files_only: bool = False,
+    subfolder: str = "",
+    optional: bool = False,
+) -> Path | None:
+    """The local path of one file of a checkpoint, downloaded if need be.
+
+    `optional=True` gives None where the file is known to be absent: the directory lacks it, the Hub said so (now or
+    when it was last asked), or we are offline on request and the cached snapshot lacks it. It hides no other failure.
+    Raises UnsafeFile (a name that leaves its folder), CheckpointError (a directory without the file), HubError.
+    """
+    filename = check_relative(f"{subfolder.rstrip('/')}/{filename}" if subfolder else filename)
+    directory = local_directory(name_or_path)
+    if directory is not None:
+        return _find_local(directory, filename, optional)
+    where = {"revision": revision, "cache_dir": cache_dir}
+    try:
+        return _download(str(name_or_path), filename, token=token, local_files_only=local_files_only, **where)
+    except Exception as error:
+        if optional and _known_absent(error, str(name_or_path), filename, local_files_only, **where):
+            return None
+        raise _explain(error, str(name_or_path), filename, revision, local_files_only) from error
+
+
+def find_files(
+    name_or_path: Name,
+    filenames: Sequence[str],
+    *,
+    revision: str | None = None,
+    token: Token = None,
+    cache_dir: Name | None = None,
+    local_files_only: bool = False,
+    subfolder: str = "",
+) -> list[Path]:
+    """The local paths of several files, in the order asked, downloaded several at a time.
+
+    Every name is checked before the first byte is read. Raises as `find_file`.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    for filename in filenames:
+        check_relative(filename)
+
+    def find(filename: str) -> Path:
+        path = find_file(
+            name_or_path,
+            filename,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            subfolder=subfolder,
+        )
+        assert path is not None
+        return path
+
+    if not filenames:
+        return []
+    pool = ThreadPoolExecutor(min(_PARALLEL_DOWNLOADS, len(filenames)))
+    try:
+        return list(pool.map(find, filenames))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def list_files(
+    name_or_path: Name, *, revision: str | None = None, token: Token = None, local_files_only: bool = False
+) -> list[str]:
+    """The names of all files of a checkpoint, relative and sorted; for a Hub id as the Hub lists them now."""
+    directory = local_directory(name_or_path)
+    if directory is not None:
+        return sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file())
+    try:
+        if local_files_only:
+            raise _hub_error("OfflineModeIsEnabled")("local_files_only=True")
+        from huggingface_hub import HfApi
+
+        return sorted(HfApi().list_repo_files(str(name_or_path), revision=revision, token=token))
+    except Exception as error:
+        raise _explain(error, str(name_or_path), "", revision, local_files_only) from error
+
+
+def commit_of(path: Path) -> str | None:
+    """The commit a cached file belongs to, so that its neighbours can be asked for at the very same one; else None."""
+    parts = path.parts
+    for parent, child in itertools.pairwise(parts):
+        if parent == "snapshots" and _COMMIT_HASH.fullmatch(child):
+            return child
+    return None
+
+
+def push_folder(
+    folder: Name,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: Token = None,
+    revision: str | None = None,
+    commit_message: str = "Upload with gemmakit",
+    create_pr: bool = False,
+    ignore: Iterable[str] = (),
+) -> str:
+    """Upload a folder to the Hub, making the repository if need be; the address of the commit or pull request.
+
+    `private` only matters when the repository is made now; None leaves it to the account's default.
+    Files and folders whose names start with a dot stay here. Raises CheckpointError (no such folder) or HubError.
+    """
+    if not Path(folder).is_dir():
+        raise CheckpointError(f"{str(folder)!r} is not a directory: there is nothing to upload.")
+    try:
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id  # type: ignore[arg-type]
+        if revision is not None and not create_pr:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        commit = api.upload_folder(
+            folder_path=str(folder),
+            repo_id=repo_id,
+            revision=revision,
+            commit_message=commit_message,
+            create_pr=create_pr,
+            ignore_patterns=[".*", "*/.*", *ignore],
+        )
+    except Exception as error:
+        raise _explain(error, repo_id, "", revision, False, uploading=True) from error
+    return str(commit.pr_url if create_pr else commit.commit_url)
+
+
+def _looks_like_path(name: Name) -> bool:
+    if not isinstance(name, str):
+        return True
+    return name.startswith((".", "~", "/", os.sep)) or "\\" in name or name.count("/") > 1 or bool(_DRIVE.match(name))
+
+
+def _find_local(directory: Path, filename: str, optional: bool) -> Path | None:
+    path = directory / filename
+    if path.is_file():
+        return path
+    if optional:
+        return None
+    held = sorted(p.name for p in path.parent.iterdir())[:12] if path.parent.is_dir() else []
+    raise CheckpointError(
+        f"{str(directory)!r} has no file {filename!r}. It holds: {', '.join(held) or 'nothing'}. "
+        "Check the directory, or save or download the checkpoint again."
+    )
+
+
+def _download(repo_id: str, filename: str, *, revision, token, cache_dir, local_files_only: bool) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    path = hf_hub_download(
+        repo_id,
+        filename,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        library_name="gemmakit",
+    )
+    return Path(path)
+
+
+def _known_absent(error, repo_id: str, filename: str, local_files_only: bool, *, revision, cache_dir) -> bool:
+    if not isinstance(error, _hub_error("EntryNotFoundError")):
+        return False
+    if not isinstance(error, _hub_error("LocalEntryNotFoundError")):
+        return True
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(repo_id, filename, cache_dir=cache_dir, revision=revision)
+    if cached is not None:
+        return not isinstance(cached, str)
+    return (local_files_only or _offline_on_request()) and _has_snapshot(repo_id, revision, cache_dir)
+
+
+def _has_snapshot(repo_id: str, revision: str | None, cache_dir) -> bool:
+    """Whether anything of this repository at this revision is cached: then the cache is what the user chose to use."""
+    from huggingface_hub import constants
+
+    root = Path(cache_dir or constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}"
+    reference = root / "refs" / (revision or "main")
+    commit = reference.read_text().strip() if reference.is_file() else revision
+    return bool(commit) and (root / "snapshots" / str(commit)).is_dir()
+
+
+def _offline_on_request() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+class _NoSuchError(Exception):
+    """Stands in for an exception that this version of huggingface_hub does not have: never raised, never matched."""
+
+
+def _hub_error(name: str) -> type[Exception]:
+    """An exception class of huggingface_hub, whose home moved between 0.26 and 2.x."""
+    from huggingface_hub import errors, utils
+
+    return getattr(errors, name, None) or getattr(utils, name, None) or _NoSuchError
+
+
+def _explain(
+    error: Exception, repo_id: str, filename: str, revision: str | None, local_only: bool, uploading: bool = False
+) -> Exception:
+    """The HubError that says what `error` was; `error` itself if it is nothing of the Hub's."""
+    if isinstance(error, CheckpointError):
+        return error
+    is_a = lambda name: isinstance(error, _hub_error(name))  # noqa: E731
+    what = f"{filename!r} of {repo_id!r}" if filename else repr(repo_id)
+    page = f"https://huggingface.co/{repo_id}"
+    if is_a("LocalEntryNotFoundError"):
+        return _explain_not_cached(error, what, page, local_only)
+    if is_a("GatedRepoError"):
+        return HubError(
+            f"{repo_id!r} is gated and this account may not read it. Accept its licence at {page}, "
+            "then run `hf auth login` (or set HF_TOKEN) with a token of the account that accepted it."
+        )
+    if is_a("DisabledRepoError"):
+        return HubError(f"{repo_id!r} was disabled on the Hub. See {page}; use another copy of the model.")
+    if is_a("RepositoryNotFoundError"):
+        return HubError(
+            f"The Hub has no repository {repo_id!r} that this account can see. Check the spelling at {page}; "
+            "a private repository needs `hf auth login` or HF_TOKEN; a local directory must exist."
+        )
+    if is_a("RevisionNotFoundError"):
+        return HubError(
+            f"{repo_id!r} has no revision {revision or 'main'!r}. Its branches and tags are at {page}/tree/main; "
+            "leave revision out for the main branch."
+        )
+    if is_a("EntryNotFoundError"):
+        return HubError(
+            f"{repo_id!r} has no file {filename!r} at revision {revision or 'main'!r}. "
+            f"Its files are at {page}/tree/{revision or 'main'}; check the revision and the subfolder."
+        )
+    if is_a("OfflineModeIsEnabled"):
+        return _explain_not_cached(error, what, page, local_only)
+    if is_a("HFValidationError"):
+        return HubError(
+            f"{repo_id!r} is neither an existing directory nor a Hub id ('name' or 'owner/name'). Check the spelling."
+        )
+    return _explain_status(error, what, page, uploading) or _explain_transfer(error, what) or error
+
+
+def _explain_not_cached(error: Exception, what: str, page: str, local_only: bool) -> HubError:
+    if local_only:
+        return HubError(
+            f"{what} is not in the local cache and local_files_only=True forbids a download. "
+            "Download it once without local_files_only, or check HF_HOME and cache_dir."
+        )
+    if _offline_on_request():
+        return HubError(
+            f"{what} is not in the local cache and HF_HUB_OFFLINE is set. "
+            "Unset HF_HUB_OFFLINE to download it once, or check HF_HOME and cache_dir."
+        )
+    if error.__cause__ is not None:
+        answered = _explain_status(error.__cause__, what, page, False)
+        if answered is not None:
+            return answered
+    return HubError(
+        f"{what} is not in the local cache and the Hub cannot be reached. Check the network connection, the proxy "
+        "and HF_ENDPOINT, then run again; or pass a local directory."
+    )
+
+
+def _explain_status(error: BaseException, what: str, page: str, uploading: bool) -> HubError | None:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is None:
+        return None
+    if status == 401:
+        return HubError(
+            f"The Hub does not accept the token sent for {what} (401). Run `hf auth login` with a valid token, "
+            "or unset HF_TOKEN if the repository is public."
+        )
+    if status == 403:
+        need = "write" if uploading else "read"
+        return HubError(
+            f"The Hub forbids access to {what} (403): the token lacks {need} permission. "
+            f"Grant it at https://huggingface.co/settings/tokens, or ask the owner at {page}."
+        )
+    if status == 429:
+        return HubError(f"The Hub limits the rate of requests for {what} (429). Wait some minutes and run again.")
+    if status >= 500:
+        return HubError(f"The Hub failed on {what} ({status}). It is not your doing: wait a little and run again.")
+    return HubError(f"The Hub refused {what} ({status}): {_clip(str(error))}. See {page}.")
+
+
+def _explain_transfer(error: BaseException, what: str) -> HubError | None:
+    """Full disk, unwritable cache, cut connection; None for an error that is none of these."""
+    text = str(error)
+    if getattr(error, "errno", None) in _DISK_FULL or "No space left" in text:
+        return HubError(
+            f"The disk filled up while downloading {what}; {_free_cache_bytes()} bytes are free there. Free some space "
+            "or point HF_HOME at a larger disk, then run again: files already complete are kept."
+        )
+    if isinstance(error, PermissionError):
+        return HubError(
+            f"The cache for {what} cannot be written: {_clip(text)}. Fix its permissions or point HF_HOME elsewhere."
+        )
+    modules = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    broken = isinstance(error, (ConnectionError, TimeoutError)) or "Consistency check failed" in text
+    if broken or modules & _TRANSPORTS or isinstance(error, _hub_error("XetDownloadError")) or _is_xet(error):
+        return HubError(
+            f"The download of {what} was interrupted: {_clip(text)}. Run again: files already complete are kept, "
+            "nothing half-written is used."
+        )
+    return None
+
+
+def _is_xet(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and ("CAS" in str(error) or "Data processing error" in str(error))
+
+
+def _free_cache_bytes() -> int:
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE)
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _clip(text: str, limit: int = 160) -> str:
+    line = " ".join(text.split())
+    return ascii(line if len(line) <= limit else line[:limit] + "...")

@@ -1,0 +1,1 @@
+"""The PyTorch backend: ids in, ids out."""

@@ -1,0 +1,233 @@
+"""Keys and values of the tokens already seen. A cache owns its memory and its positions; the model asks it to append.
+
+Axis letters: B batch, K kv heads, T positions held, H head_dim. Every key and value tensor is (B, K, T, H).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemmakit.config import GemmaConfig
+from gemmakit.errors import InputError, PromptTooLong
+
+Legacy = tuple[tuple[Tensor, Tensor], ...]
+
+
+class CacheLayer:
+    """One layer's buffers (B, K, capacity, H), of which the first `length` positions hold something."""
+
+    def __init__(self, capacity: int | None):
+        self.fixed = capacity
+        self.length: int | Tensor = 0
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+
+    @property
+    def keys(self) -> Tensor | None:
+        return None if self._keys is None else self._keys[:, :, : int(self.length)]
+
+    @property
+    def values(self) -> Tensor | None:
+        return None if self._values is None else self._values[:, :, : int(self.length)]
+
+    def append(self, k: Tensor, v: Tensor, places: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Take S more positions; give all that is held, or with `places` (S,) the whole fixed buffer."""
+        if places is not None and self.fixed is not None:
+            return self._write_at(k, v, places)
+        start = int(self.length)
+        end = start + k.shape[2]
+        if self.fixed is not None and end > self.fixed:
+            raise PromptTooLong(
+                f"the cache holds {self.fixed} tokens and has {start}; {k.shape[2]} more do not fit. "
+                f"Make it with max_cache_len={end} or more."
+            )
+        self.length = end
+        if torch.is_grad_enabled() and (k.requires_grad or (self._keys is not None and self._keys.requires_grad)):
+            return self._join(k, v, start)
+        self._reserve(k, v, start, end)
+        assert self._keys is not None and self._values is not None
+        self._keys[:, :, start:end] = k
+        self._values[:, :, start:end] = v
+        return self._keys[:, :, :end], self._values[:, :, :end]
+
+    def _write_at(self, k: Tensor, v: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        self._reserve(k, v, 0, k.shape[2])
+        assert self._keys is not None and self._values is not None
+        self._keys.index_copy_(2, places, k)
+        self._values.index_copy_(2, places, v)
+        self.length = places[-1] + 1  # stays on the device: reading it here would wait
+        return self._keys, self._values
+
+    def _join(self, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Gradients forbid writing in place."""
+        if start:
+            assert self._keys is not None and self._values is not None
+            k = torch.cat((self._keys[:, :, :start], k), dim=2)
+            v = torch.cat((self._values[:, :, :start], v), dim=2)
+        self._keys, self._values = k, v
+        return k, v
+
+    def _reserve(self, k: Tensor, v: Tensor, used: int, end: int) -> None:
+        """Make room for `end` positions; a growing buffer takes half as much again, so that copies stay rare."""
+        held = 0 if self._keys is None else self._keys.shape[2]
+        if held >= end:
+            return
+        room = self.fixed or max(end, min(held + held // 2, held + 4096), 64 if end < 64 else end)
+        self._keys = self._grown(self._keys, k, used, room)
+        self._values = self._grown(self._values, v, used, room)
+
+    @staticmethod
+    def _grown(old: Tensor | None, like: Tensor, used: int, room: int) -> Tensor:
+        shape = (like.shape[0], like.shape[1], room, like.shape[3])
+        # Zeros, because a masked position still multiplies: 0 * garbage could be NaN.
+        new = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        if old is not None:
+            new[:, :, :used] = old[:, :, :used]
+        return new
+
+    def rebatch(self, change: Any) -> None:
+        """Apply `change` (a tensor function along the batch axis) to what is held."""
+        if self._keys is not None and self._values is not None:
+            self._keys, self._values = change(self._keys), change(self._values)
+
+
+class Cache:
+    """The keys and values of every layer.
+
+    Reads like the older tuple too: `cache[i]` is (keys, values) of layer i, `len(cache)` counts layers.
+    """
+
+    max_cache_len: int | None = None
+
+    def __init__(self) -> None:
+        self.layers: list[CacheLayer] = []
+
+    # -- what the model asks for -----------------------------------------------------------------------------------
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, cache_kwargs: dict[str, Any] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Append (B, K, S, H) to layer `layer_idx`; give every key and value the queries may look at.
+
+        Raises PromptTooLong when a static cache is full, InputError when the batch changed.
+        """
+        while len(self.layers) <= layer_idx:
+            self.layers.append(CacheLayer(self.max_cache_len))
+        layer = self.layers[layer_idx]
+        if layer._keys is not None and layer._keys.shape[0] != key_states.shape[0]:
+            raise InputError(
+                f"the cache holds {layer._keys.shape[0]} rows and this call has {key_states.shape[0]}: "
+                "use batch_repeat_interleave or batch_select_indices, or a fresh cache."
+            )
+        return layer.append(key_states, value_states, (cache_kwargs or {}).get("cache_position"))
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions held."""
+        return int(self.layers[layer_idx].length) if layer_idx < len(self.layers) else 0
+
+    def get_max_cache_shape(self) -> int | None:
+        """Positions there is room for; None means it grows."""
+        return self.max_cache_len
+
+    get_max_length = get_max_cache_shape
+
+    # -- what strategies ask for -----------------------------------------------------------------------------------
+
+    def crop(self, max_length: int) -> None:
+        """Forget all but the first `max_length` positions; a negative number forgets that many at the end."""
+        for layer in self.layers:
+            held = int(layer.length)
+            layer.length = min(held, max_length) if max_length >= 0 else max(held + max_length, 0)
+
+    def reset(self) -> None:
+        """Forget everything, keep the memory."""
+        for layer in self.layers:
+            layer.length = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row beam_idx[i] was."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        for layer in self.layers:
+            layer.rebatch(lambda x: x.index_select(0, indices.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        for layer in self.layers:
+            layer.rebatch(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory held, used or not."""
+        return sum(t.nbytes for x in self.layers for t in (x._keys, x._values) if t is not None)
+
+    # -- the older tuple -------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, layer_idx: int) -> tuple[Tensor, Tensor]:
+        layer = self.layers[layer_idx]
+        assert layer.keys is not None and layer.values is not None
+        return layer.keys, layer.values
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return (self[i] for i in range(len(self)))
+
+    def __bool__(self) -> bool:
+        return True  # an empty cache is still a cache
+
+    def to_legacy_cache(self) -> Legacy:
+        """((keys, values), ...) a layer, each (B, K, T, H)."""
+        return tuple(self)
+
+    @classmethod
+    def from_legacy_cache(cls, past_key_values: Iterable[tuple[Tensor, Tensor]] | None = None) -> Cache:
+        """A cache that starts from the tuples; their tensors are not written to."""
+        cache = cls()
+        for i, (k, v) in enumerate(past_key_values or ()):
+            cache.update(k, v, i)
+        return cache
+
+
+class DynamicCache(Cache):
+    """Grows as tokens come."""
+
+    def __init__(self, ddp_cache_data: Iterable[tuple[Tensor, Tensor]] | None = None, config: GemmaConfig | None = None):
+        super().__init__()
+        for i, (k, v) in enumerate(ddp_cache_data or ()):
+            self.update(k, v, i)
+
+
+class StaticCache(Cache):
+    """Room for `max_cache_len` tokens, taken once: the addresses never change, as captured graphs need.
+
+    With `cache_position` in a call the places come from that tensor and the whole buffer is given back, so that no
+    length is read on the host; without it, only what is held is given, and attention does no work on empty places.
+
+    Args:
+        config: gives the number of layers and the head sizes.
+        max_cache_len: tokens, prompt and new ones together.
+        max_batch_size, device, dtype: with all given the memory is taken now, otherwise with the first update.
+    """
+
+    def __init__(
+        self,
+        config: GemmaConfig,
+        max_batch_size: int | None = None,
+        max_cache_len: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.max_cache_len = max_cache_len or config.max_position_embeddings
+        self.layers = [CacheLayer(self.max_cache_len) for _ in range(config.num_hidden_layers)]
+        if max_batch_size is not None and dtype is not None:
+            shape = (max_batch_size, config.num_key_value_heads, self.max_cache_len, config.head_dim)
+            for layer in self.layers:
+                layer._keys = torch.zeros(shape, dtype=dtype, device=device)
+                layer._values = torch.zeros(shape, dtype=dtype, device=device)

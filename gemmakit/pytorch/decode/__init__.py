@@ -1,0 +1,1 @@
+"""Ids to ids: one token loop, what shapes its logits, what ends it."""

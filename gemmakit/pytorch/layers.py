@@ -1,0 +1,216 @@
+"""The pieces between attention and attention: RMSNorm, rotary tables, the scaled embedding, the gated MLP.
+
+Axis letters: B batch, S positions, D hidden, F mlp, H head_dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gemmakit.config import GemmaConfig
+
+
+class GemmaRMSNorm(nn.Module):
+    """x * rsqrt(mean(x^2) + eps) * (1 + weight), all in float32, cast last. Source: arXiv:1910.07467."""
+
+    def __init__(self, dim: int, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., D); same shape and dtype out."""
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        # The weight multiplies before the cast: afterwards the half formats would round twice.
+        return (y * (1.0 + self.weight.float())).type_as(x)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
+class GemmaScaledEmbedding(nn.Embedding):
+    """Token embedding times sqrt(D), the factor rounded to the weight's dtype (7B: 55.5 in bfloat16)."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """input_ids: (B, S) -> (B, S, D)."""
+        # A Python float would multiply unrounded; a 0-d tensor of the weight's dtype rounds as training did.
+        scale = torch.full((), self.embedding_dim**0.5, dtype=self.weight.dtype, device=self.weight.device)
+        return super().forward(input_ids) * scale
+
+
+def activation(act: str | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return act if callable(act) else _ACTIVATIONS[act]
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "gelu_erf": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+class GemmaMLP(nn.Module):
+    """down(act(gate(x)) * up(x)). Source: arXiv:2002.05202."""
+
+    def __init__(self, config: GemmaConfig):
+        super().__init__()
+        D, F_ = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(D, F_, bias=False)
+        self.up_proj = nn.Linear(D, F_, bias=False)
+        self.down_proj = nn.Linear(F_, D, bias=False)
+        self.act_fn = activation(config.hidden_act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, S, D), same out."""
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class GemmaRotaryEmbedding(nn.Module):
+    """Cosine and sine tables for the positions at hand.
+
+    The inverse frequencies stay float32 whatever the model is cast to: in bfloat16 position 8191 would be off by
+    whole turns. Types "dynamic" and "longrope" depend on the longest position of the call alone, never on what an
+    earlier call saw.
+    """
+
+    def __init__(self, config: GemmaConfig):
+        super().__init__()
+        self.config = config
+        self.inv_freq: Tensor
+        self.register_buffer("inv_freq", torch.empty(config.head_dim // 2), persistent=False)
+        self.attention_scaling = 1.0
+        self.reset_parameters()
+
+    def reset_parameters(self, device: torch.device | None = None) -> None:
+        """Recompute the table on `device` (default: where it is)."""
+        device = self.inv_freq.device if device is None else device
+        if device.type != "meta":
+            self.inv_freq, self.attention_scaling = rope_frequencies(self.config, device=device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GemmaRotaryEmbedding:
+        super()._apply(fn, recurse)  # type: ignore[arg-type]
+        self.reset_parameters()  # undoes a cast and fills a buffer that came from meta
+        return self
+
+    @torch.no_grad()
+    def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """position_ids: (B or 1, S) -> cos, sin: (B or 1, 1, S, H) in `dtype`, to broadcast over heads."""
+        inv_freq, scaling = self.inv_freq, self.attention_scaling
+        if self.config.rope_parameters["rope_type"] in ("dynamic", "longrope"):
+            length = int(position_ids.max()) + 1 if position_ids.numel() else 1
+            inv_freq, scaling = rope_frequencies(self.config, length, inv_freq.device)
+        angles = position_ids[:, None, :, None].float() * inv_freq
+        angles = torch.cat((angles, angles), dim=-1)
+        return (angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding in the half-split layout: feature i turns with feature i + H/2. x: (B, heads, S, H)."""
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
+
+
+def rope_frequencies(
+    config: GemmaConfig, length: int = 0, device: torch.device | None = None
+) -> tuple[Tensor, float]:
+    """Inverse frequencies (H/2,) float32 and the factor on cos and sin, for a context of `length` tokens."""
+    rope, H = config.rope_parameters, config.head_dim
+    exponents = torch.arange(0, H, 2, dtype=torch.float32, device=device) / H
+    compute = _FREQUENCIES[rope["rope_type"]]
+    return compute(rope, exponents, H, config.max_position_embeddings, length)
+
+
+def _default(rope: dict[str, Any], exponents: Tensor, *_: int) -> tuple[Tensor, float]:
+    return 1.0 / rope["rope_theta"] ** exponents, 1.0
+
+
+def _linear(rope: dict[str, Any], exponents: Tensor, *_: int) -> tuple[Tensor, float]:
+    """Position interpolation. Source: arXiv:2306.15595."""
+    return _default(rope, exponents)[0] / rope["factor"], 1.0
+
+
+def _dynamic(rope: dict[str, Any], exponents: Tensor, H: int, limit: int, length: int) -> tuple[Tensor, float]:
+    """NTK-aware scaling that grows with the context."""
+    factor = rope["factor"]
+    base = rope["rope_theta"] * (factor * max(length, limit) / limit - (factor - 1)) ** (H / (H - 2))
+    return 1.0 / base**exponents, 1.0
+
+
+def _yarn(rope: dict[str, Any], exponents: Tensor, H: int, limit: int, _: int) -> tuple[Tensor, float]:
+    """Interpolate slow features, keep fast ones, ramp between. Source: arXiv:2309.00071."""
+    trained = rope.get("original_max_position_embeddings") or limit
+    factor = rope["factor"] or limit / trained
+    theta = rope["rope_theta"]
+
+    def feature(turns: float) -> float:  # the feature index that makes `turns` turns over the trained context
+        return H * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = feature(rope.get("beta_fast") or 32), feature(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, H - 1)
+    index = torch.arange(H // 2, dtype=torch.float32, device=exponents.device)
+    keep = 1 - ((index - low) / ((high if high != low else high + 0.001) - low)).clamp(0, 1)
+    scale = theta**exponents
+    inv_freq = 1.0 / (factor * scale) * (1 - keep) + 1.0 / scale * keep
+    return inv_freq, _yarn_scaling(rope, factor)
+
+
+def _yarn_scaling(rope: dict[str, Any], factor: float) -> float:
+    if rope.get("attention_factor") is not None:
+        return rope["attention_factor"]
+
+    def temperature(m: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
+
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return temperature(rope["mscale"]) / temperature(rope["mscale_all_dim"])
+    return temperature(1.0)
+
+
+def _llama3(rope: dict[str, Any], exponents: Tensor, *_: int) -> tuple[Tensor, float]:
+    """Divide long wavelengths by the factor, keep short ones, blend between. Source: arXiv:2407.21783."""
+    inv_freq = _default(rope, exponents)[0]
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    trained, factor = rope["original_max_position_embeddings"], rope["factor"]
+    wavelength = 2 * math.pi / inv_freq
+    blend = (trained / wavelength - low) / (high - low)
+    smooth = (1 - blend) * inv_freq / factor + blend * inv_freq
+    scaled = torch.where(wavelength > trained / low, inv_freq / factor, inv_freq)
+    between = ~(wavelength < trained / high) & ~(wavelength > trained / low)
+    return torch.where(between, smooth, scaled), 1.0
+
+
+def _longrope(rope: dict[str, Any], exponents: Tensor, H: int, limit: int, length: int) -> tuple[Tensor, float]:
+    """One factor a feature, another set beyond the trained context. Source: arXiv:2402.13753."""
+    trained = rope.get("original_max_position_embeddings") or limit
+    factor = rope.get("factor") or limit / trained
+    scaling = rope.get("attention_factor")
+    if scaling is None:
+        scaling = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(trained))
+    factors = torch.tensor(
+        rope["long_factor" if length > trained else "short_factor"], dtype=torch.float32, device=exponents.device
+    )
+    return 1.0 / (factors * rope["rope_theta"] ** exponents), scaling
+
+
+_FREQUENCIES: dict[str, Callable[..., tuple[Tensor, float]]] = {
+    "default": _default,
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "yarn": _yarn,
+    "llama3": _llama3,
+    "longrope": _longrope,
+}

@@ -1,0 +1,116 @@
+"""Who may look at whom: causal, padding, bidirectional, packed documents, as one boolean mask a forward pass.
+
+Axis letters: B batch, S query positions, T key positions.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gemmakit.errors import InputError
+
+
+class Visibility(NamedTuple):
+    """What every layer of one forward pass is told about visibility.
+
+    mask: bool (B or 1, 1, S, T), True where a query may look; or the caller's own 4-D additive mask; or None.
+    causal: with mask None, whether queries see only keys up to their own place (S == T); otherwise they see all.
+    blind: bool (B or 1, 1, S, 1), True for queries that may look nowhere and must give zeros; None if there are none.
+    """
+
+    mask: Tensor | None
+    causal: bool = False
+    blind: Tensor | None = None
+
+
+def visibility(
+    attention_mask: Tensor | None,
+    *,
+    batch: int,
+    queries: int,
+    keys: int,
+    past: int | Tensor,
+    causal: bool,
+    position_ids: Tensor | None,
+    device: torch.device,
+) -> Visibility:
+    """Decide the cheapest true description of who sees whom.
+
+    Args:
+        attention_mask: (B, T) 0/1 over past and current tokens; or 4-D, bool or additive, used as it is; or None.
+        batch, queries, keys: B, S, T.
+        past: how many keys stand before the first query; a tensor (S,) gives each query's own place (static caches).
+        causal: False lets every token see every other that is not padding.
+        position_ids: (B, S) when the caller gave them and there is no cache and no mask: a restart begins a document.
+
+    Raises:
+        InputError: a mask whose shape does not fit.
+    """
+    if attention_mask is not None and attention_mask.dim() == 4:
+        return _given(attention_mask, batch, queries, keys)
+    padding = _padding(attention_mask, batch, keys)
+    documents = _documents(position_ids) if padding is None else None
+    places_known = isinstance(past, int)
+    if padding is None and documents is None and places_known:
+        if queries == 1 or not causal:
+            return Visibility(None)
+        if past == 0:
+            return Visibility(None, causal=True)
+
+    mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
+    if causal and not (queries == 1 and places_known):
+        place = torch.arange(queries, device=device) + past if places_known else past
+        mask = torch.arange(keys, device=device) <= place[:, None]
+        mask = mask[None, None]
+    if padding is not None:
+        mask = mask & padding[:, None, None, :].to(device)
+    if documents is not None:
+        mask = mask & (documents[:, None, :, None] == documents[:, None, None, :])
+    if padding is None:  # a query always sees itself
+        return Visibility(mask)
+    blind = ~mask.any(-1, keepdim=True)
+    return Visibility(mask | blind, blind=blind)
+
+
+def _given(mask: Tensor, batch: int, queries: int, keys: int) -> Visibility:
+    ok = mask.shape[0] in (1, batch) and mask.shape[2] in (1, queries) and mask.shape[3] >= keys
+    if not ok:
+        raise InputError(
+            f"attention_mask has shape {tuple(mask.shape)}; a 4-D mask for this call is ({batch}, 1, {queries}, {keys})."
+        )
+    mask = mask[..., :keys]
+    if mask.dtype == torch.bool:
+        blind = ~mask.any(-1, keepdim=True)
+        return Visibility(mask | blind, blind=blind)
+    blind = (mask <= torch.finfo(mask.dtype).min / 2).all(-1, keepdim=True)
+    return Visibility(mask.masked_fill(blind, 0.0), blind=blind)
+
+
+def _padding(attention_mask: Tensor | None, batch: int, keys: int) -> Tensor | None:
+    """The 2-D mask as bool (B, T), or None when it hides nothing (looked up only where that waits for no device)."""
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch:
+        raise InputError(f"attention_mask has shape {tuple(attention_mask.shape)}; give ({batch}, {keys}) or 4-D.")
+    if attention_mask.shape[1] != keys:
+        raise InputError(
+            f"attention_mask covers {attention_mask.shape[1]} positions, but past and current tokens are {keys}: "
+            "give one 0 or 1 for each token in the cache and in this call."
+        )
+    padding = attention_mask.to(torch.bool)
+    if padding.device.type == "cpu" and not torch.compiler.is_compiling() and bool(padding.all()):
+        return None
+    return padding
+
+
+def _documents(position_ids: Tensor | None) -> Tensor | None:
+    """Number the packed documents, (B, S), by the places where positions do not go up by one; None if there is one."""
+    if position_ids is None or position_ids.shape[1] < 2:
+        return None
+    starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    if not torch.compiler.is_compiling() and not bool(starts.any()):
+        return None
+    return torch.nn.functional.pad(starts.cumsum(-1), (1, 0))

@@ -1,0 +1,327 @@
+"""Gemma, top to bottom: attention, decoder layer, the bare model, the causal language model.
+
+Axis letters: B batch, S query positions, T key positions, N heads, K kv heads, H head_dim, D hidden, V vocabulary.
+Source: arXiv:2403.08295. Parameter names are those of the released checkpoints.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gemmakit.config import GemmaConfig
+from gemmakit.errors import InputError, TokenOutOfRange
+from gemmakit.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from gemmakit.pytorch.attention import IMPLEMENTATIONS, eager
+from gemmakit.pytorch.cache import Cache, DynamicCache
+from gemmakit.pytorch.decode.generate import GenerationMixin
+from gemmakit.pytorch.layers import GemmaMLP, GemmaRMSNorm, GemmaRotaryEmbedding, GemmaScaledEmbedding, rotate
+from gemmakit.pytorch.masks import Visibility, visibility
+from gemmakit.pytorch.pretrained import GemmaPreTrainedModel
+
+IGNORED_LABEL = -100
+
+
+class GemmaAttention(nn.Module):
+    """Multi-query, grouped-query or multi-head attention with rotary positions."""
+
+    def __init__(self, config: GemmaConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.scaling = config.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        D, H, bias = config.hidden_size, config.head_dim, config.attention_bias
+        self.q_proj = nn.Linear(D, config.num_attention_heads * H, bias=bias)
+        self.k_proj = nn.Linear(D, config.num_key_value_heads * H, bias=bias)
+        self.v_proj = nn.Linear(D, config.num_key_value_heads * H, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * H, D, bias=bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        visible: Visibility,
+        past_key_values: Cache | None = None,
+        cache_position: Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states: (B, S, D). Returns (B, S, D) and, when asked, the weights (B, N, S, T)."""
+        B, S, _ = hidden_states.shape
+        q, k, v = (
+            project(hidden_states).view(B, S, -1, self.head_dim).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        cos, sin = position_embeddings
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx, {"cache_position": cache_position})
+        # The fused kernels keep no weights, so whoever asks for them gets the written-out form for this call.
+        attend = eager if output_attentions else IMPLEMENTATIONS[self.config.attn_implementation or "sdpa"]
+        dropout = self.attention_dropout if self.training else 0.0
+        out, weights = attend(q, k, v, visible, scale=self.scaling, dropout=dropout)
+        return self.o_proj(out.transpose(1, 2).reshape(B, S, -1)), weights
+
+
+class GemmaDecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: GemmaConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = GemmaAttention(config, layer_idx)
+        self.mlp = GemmaMLP(config)
+        self.input_layernorm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        visible: Visibility,
+        past_key_values: Cache | None = None,
+        cache_position: Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states: (B, S, D), same out; the attention weights when asked."""
+        attended, weights = self.self_attn(
+            self.input_layernorm(hidden_states),
+            position_embeddings,
+            visible,
+            past_key_values,
+            cache_position,
+            output_attentions,
+        )
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), weights
+
+
+class GemmaModel(GemmaPreTrainedModel):
+    """The decoder without a head: token ids in, hidden states out."""
+
+    def __init__(self, config: GemmaConfig):
+        super().__init__(config)
+        pad = config.pad_token_id if config.pad_token_id is not None and config.pad_token_id >= 0 else None
+        self.embed_tokens = GemmaScaledEmbedding(config.vocab_size, config.hidden_size, padding_idx=pad)
+        self.layers = nn.ModuleList(GemmaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = GemmaRotaryEmbedding(config)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | tuple[tuple[Tensor, Tensor], ...] | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cache_position: Tensor | None = None,
+        *,
+        is_causal: bool | None = None,
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
+        """Run the decoder.
+
+        Args:
+            input_ids: (B, S) token ids; or give `inputs_embeds`, (B, S, D), used as they are (not scaled again).
+            attention_mask: (B, T) of 0 and 1 over past and current tokens; or 4-D, bool or additive, used as it is.
+            position_ids: (B, S); by default they continue after the cache. Given without mask and cache, a restart
+                of the positions begins a new document, and tokens see their own document only.
+            past_key_values: a Cache, or the older tuple of (key, value) a layer; the same form comes back.
+            use_cache: whether `past_key_values` come back; by default as the configuration says.
+            output_attentions, output_hidden_states, return_dict: as the configuration says unless given.
+            cache_position: (S,) places in a StaticCache.
+            is_causal: False lets every token see all others that are not padding; by default as the configuration
+                says (`use_bidirectional_attention`).
+
+        Raises:
+            InputError (a ValueError): not exactly one of input_ids and inputs_embeds, or shapes that do not fit.
+            TokenOutOfRange: an id that the vocabulary does not have.
+        """
+        config = self.config
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return_dict = config.return_dict if return_dict is None else return_dict
+        use_cache = config.use_cache if use_cache is None else use_cache
+        recompute = self.gradient_checkpointing and self.training
+        if inputs_embeds is None:
+            inputs_embeds = self._embed(input_ids)
+        elif input_ids is not None:
+            raise InputError("both input_ids and inputs_embeds are given: give exactly one of them.")
+        cache, legacy = self._cache(past_key_values, use_cache and not recompute)
+
+        B, S, _ = inputs_embeds.shape
+        device = inputs_embeds.device
+        on_device = cache_position is not None and cache is not None and cache.max_cache_len is not None
+        past = 0 if cache is None or on_device else cache.get_seq_length()
+        keys = cache.max_cache_len if on_device else past + S  # type: ignore[union-attr]
+        causal = not config.use_bidirectional_attention if is_causal is None else is_causal
+        visible = visibility(
+            _cover(attention_mask, keys) if on_device else attention_mask,
+            batch=B,
+            queries=S,
+            keys=keys,
+            past=cache_position if on_device else past,
+            causal=causal,
+            position_ids=position_ids if cache is None or (past == 0 and past_key_values is None) else None,
+            device=device,
+        )
+        if position_ids is None:
+            position_ids = (torch.arange(past, past + S, device=device) if not on_device else cache_position)[None]
+        tables = self.rotary_emb(position_ids, inputs_embeds.dtype)
+
+        hidden = inputs_embeds
+        all_hidden, all_weights = [], []
+        for layer in self.layers:
+            if output_hidden_states:
+                all_hidden.append(hidden)
+            arguments = (hidden, tables, visible, cache, cache_position, output_attentions)
+            hidden, weights = checkpoint(layer, *arguments, use_reentrant=False) if recompute else layer(*arguments)
+            if output_attentions:
+                all_weights.append(weights)
+        hidden = self.norm(hidden)
+        if output_hidden_states:
+            all_hidden.append(hidden)
+        out = BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=(cache.to_legacy_cache() if legacy and cache else cache) if use_cache else None,
+            hidden_states=tuple(all_hidden) if output_hidden_states else None,
+            attentions=tuple(all_weights) if output_attentions else None,
+        )
+        return out if return_dict else out.to_tuple()
+
+    def _embed(self, input_ids: Tensor | None) -> Tensor:
+        if input_ids is None:
+            raise InputError("neither input_ids nor inputs_embeds is given: give exactly one of them.")
+        if input_ids.dim() != 2:
+            raise InputError(f"input_ids has shape {tuple(input_ids.shape)}; it must be (batch, sequence).")
+        try:
+            return self.embed_tokens(input_ids)
+        except IndexError:
+            size = self.embed_tokens.num_embeddings
+            bad = input_ids[(input_ids < 0) | (input_ids >= size)]
+            if not bad.numel():
+                raise
+            raise TokenOutOfRange(
+                f"token id {int(bad[0])} is outside the vocabulary of {size} ids (0 to {size - 1}): "
+                "was the text encoded with another model's tokenizer?"
+            ) from None
+
+    def _cache(self, past: Any, use_cache: bool) -> tuple[Cache | None, bool]:
+        """The cache to append to, and whether the caller speaks the older tuple form."""
+        if past is None:
+            return (DynamicCache() if use_cache else None), False
+        if isinstance(past, Cache):
+            return past, False
+        return DynamicCache.from_legacy_cache(past), True
+
+
+class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
+    """Gemma with the language modelling head, whose weight is the embedding's unless the configuration unties them."""
+
+    tied_weights = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: GemmaConfig):
+        super().__init__(config)
+        self.model = GemmaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | tuple[tuple[Tensor, Tensor], ...] | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cache_position: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        *,
+        is_causal: bool | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Run the decoder and the head; arguments as in `GemmaModel.forward`, and:
+
+        Args:
+            labels: (B, S) ids to predict, shifted inside (position s predicts label s + 1); -100 is ignored.
+            logits_to_keep: 0 for all positions, n for the last n, or a tensor of positions.
+            num_items_in_batch: divide the summed loss by this instead of by the number of labels of this call, for
+                gradient accumulation.
+
+        Returns:
+            CausalLMOutputWithPast with logits (B, S or fewer, V) in the weights' dtype and loss () in float32.
+
+        Raises:
+            InputError: labels of another shape, or outside the vocabulary.
+        """
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        if labels is not None:
+            _check_labels(labels, inputs_embeds if input_ids is None else input_ids, self.config.vocab_size)
+        out = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_attentions,
+            output_hidden_states,
+            True,
+            cache_position,
+            is_causal=is_causal,
+        )
+        hidden = out.last_hidden_state
+        kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden[:, kept, :])
+        loss = None if labels is None else causal_loss(logits, labels[:, kept], num_items_in_batch)
+        result = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+        )
+        return result if return_dict else result.to_tuple()
+
+
+def causal_loss(logits: Tensor, labels: Tensor, num_items: int | Tensor | None = None) -> Tensor:
+    """Cross entropy of position s against label s + 1, in float32. logits: (B, S, V); labels: (B, S)."""
+    flat = logits[:, :-1].float().flatten(0, 1)
+    target = labels[:, 1:].to(logits.device).flatten()
+    if num_items is None:
+        return F.cross_entropy(flat, target, ignore_index=IGNORED_LABEL)
+    total = F.cross_entropy(flat, target, ignore_index=IGNORED_LABEL, reduction="sum")
+    return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
+
+
+def _check_labels(labels: Tensor, inputs: Tensor | None, vocab_size: int) -> None:
+    if inputs is not None and labels.shape != inputs.shape[:2]:
+        raise InputError(f"labels has shape {tuple(labels.shape)}; the inputs are {tuple(inputs.shape[:2])}.")
+    if torch.compiler.is_compiling() or not labels.numel():
+        return
+    bad = labels[((labels < 0) & (labels != IGNORED_LABEL)) | (labels >= vocab_size)]
+    if bad.numel():
+        raise InputError(
+            f"label {int(bad[0])} is outside the vocabulary of {vocab_size} ids (0 to {vocab_size - 1}; "
+            f"{IGNORED_LABEL} marks positions to ignore)."
+        )
+
+
+def _cover(attention_mask: Tensor | None, keys: int) -> Tensor | None:
+    """Widen a (B, t) mask to a static cache's (B, T): what is not written yet stays hidden by the causal rule."""
+    if attention_mask is None or attention_mask.dim() != 2 or attention_mask.shape[1] >= keys:
+        return attention_mask if attention_mask is None or attention_mask.dim() != 2 else attention_mask[:, :keys]
+    return F.pad(attention_mask, (0, keys - attention_mask.shape[1]), value=0)

@@ -1,0 +1,360 @@
+"""Weights in and out of the PyTorch models: load, save, initialise, tie, resize."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import nn
+
+from gemmakit.checkpoint import Checkpoint, open_checkpoint, require_memory, save_checkpoint
+from gemmakit.config import HUB_ARGUMENTS, GemmaConfig
+from gemmakit.errors import CheckpointError, InputError, NotEnoughMemory, UnsafeFile
+from gemmakit.generation import GenerationConfig
+from gemmakit.hub import find_file, push_folder
+from gemmakit.pytorch.attention import implementation
+
+Model = TypeVar("Model", bound="GemmaPreTrainedModel")
+
+# Heads that another class of this family may or may not have; only these may be absent from or extra in a file.
+HEADS = ("lm_head.", "score.")
+# Tables that early releases stored and that every model computes.
+COMPUTED = ("rotary_emb.inv_freq",)
+
+
+class GemmaPreTrainedModel(nn.Module):
+    """What every Gemma model can do besides its forward pass."""
+
+    base_model_prefix: ClassVar[str] = "model"
+    tied_weights: ClassVar[dict[str, str]] = {}
+    generation_config: GenerationConfig
+
+    def __init__(self, config: GemmaConfig):
+        super().__init__()
+        if not isinstance(config, GemmaConfig):
+            raise InputError(f"config is a {type(config).__name__}; give a GemmaConfig, or use from_pretrained.")
+        config.attn_implementation = implementation(config.attn_implementation)
+        self.config = config
+        self.gradient_checkpointing = False
+        self.name_or_path = config.name_or_path
+
+    # -- fresh weights ---------------------------------------------------------------------------------------------
+
+    def post_init(self) -> None:
+        """Called at the end of a class's __init__: fresh weights, ties, generation defaults."""
+        self.init_weights()
+        self.tie_weights()
+        self.generation_config = GenerationConfig.from_model_config(self.config)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Normal(0, initializer_range) for matrices; zero for biases, norms (1 + w multiplies) and the padding row."""
+        children = [m for m in self.children() if isinstance(m, GemmaPreTrainedModel)]  # these did their own
+        done = {id(module) for child in children for module in child.modules()}
+        for module in self.modules():
+            if id(module) not in done:
+                _init_module(module, self.config.initializer_range)
+
+    def tie_weights(self) -> None:
+        """Make tied parameters one tensor again, if the configuration ties them."""
+        if self.config.tie_word_embeddings:
+            for tied, source in self.tied_weights.items():
+                _assign(self, tied, self.get_parameter(source))
+
+    # -- in --------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Model],
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        config: GemmaConfig | None = None,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        device_map: str | int | torch.device | None = None,
+        attn_implementation: str | None = None,
+        allow_pickle: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        **kwargs: Any,
+    ) -> Model:
+        """Load a model from a folder or the Hub, in evaluation mode.
+
+        On the CPU the weights stay mapped from the file when their dtype is kept: loading takes no memory for them.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or "owner/name" on the Hub.
+            config: instead of the config.json found there.
+            dtype: a torch dtype or its name; "auto", the default, keeps what the checkpoint holds. `torch_dtype` is
+                the older name of the same.
+            device_map: a device ("cpu", "cuda", "cuda:1", 0), or "auto" for the first accelerator if there is one.
+            attn_implementation: "sdpa" (default) or "eager".
+            allow_pickle: read pytorch_model.bin, with torch's restricted unpickler, when there is nothing better.
+            ignore_mismatched_sizes: start a head of another shape afresh, with a warning, instead of refusing.
+            kwargs: revision, token, cache_dir, local_files_only, subfolder, variant; anything else overrides a field
+                of the configuration.
+
+        Raises:
+            CheckpointError: files missing, damaged, or with tensors this model lacks, misses or shapes otherwise.
+            UnsafeFile, HubError, NotEnoughMemory, ConfigError.
+        """
+        name = pretrained_model_name_or_path
+        where = {k: kwargs.pop(k) for k in (*HUB_ARGUMENTS, "variant") if k in kwargs}
+        _refuse_code(kwargs)
+        hub = {k: v for k, v in where.items() if k != "variant"}
+        if config is None:
+            config = GemmaConfig.from_pretrained(name, **hub, **kwargs)
+        elif kwargs:
+            raise InputError(f"config and {', '.join(kwargs)} are both given: set the fields in the config.")
+        if attn_implementation is not None:
+            config.attn_implementation = attn_implementation
+        if "quantization_config" in config.extra:
+            raise CheckpointError(f"{name} holds quantized weights, which this version of gemmakit cannot read.")
+        with open_checkpoint(name, allow_pickle=allow_pickle, **where) as checkpoint:
+            with torch.device("meta"):
+                model = cls(config)
+            _load(model, checkpoint, _dtype(dtype or torch_dtype or "auto"), _device(device_map), ignore_mismatched_sizes)
+        model.config.dtype = str(model.dtype).removeprefix("torch.")
+        model.name_or_path = str(name)
+        found = find_file(name, "generation_config.json", optional=True, **hub)
+        if found is not None:
+            model.generation_config = GenerationConfig.from_pretrained(found.parent)
+        return model.eval()
+
+    # -- out -------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        max_shard_size: int | str = "5GB",
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Write config.json, generation_config.json and safetensors, so that a reader finds the old or the new, whole.
+
+        Args:
+            save_directory: the folder, made if absent.
+            max_shard_size: bytes a file, as a number or "5GB", "200MB".
+            push_to_hub: afterwards upload the folder; kwargs go to `push_to_hub`.
+        """
+        config = self.config
+        config.architectures, config.dtype = [type(self).__name__], str(self.dtype).removeprefix("torch.")
+        tied = self.tied_weights if config.tie_word_embeddings else ()
+        tensors = {name: t for name, t in self.state_dict().items() if name not in tied}
+        files = {"config.json": config.to_json_string(), "generation_config.json": self.generation_config.to_json_string()}
+        save_checkpoint(tensors, Path(save_directory), max_shard_size=max_shard_size, extra_files=files)
+        if push_to_hub:
+            repo = kwargs.pop("repo_id", Path(save_directory).name)
+            push_folder(save_directory, repo, **kwargs)
+        elif kwargs:
+            raise InputError(f"save_pretrained has no argument {', '.join(kwargs)}.")
+
+    # -- facts -----------------------------------------------------------------------------------------------------
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(p.dtype for p in self.parameters() if p.is_floating_point())
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def base_model(self) -> nn.Module:
+        return getattr(self, self.base_model_prefix, self)
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Parameters, a tied one counted once."""
+        skip = {id(self.get_input_embeddings().weight)} if exclude_embeddings else set()
+        return sum(p.numel() for p in self.parameters() if id(p) not in skip and (p.requires_grad or not only_trainable))
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.base_model.embed_tokens  # type: ignore[return-value]
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.base_model.embed_tokens = value
+        self.tie_weights()
+
+    def get_output_embeddings(self) -> nn.Linear | None:
+        return getattr(self, "lm_head", None)
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Recompute layers in the backward pass instead of keeping their activations; the cache is off meanwhile."""
+        self._set_checkpointing(True)
+
+    def gradient_checkpointing_disable(self) -> None:
+        self._set_checkpointing(False)
+
+    def _set_checkpointing(self, on: bool) -> None:
+        for module in self.modules():
+            if isinstance(module, GemmaPreTrainedModel):
+                module.gradient_checkpointing = on
+
+
+def _init_module(module: nn.Module, std: float) -> None:
+    if not isinstance(module, (nn.Linear, nn.Embedding)) or module.weight.is_meta:
+        return
+    module.weight.normal_(0.0, std)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        module.bias.zero_()
+    if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+        module.weight[module.padding_idx].zero_()
+
+
+def _refuse_code(kwargs: dict[str, Any]) -> None:
+    """Take out the arguments that ask for what is always so; refuse the one that asks for code to run."""
+    if kwargs.pop("trust_remote_code", False):
+        raise UnsafeFile("trust_remote_code=True: gemmakit never runs code from a checkpoint. Leave the argument out.")
+    for name in ("low_cpu_mem_usage", "use_safetensors"):
+        kwargs.pop(name, None)
+
+
+def _load(
+    model: GemmaPreTrainedModel,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    ignore_mismatched: bool,
+) -> None:
+    """Fill a model made on "meta" with the checkpoint's tensors; every difference is named."""
+    wanted = {n: p for n, p in model.named_parameters(remove_duplicate=False) if n not in _tied(model)}
+    stored = _stored_names(model, checkpoint, wanted)
+    _refuse_differences(model, checkpoint, wanted, stored)
+    if dtype is not None or device.type != "cpu":
+        _require_room(checkpoint, stored.values(), dtype, device)
+    for name, parameter in wanted.items():
+        key = stored.get(name)
+        if key is not None and tuple(checkpoint.info(key).shape) != tuple(parameter.shape):
+            if not (ignore_mismatched and name.startswith(HEADS)):
+                raise CheckpointError(
+                    f"{key} has shape {tuple(checkpoint.info(key).shape)} in {checkpoint.files[0].parent}, but "
+                    f"config.json asks for {tuple(parameter.shape)}."
+                )
+            key = None
+        if key is not None:
+            tensor = checkpoint.tensor(key, device="cpu")
+            _assign(model, name, nn.Parameter(tensor.to(device, dtype if tensor.is_floating_point() else None)))
+    _finish(model, [n for n, p in wanted.items() if model.get_parameter(n).is_meta], dtype, device)
+
+
+def _tied(model: GemmaPreTrainedModel) -> dict[str, str]:
+    return model.tied_weights if model.config.tie_word_embeddings else {}
+
+
+def _stored_names(model: GemmaPreTrainedModel, checkpoint: Checkpoint, wanted: dict[str, nn.Parameter]) -> dict[str, str]:
+    """The model's parameter name -> the file's tensor name; base models and headed ones open each other's files."""
+    prefix = model.base_model_prefix + "."
+    names = set(checkpoint.names())
+    file_has_head = any(n.startswith(prefix) for n in names)
+    model_has_head = model.base_model is not model
+    out = {}
+    for name in wanted:
+        key = name
+        if file_has_head and not model_has_head:
+            key = prefix + name
+        elif model_has_head and not file_has_head:
+            key = name.removeprefix(prefix)
+        if key in names:
+            out[name] = key
+    return out
+
+
+def _refuse_differences(
+    model: GemmaPreTrainedModel, checkpoint: Checkpoint, wanted: dict[str, nn.Parameter], stored: dict[str, str]
+) -> None:
+    where = checkpoint.files[0].parent
+    missing = [n for n in wanted if n not in stored and not n.startswith(HEADS)]
+    if missing:
+        raise CheckpointError(f"{where} lacks {_listed(missing)}, which {type(model).__name__} needs.")
+    used = set(stored.values()) | set(_tied(model))
+    extra = [n for n in checkpoint.names() if n not in used and not n.endswith(COMPUTED)]
+    unknown = [n for n in extra if not n.startswith(HEADS)]
+    if unknown:
+        raise CheckpointError(
+            f"{where} holds {_listed(unknown)}, for which {type(model).__name__} with this config.json has no place."
+        )
+    if extra:
+        warnings.warn(f"{where}: {_listed(extra)} not used by {type(model).__name__}.", stacklevel=5)
+    for tied, source in _tied(model).items():
+        if tied in checkpoint and not torch.equal(checkpoint.tensor(tied), checkpoint.tensor(stored[source])):
+            warnings.warn(
+                f"{where}: {tied} differs from {source}, but config.json ties them; {source} is used. "
+                "Load with tie_word_embeddings=False to keep both.",
+                stacklevel=5,
+            )
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:4])
+    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more tensors"
+
+
+def _require_room(checkpoint: Checkpoint, names: Any, dtype: torch.dtype | None, device: torch.device) -> None:
+    def size(name: str) -> int:
+        info = checkpoint.info(name)
+        stored = getattr(torch, info.dtype, None)
+        if dtype is None or stored is None or (stored == dtype and device.type == "cpu"):
+            return 0 if device.type == "cpu" else info.nbytes
+        return info.nbytes // stored.itemsize * dtype.itemsize
+
+    needed = sum(size(n) for n in names)
+    if device.type == "cpu":
+        require_memory(needed, f"{checkpoint.files[0].parent} as {dtype}")
+    elif device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        if needed > free:
+            raise NotEnoughMemory(
+                f"the weights need {needed / 1e9:.2f} GB on {device} and {free / 1e9:.2f} GB are free. "
+                'Load a smaller dtype, quantize, or use device_map="cpu".'
+            )
+
+
+def _finish(model: GemmaPreTrainedModel, fresh: list[str], dtype: torch.dtype | None, device: torch.device) -> None:
+    """Initialise what the file did not hold, restore ties, compute tables."""
+    like = next((p.dtype for p in model.parameters() if not p.is_meta), torch.float32)
+    for name in fresh:
+        shape = model.get_parameter(name).shape
+        _assign(model, name, nn.Parameter(torch.empty(shape, dtype=dtype or like, device=device)))
+        with torch.no_grad():
+            _init_module(model.get_submodule(name.rpartition(".")[0]), model.config.initializer_range)
+    if fresh:
+        warnings.warn(
+            f"{_listed(fresh)} not in the checkpoint: freshly initialised. Train {type(model).__name__} before use.",
+            stacklevel=4,
+        )
+    model.tie_weights()
+    for module in model.modules():
+        reset = getattr(module, "reset_parameters", None)
+        if reset is not None and hasattr(module, "inv_freq"):
+            reset(device)
+
+
+def _assign(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(owner), attribute, parameter)
+
+
+def _dtype(dtype: torch.dtype | str) -> torch.dtype | None:
+    """A torch dtype; None for "auto"."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return None
+    found = getattr(torch, dtype.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise InputError(f"dtype is {dtype!r}; it must be 'auto', 'float32', 'bfloat16' or 'float16'.")
+    return found
+
+
+def _device(device_map: str | int | torch.device | None) -> torch.device:
+    if device_map is None:
+        return torch.get_default_device() if torch.get_default_device().type != "meta" else torch.device("cpu")
+    if device_map == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    device = torch.device("cpu" if device_map in (-1, "-1") else int(device_map) if str(device_map).isdigit() else device_map)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {device_map!r} asks for CUDA, and torch sees no CUDA device. Use device 'cpu'.")
+    return device

@@ -1,0 +1,225 @@
+"""What a tokenizer returns, and the arithmetic of truncating, padding and stacking rows of ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from gemmakit.errors import InputError, MissingDependency
+from gemmakit.text.vocabulary import Offsets
+
+TRUNCATIONS = ("longest_first", "only_first", "only_second", "do_not_truncate")
+PADDINGS = ("longest", "max_length", "do_not_pad")
+SIDES = ("left", "right")
+
+
+class BatchEncoding(dict[str, Any]):
+    """A dictionary of `input_ids`, `attention_mask`, ... whose entries are attributes too.
+
+    Values are lists of int (one text), lists of lists (a batch), or tensors of shape (B, S). `model(**inputs)`,
+    `model.generate(**inputs)`, `inputs["input_ids"]` and `inputs.input_ids` all work.
+    """
+
+    _words: list[list[int | None]] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"{type(self).__name__} has no {name!r}; it has {sorted(self)}.") from None
+
+    @property
+    def data(self) -> dict[str, Any]:
+        return self
+
+    def to(self, device: Any, *, non_blocking: bool = False) -> BatchEncoding:
+        """Move the PyTorch tensors to a device, in place; everything else stays. Returns itself."""
+        for key, value in self.items():
+            if hasattr(value, "to") and hasattr(value, "device"):
+                self[key] = value.to(device, non_blocking=non_blocking)
+        return self
+
+    def convert_to_tensors(self, tensor_type: str | None, prepend_batch_axis: bool = False) -> BatchEncoding:
+        """Turn the lists into tensors of kind "pt", "np" or "jax", in place. Raises InputError for ragged rows."""
+        if tensor_type is not None:
+            make = tensor_maker(tensor_type)
+            for key, value in self.items():
+                self[key] = make(key, [value] if prepend_batch_axis else value)
+        return self
+
+    def word_ids(self, batch_index: int = 0) -> list[int | None]:
+        """The word of each token, for input given with `is_split_into_words=True`; None for special tokens."""
+        if self._words is None:
+            raise InputError("word_ids needs input that was given as words, with is_split_into_words=True.")
+        return self._words[batch_index]
+
+
+@dataclass
+class Row:
+    """One sequence on its way out; all lists have the same length."""
+
+    ids: list[int]
+    types: list[int]
+    special: list[int]
+    offsets: Offsets | None = None
+    words: list[int | None] | None = None
+    mask: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.mask = self.mask or [1] * len(self.ids)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass
+class Part:
+    """The ids of one text (or of one list of words) before special tokens."""
+
+    ids: list[int]
+    offsets: Offsets | None = None
+    words: list[int | None] | None = None
+
+    def cut(self, start: int, stop: int) -> Part:
+        offsets = None if self.offsets is None else self.offsets[start:stop]
+        return Part(self.ids[start:stop], offsets, None if self.words is None else self.words[start:stop])
+
+    def keep(self, count: int, side: str) -> Part:
+        """The first (`side="right"` is cut) or last `count` ids."""
+        size = len(self.ids)
+        return self.cut(0, count) if side == "right" else self.cut(max(0, size - count), size)
+
+
+def windows(size: int, length: int, stride: int, side: str) -> list[tuple[int, int]]:
+    """(start, stop) of windows of `length` that share `stride` ids with their neighbour, the kept one first."""
+    if size <= length:
+        return [(0, size)]
+    if length == 0:
+        return [(0, 0)]
+    found = []
+    for step in range(0, size, length - stride):
+        if side == "right":
+            start, stop = step, min(step + length, size)
+            last = stop == size
+        else:
+            start, stop = max(0, size - step - length), size - step
+            last = start == 0
+        found.append((start, stop))
+        if last:
+            break
+    return found
+
+
+def shares(first: int, second: int, budget: int, strategy: str) -> tuple[int, int]:
+    """How many ids of each of a pair fit `budget` together. Raises InputError if one may not shrink enough."""
+    excess = first + second - budget
+    if excess <= 0:
+        return first, second
+    if strategy == "only_first":
+        return _remaining(first, excess, "first", budget), second
+    if strategy == "only_second":
+        return first, _remaining(second, excess, "second", budget)
+    small = min(first, second)
+    if small > budget // 2:
+        half, rest = budget // 2, budget - budget // 2
+        return (half, rest) if first <= second else (rest, half)
+    return (first, budget - first) if first <= second else (budget - second, second)
+
+
+def _remaining(size: int, excess: int, which: str, budget: int) -> int:
+    if size <= excess:
+        raise InputError(
+            f"the {which} text has {size} tokens and {excess} must go to leave {budget}. "
+            "Use truncation='longest_first' or a larger max_length."
+        )
+    return size - excess
+
+
+def pad_row(row: Row, length: int, side: str, pad_id: int, pad_type: int) -> Row:
+    """`row` with padding up to `length`; mask 0, special 1, offsets (0, 0), no word."""
+    missing = length - len(row)
+    if missing <= 0:
+        return row
+
+    def joined(values: list[Any] | None, filler: Any) -> Any:
+        if values is None:
+            return None
+        return [filler] * missing + values if side == "left" else values + [filler] * missing
+
+    return replace(
+        row,
+        ids=joined(row.ids, pad_id),
+        types=joined(row.types, pad_type),
+        special=joined(row.special, 1),
+        mask=joined(row.mask, 0),
+        offsets=joined(row.offsets, (0, 0)),
+        words=joined(row.words, None),
+    )
+
+
+def round_up(length: int, multiple: int | None) -> int:
+    if multiple is None:
+        return length
+    if not isinstance(multiple, int) or multiple < 1:
+        raise InputError(f"pad_to_multiple_of is {multiple!r}; it must be a positive integer.")
+    return -(-length // multiple) * multiple
+
+
+def one_of(name: str, value: str, allowed: Sequence[str]) -> str:
+    if value not in allowed:
+        raise InputError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}.")
+    return value
+
+
+def to_lists(value: Any) -> Any:
+    """Tensors and arrays, also inside lists, as plain Python lists and numbers."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [to_lists(item) for item in value]
+    return value
+
+
+def tensor_maker(kind: Any) -> Any:
+    """A function (name, nested lists) -> tensor of integers: int64 for "pt" and "np", JAX's default integer for "jax"."""
+    kind = getattr(kind, "value", kind)
+    if kind == "pt":
+        import torch
+
+        return lambda name, value: value if torch.is_tensor(value) else _stack(name, value, _long(torch))
+    if kind == "np":
+        import numpy
+
+        return lambda name, value: _stack(name, value, lambda rows: numpy.array(rows, dtype=numpy.int64))
+    if kind == "jax":
+        try:
+            import jax.numpy
+        except ImportError as error:
+            raise MissingDependency("return_tensors='jax' needs jax: pip install 'gemmakit[flax]'.") from error
+        return lambda name, value: _stack(name, value, lambda rows: jax.numpy.array(rows, dtype=int))
+    raise InputError(f"return_tensors is {kind!r}; it must be 'pt', 'np' or 'jax'.")
+
+
+def _long(torch: Any) -> Any:
+    return lambda rows: torch.tensor(rows, dtype=torch.long)
+
+
+def _stack(name: str, rows: Any, make: Any) -> Any:
+    try:
+        return make(to_lists(rows))
+    except (ValueError, TypeError, RuntimeError) as error:
+        lengths = sorted({len(row) for row in rows if isinstance(row, list)})
+        raise InputError(
+            f"{name} cannot become one tensor: its rows have lengths {lengths}. "
+            "Pass padding=True (and truncation=True to shorten), or leave return_tensors out."
+        ) from error
+
+
+def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """A list of dictionaries as a dictionary of lists; all must have the keys of the first."""
+    keys = list(rows[0])
+    for index, row in enumerate(rows):
+        if set(row) != set(keys):
+            raise InputError(f"item {index} has the keys {sorted(row)}, the first has {sorted(keys)}.")
+    return {key: [row[key] for row in rows] for key in keys}

@@ -1,0 +1,240 @@
+"""Tokenizers to and from directories and the Hub, in the files that transformers reads and writes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from gemmakit.errors import TokenizerError
+from gemmakit.hub import find_file
+from gemmakit.text.tokenizer_json import read_json
+from gemmakit.text.vocabulary import AddedToken, Engine
+
+if TYPE_CHECKING:
+    from gemmakit.text.base import TokenizerBase
+
+Self = TypeVar("Self", bound="Saving")
+
+MODEL, JSON, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
+SPECIALS, TEMPLATE, ADDED = "special_tokens_map.json", "chat_template.jinja", "added_tokens.json"
+MAX_TEMPLATE_BYTES = 2**20
+
+# Said by a file about itself or about other software; nothing here acts on it, and code is never loaded.
+_IGNORED = ("tokenizer_class", "auto_map", "backend", "is_local", "local_files_only", "tokenizer_file", "vocab_file")
+_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "mask_token", "sep_token", "cls_token")
+
+
+class Saving:
+    """`from_pretrained`, `save_pretrained`, `save_vocabulary`."""
+
+    _engine: Engine
+    is_fast: bool
+    vocab_file: str | None
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Self],
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *inputs: Any,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        subfolder: str = "",
+        **settings: Any,
+    ) -> Self:
+        """Load from a directory or a Hub id; `settings` override what the files say.
+
+        GemmaTokenizer prefers `tokenizer.model`, GemmaTokenizerFast `tokenizer.json`; either takes the other. Raises
+        TokenizerError for malformed files, CheckpointError or HubError where they cannot be had.
+        """
+        name = os.fspath(pretrained_model_name_or_path)
+        for key in ("use_fast", "trust_remote_code", "force_download", "resume_download", "proxies", "legacy"):
+            settings.pop(key, None)
+
+        def find(filename: str) -> Path | None:
+            return find_file(
+                name,
+                filename,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                subfolder=subfolder,
+                optional=True,
+            )
+
+        config = {**_config(find), "name_or_path": name}
+        order = (JSON, MODEL) if cls.is_fast else (MODEL, JSON)
+        for filename in order:
+            path = find(filename)
+            if path is not None:
+                key = "vocab_file" if filename == MODEL else "tokenizer_file"
+                if filename == JSON:
+                    config.pop("sp_model_kwargs", None)
+                return cls(*inputs, **{**config, key: str(path), **settings})
+        raise TokenizerError(f"{name} has neither {order[0]} nor {order[1]}: it holds no Gemma tokenizer.")
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], filename_prefix: str | None = None, **_: Any
+    ) -> tuple[str, ...]:
+        """Write everything `from_pretrained` needs, here and in transformers; returns the files' paths.
+
+        Each file is written beside its place and moved there, so an interrupted save leaves the old file whole.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        files = [Path(path) for path in self.save_vocabulary(folder, filename_prefix)]
+        for name, text in self._texts():
+            files.append(_write(folder / _prefixed(name, filename_prefix), text.encode()))
+        return tuple(map(str, files))
+
+    def save_vocabulary(
+        self, save_directory: str | os.PathLike[str], filename_prefix: str | None = None
+    ) -> tuple[str, ...]:
+        """Write the vocabulary alone: `tokenizer.model` where there is one, and `tokenizer.json`."""
+        from gemmakit.text.fast import RustEngine
+
+        folder = Path(save_directory)
+        if not folder.is_dir():
+            raise TokenizerError(f"{folder} is not a directory to save a vocabulary in.")
+        written = []
+        model = self._model_bytes()
+        if model is not None:
+            written.append(_write(folder / _prefixed(MODEL, filename_prefix), model))
+        if isinstance(self._engine, RustEngine):
+            engine = self._engine
+        else:
+            engine = RustEngine.from_model(self._engine.model)  # type: ignore[attr-defined]
+            engine.add(token for _, token in sorted(self._engine.added.items()))
+        set_post_processor(engine, self)  # type: ignore[arg-type]
+        written.append(_write(folder / _prefixed(JSON, filename_prefix), engine.to_json().encode()))
+        return tuple(map(str, written))
+
+    def _model_bytes(self) -> bytes | None:
+        model = getattr(self._engine, "model", None)
+        if model is not None:
+            return model.to_bytes()
+        try:
+            return Path(self.vocab_file).read_bytes() if self.vocab_file else None
+        except OSError as error:
+            raise TokenizerError(f"cannot read {self.vocab_file} to save it again: {error.strerror}.") from error
+
+    def update_post_processor(self) -> None:
+        """Bring the Rust tokenizer's own post-processor in line. Encoding here never needs it: settings act at once."""
+        from gemmakit.text.fast import RustEngine
+
+        if isinstance(self._engine, RustEngine):
+            set_post_processor(self._engine, self)  # type: ignore[arg-type]
+
+    def _texts(self: Any) -> Iterator[tuple[str, str]]:
+        config = {
+            **self.init_kwargs,
+            "add_bos_token": self.add_bos_token,
+            "add_eos_token": self.add_eos_token,
+            "added_tokens_decoder": {str(i): token.to_dict() for i, token in self.added_tokens_decoder.items()},
+            **self.special_tokens_map,
+            "additional_special_tokens": self.additional_special_tokens,
+            "extra_special_tokens": self.additional_special_tokens,
+            "clean_up_tokenization_spaces": self.clean_up_tokenization_spaces,
+            "model_max_length": self.model_max_length,
+            "padding_side": self.padding_side,
+            "truncation_side": self.truncation_side,
+            "sp_model_kwargs": getattr(self, "sp_model_kwargs", {}),
+            "spaces_between_special_tokens": self.spaces_between_special_tokens,
+            "use_default_system_prompt": self.use_default_system_prompt,
+            "tokenizer_class": "GemmaTokenizer",
+        }
+        yield CONFIG, json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
+        specials = {**self.special_tokens_map, "additional_special_tokens": self.additional_special_tokens}
+        yield SPECIALS, json.dumps(specials, indent=2, ensure_ascii=False) + "\n"
+        template = self.get_chat_template()
+        if template is not None:
+            yield TEMPLATE, template
+
+
+def set_post_processor(engine: Any, tokenizer: TokenizerBase) -> None:
+    """The template that makes the Rust tokenizer alone put the same special tokens around a text."""
+    from tokenizers import processors
+
+    before, after = tokenizer._around()
+    names = {index: engine.id_to_token(index) for index in (*before, *after)}
+
+    def sequence(slot: str, kind: int) -> list[str]:
+        return [*(f"{names[i]}:{kind}" for i in before), f"${slot}:{kind}", *(f"{names[i]}:{kind}" for i in after)]
+
+    engine.tokenizer.post_processor = processors.TemplateProcessing(
+        single=sequence("A", 0),
+        pair=sequence("A", 0) + sequence("B", 1),
+        special_tokens=[(name, index) for index, name in names.items()],
+    )
+
+
+def _config(find: Any) -> dict[str, Any]:
+    """Constructor arguments from the configuration files, of transformers 4 and 5 and of the released repositories."""
+    path = find(CONFIG)
+    config = dict(_object(path)) if path else {}
+    specials = find(SPECIALS)
+    for key, value in (_object(specials) if specials else {}).items():
+        config.setdefault(key, value)
+    added = find(ADDED)
+    if added is not None and "added_tokens_decoder" not in config:
+        config["added_tokens_decoder"] = _legacy_added(_object(added), config)
+    for key in _IGNORED:
+        config.pop(key, None)
+    for key in _NAMES:
+        if isinstance(config.get(key), Mapping):
+            config[key] = AddedToken.of(config[key])
+        elif not isinstance(config.get(key, ""), (str, type(None))):
+            raise TokenizerError(f"{path}: {key} is {config[key]!r}; a string is needed.")
+    template = find(TEMPLATE)
+    if template is not None:
+        config["chat_template"] = _template(template)
+    elif isinstance(config.get("chat_template"), list):
+        config["chat_template"] = {entry["name"]: entry["template"] for entry in config["chat_template"]}
+    if config.get("model_max_length") is None:
+        config.pop("model_max_length", None)
+    return config
+
+
+def _legacy_added(table: Mapping[str, Any], config: Mapping[str, Any]) -> dict[int, AddedToken]:
+    specials = {str(config.get(name)) for name in _NAMES}
+    if not all(type(index) is int for index in table.values()):
+        raise TokenizerError(f"{ADDED} must give an id for each token.")
+    return {index: AddedToken(text, special=text in specials) for text, index in table.items()}
+
+
+def _object(path: Path) -> Mapping[str, Any]:
+    data = read_json(path)
+    if not isinstance(data, dict):
+        raise TokenizerError(f"{path} must hold an object, found {type(data).__name__}.")
+    return data
+
+
+def _template(path: Path) -> str:
+    if path.stat().st_size > MAX_TEMPLATE_BYTES:
+        raise TokenizerError(f"{path} is larger than {MAX_TEMPLATE_BYTES} bytes.")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"{path} is not UTF-8: {error.reason}.") from error
+
+
+def _prefixed(name: str, prefix: str | None) -> str:
+    return f"{prefix}-{name}" if prefix else name
+
+
+def _write(path: Path, data: bytes) -> Path:
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,188 @@
+"""What the two encoders share: added tokens, the engine they both implement, and pieces back to text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
+
+from gemmakit.errors import TokenizerError, TokenOutOfRange
+from gemmakit.text.model_file import CONTROL, UNKNOWN, USER_DEFINED, ModelFile
+
+SPACE = "▁"
+TURN_TOKENS = ("<start_of_turn>", "<end_of_turn>")
+Offsets = list[tuple[int, int]]
+
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+_TAG = re.compile(r"</?[a-z]+[1-6]?>")
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token matched in raw text before the vocabulary's own rules. Fields as in the `tokenizers` library.
+
+    `normalized=None` means: match the text as it is for a special token, after spaces became U+2581 otherwise.
+    """
+
+    content: str
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool | None = None
+    special: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.content, str) or not self.content:
+            raise TokenizerError(f"an added token must be a non-empty string, found {self.content!r}.")
+        if self.normalized is None:
+            object.__setattr__(self, "normalized", not self.special)
+
+    def __str__(self) -> str:
+        return self.content
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def of(cls, value: Any, special: bool | None = None) -> AddedToken:
+        """From a string, a dictionary, this class, or the `tokenizers` library's class."""
+        if isinstance(value, str):
+            return cls(value, special=bool(special))
+        names = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+        if isinstance(value, Mapping):
+            fields = {name: value[name] for name in names if name in value}
+        elif hasattr(value, "content"):
+            fields = {name: getattr(value, name) for name in names if hasattr(value, name)}
+        else:
+            raise TokenizerError(f"a token must be a string or an AddedToken, found {type(value).__name__} {value!r}.")
+        for name in names[1:]:
+            if not isinstance(fields.get(name, False), (bool, type(None))):
+                raise TokenizerError(f"added token {fields.get('content')!r}: {name} must be true or false.")
+        if special:
+            fields["special"] = True
+        return cls(**fields)
+
+
+class Engine(Protocol):
+    """Text to ids and names to ids; knows nothing of BOS, padding or batches of different lengths."""
+
+    added: dict[int, AddedToken]
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+    def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], Offsets]]: ...
+
+    def token_to_id(self, token: str) -> int | None: ...
+
+    def id_to_token(self, index: int) -> str | None: ...
+
+    def vocab(self) -> dict[str, int]: ...
+
+    def add(self, tokens: Iterable[AddedToken]) -> int: ...
+
+
+def added_tokens_of(model: ModelFile) -> dict[int, AddedToken]:
+    """The pieces of a `.model` that are matched whole: control pieces, the unknown piece, and user-defined symbols."""
+    added = {}
+    for index, piece in enumerate(model.pieces):
+        if piece.type in (CONTROL, UNKNOWN):
+            added[index] = AddedToken(piece.text, normalized=False, special=True)
+        elif piece.type == USER_DEFINED:
+            special = piece.text in TURN_TOKENS or piece.text == "<mask>"
+            added[index] = AddedToken(piece.text, normalized=SPACE in piece.text, special=special)
+    return added
+
+
+def merge_added(existing: dict[int, AddedToken], token: AddedToken, index: int) -> AddedToken:
+    """`token` as it should be registered at `index`: what is special stays special, what is matched raw stays raw."""
+    old = existing.get(index)
+    if old is None or token.special == old.special:
+        return token if old is None else replace(token, normalized=old.normalized)
+    return replace(old, special=True)
+
+
+def is_structural(token: AddedToken) -> bool:
+    """True for tokens that only a program should write: specials, turns, unused tokens; not runs of space, not tags."""
+    text = token.content
+    return token.special or not (_TAG.fullmatch(text) or not text.strip(SPACE + " \n\t\r"))
+
+
+def alternatives(tokens: Iterable[AddedToken]) -> str:
+    """A regular expression that matches the longest of `tokens` at the leftmost place."""
+    parts = []
+    for token in sorted(tokens, key=lambda token: (-len(token.content), token.content)):
+        part = re.escape(token.content)
+        if token.single_word:
+            part = rf"(?<!\w){part}(?!\w)"
+        parts.append((r"\s*" if token.lstrip else "") + part + (r"\s*" if token.rstrip else ""))
+    return "|".join(parts)
+
+
+def check_text(text: str) -> str:
+    """`text` unchanged, or TokenizerError: only whole Unicode characters have UTF-8 bytes to encode."""
+    if not isinstance(text, str):
+        raise TokenizerError(f"text must be a string, found {type(text).__name__}.")
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise TokenizerError(
+                f"the text holds a lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, which is "
+                "half of a character and has no encoding. Repair the text, for example with "
+                "text.encode('utf-8', 'replace').decode('utf-8')."
+            ) from None
+    return text
+
+
+def shown(piece: str) -> str | int:
+    """What a piece adds to the text: its characters, with U+2581 as a space, or the value of the byte it stands for."""
+    match = _BYTE.fullmatch(piece) if len(piece) == 6 else None
+    return int(match[1], 16) if match else piece.replace(SPACE, " ")
+
+
+class ShownPieces(dict[int, "str | int"]):
+    """`shown` for each id of an engine, remembered. An id that the vocabulary does not have raises TokenOutOfRange."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__()
+        self.engine = engine
+
+    def __missing__(self, index: int) -> str | int:
+        piece = self.engine.id_to_token(index)
+        if piece is None:
+            raise out_of_range(index, self.engine)
+        value = self[index] = shown(piece)
+        return value
+
+
+def out_of_range(index: Any, engine: Engine) -> TokenOutOfRange:
+    return TokenOutOfRange(f"token id {index} is not in the vocabulary, which has {len(engine.vocab())} tokens.")
+
+
+def bytes_to_text(run: bytes | bytearray) -> str:
+    """A whole run of byte pieces as text: its UTF-8, or one U+FFFD for each byte if any of them is out of place."""
+    try:
+        return run.decode("utf-8")
+    except UnicodeDecodeError:
+        return "\ufffd" * len(run)
+
+
+def join_shown(items: Iterable[str | int]) -> str:
+    """Text of a sequence of `shown` pieces; runs of byte values become characters."""
+    parts: list[str] = []
+    run = bytearray()
+    for item in items:
+        if isinstance(item, int):
+            run.append(item)
+            continue
+        if run:
+            parts.append(bytes_to_text(run))
+            run.clear()
+        parts.append(item)
+    if run:
+        parts.append(bytes_to_text(run))
+    return "".join(parts)
