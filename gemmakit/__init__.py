@@ -1,4 +1,7 @@
-"""gemmakit runs Google's Gemma. Names load when they are first used: importing the package loads neither torch nor jax."""
+"""gemmakit runs Google's Gemma.
+
+Names load when they are first used: importing the package loads neither torch nor jax.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ _HOME = {
     "AsyncTextIteratorStreamer": "gemmakit.streamers",
 }
 
-__all__ = ["__version__", *_HOME]  # noqa: PLE0604
+__all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> Any:

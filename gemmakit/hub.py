@@ -212,15 +212,20 @@ def _find_local(directory: Path, filename: str, optional: bool) -> Path | None:
 
 
 def _download(repo_id: str, filename: str, *, revision, token, cache_dir, local_files_only: bool) -> Path:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
+    if local_files_only:
+        # hf_hub_download prepares request headers even then, for which its recent versions ask the network.
+        cached = try_to_load_from_cache(repo_id, filename, cache_dir=cache_dir, revision=revision)
+        if isinstance(cached, str):
+            return Path(cached)
+        raise _hub_error("LocalEntryNotFoundError")(f"{filename} of {repo_id} is not cached")
     path = hf_hub_download(
         repo_id,
         filename,
         revision=revision,
         token=token,
         cache_dir=cache_dir,
-        local_files_only=local_files_only,
         library_name="gemmakit",
     )
     return Path(path)
@@ -266,67 +271,70 @@ def _hub_error(name: str) -> type[Exception]:
     return getattr(errors, name, None) or getattr(utils, name, None) or _NoSuchError
 
 
+# What each exception of huggingface_hub means, most specific first, and the next step.
+_MEANINGS = (
+    (
+        "GatedRepoError",
+        "{repo!r} is gated and this account may not read it. Accept its licence at {page}, "
+        "then run `hf auth login` (or set HF_TOKEN) with a token of the account that accepted it.",
+    ),
+    (
+        "LocalTokenNotFoundError",
+        "token=True was asked for {what}, but there is no token here. Run `hf auth login`, or set HF_TOKEN.",
+    ),
+    ("DisabledRepoError", "{repo!r} was disabled on the Hub. See {page}; use another copy of the model."),
+    (
+        "RepositoryNotFoundError",
+        "The Hub has no repository {repo!r} that this account can see. Check the spelling at {page}; "
+        "a private repository needs `hf auth login` or HF_TOKEN; a local directory must exist.",
+    ),
+    (
+        "RevisionNotFoundError",
+        "{repo!r} has no revision {revision!r}. Its branches and tags are at {page}/tree/main; "
+        "leave revision out for the main branch.",
+    ),
+    (
+        "EntryNotFoundError",
+        "{repo!r} has no file {file!r} at revision {revision!r}. "
+        "Its files are at {page}/tree/{revision}; check the revision and the subfolder.",
+    ),
+    (
+        "HFValidationError",
+        "{repo!r} is neither an existing directory nor a Hub id ('name' or 'owner/name'). Check the spelling.",
+    ),
+)
+
+
 def _explain(
-    error: Exception, repo_id: str, filename: str, revision: str | None, local_only: bool, uploading: bool = False
-) -> Exception:
+    error: BaseException, repo_id: str, filename: str, revision: str | None, local_only: bool, uploading: bool = False
+) -> BaseException:
     """The HubError that says what `error` was; `error` itself if it is nothing of the Hub's."""
     if isinstance(error, CheckpointError):
         return error
-    is_a = lambda name: isinstance(error, _hub_error(name))  # noqa: E731
     what = f"{filename!r} of {repo_id!r}" if filename else repr(repo_id)
     page = f"https://huggingface.co/{repo_id}"
-    if is_a("LocalEntryNotFoundError"):
-        return _explain_not_cached(error, what, page, local_only)
-    if is_a("GatedRepoError"):
-        return HubError(
-            f"{repo_id!r} is gated and this account may not read it. Accept its licence at {page}, "
-            "then run `hf auth login` (or set HF_TOKEN) with a token of the account that accepted it."
-        )
-    if is_a("DisabledRepoError"):
-        return HubError(f"{repo_id!r} was disabled on the Hub. See {page}; use another copy of the model.")
-    if is_a("RepositoryNotFoundError"):
-        return HubError(
-            f"The Hub has no repository {repo_id!r} that this account can see. Check the spelling at {page}; "
-            "a private repository needs `hf auth login` or HF_TOKEN; a local directory must exist."
-        )
-    if is_a("RevisionNotFoundError"):
-        return HubError(
-            f"{repo_id!r} has no revision {revision or 'main'!r}. Its branches and tags are at {page}/tree/main; "
-            "leave revision out for the main branch."
-        )
-    if is_a("EntryNotFoundError"):
-        return HubError(
-            f"{repo_id!r} has no file {filename!r} at revision {revision or 'main'!r}. "
-            f"Its files are at {page}/tree/{revision or 'main'}; check the revision and the subfolder."
-        )
-    if is_a("OfflineModeIsEnabled"):
-        return _explain_not_cached(error, what, page, local_only)
-    if is_a("HFValidationError"):
-        return HubError(
-            f"{repo_id!r} is neither an existing directory nor a Hub id ('name' or 'owner/name'). Check the spelling."
-        )
+    if isinstance(error, (_hub_error("LocalEntryNotFoundError"), _hub_error("OfflineModeIsEnabled"))):
+        if hasattr(error.__cause__, "response") and error.__cause__ is not None:
+            return _explain(error.__cause__, repo_id, filename, revision, local_only)
+        return _explain_not_cached(what, local_only)
+    fields = {"repo": repo_id, "file": filename, "revision": revision or "main", "what": what, "page": page}
+    for name, meaning in _MEANINGS:
+        if isinstance(error, _hub_error(name)):
+            return HubError(meaning.format(**fields))
     return _explain_status(error, what, page, uploading) or _explain_transfer(error, what) or error
 
 
-def _explain_not_cached(error: Exception, what: str, page: str, local_only: bool) -> HubError:
+def _explain_not_cached(what: str, local_only: bool) -> HubError:
     if local_only:
+        cause = "local_files_only=True forbids a download. Download it once without local_files_only,"
+    elif _offline_on_request():
+        cause = "HF_HUB_OFFLINE is set. Unset HF_HUB_OFFLINE to download it once,"
+    else:
         return HubError(
-            f"{what} is not in the local cache and local_files_only=True forbids a download. "
-            "Download it once without local_files_only, or check HF_HOME and cache_dir."
+            f"{what} is not in the local cache and the Hub cannot be reached. Check the network connection, the proxy "
+            "and HF_ENDPOINT, then run again; or pass a local directory."
         )
-    if _offline_on_request():
-        return HubError(
-            f"{what} is not in the local cache and HF_HUB_OFFLINE is set. "
-            "Unset HF_HUB_OFFLINE to download it once, or check HF_HOME and cache_dir."
-        )
-    if error.__cause__ is not None:
-        answered = _explain_status(error.__cause__, what, page, False)
-        if answered is not None:
-            return answered
-    return HubError(
-        f"{what} is not in the local cache and the Hub cannot be reached. Check the network connection, the proxy "
-        "and HF_ENDPOINT, then run again; or pass a local directory."
-    )
+    return HubError(f"{what} is not in the local cache and {cause} or check HF_HOME and cache_dir.")
 
 
 def _explain_status(error: BaseException, what: str, page: str, uploading: bool) -> HubError | None:

@@ -1,4 +1,4 @@
-"""What a forward pass returns: named fields that also read by key, by index, and unpack like a tuple.
+"""What a forward pass returns: named fields that also read by key and by index.
 
 Shapes use B batch, S positions, V vocabulary, D hidden, N heads, K kv heads, T keys, H head_dim, L layers.
 """
@@ -46,7 +46,10 @@ class ModelOutput:
 
 @dataclass
 class BaseModelOutputWithPast(ModelOutput):
-    """last_hidden_state (B, S, D) after the final norm; hidden_states L+1 of (B, S, D); attentions L of (B, N, S, T)."""
+    """last_hidden_state (B, S, D), after the final norm; hidden_states L+1 of (B, S, D); attentions L of (B, N, S, T).
+
+    The first of hidden_states is the embedding, the last is last_hidden_state.
+    """
 
     last_hidden_state: Any = None
     past_key_values: Any = None
@@ -88,7 +91,7 @@ class TokenClassifierOutput(ModelOutput):
 
 @dataclass
 class GenerateDecoderOnlyOutput(ModelOutput):
-    """sequences (B, S); scores and logits one (B, V) a new token; attentions and hidden_states one tuple a new token."""
+    """sequences (B, S). A new token each: scores and logits (B, V), attentions and hidden_states a tuple of layers."""
 
     sequences: Any = None
     scores: tuple[Any, ...] | None = None

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 HELD_OUT_SHARE = 8
+WINDOW = 512  # tokens a piece in `perplexity`, <bos> included
 
 WORDS = (
     "apple pear plum fig lemon melon grape peach cherry olive bread milk rice salt tea corn bean soup cake egg "
@@ -242,7 +243,7 @@ def greedy(model: Any, tokenizer: Any, *, max_new_tokens: int = 48, batch_size: 
     return generate
 
 
-def perplexity(model: Any, token_ids: Sequence[int], *, window: int = 512, batch_size: int = 8) -> tuple[float, float]:
+def perplexity(model: Any, token_ids: Sequence[int], *, window: int = WINDOW, batch_size: int = 8) -> tuple[float, float]:
     """How well `model` predicts a text: (perplexity per token, total nats).
 
     `token_ids` holds the text without <bos>. It is cut into pieces of `window - 1` tokens, each read behind one <bos>

@@ -23,12 +23,12 @@ class GenerationConfig:
 
     Length
         max_length: prompt and new tokens together. max_new_tokens: new tokens alone, wins over max_length; with
-        neither, 20 new tokens. min_length, min_new_tokens: eos is held back until then. max_time: seconds.
+        neither, 20 new tokens. min_length, min_new_tokens: no eos before. max_time: seconds.
         stop_strings: texts that end a row (needs `tokenizer=`). eos_token_id: one id or several.
     Choice
         do_sample: draw from the distribution instead of taking its peak. temperature: divides the logits. top_k: keep
-        the k likeliest tokens (0 keeps all). top_p: keep the smallest set with this probability. min_p: keep tokens of at
-        least this share of the likeliest one's probability. repetition_penalty: above 1 discourages tokens that are
+        the k likeliest tokens (0 keeps all). top_p: keep the smallest set with this probability. min_p: keep tokens of
+        at least this share of the likeliest one's probability. repetition_penalty: above 1 discourages tokens that are
         already there. seed: makes sampling reproducible; row i then depends on (seed, its own prompt) alone.
     Work
         use_cache; cache_implementation ("dynamic" or "static"); prefill_chunk_size: prompt tokens a pass.
@@ -96,7 +96,9 @@ class GenerationConfig:
             )
         for text in self.stop_texts:
             if not isinstance(text, str) or not text:
-                raise GenerationConfigError(f"stop_strings holds {text!r}; each must be a text of at least 1 character.")
+                raise GenerationConfigError(
+                    f"stop_strings holds {text!r}; each must be a text of at least 1 character."
+                )
         self._check_tokens(vocab_size)
 
     def _check_tokens(self, vocab_size: int | None) -> None:
@@ -207,13 +209,18 @@ _RANGES: dict[str, tuple[str, Any, float]] = {
     "seed": (_WHOLE, 0, 2**63 - 1),
     "prefill_chunk_size": (_WHOLE, 1, math.inf),
     "num_return_sequences": (_WHOLE, 1, math.inf),
-    **{
-        name: (_FLAG, 0, 1)
-        for name in ("do_sample", "use_cache", "return_dict_in_generate", "output_scores", "output_logits",
-                     "output_attentions", "output_hidden_states")
-    },
+    **dict.fromkeys(("do_sample", "use_cache", "return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states"), (_FLAG, 0, 1)),
 }  # fmt: skip
-_OPTIONAL = ("max_length", "max_new_tokens", "min_new_tokens", "max_time", "top_k", "min_p", "seed", "prefill_chunk_size")
+_OPTIONAL = (
+    "max_length",
+    "max_new_tokens",
+    "min_new_tokens",
+    "max_time",
+    "top_k",
+    "min_p",
+    "seed",
+    "prefill_chunk_size",
+)
 
 
 def _check(name: str, value: Any, kind: str, low: Any, high: float) -> None:

@@ -125,6 +125,17 @@ class Cache:
             )
         return layer.append(key_states, value_states, (cache_kwargs or {}).get("cache_position"))
 
+    def span(self, queries: int, cache_position: Tensor | None = None) -> tuple[int | Tensor, int]:
+        """Where the next tokens go, and how many keys they get to see.
+
+        The first is the number of positions before them, or, for a static cache that is told places by a tensor, that
+        tensor (S,): no length is read from the device then, and the whole buffer is seen.
+        """
+        if cache_position is not None and self.max_cache_len is not None:
+            return cache_position, self.max_cache_len
+        past = self.get_seq_length()
+        return past, past + queries
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions held."""
         return int(self.layers[layer_idx].length) if layer_idx < len(self.layers) else 0
@@ -197,7 +208,9 @@ class Cache:
 class DynamicCache(Cache):
     """Grows as tokens come."""
 
-    def __init__(self, ddp_cache_data: Iterable[tuple[Tensor, Tensor]] | None = None, config: GemmaConfig | None = None):
+    def __init__(
+        self, ddp_cache_data: Iterable[tuple[Tensor, Tensor]] | None = None, config: GemmaConfig | None = None
+    ):
         super().__init__()
         for i, (k, v) in enumerate(ddp_cache_data or ()):
             self.update(k, v, i)

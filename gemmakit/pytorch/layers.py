@@ -38,11 +38,11 @@ class GemmaRMSNorm(nn.Module):
 class GemmaScaledEmbedding(nn.Embedding):
     """Token embedding times sqrt(D), the factor rounded to the weight's dtype (7B: 55.5 in bfloat16)."""
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """input_ids: (B, S) -> (B, S, D)."""
+    def forward(self, input: Tensor) -> Tensor:
+        """input: (B, S) ids -> (B, S, D)."""
         # A Python float would multiply unrounded; a 0-d tensor of the weight's dtype rounds as training did.
         scale = torch.full((), self.embedding_dim**0.5, dtype=self.weight.dtype, device=self.weight.device)
-        return super().forward(input_ids) * scale
+        return super().forward(input) * scale
 
 
 def activation(act: str | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -122,9 +122,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
 
 
-def rope_frequencies(
-    config: GemmaConfig, length: int = 0, device: torch.device | None = None
-) -> tuple[Tensor, float]:
+def rope_frequencies(config: GemmaConfig, length: int = 0, device: torch.device | None = None) -> tuple[Tensor, float]:
     """Inverse frequencies (H/2,) float32 and the factor on cos and sin, for a context of `length` tokens."""
     rope, H = config.rope_parameters, config.head_dim
     exponents = torch.arange(0, H, 2, dtype=torch.float32, device=device) / H

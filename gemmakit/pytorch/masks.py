@@ -51,9 +51,9 @@ def visibility(
     """
     if attention_mask is not None and attention_mask.dim() == 4:
         return _given(attention_mask, batch, queries, keys)
-    padding = _padding(attention_mask, batch, keys)
-    documents = _documents(position_ids) if padding is None else None
     places_known = isinstance(past, int)
+    padding = _padding(attention_mask, batch, keys, whole_buffer=not places_known)
+    documents = _documents(position_ids) if padding is None else None
     if padding is None and documents is None and places_known:
         if queries == 1 or not causal:
             return Visibility(None)
@@ -79,7 +79,8 @@ def _given(mask: Tensor, batch: int, queries: int, keys: int) -> Visibility:
     ok = mask.shape[0] in (1, batch) and mask.shape[2] in (1, queries) and mask.shape[3] >= keys
     if not ok:
         raise InputError(
-            f"attention_mask has shape {tuple(mask.shape)}; a 4-D mask for this call is ({batch}, 1, {queries}, {keys})."
+            f"attention_mask has shape {tuple(mask.shape)}; a 4-D mask for this call is "
+            f"({batch}, 1, {queries}, {keys})."
         )
     mask = mask[..., :keys]
     if mask.dtype == torch.bool:
@@ -89,12 +90,18 @@ def _given(mask: Tensor, batch: int, queries: int, keys: int) -> Visibility:
     return Visibility(mask.masked_fill(blind, 0.0), blind=blind)
 
 
-def _padding(attention_mask: Tensor | None, batch: int, keys: int) -> Tensor | None:
-    """The 2-D mask as bool (B, T), or None when it hides nothing (looked up only where that waits for no device)."""
+def _padding(attention_mask: Tensor | None, batch: int, keys: int, whole_buffer: bool) -> Tensor | None:
+    """The 2-D mask as bool (B, T), or None when it hides nothing (looked up only where that waits for no device).
+
+    whole_buffer: keys are all places of a static cache; a mask over the tokens so far is widened to them, for the
+    causal rule hides the places that are not written yet.
+    """
     if attention_mask is None:
         return None
     if attention_mask.dim() != 2 or attention_mask.shape[0] != batch:
         raise InputError(f"attention_mask has shape {tuple(attention_mask.shape)}; give ({batch}, {keys}) or 4-D.")
+    if whole_buffer and attention_mask.shape[1] < keys:
+        attention_mask = torch.nn.functional.pad(attention_mask, (0, keys - attention_mask.shape[1]))
     if attention_mask.shape[1] != keys:
         raise InputError(
             f"attention_mask covers {attention_mask.shape[1]} positions, but past and current tokens are {keys}: "

@@ -6,7 +6,7 @@ Source: arXiv:2403.08295. Parameter names are those of the released checkpoints.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -159,22 +159,20 @@ class GemmaModel(GemmaPreTrainedModel):
 
         B, S, _ = inputs_embeds.shape
         device = inputs_embeds.device
-        on_device = cache_position is not None and cache is not None and cache.max_cache_len is not None
-        past = 0 if cache is None or on_device else cache.get_seq_length()
-        keys = cache.max_cache_len if on_device else past + S  # type: ignore[union-attr]
-        causal = not config.use_bidirectional_attention if is_causal is None else is_causal
+        past, keys = (0, S) if cache is None else cache.span(S, cache_position)
+        packed = cache is None or (past_key_values is None and past == 0)
         visible = visibility(
-            _cover(attention_mask, keys) if on_device else attention_mask,
+            attention_mask,
             batch=B,
             queries=S,
             keys=keys,
-            past=cache_position if on_device else past,
-            causal=causal,
-            position_ids=position_ids if cache is None or (past == 0 and past_key_values is None) else None,
+            past=past,
+            causal=not config.use_bidirectional_attention if is_causal is None else is_causal,
+            position_ids=position_ids if packed else None,
             device=device,
         )
         if position_ids is None:
-            position_ids = (torch.arange(past, past + S, device=device) if not on_device else cache_position)[None]
+            position_ids = (torch.arange(past, past + S, device=device) if isinstance(past, int) else past)[None]
         tables = self.rotary_emb(position_ids, inputs_embeds.dtype)
 
         hidden = inputs_embeds
@@ -226,7 +224,7 @@ class GemmaModel(GemmaPreTrainedModel):
 class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
     """Gemma with the language modelling head, whose weight is the embedding's unless the configuration unties them."""
 
-    tied_weights = {"lm_head.weight": "model.embed_tokens.weight"}
+    tied_weights: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: GemmaConfig):
         super().__init__(config)
@@ -318,10 +316,3 @@ def _check_labels(labels: Tensor, inputs: Tensor | None, vocab_size: int) -> Non
             f"label {int(bad[0])} is outside the vocabulary of {vocab_size} ids (0 to {vocab_size - 1}; "
             f"{IGNORED_LABEL} marks positions to ignore)."
         )
-
-
-def _cover(attention_mask: Tensor | None, keys: int) -> Tensor | None:
-    """Widen a (B, t) mask to a static cache's (B, T): what is not written yet stays hidden by the causal rule."""
-    if attention_mask is None or attention_mask.dim() != 2 or attention_mask.shape[1] >= keys:
-        return attention_mask if attention_mask is None or attention_mask.dim() != 2 else attention_mask[:, :keys]
-    return F.pad(attention_mask, (0, keys - attention_mask.shape[1]), value=0)

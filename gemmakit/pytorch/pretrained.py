@@ -115,7 +115,9 @@ class GemmaPreTrainedModel(nn.Module):
         with open_checkpoint(name, allow_pickle=allow_pickle, **where) as checkpoint:
             with torch.device("meta"):
                 model = cls(config)
-            _load(model, checkpoint, _dtype(dtype or torch_dtype or "auto"), _device(device_map), ignore_mismatched_sizes)
+            _load(
+                model, checkpoint, _dtype(dtype or torch_dtype or "auto"), _device(device_map), ignore_mismatched_sizes
+            )
         model.config.dtype = str(model.dtype).removeprefix("torch.")
         model.name_or_path = str(name)
         found = find_file(name, "generation_config.json", optional=True, **hub)
@@ -144,7 +146,10 @@ class GemmaPreTrainedModel(nn.Module):
         config.architectures, config.dtype = [type(self).__name__], str(self.dtype).removeprefix("torch.")
         tied = self.tied_weights if config.tie_word_embeddings else ()
         tensors = {name: t for name, t in self.state_dict().items() if name not in tied}
-        files = {"config.json": config.to_json_string(), "generation_config.json": self.generation_config.to_json_string()}
+        files = {
+            "config.json": config.to_json_string(),
+            "generation_config.json": self.generation_config.to_json_string(),
+        }
         save_checkpoint(tensors, Path(save_directory), max_shard_size=max_shard_size, extra_files=files)
         if push_to_hub:
             repo = kwargs.pop("repo_id", Path(save_directory).name)
@@ -169,7 +174,9 @@ class GemmaPreTrainedModel(nn.Module):
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Parameters, a tied one counted once."""
         skip = {id(self.get_input_embeddings().weight)} if exclude_embeddings else set()
-        return sum(p.numel() for p in self.parameters() if id(p) not in skip and (p.requires_grad or not only_trainable))
+        return sum(
+            p.numel() for p in self.parameters() if id(p) not in skip and (p.requires_grad or not only_trainable)
+        )
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.base_model.embed_tokens  # type: ignore[return-value]
@@ -244,7 +251,9 @@ def _tied(model: GemmaPreTrainedModel) -> dict[str, str]:
     return model.tied_weights if model.config.tie_word_embeddings else {}
 
 
-def _stored_names(model: GemmaPreTrainedModel, checkpoint: Checkpoint, wanted: dict[str, nn.Parameter]) -> dict[str, str]:
+def _stored_names(
+    model: GemmaPreTrainedModel, checkpoint: Checkpoint, wanted: dict[str, nn.Parameter]
+) -> dict[str, str]:
     """The model's parameter name -> the file's tensor name; base models and headed ones open each other's files."""
     prefix = model.base_model_prefix + "."
     names = set(checkpoint.names())
@@ -353,8 +362,12 @@ def _device(device_map: str | int | torch.device | None) -> torch.device:
     if device_map is None:
         return torch.get_default_device() if torch.get_default_device().type != "meta" else torch.device("cpu")
     if device_map == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    device = torch.device("cpu" if device_map in (-1, "-1") else int(device_map) if str(device_map).isdigit() else device_map)
+        return torch.device(
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
+    if isinstance(device_map, str) and device_map.lstrip("-").isdigit():
+        device_map = int(device_map)
+    device = torch.device("cpu" if device_map == -1 else device_map)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device {device_map!r} asks for CUDA, and torch sees no CUDA device. Use device 'cpu'.")
     return device

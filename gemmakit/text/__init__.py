@@ -1,0 +1,20 @@
+"""Strings to ids and back: SentencePiece and Rust tokenizers, chat turns, incremental decoding.
+
+Importing this loads neither PyTorch nor the tokenizer libraries; they come with the first tokenizer.
+"""
+
+from gemmakit.text.chat import GEMMA_TEMPLATE
+from gemmakit.text.encoding import BatchEncoding
+from gemmakit.text.fast import GemmaTokenizerFast
+from gemmakit.text.incremental import IncrementalDecoder
+from gemmakit.text.slow import GemmaTokenizer
+from gemmakit.text.vocabulary import AddedToken
+
+__all__ = [
+    "GEMMA_TEMPLATE",
+    "AddedToken",
+    "BatchEncoding",
+    "GemmaTokenizer",
+    "GemmaTokenizerFast",
+    "IncrementalDecoder",
+]

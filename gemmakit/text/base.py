@@ -108,13 +108,17 @@ class TokenizerBase(Calling, Chat, Saving):
         named = {name: other.pop(name, None) for name in NAMED}
         # Whatever a configuration says beyond what is known here is kept, and written back by save_pretrained.
         self.init_kwargs = other
-        self._register(named, added_tokens_decoder, [*(additional_special_tokens or ()), *_listed(extra_special_tokens)])
+        self._register(
+            named, added_tokens_decoder, [*(additional_special_tokens or ()), *_listed(extra_special_tokens)]
+        )
 
     def _register(self, named: Mapping[str, Any], decoder: Mapping[Any, Any] | None, extra: Sequence[Any]) -> None:
         for index, token in sorted((int(key), AddedToken.of(value)) for key, value in (decoder or {}).items()):
             self._engine.add([token])
             if self._engine.token_to_id(token.content) != index:
-                raise TokenizerError(f"added_tokens_decoder gives {token.content!r} the id {index}; the vocabulary differs.")
+                raise TokenizerError(
+                    f"added_tokens_decoder gives {token.content!r} the id {index}; the vocabulary differs."
+                )
         for name, value in named.items():
             # A vocabulary without a mask token is no fault: only v5's signature names one.
             if value is None or (name == "mask_token" and self._engine.token_to_id(str(value)) is None):
@@ -125,7 +129,9 @@ class TokenizerBase(Calling, Chat, Saving):
             self._add_special(token)
         self._extra = [str(token) for token in extra]
         known = {*self._extra, *(token for token in self._named.values() if token)}
-        self._extra += [t.content for _, t in sorted(self._engine.added.items()) if t.special and t.content not in known]
+        self._extra += [
+            t.content for _, t in sorted(self._engine.added.items()) if t.special and t.content not in known
+        ]
 
     def _add_special(self, value: Any) -> int:
         token = AddedToken.of(value, special=True)
@@ -241,7 +247,9 @@ class TokenizerBase(Calling, Chat, Saving):
                 new += self._add_special(value)
                 self._set_named(name, value)
             else:
-                raise InputError(f"{name!r} is no special token; known are {', '.join(NAMED)} and additional_special_tokens.")
+                raise InputError(
+                    f"{name!r} is no special token; known are {', '.join(NAMED)} and additional_special_tokens."
+                )
         return new
 
     # -- names and ids

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from gemmakit.text.encoding import (
     to_lists,
     windows,
 )
-from gemmakit.text.vocabulary import Engine, alternatives
+from gemmakit.text.vocabulary import Engine, alternatives, is_structural
 
 Pair = tuple[Any, Any]
 
@@ -99,7 +100,7 @@ class Calling:
             if text_target is None:
                 raise InputError("there is nothing to encode: text and text_target are both None.")
             text, text_pair, text_target = text_target, text_pair_target, None
-        options = {key: value for key, value in locals().items() if key not in _NOT_PASSED_ON}
+        options = {key: value for key, value in locals().items() if key in DEFAULTS}
         result = self._call(text, text_pair, **options)
         if text_target is not None:
             result["labels"] = self._call(text_target, text_pair_target, **options)["input_ids"]
@@ -107,9 +108,17 @@ class Calling:
 
     def _call(self, text: Any, text_pair: Any, **options: Any) -> BatchEncoding:
         pairs, batched = _pairs(text, text_pair, options["is_split_into_words"])
-        limits = self._limits(options)
-        plain = self.split_special_tokens if options["split_special_tokens"] is None else options["split_special_tokens"]
+        plain = (
+            self.split_special_tokens if options["split_special_tokens"] is None else options["split_special_tokens"]
+        )
         parts = self._parts(pairs, options["is_split_into_words"], options["return_offsets_mapping"], plain)
+        return self._finish(parts, batched, options)
+
+    def _finish(
+        self, parts: Sequence[tuple[Part, Part | None]], batched: bool, options: Mapping[str, Any]
+    ) -> BatchEncoding:
+        """Special tokens, truncation, padding and tensors for ids that are already there."""
+        limits = self._limits(options)
         rows: list[Row] = []
         sources: list[int] = []
         for index, (first, second) in enumerate(parts):
@@ -186,8 +195,6 @@ class Calling:
 
     def _special_starts(self, special_only: bool) -> re.Pattern[str]:
         """Matches, with no width, wherever a special (or any structural) token begins, also inside another one."""
-        from gemmakit.text.vocabulary import is_structural
-
         tokens = [t for t in self._engine.added.values() if (t.special if special_only else is_structural(t))]
         return re.compile(f"(?={alternatives(tokens)})" if tokens else r"(?!)")
 
@@ -300,7 +307,9 @@ class Calling:
         """The older name of calling the tokenizer with a batch."""
         return self(list(texts), **options)
 
-    def tokenize(self, text: str, pair: str | None = None, add_special_tokens: bool = False, **options: Any) -> list[str]:
+    def tokenize(
+        self, text: str, pair: str | None = None, add_special_tokens: bool = False, **options: Any
+    ) -> list[str]:
         """The tokens of a text by name; no special tokens around it unless asked for."""
         ids = self.encode(text, pair, add_special_tokens=add_special_tokens, **options)
         return [self._engine.id_to_token(index) for index in ids]  # type: ignore[misc]
@@ -338,19 +347,25 @@ class Calling:
                 setattr(row, name, given)
         rows = self._pad_rows(rows, limits)
         values["input_ids"] = [row.ids for row in rows]
-        wants_mask = "attention_mask" in self.model_input_names if return_attention_mask is None else return_attention_mask
+        wants_mask = (
+            "attention_mask" in self.model_input_names if return_attention_mask is None else return_attention_mask
+        )
         for key, name in fields.items():
             if key in values or (key == "attention_mask" and wants_mask):
                 values[key] = [getattr(row, name) for row in rows]
         if any(len(value) != count for value in values.values()):
-            raise InputError(f"pad needs the same number of rows under every key: { {k: len(v) for k, v in values.items()} }.")
+            raise InputError(
+                f"pad needs the same number of rows under every key: { {k: len(v) for k, v in values.items()} }."
+            )
         if single:
             return BatchEncoding((key, value[0]) for key, value in values.items()).convert_to_tensors(return_tensors)
         return BatchEncoding(values).convert_to_tensors(return_tensors)
 
     # -- the special tokens around sequences of ids
 
-    def build_inputs_with_special_tokens(self, token_ids_0: list[int], token_ids_1: list[int] | None = None) -> list[int]:
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
         """`bos A eos` or `bos A eos bos B eos`, with those tokens that the settings ask for."""
         before, after = self._around()
         first = [*before, *token_ids_0, *after]
@@ -392,7 +407,12 @@ class Calling:
         return self.model_max_length - self.num_special_tokens_to_add(pair=True)
 
 
-_NOT_PASSED_ON = ("self", "text", "text_pair", "text_target", "text_pair_target")
+# What calling a tokenizer means when only the text is given.
+DEFAULTS: dict[str, Any] = {
+    name: parameter.default
+    for name, parameter in inspect.signature(Calling.__call__).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY
+}
 
 
 def _pairs(text: Any, text_pair: Any, words: bool) -> tuple[list[Pair], bool]:
@@ -426,7 +446,11 @@ def _pair(item: Any, words: bool) -> Pair:
 
 
 def _check(side: Any, words: bool) -> None:
-    good = isinstance(side, str) if not words else isinstance(side, (list, tuple)) and all(isinstance(w, str) for w in side)
+    good = (
+        isinstance(side, str)
+        if not words
+        else isinstance(side, (list, tuple)) and all(isinstance(w, str) for w in side)
+    )
     if not good:
         expected = "a list of words" if words else "a string"
         hint = "; for words pass is_split_into_words=True" if isinstance(side, (list, tuple)) and not words else ""

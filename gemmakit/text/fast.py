@@ -193,5 +193,3 @@ class GemmaTokenizerFast(TokenizerBase):
 
     def train_new_from_iterator(self, *_: Any, **__: Any) -> None:
         raise InputError("training a vocabulary is not offered here; scripts/demo_vocabulary.py shows how it is done.")
-
-

@@ -75,7 +75,7 @@ class Saving:
                 key = "vocab_file" if filename == MODEL else "tokenizer_file"
                 if filename == JSON:
                     config.pop("sp_model_kwargs", None)
-                return cls(*inputs, **{**config, key: str(path), **settings})
+                return _made(cls, inputs, {**config, key: str(path), **settings})
         raise TokenizerError(f"{name} has neither {order[0]} nor {order[1]}: it holds no Gemma tokenizer.")
 
     def save_pretrained(
@@ -154,6 +154,13 @@ class Saving:
         template = self.get_chat_template()
         if template is not None:
             yield TEMPLATE, template
+
+
+def _made(cls: type[Self], inputs: tuple[Any, ...], settings: Mapping[str, Any]) -> Self:
+    try:
+        return cls(*inputs, **settings)
+    except (TypeError, KeyError, AttributeError, OverflowError) as error:
+        raise TokenizerError(f"{settings['name_or_path']}: its tokenizer settings are malformed: {error}") from error
 
 
 def set_post_processor(engine: Any, tokenizer: TokenizerBase) -> None:

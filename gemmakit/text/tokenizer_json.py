@@ -129,7 +129,9 @@ def _check_pipeline(data: Mapping[str, Any]) -> None:
         raise TokenizerError(f"its pre_tokenizer is {_clip(before)}; Gemma's splits at plain spaces, or there is none.")
     decoder = data.get("decoder")
     steps = decoder.get("decoders") if isinstance(decoder, dict) and decoder.get("type") == "Sequence" else [decoder]
-    if not isinstance(steps, list) or not all(isinstance(step, dict) and step.get("type") in _DECODERS for step in steps):
+    if not isinstance(steps, list) or not all(
+        isinstance(step, dict) and step.get("type") in _DECODERS for step in steps
+    ):
         raise TokenizerError(f"its decoder is {_clip(decoder)}; Gemma's is Replace, ByteFallback and Fuse.")
 
 

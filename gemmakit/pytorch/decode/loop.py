@@ -16,6 +16,7 @@ from gemmakit.errors import NumericalError
 from gemmakit.outputs import GenerateDecoderOnlyOutput
 from gemmakit.pytorch.cache import Cache
 from gemmakit.pytorch.decode.processors import Processor
+from gemmakit.pytorch.decode.prompt import Prompt
 from gemmakit.pytorch.decode.sampling import NO_TOKEN, Pick
 from gemmakit.pytorch.decode.stopping import Criterion
 
@@ -26,22 +27,6 @@ class Streamer(Protocol):
     def put(self, value: Tensor) -> None: ...
 
     def end(self) -> None: ...
-
-
-@dataclass
-class Prompt:
-    """Where decoding starts.
-
-    ids: (B, P) tokens that processors see and that begin the result. embeds: (B, P', D) to run instead of ids, or None.
-    mask: bool (B, past + P) over everything the cache will hold, or None when nothing is padding.
-    cache: what the keys go to; None recomputes everything each step. past: tokens of ids it holds already.
-    """
-
-    ids: Tensor
-    embeds: Tensor | None
-    mask: Tensor | None
-    cache: Cache | None
-    past: int
 
 
 @dataclass
@@ -196,8 +181,8 @@ class Run:
             self.delivered += 1
             if NO_TOKEN in tokens:
                 raise NumericalError(
-                    f"step {step + 1}, row {tokens.index(NO_TOKEN)}: no token has a finite score (NaN or infinity in the "
-                    "weights or logits, or every token forbidden). Check the weights and the processors, or use float32."
+                    f"step {step + 1}, row {tokens.index(NO_TOKEN)}: no token has a finite score (NaN or infinity "
+                    "in the weights or logits, or every token forbidden). Check weights and processors, or use float32."
                 )
             if self.plan.streamer is not None:
                 self.plan.streamer.put(torch.tensor(tokens))

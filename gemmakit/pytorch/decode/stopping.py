@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -51,7 +50,7 @@ class StopStrings:
     def _ends(self, row: list[int]) -> bool:
         before, now = self._text(row[:-1]), self._text(row)
         # A text that was complete before the last token ended the row then, or belongs to the prompt.
-        common = len(os.path.commonprefix((before, now)))
+        common = next((i for i, (a, b) in enumerate(zip(before, now, strict=False)) if a != b), len(before))
         return any(now.find(t, max(0, common - len(t) + 1)) >= 0 for t in self.texts)
 
     def _text(self, row: list[int]) -> str:

@@ -1,0 +1,46 @@
+# Each target sets up .venv by itself; only python3 and make are needed.
+PYTHON ?= python3
+BIN := .venv/bin
+# uv and poetry do not read constraints.txt, so pip it is.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test test-all check format acceptance clean
+
+.venv/run: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) torch
+	$(PIP) -e .
+	@touch $@
+
+.venv/test: .venv/run
+	$(PIP) -e ".[test]"
+	@touch $@
+
+demo: .venv/run
+	@echo '$$ gemmakit run --stats "The yield statement"'
+	@$(BIN)/gemmakit run --stats --max-new-tokens 60 "The yield statement"
+	@echo '$$ gemmakit run --stats --chat "What is 34 + 58?"'
+	@$(BIN)/gemmakit run --stats --chat "What is 34 + 58?"
+
+test: .venv/test
+	$(BIN)/python -m pytest -m "not slow and not acceptance"
+
+test-all: .venv/test
+	$(BIN)/python -m pytest -m "not acceptance"
+
+check: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: .venv/test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# With GEMMAKIT_REAL_MODEL=google/gemma-2b (or a folder): token ids and continuations that were published.
+acceptance: .venv/test
+	$(BIN)/python -m pytest -m acceptance -rs
+
+clean:
+	rm -rf .venv build dist

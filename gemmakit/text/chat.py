@@ -1,0 +1,296 @@
+"""Conversations to ids: Gemma's turns, any checkpoint's template, and no forged turns."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from gemmakit.errors import InputError, TemplateError
+from gemmakit.text.calling import DEFAULTS
+from gemmakit.text.encoding import BatchEncoding, Part
+from gemmakit.text.vocabulary import Engine, is_structural
+
+# Google's turns. What differs from the template in the released files: a system message is folded into the first user
+# turn instead of being refused, roles are checked by name, and a content may be a list of text parts.
+GEMMA_TEMPLATE = """\
+{%- macro text(message) -%}
+    {%- if message['content'] is string -%}
+        {{- message['content'] | trim -}}
+    {%- else -%}
+        {%- for part in message['content'] -%}
+            {%- if part['type'] != 'text' -%}
+                {{- raise_exception('Gemma reads text only, found a part of type ' ~ part['type']) -}}
+            {%- endif -%}
+            {{- part['text'] | trim -}}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+{{- bos_token -}}
+{%- set turns = messages -%}
+{%- set before = '' -%}
+{%- if messages[0]['role'] == 'system' -%}
+    {%- if system is defined and system == 'refuse' -%}
+        {{- raise_exception('Gemma has no system role: put the instructions into the first user message') -}}
+    {%- endif -%}
+    {%- set before = text(messages[0]) + '\\n\\n' -%}
+    {%- set turns = messages[1:] -%}
+    {%- if not turns -%}
+        {{- raise_exception('a system message alone is no conversation: a user message must follow') -}}
+    {%- endif -%}
+{%- endif -%}
+{%- for message in turns -%}
+    {%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}
+    {%- set expected = 'user' if loop.index0 % 2 == 0 else 'model' -%}
+    {%- if role != expected -%}
+        {{- raise_exception('roles must alternate user, assistant, user, ...: message ' ~ loop.index
+            ~ ' (not counting a system message) has the role ' ~ message['role']) -}}
+    {%- endif -%}
+    {{- '<start_of_turn>' + role + '\\n' + (before if loop.first else '') + text(message) + '<end_of_turn>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<start_of_turn>model\\n' -}}
+{%- endif -%}
+"""
+
+_PRIVATE = range(0xE000, 0xF900)
+_MAX_DEPTH = 32
+
+
+class Chat:
+    """`apply_chat_template` and what it needs."""
+
+    _engine: Engine
+    _add_bos_token: bool
+    chat_template: Any
+
+    def get_chat_template(self, chat_template: str | None = None, tools: Any = None) -> str:
+        """The template in use: `chat_template` (a source, or the name of one of several), the tokenizer's, or Gemma's."""
+        own = self.chat_template
+        if isinstance(own, Mapping):
+            if chat_template in own:
+                return own[chat_template]
+            if chat_template is None:
+                name = "tool_use" if tools is not None and "tool_use" in own else "default"
+                if name not in own:
+                    raise InputError(f"there are several chat templates, {sorted(own)}; name one with chat_template=.")
+                return own[name]
+        return chat_template or (own if isinstance(own, str) else None) or GEMMA_TEMPLATE
+
+    def apply_chat_template(
+        self: Any,
+        conversation: Any,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        tokenize: bool = True,
+        padding: bool | str = False,
+        truncation: bool | str = False,
+        max_length: int | None = None,
+        return_tensors: Any = None,
+        return_dict: bool = True,
+        tokenizer_kwargs: Mapping[str, Any] | None = None,
+        system: str = "fold",
+        **template_variables: Any,
+    ) -> Any:
+        """Write a conversation in the model's turns.
+
+        conversation: a list of `{"role": ..., "content": ...}`, or a list of such lists. Roles alternate between user
+        and assistant; a system message may come first: it is put in front of the first user message, or refused with
+        `system="refuse"`. add_generation_prompt: end with the opening of the model's turn. continue_final_message: leave
+        the last message open so that the model goes on with it.
+        Returns a BatchEncoding; ids alone with `return_dict=False`; text with `tokenize=False`.
+
+        Special tokens inside messages, tools, documents and template variables are encoded as plain text: they cannot
+        end a turn or begin one. That holds for ids only; text from `tokenize=False` has lost the difference.
+        Raises TemplateError where the template is malformed, unsafe, too slow, or refuses the conversation.
+        """
+        if continue_final_message and add_generation_prompt:
+            raise InputError("continue_final_message and add_generation_prompt exclude each other.")
+        if template_variables.pop("return_assistant_tokens_mask", False):
+            raise InputError("return_assistant_tokens_mask is not offered; mask by the lengths of the encoded turns.")
+        if system not in ("fold", "refuse"):
+            raise InputError(f"system is {system!r}; it must be 'fold' or 'refuse'.")
+        chats, batched = _chats(conversation)
+        source = self.get_chat_template(chat_template, tools)
+        variables = {"tools": tools, "documents": documents, **template_variables}
+        marks = _Marks(self, source, [chats, variables]) if tokenize else None
+        settled = {**self.special_tokens_map, "add_generation_prompt": add_generation_prompt, "system": system}
+        texts = [_rendered(source, chat, variables, settled, marks, continue_final_message) for chat in chats]
+        if marks is None:
+            return texts if batched else texts[0]
+        parts = [(self._one_bos(self._encode_pieces(text.split(marks.cut))), None) for text in texts]
+        options = {**DEFAULTS, "padding": padding, "truncation": truncation, "max_length": max_length}
+        options |= {**(tokenizer_kwargs or {}), "return_tensors": return_tensors, "add_special_tokens": False}
+        if set(options) != set(DEFAULTS):
+            raise InputError(
+                f"tokenizer_kwargs holds {sorted(set(options) - set(DEFAULTS))}, which no tokenizer takes."
+            )
+        out: BatchEncoding = self._finish(parts, batched, options)
+        return out if return_dict else out["input_ids"]
+
+    def _one_bos(self: Any, part: Part) -> Part:
+        bos = self.bos_token_id
+        if bos is None or not self._add_bos_token:
+            return part
+        if part.ids[:1] != [bos]:
+            self._warn_once("no bos", "the chat template writes no BOS token; Gemma needs one at the start.")
+        while part.ids[:2] == [bos, bos]:
+            self._warn_once("bos", "the chat template writes more than one BOS token; one is kept.")
+            part = part.cut(1, len(part.ids))
+        return part
+
+
+def _chats(conversation: Any) -> tuple[list[list[dict[str, Any]]], bool]:
+    """The conversations as lists of dictionaries, checked, without the keys that are None."""
+    batched = (
+        isinstance(conversation, (list, tuple)) and bool(conversation) and isinstance(conversation[0], (list, tuple))
+    )
+    chats = []
+    for chat in conversation if batched else [conversation]:
+        if not isinstance(chat, (list, tuple)) or not chat:
+            raise InputError("a conversation must be a list of at least one message {'role': ..., 'content': ...}.")
+        for index, message in enumerate(chat):
+            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+                raise InputError(f"message {index} must be a dictionary with a role, found {message!r:.80}.")
+        chats.append([{key: value for key, value in message.items() if value is not None} for message in chat])
+    return chats, batched
+
+
+def _rendered(
+    source: str,
+    chat: list[dict[str, Any]],
+    variables: Mapping[str, Any],
+    settled: Any,
+    marks: _Marks | None,
+    open_: bool,
+) -> str:
+    from gemmakit.text.sandbox import TemplateRefused
+
+    def attempt(chat: list[dict[str, Any]]) -> str:
+        return (_render_open if open_ else _render)(source, chat, variables, settled, marks)
+
+    try:
+        return attempt(chat)
+    except TemplateRefused as error:
+        folded = _folded(chat) if settled["system"] == "fold" and source != GEMMA_TEMPLATE else None
+        if folded is None:
+            raise TemplateError(f"the chat template refuses this conversation: {error}") from None
+    return attempt(folded)
+
+
+def _folded(chat: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
+    """The system message in front of the first user message, for a template that has no system role."""
+    if chat[0]["role"] != "system" or len(chat) < 2 or chat[1]["role"] != "user":
+        return None
+    first, second = chat[0].get("content"), chat[1].get("content")
+    if not isinstance(first, str) or not isinstance(second, str):
+        return None
+    return [{**chat[1], "content": f"{first.strip()}\n\n{second.strip()}"}, *chat[2:]]
+
+
+def _render(source: str, chat: Any, variables: Any, settled: Any, marks: _Marks | None) -> str:
+    from gemmakit.text.sandbox import render
+
+    def guard(text: str) -> str:
+        return marks.guard(text) if marks else text
+
+    return render(source, {**_plain(variables, guard), **settled, "messages": _plain(chat, guard)})
+
+
+def _render_open(source: str, chat: list[dict[str, Any]], variables: Any, settled: Any, marks: _Marks | None) -> str:
+    """Render and cut right after the last message's content.
+
+    The stop sign is followed by a space: where the template trims, the space is gone, and so must be the message's own.
+    """
+    last = chat[-1].get("content")
+    if not isinstance(last, str):
+        raise InputError("continue_final_message needs a last message whose content is a string.")
+    stop = _fresh(_characters([chat, variables, source]) | ({marks.cut} if marks else set()))
+    text = _render(source, [*chat[:-1], {**chat[-1], "content": f"{last}{stop} "}], variables, settled, marks)
+    place = text.rfind(stop)
+    if place < 0:
+        raise TemplateError("the chat template leaves out the last message, so it cannot be continued.")
+    return text[:place] if text[place + 1 : place + 2] == " " else text[:place].rstrip()
+
+
+class _Marks:
+    """A character that occurs nowhere in the input, put inside whatever could pass for a special token.
+
+    Text is cut at the marks before it is encoded, and a token never reaches over a cut. One character is enough: it
+    cannot be halved, no case change touches it, and no trimming removes it. Which one it is changes with every call.
+    """
+
+    def __init__(self, tokenizer: Any, source: str, inputs: Any) -> None:
+        tokens = [token.content for token in tokenizer._engine.added.values() if is_structural(token)]
+        self.cut = _fresh(_characters([source, inputs, tokens]))
+        self._starts = tokenizer._special_starts(special_only=False)
+        self._heads = _heads(tuple(tokens))
+        self._longest = max(map(len, tokens), default=0)
+
+    def guard(self, text: str) -> str:
+        """`text` with a mark after the first character of each token in it, and of a token that it only begins."""
+        text = self._marked(text)
+        body = text.rstrip()
+        for size in range(min(self._longest, len(body)), 0, -1):
+            place = len(body) - size
+            if body[place:] in self._heads:
+                return f"{text[: place + 1]}{self.cut}{text[place + 1 :]}"
+        return text
+
+    def _marked(self, text: str) -> str:
+        places = [match.start() + 1 for match in self._starts.finditer(text)]
+        return self.cut.join(text[a:b] for a, b in zip([0, *places], [*places, len(text)], strict=True))
+
+
+@lru_cache(maxsize=8)
+def _heads(tokens: tuple[str, ...]) -> frozenset[str]:
+    """Every proper beginning of every token."""
+    return frozenset(token[:size] for token in tokens for size in range(1, len(token)))
+
+
+def _fresh(taken: set[str]) -> str:
+    free = [code for code in _PRIVATE if chr(code) not in taken]
+    if not free:
+        raise InputError("the conversation uses every private-use character of Unicode; none is left to mark it with.")
+    return chr(secrets.choice(free))
+
+
+def _characters(value: Any) -> set[str]:
+    found: set[str] = set()
+    for text in _strings(value):
+        found.update(text)
+    return found
+
+
+def _strings(value: Any, depth: int = 0) -> Iterator[str]:
+    if depth > _MAX_DEPTH:
+        raise InputError(f"messages are nested more than {_MAX_DEPTH} deep.")
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _strings(key, depth + 1)
+            yield from _strings(item, depth + 1)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _strings(item, depth + 1)
+
+
+def _plain(value: Any, guard: Any, depth: int = 0) -> Any:
+    """A copy made of dictionaries, lists, strings and numbers only, with every string guarded."""
+    if depth > _MAX_DEPTH:
+        raise InputError(f"messages are nested more than {_MAX_DEPTH} deep.")
+    if isinstance(value, str):
+        return guard(str(value))
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, Mapping):
+        return {guard(str(key)): _plain(item, guard, depth + 1) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, guard, depth + 1) for item in value]
+    hint = " Describe a tool as a JSON schema in a dictionary." if callable(value) else ""
+    raise InputError(f"a {type(value).__name__} cannot be given to a chat template.{hint}")
