@@ -35,8 +35,18 @@ class GemmaRMSNorm(nn.Module):
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
 
 
+class Linear(nn.Linear):
+    """A projection whose weight is filled by the model: by init_weights, or from a checkpoint, never twice."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
 class GemmaScaledEmbedding(nn.Embedding):
     """Token embedding times sqrt(D), the factor rounded to the weight's dtype (7B: 55.5 in bfloat16)."""
+
+    def reset_parameters(self) -> None:
+        pass  # the model fills it
 
     def forward(self, input: Tensor) -> Tensor:
         """input: (B, S) ids -> (B, S, D)."""
@@ -67,9 +77,9 @@ class GemmaMLP(nn.Module):
     def __init__(self, config: GemmaConfig):
         super().__init__()
         D, F_ = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(D, F_, bias=False)
-        self.up_proj = nn.Linear(D, F_, bias=False)
-        self.down_proj = nn.Linear(F_, D, bias=False)
+        self.gate_proj = Linear(D, F_, bias=False)
+        self.up_proj = Linear(D, F_, bias=False)
+        self.down_proj = Linear(F_, D, bias=False)
         self.act_fn = activation(config.hidden_act)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ def visibility(
         return _given(attention_mask, batch, queries, keys)
     places_known = isinstance(past, int)
     padding = _padding(attention_mask, batch, keys, whole_buffer=not places_known)
-    documents = _documents(position_ids) if padding is None else None
+    documents = _documents(position_ids) if attention_mask is None else None
     if padding is None and documents is None and places_known:
         if queries == 1 or not causal:
             return Visibility(None)
@@ -61,8 +61,10 @@ def visibility(
             return Visibility(None, causal=True)
 
     mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
-    if causal and not (queries == 1 and places_known):
+    if not places_known or (causal and queries > 1):
         place = torch.arange(queries, device=device) + past if places_known else past
+        if not causal:  # everything that is written, up to the last of these tokens
+            place = place[-1:]
         mask = torch.arange(keys, device=device) <= place[:, None]
         mask = mask[None, None]
     if padding is not None:
@@ -81,6 +83,10 @@ def _given(mask: Tensor, batch: int, queries: int, keys: int) -> Visibility:
         raise InputError(
             f"attention_mask has shape {tuple(mask.shape)}; a 4-D mask for this call is "
             f"({batch}, 1, {queries}, {keys})."
+        )
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise InputError(
+            f"attention_mask is 4-D and {mask.dtype}: give bool, True where a query may look, or a float that is added."
         )
     mask = mask[..., :keys]
     if mask.dtype == torch.bool:

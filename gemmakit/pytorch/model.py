@@ -19,7 +19,7 @@ from gemmakit.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from gemmakit.pytorch.attention import IMPLEMENTATIONS, eager
 from gemmakit.pytorch.cache import Cache, DynamicCache
 from gemmakit.pytorch.decode.generate import GenerationMixin
-from gemmakit.pytorch.layers import GemmaMLP, GemmaRMSNorm, GemmaRotaryEmbedding, GemmaScaledEmbedding, rotate
+from gemmakit.pytorch.layers import GemmaMLP, GemmaRMSNorm, GemmaRotaryEmbedding, GemmaScaledEmbedding, Linear, rotate
 from gemmakit.pytorch.masks import Visibility, visibility
 from gemmakit.pytorch.pretrained import GemmaPreTrainedModel
 
@@ -37,10 +37,10 @@ class GemmaAttention(nn.Module):
         self.scaling = config.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         D, H, bias = config.hidden_size, config.head_dim, config.attention_bias
-        self.q_proj = nn.Linear(D, config.num_attention_heads * H, bias=bias)
-        self.k_proj = nn.Linear(D, config.num_key_value_heads * H, bias=bias)
-        self.v_proj = nn.Linear(D, config.num_key_value_heads * H, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * H, D, bias=bias)
+        self.q_proj = Linear(D, config.num_attention_heads * H, bias=bias)
+        self.k_proj = Linear(D, config.num_key_value_heads * H, bias=bias)
+        self.v_proj = Linear(D, config.num_key_value_heads * H, bias=bias)
+        self.o_proj = Linear(config.num_attention_heads * H, D, bias=bias)
 
     def forward(
         self,
@@ -230,7 +230,7 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = GemmaModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def forward(
@@ -284,7 +284,7 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
         hidden = out.last_hidden_state
         kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, kept, :])
-        loss = None if labels is None else causal_loss(logits, labels[:, kept], num_items_in_batch)
+        loss = None if labels is None else causal_loss(logits, _next(labels)[:, kept], num_items_in_batch)
         result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -295,14 +295,18 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
         return result if return_dict else result.to_tuple()
 
 
-def causal_loss(logits: Tensor, labels: Tensor, num_items: int | Tensor | None = None) -> Tensor:
-    """Cross entropy of position s against label s + 1, in float32. logits: (B, S, V); labels: (B, S)."""
-    flat = logits[:, :-1].float().flatten(0, 1)
-    target = labels[:, 1:].to(logits.device).flatten()
+def causal_loss(logits: Tensor, targets: Tensor, num_items: int | Tensor | None = None) -> Tensor:
+    """Cross entropy in float32. logits: (B, S, V); targets: (B, S), the id that follows each position, or -100."""
+    flat, target = logits.float().flatten(0, 1), targets.to(logits.device).flatten()
     if num_items is None:
         return F.cross_entropy(flat, target, ignore_index=IGNORED_LABEL)
     total = F.cross_entropy(flat, target, ignore_index=IGNORED_LABEL, reduction="sum")
     return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
+
+
+def _next(labels: Tensor) -> Tensor:
+    """What each position is to predict: the label after it; the last has none."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
 
 
 def _check_labels(labels: Tensor, inputs: Tensor | None, vocab_size: int) -> None:
