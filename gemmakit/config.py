@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gemmakit.errors import CheckpointError, ConfigError
+from gemmakit.errors import ConfigError
+from gemmakit.files import read_json_object, write_text
 from gemmakit.hub import find_file
 
 # "gelu" is absent on purpose: in Gemma configurations it means the tanh form (see _activation).
@@ -304,12 +305,7 @@ class GemmaConfig:
             found = find_file(name_or_path, "config.json", **where)
             assert found is not None
             path = found
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as e:
-            raise CheckpointError(f"{path} is not valid JSON ({e}). Download or export it again.") from e
-        if not isinstance(values, dict):
-            raise CheckpointError(f"{path} holds a {type(values).__name__}, but a config.json is an object.")
+        values = read_json_object(path)
         config = cls.from_dict(values, **kwargs)
         config.name_or_path = str(name_or_path)
         return config
@@ -337,11 +333,7 @@ class GemmaConfig:
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write config.json into `directory`, replacing an older one at once."""
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        staged = folder / f".config.json.{os.getpid()}"
-        staged.write_text(self.to_json_string(), encoding="utf-8")
-        staged.replace(folder / "config.json")
+        write_text(Path(directory) / "config.json", self.to_json_string())
 
     def update(self, values: dict[str, Any]) -> None:
         for name, value in values.items():

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from gemmakit.errors import CheckpointError, HubError, UnsafeFile
@@ -106,24 +107,18 @@ def find_files(
     for filename in filenames:
         check_relative(filename)
 
-    def find(filename: str) -> Path:
-        path = find_file(
-            name_or_path,
-            filename,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            subfolder=subfolder,
-        )
-        assert path is not None
-        return path
-
-    if not filenames:
-        return []
-    pool = ThreadPoolExecutor(min(_PARALLEL_DOWNLOADS, len(filenames)))
+    find = partial(
+        find_file,
+        name_or_path,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        subfolder=subfolder,
+    )
+    pool = ThreadPoolExecutor(_PARALLEL_DOWNLOADS)
     try:
-        return list(pool.map(find, filenames))
+        return [path for path in pool.map(find, filenames) if path is not None]
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -330,11 +325,15 @@ def _explain_not_cached(what: str, local_only: bool) -> HubError:
     elif _offline_on_request():
         cause = "HF_HUB_OFFLINE is set. Unset HF_HUB_OFFLINE to download it once,"
     else:
-        return HubError(
-            f"{what} is not in the local cache and the Hub cannot be reached. Check the network connection, the proxy "
-            "and HF_ENDPOINT, then run again; or pass a local directory."
-        )
+        return _unreachable(f"{what} is not in the local cache and the Hub")
     return HubError(f"{what} is not in the local cache and {cause} or check HF_HOME and cache_dir.")
+
+
+def _unreachable(what: str) -> HubError:
+    return HubError(
+        f"{what} cannot be reached. Check the network connection, the proxy and HF_ENDPOINT, then run again; "
+        "or pass a local directory."
+    )
 
 
 def _explain_status(error: BaseException, what: str, page: str, uploading: bool) -> HubError | None:
@@ -371,9 +370,12 @@ def _explain_transfer(error: BaseException, what: str) -> HubError | None:
         return HubError(
             f"The cache for {what} cannot be written: {_clip(text)}. Fix its permissions or point HF_HOME elsewhere."
         )
+    if _never_connected(error):
+        return _unreachable(f"The Hub, asked for {what},")
     modules = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
-    broken = isinstance(error, (ConnectionError, TimeoutError)) or "Consistency check failed" in text
-    if broken or modules & _TRANSPORTS or isinstance(error, _hub_error("XetDownloadError")) or _is_xet(error):
+    broken = isinstance(error, (ConnectionError, TimeoutError, _hub_error("XetDownloadError")))
+    # hf_xet, the Hub's own transfer, raises RuntimeError with texts like "Data processing error: CAS service error".
+    if broken or modules & _TRANSPORTS or re.search("Consistency check failed|Data processing error|CAS service", text):
         return HubError(
             f"The download of {what} was interrupted: {_clip(text)}. Run again: files already complete are kept, "
             "nothing half-written is used."
@@ -381,17 +383,16 @@ def _explain_transfer(error: BaseException, what: str) -> HubError | None:
     return None
 
 
-def _is_xet(error: BaseException) -> bool:
-    return isinstance(error, RuntimeError) and ("CAS" in str(error) or "Data processing error" in str(error))
+def _never_connected(error: BaseException) -> bool:
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return bool(kinds & {"ConnectError", "ConnectTimeout", "ProxyError"}) or "Max retries exceeded" in str(error)
 
 
 def _free_cache_bytes() -> int:
     from huggingface_hub import constants
 
-    folder = Path(constants.HF_HUB_CACHE)
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
+    cache = Path(constants.HF_HUB_CACHE)
+    return shutil.disk_usage(next(folder for folder in (cache, *cache.parents) if folder.exists())).free
 
 
 def _clip(text: str, limit: int = 160) -> str:

@@ -257,7 +257,10 @@ class SafetensorsFile:
             try:
                 self._handles[key] = safe_open(self.path, framework="pt", device=key)
             except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{self.path} cannot be read: {error}. Was it replaced meanwhile?") from error
+                raise CheckpointError(
+                    f"{self.path} cannot be read: {error}. If it was not changed meanwhile, safetensors may be too "
+                    "old for its dtypes: `pip install -U safetensors`."
+                ) from error
         return self._handles[key]
 
 

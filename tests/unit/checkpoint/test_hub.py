@@ -293,11 +293,18 @@ def test_files_come_from_the_hub_once_and_from_the_cache_afterwards(endpoint, tm
 
     unreachable = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": tmp_path}
     again, known, *errors = call(
-        [offline[0], offline[1], offline[2], find("org/good", "never_asked.json"), find("org/other", optional=True)],
+        [
+            offline[0],
+            offline[1],
+            offline[2],
+            find("org/good", "never_asked.json"),
+            find("org/other", optional=True),
+            ("list_files", ["org/x"], {}),
+        ],
         **unreachable,
     )
     assert (again, known) == (config, None)
-    assert all("the Hub cannot be reached" in error["says"] and "proxy" in error["says"] for error in errors), errors
+    assert all("cannot be reached" in error["says"] and "proxy" in error["says"] for error in errors), errors
 
 
 def test_interrupted_download_leaves_nothing_that_looks_whole_and_the_next_try_succeeds(

@@ -24,7 +24,6 @@ TENSORS = {
     "scalar": torch.tensor(2.5, dtype=torch.float64),
     "empty": torch.empty(0, 4),
     "flags": torch.tensor([True, False]),
-    "complex": torch.randn(3, dtype=torch.complex64),
     "eight": torch.randn(5).to(torch.float8_e4m3fn),
     'é "quoted"': torch.ones(1),
 }
