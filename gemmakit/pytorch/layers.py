@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gemmakit.config import GemmaConfig
+from gemmakit.pytorch.kernels import linear
 
 
 class GemmaRMSNorm(nn.Module):
@@ -40,6 +41,9 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         pass
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
 
 
 class GemmaScaledEmbedding(nn.Embedding):
