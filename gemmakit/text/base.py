@@ -127,7 +127,7 @@ class TokenizerBase(Calling, Chat, Saving):
             self._named[name] = str(value)
         for token in extra:
             self._add_special(token)
-        self._extra = [str(token) for token in extra]
+        self._extra = list(dict.fromkeys(str(token) for token in extra))
         known = {*self._extra, *(token for token in self._named.values() if token)}
         self._extra += [
             t.content for _, t in sorted(self._engine.added.items()) if t.special and t.content not in known
@@ -236,7 +236,10 @@ class TokenizerBase(Calling, Chat, Saving):
     def add_special_tokens(
         self, special_tokens_dict: Mapping[str, Any], replace_additional_special_tokens: bool = True
     ) -> int:
-        """Add and name special tokens: `{"pad_token": "<pad>", "additional_special_tokens": [...]}`. Returns how many are new."""
+        """Add and name special tokens: `{"pad_token": "<pad>", "additional_special_tokens": [...]}`.
+
+        Returns how many of them are new to the vocabulary.
+        """
         new = 0
         for name, value in special_tokens_dict.items():
             if name in ("additional_special_tokens", "extra_special_tokens"):
@@ -290,7 +293,7 @@ class TokenizerBase(Calling, Chat, Saving):
         `clean_up_tokenization_spaces` drops the space before English punctuation, which changes the text; None takes
         the tokenizer's setting. Raises TokenOutOfRange for an id that the vocabulary does not have.
         """
-        ids = to_lists(token_ids.get("input_ids") if isinstance(token_ids, Mapping) else token_ids)
+        ids: Any = to_lists(token_ids.get("input_ids") if isinstance(token_ids, Mapping) else token_ids)
         if isinstance(ids, int):
             ids = [ids]
         options = (skip_special_tokens, clean_up_tokenization_spaces, spaces_between_special_tokens)

@@ -135,10 +135,11 @@ class Calling:
             raise InputError(f"max_length is {max_length!r}; it must be a non-negative integer.")
         if truncation is None and max_length is not None and padding is False:
             truncation = True
-        names = {True: "longest_first", False: "do_not_truncate", None: "do_not_truncate"}
+        names: dict[Any, str] = {True: "longest_first", False: "do_not_truncate", None: "do_not_truncate"}
         truncation = one_of("truncation", names.get(truncation, truncation), TRUNCATIONS)
         padding = getattr(padding, "value", padding)
-        padding = one_of("padding", {True: "longest", False: "do_not_pad"}.get(padding, padding), PADDINGS)
+        kinds: dict[Any, str] = {True: "longest", False: "do_not_pad"}
+        padding = one_of("padding", kinds.get(padding, padding), PADDINGS)
         if max_length is None and self.model_max_length < 10**20:
             max_length = self.model_max_length
         stride, multiple = options["stride"], options["pad_to_multiple_of"]

@@ -66,7 +66,7 @@ class Chat:
     chat_template: Any
 
     def get_chat_template(self, chat_template: str | None = None, tools: Any = None) -> str:
-        """The template in use: `chat_template` (a source, or the name of one of several), the tokenizer's, or Gemma's."""
+        """The template in use: `chat_template` (a source, or one name of several), the tokenizer's, or Gemma's own."""
         own = self.chat_template
         if isinstance(own, Mapping):
             if chat_template in own:
@@ -100,8 +100,9 @@ class Chat:
 
         conversation: a list of `{"role": ..., "content": ...}`, or a list of such lists. Roles alternate between user
         and assistant; a system message may come first: it is put in front of the first user message, or refused with
-        `system="refuse"`. add_generation_prompt: end with the opening of the model's turn. continue_final_message: leave
-        the last message open so that the model goes on with it.
+        `system="refuse"`.
+        add_generation_prompt: end with the opening of the model's turn.
+        continue_final_message: leave the last message open so that the model goes on with it.
         Returns a BatchEncoding; ids alone with `return_dict=False`; text with `tokenize=False`.
 
         Special tokens inside messages, tools, documents and template variables are encoded as plain text: they cannot

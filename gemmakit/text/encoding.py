@@ -166,7 +166,7 @@ def round_up(length: int, multiple: int | None) -> int:
     return -(-length // multiple) * multiple
 
 
-def one_of(name: str, value: str, allowed: Sequence[str]) -> str:
+def one_of(name: str, value: Any, allowed: Sequence[str]) -> str:
     if value not in allowed:
         raise InputError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}.")
     return value
@@ -182,7 +182,7 @@ def to_lists(value: Any) -> Any:
 
 
 def tensor_maker(kind: Any) -> Any:
-    """A function (name, nested lists) -> tensor of integers: int64 for "pt" and "np", JAX's default integer for "jax"."""
+    """A function (name, nested lists) -> integer tensor: int64 for "pt" and "np", JAX's default for "jax"."""
     kind = getattr(kind, "value", kind)
     if kind == "pt":
         import torch
@@ -194,7 +194,7 @@ def tensor_maker(kind: Any) -> Any:
         return lambda name, value: _stack(name, value, lambda rows: numpy.array(rows, dtype=numpy.int64))
     if kind == "jax":
         try:
-            import jax.numpy
+            import jax.numpy  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise MissingDependency("return_tensors='jax' needs jax: pip install 'gemmakit[flax]'.") from error
         return lambda name, value: _stack(name, value, lambda rows: jax.numpy.array(rows, dtype=int))

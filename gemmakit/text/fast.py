@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemmakit.errors import InputError, TokenizerError
 from gemmakit.text.base import TokenizerBase
-from gemmakit.text.model_file import ModelFile
+from gemmakit.text.model_file import NORMAL, UNKNOWN, ModelFile
 from gemmakit.text.tokenizer_json import BpeFile, merges_of, read_json, vocab_of
 from gemmakit.text.vocabulary import SPACE, AddedToken, Engine, Offsets, added_tokens_of, check_text, merge_added
 
@@ -40,10 +40,10 @@ class RustEngine:
         """From a SentencePiece model: its pieces, the merges they imply, and its whole-matched symbols."""
         if not model.is_plain:
             raise TokenizerError("this SentencePiece model changes spaces; Gemma's keeps the text as it is.")
-        unknown = next(piece.text for piece in model.pieces if piece.type == 2)
+        unknown = next(piece.text for piece in model.pieces if piece.type == UNKNOWN)
         return cls(
             BpeFile(
-                vocab=model.vocab(),
+                vocab=_with_joinable_bytes(model),
                 merges=model.merges(),
                 added=added_tokens_of(model),
                 unk_token=unknown,
@@ -114,6 +114,24 @@ class RustEngine:
     def to_json(self) -> str:
         """The text of a `tokenizer.json` that the `tokenizers` library and transformers read."""
         return self.tokenizer.to_str(pretty=True)
+
+
+def _with_joinable_bytes(model: ModelFile) -> dict[str, int]:
+    """The vocabulary, with a byte piece renamed to its character where learned pieces hold that character.
+
+    SentencePiece joins characters that are no pieces of their own (two tabs into one piece); a merge table cannot.
+    Under the character's own name the byte keeps its id and can be joined.
+    """
+    vocab = model.vocab()
+    learned = {character for piece in model.pieces if piece.type == NORMAL for character in piece.text}
+    for character in sorted(learned - vocab.keys()):
+        byte = f"<0x{ord(character):02X}>"
+        if byte not in vocab or not character.isascii():
+            raise TokenizerError(
+                f"pieces hold {character!r}, which is no piece itself: merges cannot express it. Use GemmaTokenizer."
+            )
+        vocab[character] = vocab.pop(byte)
+    return vocab
 
 
 def _build(parts: BpeFile) -> Tokenizer:

@@ -1,7 +1,7 @@
 """SentencePiece `.model` files: a bounded reader, a writer, and the merges that the pieces imply.
 
-The file is a protocol buffer (sentencepiece_model.proto). Only what a Gemma vocabulary needs is interpreted: the pieces,
-and a few switches of the trainer and normalizer. Everything else is kept as bytes and written back. The reader exists
+The file is a protocol buffer (sentencepiece_model.proto). Only what a Gemma vocabulary needs is interpreted: pieces and
+a few switches of the trainer and normalizer. Everything else is kept as bytes and written back. The reader exists
 because the native parser must never see a file that could crash it: sizes, UTF-8, types and ids are checked here first.
 """
 
@@ -143,6 +143,7 @@ class ModelFile:
         self.trainer_spec = b"".join(raw for field, _, _, raw in _fields(self.trainer_spec) if field != number)
 
     def vocab(self) -> dict[str, int]:
+        """Ids by piece."""
         return {piece.text: index for index, piece in enumerate(self.pieces)}
 
     def merges(self) -> list[tuple[str, str]]:
@@ -155,6 +156,8 @@ class ModelFile:
         # Stable: pieces of equal score keep the order of their ids.
         learned = sorted((piece for piece in self.pieces if piece.type == NORMAL), key=lambda piece: -piece.score)
         parts = {piece.text for piece in learned}
+        # A character joins even where it is no piece of its own.
+        parts.update(character for piece in learned for character in piece.text)
         merges: list[tuple[str, str]] = []
         for piece in learned:
             text = piece.text

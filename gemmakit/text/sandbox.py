@@ -22,35 +22,37 @@ from typing import Any
 
 import jinja2
 from jinja2 import nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.filters import FILTERS
 from jinja2.runtime import LoopContext, Macro, Undefined
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace, _PassArg, pass_context
 
 from gemmakit.errors import TemplateError
 
 MAX_SOURCE_CHARS = 2**18
 MAX_CHARS = 2**23
+# What an entry of a list is counted as; it bounds how long a list can be to walk through.
+ENTRY_CHARS = 64
 MAX_STEPS = 1_000_000
 TIME_LIMIT_S = 5.0
 MAX_INT_BITS = 4096
 MAX_DEPTH = 64
 
-_STR = """capitalize casefold count endswith find index isalnum isalpha isdecimal isdigit islower isnumeric isspace isupper
-join lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition rsplit rstrip split splitlines
-startswith strip swapcase title upper"""
+_STR = """capitalize casefold count endswith find index isalnum isalpha isdecimal isdigit islower isnumeric isspace
+isupper join lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition rsplit rstrip split
+splitlines startswith strip swapcase title upper"""
+_LOOP = """changed cycle depth depth0 first index index0 last length nextitem previtem revindex revindex0"""
+_FILTERS = """abs capitalize count d default dictsort first float groupby int items join last length list lower map max
+min reject rejectattr replace reverse round safe select selectattr sort string title trim unique upper"""
 _METHODS: dict[type, frozenset[str]] = {
     str: frozenset(_STR.split()),
     dict: frozenset({"get", "items", "keys", "values"}),
     list: frozenset({"count", "index"}),
     tuple: frozenset({"count", "index"}),
-    LoopContext: frozenset(
-        "changed cycle depth depth0 first index index0 last length nextitem previtem revindex revindex0".split()
-    ),
+    LoopContext: frozenset(_LOOP.split()),
 }
-_FILTERS = """abs capitalize count d default dictsort first float groupby int items join last length list lower map max min
-reject rejectattr replace reverse round safe select selectattr sort string title trim unique upper""".split()
 # %-formatting can ask for a width of its own; nobody needs four digits of it.
 _WIDE = re.compile(r"%[^%a-zA-Z]*(?:\*|\d{4})")
 _WIDE_TIME = re.compile(r"%[^a-zA-Z]*\d{3}")
@@ -88,7 +90,7 @@ class Budget:
         elif isinstance(value, (list, tuple, dict)):
             self.need(self.weigh(value))
         elif isinstance(value, Iterator) or type(value).__name__ in ("dict_items", "dict_keys", "dict_values"):
-            return self.collect(value)
+            return self.collect(value)  # type: ignore[arg-type]
         return value
 
     def collect(self, values: Iterable[Any]) -> list[Any]:
@@ -100,16 +102,16 @@ class Budget:
         return found
 
     def weigh(self, value: Any, depth: int = 0) -> int:
-        """Characters and entries of a value, stopping once there are too many. Only plain data may be nested."""
+        """Characters of a value, an entry counted as ENTRY_CHARS; stops at too many. Only plain data nests."""
         if isinstance(value, str):
-            return len(value) + 1
+            return len(value) + ENTRY_CHARS
         if not isinstance(value, (list, tuple, dict)):
             if depth and not isinstance(value, (int, float, type(None), Undefined)):
                 raise TemplateError(f"the chat template puts a {type(value).__name__} into a list.")
-            return 1
+            return ENTRY_CHARS
         if depth > MAX_DEPTH:
             raise TemplateError(f"the chat template nests lists more than {MAX_DEPTH} deep.")
-        total = 1
+        total = ENTRY_CHARS
         items = (part for pair in value.items() for part in pair) if isinstance(value, dict) else iter(value)
         for item in items:
             total += self.weigh(item, depth + 1)
@@ -126,8 +128,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(["+", "-", "*", "/", "//", "%", "**"])
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[loopcontrols, _Generation])
-        allowed = {name: _guarded(FILTERS[name]) for name in _FILTERS}
+        extensions = [loopcontrols, _Generation]
+        super().__init__(trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=extensions)
+        allowed = {name: _guarded(FILTERS[name]) for name in _FILTERS.split()}
         own = {"tojson": _tojson, "indent": _indent, "format": _format, "sum": _sum}
         self.filters = allowed | {name: _guarded(function) for name, function in own.items()}
         self.filters |= {"_each": _each, "_join": _guarded(_join), "_made": _guarded(_same)}
@@ -145,6 +148,18 @@ class Sandbox(ImmutableSandboxedEnvironment):
         _instrument(tree, self)
         return tree
 
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        return self._no_inside(obj, attribute, super().getattr(obj, attribute))
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        return self._no_inside(obj, argument, super().getitem(obj, argument))
+
+    def _no_inside(self, obj: Any, name: Any, value: Any) -> Any:
+        # Jinja would only complain once such a value is used; asking for it is reason enough.
+        if isinstance(name, str) and name.startswith("_") and isinstance(value, Undefined):
+            raise SecurityError(f"it reaches for the attribute {name!r} of a {type(obj).__name__}.")
+        return value
+
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if attr.startswith("_"):
             return False
@@ -153,7 +168,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return any(attr in names for kind, names in _METHODS.items() if isinstance(obj, kind))
 
     def is_safe_callable(self, obj: Any) -> bool:
-        if isinstance(obj, (Macro, LoopContext)) or any(obj is known for known in self._callables):
+        # Calling what is undefined says so by itself, in better words.
+        if isinstance(obj, (Macro, LoopContext, Undefined)) or any(obj is known for known in self._callables):
             return True
         owner = getattr(obj, "__self__", None)
         name = getattr(obj, "__name__", "")
@@ -177,9 +193,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
                     budget.need(budget.weigh(value) * max(0, times))
         if operator == "+" and isinstance(left, str) and isinstance(right, str):
             budget.need(len(left) + len(right))
-        if operator == "**" and isinstance(left, int) and isinstance(right, int):
-            if right * left.bit_length() > MAX_INT_BITS:
-                raise TemplateError(f"the chat template raises {left} to the power {right}.")
+        if operator == "**":
+            _check_power(left, right)
         return budget.check(super().call_binop(context, operator, left, right))
 
     def concat(self, parts: Iterable[str]) -> str:  # type: ignore[override]
@@ -255,7 +270,7 @@ def compiled(source: str) -> jinja2.Template:
 def _instrument(tree: nodes.Template, environment: Sandbox) -> None:
     """Put the budget's questions into the program: at each round of a loop, at each list, at each `~`."""
 
-    def asked(node: nodes.Expr, name: str) -> nodes.Filter:
+    def asked(node: Any, name: str) -> nodes.Filter:
         return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno, environment=environment)
 
     def changed(node: Any) -> Any:
@@ -300,6 +315,11 @@ def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
     # `wraps` copies the mark of the wrapped filter, which is not how this one is called.
     run.jinja_pass_arg = _PassArg.context  # type: ignore[attr-defined]
     return run
+
+
+def _check_power(base: Any, exponent: Any) -> None:
+    if isinstance(base, int) and isinstance(exponent, int) and exponent * base.bit_length() > MAX_INT_BITS:
+        raise TemplateError(f"the chat template raises {base} to the power {exponent}.")
 
 
 def _measure(budget: Budget, text: str, method: str, args: tuple[Any, ...]) -> tuple[Any, ...]:

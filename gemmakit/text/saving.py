@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from gemmakit.errors import TokenizerError
+from gemmakit.errors import GemmakitError, TokenizerError
 from gemmakit.hub import find_file
 from gemmakit.text.tokenizer_json import read_json
 from gemmakit.text.vocabulary import AddedToken, Engine
@@ -158,8 +158,13 @@ class Saving:
 
 def _made(cls: type[Self], inputs: tuple[Any, ...], settings: Mapping[str, Any]) -> Self:
     try:
+        template = settings.get("chat_template")
+        if isinstance(template, list):
+            settings = {**settings, "chat_template": {entry["name"]: entry["template"] for entry in template}}
         return cls(*inputs, **settings)
-    except (TypeError, KeyError, AttributeError, OverflowError) as error:
+    except GemmakitError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
         raise TokenizerError(f"{settings['name_or_path']}: its tokenizer settings are malformed: {error}") from error
 
 
@@ -200,8 +205,6 @@ def _config(find: Any) -> dict[str, Any]:
     template = find(TEMPLATE)
     if template is not None:
         config["chat_template"] = _template(template)
-    elif isinstance(config.get("chat_template"), list):
-        config["chat_template"] = {entry["name"]: entry["template"] for entry in config["chat_template"]}
     if config.get("model_max_length") is None:
         config.pop("model_max_length", None)
     return config

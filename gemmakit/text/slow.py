@@ -41,6 +41,7 @@ class SentencePieceEngine:
                 "Gemma's keeps the text as it is. It belongs to another model family."
             )
         self.added = added_tokens_of(model)
+        self._symbols = {token.content for token in self.added.values()}
         self._ids = model.vocab()
         self._names: dict[int, str] = {}
         self._user_added = False
@@ -90,22 +91,19 @@ class SentencePieceEngine:
         return len(self._ids) - before
 
     def _compile(self) -> None:
-        """Two passes, as the Rust tokenizer makes them: tokens found in raw text, then tokens found after " " -> U+2581.
+        """Two passes, as the Rust tokenizer makes them: over raw text, then over text with spaces written as U+2581.
 
-        SentencePiece matches its user-defined symbols itself; they are only cut out here when other tokens were added,
-        so that the leftmost and longest of all of them wins.
+        SentencePiece matches its user-defined symbols itself; they are cut out here only when other tokens were
+        added, so that the leftmost and longest of all of them wins.
         """
         raw = [token for index, token in self.added.items() if not token.normalized and self._cut(index, token)]
         spaced = [token for token in self.added.values() if token.normalized]
         self._raw = re.compile(alternatives(raw)) if raw else None
-        own = any(token.content not in self._user_defined_runs() for token in spaced)
+        own = any(token.content not in self._symbols for token in spaced)
         self._spaced = re.compile(alternatives(map(_with_spaces, spaced))) if own else None
 
     def _cut(self, index: int, token: AddedToken) -> bool:
         return token.special or self._user_added or index >= self.vocab_size
-
-    def _user_defined_runs(self) -> set[str]:
-        return {token.content for token in added_tokens_of(self.model).values() if token.normalized}
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [self._encode_one(check_text(text)) for text in texts]

@@ -12,7 +12,7 @@ from gemmakit.errors import TokenizerError
 from gemmakit.text.model_file import MAX_FILE_BYTES, MAX_PIECE_BYTES, MAX_PIECES
 from gemmakit.text.vocabulary import SPACE, AddedToken
 
-_DECODERS = {"Replace", "ByteFallback", "Fuse"}
+_DECODERS = ("Replace", "ByteFallback", "Fuse")
 
 
 @dataclass
@@ -47,12 +47,12 @@ class BpeFile:
         _check_pipeline(data)
         vocab = vocab_of(model.get("vocab"))
         unknown = model.get("unk_token")
-        if unknown is not None and unknown not in vocab:
-            raise TokenizerError(f"model.unk_token {unknown!r} is not in the vocabulary.")
+        if unknown is not None and (not isinstance(unknown, str) or unknown not in vocab):
+            raise TokenizerError(f"model.unk_token {_clip(unknown)} is not in the vocabulary.")
         return cls(
             vocab=vocab,
             merges=merges_of(model.get("merges"), vocab),
-            added=_added_of(data.get("added_tokens") or [], vocab),
+            added=_added_of(data.get("added_tokens", []), vocab),
             unk_token=unknown,
             byte_fallback=_flag(model, "byte_fallback"),
             ignore_merges=_flag(model, "ignore_merges"),

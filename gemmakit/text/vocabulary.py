@@ -15,7 +15,9 @@ TURN_TOKENS = ("<start_of_turn>", "<end_of_turn>")
 Offsets = list[tuple[int, int]]
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
-_TAG = re.compile(r"</?[a-z]+[1-6]?>")
+# Gemma has a token for each of these tags, opening and closing; they are ordinary text.
+_TAGS = "table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|blockquote|strong|em|b|i|u|s|sub|sup|code"
+_TAG = re.compile(f"</?(?:{_TAGS})>")
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,14 @@ class AddedToken:
             return cls(value, special=bool(special))
         names = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
         if isinstance(value, Mapping):
-            fields = {name: value[name] for name in names if name in value}
+            fields: dict[str, Any] = {name: value[name] for name in names if name in value}
         elif hasattr(value, "content"):
             fields = {name: getattr(value, name) for name in names if hasattr(value, name)}
         else:
             raise TokenizerError(f"a token must be a string or an AddedToken, found {type(value).__name__} {value!r}.")
+        fields = {name: field for name, field in fields.items() if field is not None or name == "content"}
         for name in names[1:]:
-            if not isinstance(fields.get(name, False), (bool, type(None))):
+            if not isinstance(fields.get(name, False), bool):
                 raise TokenizerError(f"added token {fields.get('content')!r}: {name} must be true or false.")
         if special:
             fields["special"] = True
