@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from gemmakit.errors import GemmakitError, TokenizerError
-from gemmakit.hub import find_file
+from gemmakit.errors import GemmakitError, InputError, TokenizerError, UnsafeFile
+from gemmakit.hub import find_file, push_folder
 from gemmakit.text.tokenizer_json import read_json
 from gemmakit.text.vocabulary import AddedToken, Engine
 
@@ -52,7 +52,9 @@ class Saving:
         TokenizerError for malformed files, CheckpointError or HubError where they cannot be had.
         """
         name = os.fspath(pretrained_model_name_or_path)
-        for key in ("use_fast", "trust_remote_code", "force_download", "resume_download", "proxies", "legacy"):
+        if settings.pop("trust_remote_code", False):
+            raise UnsafeFile("trust_remote_code=True: gemmakit never runs code from a checkpoint. Leave it out.")
+        for key in ("use_fast", "force_download", "resume_download", "proxies", "legacy"):
             settings.pop(key, None)
 
         def find(filename: str) -> Path | None:
@@ -79,17 +81,28 @@ class Saving:
         raise TokenizerError(f"{name} has neither {order[0]} nor {order[1]}: it holds no Gemma tokenizer.")
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike[str], filename_prefix: str | None = None, **_: Any
+        self,
+        save_directory: str | os.PathLike[str],
+        filename_prefix: str | None = None,
+        *,
+        push_to_hub: bool = False,
+        **upload: Any,
     ) -> tuple[str, ...]:
         """Write everything `from_pretrained` needs, here and in transformers; returns the files' paths.
 
         Each file is written beside its place and moved there, so an interrupted save leaves the old file whole.
+        push_to_hub: upload the folder afterwards, to `repo_id` (default: the folder's name); `upload` goes to
+        `gemmakit.hub.push_folder`.
         """
+        if upload and not push_to_hub:
+            raise InputError(f"save_pretrained has no argument {', '.join(upload)} unless push_to_hub=True.")
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         files = [Path(path) for path in self.save_vocabulary(folder, filename_prefix)]
         for name, text in self._texts():
             files.append(_write(folder / _prefixed(name, filename_prefix), text.encode()))
+        if push_to_hub:
+            push_folder(folder, upload.pop("repo_id", folder.name), **upload)
         return tuple(map(str, files))
 
     def save_vocabulary(

@@ -46,6 +46,7 @@ def test_a_vocabulary_of_256000_pieces_is_built_in_seconds_and_agrees(
     figures["merges"] = len(timed("recover merges, s", model.merges))
     slow = timed("GemmaTokenizer, s", lambda: GemmaTokenizer(path))
     fast = timed("GemmaTokenizerFast from .model, s", lambda: GemmaTokenizerFast(path))
+    timed("the same, merges kept from before, s", lambda: GemmaTokenizerFast(path))
     fast.save_pretrained(tmp_path / "saved")
     again = timed("GemmaTokenizerFast from .json, s", lambda: GemmaTokenizerFast.from_pretrained(tmp_path / "saved"))
     with capsys.disabled():
