@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 _HOME = {
     "GemmaConfig": "gemmakit.config",
     "GenerationConfig": "gemmakit.generation",
+    "WatermarkingConfig": "gemmakit.generation",
+    "SynthIDTextWatermarkingConfig": "gemmakit.generation",
     "GemmaTokenizer": "gemmakit.text",
     "GemmaTokenizerFast": "gemmakit.text",
     "GemmaModel": "gemmakit.pytorch.model",
@@ -21,6 +23,21 @@ _HOME = {
     "Cache": "gemmakit.pytorch.cache",
     "DynamicCache": "gemmakit.pytorch.cache",
     "StaticCache": "gemmakit.pytorch.cache",
+    "AutoConfig": "gemmakit.auto",
+    "AutoTokenizer": "gemmakit.auto",
+    "AutoModel": "gemmakit.auto",
+    "AutoModelForCausalLM": "gemmakit.auto",
+    "AutoModelForSequenceClassification": "gemmakit.auto",
+    "AutoModelForTokenClassification": "gemmakit.auto",
+    "pipeline": "gemmakit.pipelines",
+    "Pipeline": "gemmakit.pipelines",
+    "TextGenerationPipeline": "gemmakit.pipelines",
+    "BaseStreamer": "gemmakit.streamers",
+    "LogitsProcessor": "gemmakit.pytorch.decode.protocols",
+    "LogitsProcessorList": "gemmakit.pytorch.decode.protocols",
+    "StoppingCriteria": "gemmakit.pytorch.decode.protocols",
+    "StoppingCriteriaList": "gemmakit.pytorch.decode.protocols",
+    "WatermarkDetector": "gemmakit.pytorch.decode.watermark",
     "TextStreamer": "gemmakit.streamers",
     "TextIteratorStreamer": "gemmakit.streamers",
     "AsyncTextIteratorStreamer": "gemmakit.streamers",
@@ -44,10 +61,26 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from gemmakit.auto import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+        AutoTokenizer,
+    )
     from gemmakit.config import GemmaConfig
-    from gemmakit.generation import GenerationConfig
+    from gemmakit.generation import GenerationConfig, SynthIDTextWatermarkingConfig, WatermarkingConfig
+    from gemmakit.pipelines import Pipeline, TextGenerationPipeline, pipeline
     from gemmakit.pytorch.cache import Cache, DynamicCache, StaticCache
+    from gemmakit.pytorch.decode.protocols import (
+        LogitsProcessor,
+        LogitsProcessorList,
+        StoppingCriteria,
+        StoppingCriteriaList,
+    )
+    from gemmakit.pytorch.decode.watermark import WatermarkDetector
     from gemmakit.pytorch.model import GemmaForCausalLM, GemmaModel
     from gemmakit.pytorch.pretrained import GemmaPreTrainedModel
-    from gemmakit.streamers import AsyncTextIteratorStreamer, TextIteratorStreamer, TextStreamer
+    from gemmakit.streamers import AsyncTextIteratorStreamer, BaseStreamer, TextIteratorStreamer, TextStreamer
     from gemmakit.text import GemmaTokenizer, GemmaTokenizerFast

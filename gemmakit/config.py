@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 import difflib
 import json
-import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,12 @@ _ROPE_REQUIRED = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "longrope": ("short_factor", "long_factor"),
 }
+
+_ROPE_LIMITS: dict[str, dict[str, float]] = {
+    "factor": {"low": 1.0}, "original_max_position_embeddings": {"low": 2.0}, "attention_factor": {"above": 0.0},
+    "beta_fast": {"above": 0.0}, "beta_slow": {"above": 0.0}, "mscale": {"low": 0.0}, "mscale_all_dim": {"low": 0.0},
+    "low_freq_factor": {"above": 0.0}, "high_freq_factor": {"above": 0.0},
+}  # fmt: skip
 
 # Source: arXiv:2403.08295, table 1; the released config.json files.
 PRESETS: dict[str, dict[str, int]] = {
@@ -136,7 +141,7 @@ class GemmaConfig:
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
         self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
-        self.head_dim = hidden_size // max(num_attention_heads, 1) if head_dim is None else head_dim
+        self.head_dim = _head_dim(hidden_size, num_attention_heads) if head_dim is None else head_dim
         self.hidden_act = _activation(hidden_act if hidden_activation is None else hidden_activation)
         self.max_position_embeddings = max_position_embeddings
         self.initializer_range = initializer_range
@@ -166,7 +171,7 @@ class GemmaConfig:
 
     def __getattr__(self, name: str) -> Any:
         extra = self.__dict__.get("extra", {})
-        if name in extra:
+        if name in extra and not name.startswith("__"):  # a file must not answer Python's own protocols
             return extra[name]
         raise AttributeError(f"GemmaConfig has no field {name!r}")
 
@@ -195,9 +200,17 @@ class GemmaConfig:
     def hidden_activation(self) -> str | Callable[[Any], Any]:
         return self.hidden_act
 
+    @hidden_activation.setter
+    def hidden_activation(self, value: str | Callable[[Any], Any]) -> None:
+        self.hidden_act = _activation(value)
+
     @property
     def torch_dtype(self) -> str | None:
         return self.dtype
+
+    @torch_dtype.setter
+    def torch_dtype(self, value: Any) -> None:
+        self.dtype = _dtype_name(value)
 
     @property
     def num_labels(self) -> int:
@@ -212,12 +225,17 @@ class GemmaConfig:
         """Every id that ends a sequence; empty when there is none."""
         if self.eos_token_id is None:
             return ()
-        return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else tuple(self.eos_token_id)
+        return tuple(self.eos_token_id) if isinstance(self.eos_token_id, (list, tuple)) else (self.eos_token_id,)
 
     def _set_labels(self, num: int | None, id2label: dict | None, label2id: dict | None) -> None:
+        if num is not None:
+            _whole_number("num_labels", num, low=1)
         if id2label is None:
             id2label = {i: f"LABEL_{i}" for i in range(2 if num is None else num)}
-        self.id2label = {int(i): label for i, label in id2label.items()}
+        try:
+            self.id2label = {int(i): label for i, label in id2label.items()}
+        except (AttributeError, TypeError, ValueError):
+            raise ConfigError(f"id2label is {id2label!r}; it must map whole numbers to names.") from None
         if num is not None and num != len(self.id2label):
             raise ConfigError(f"num_labels is {num}, but id2label names {len(self.id2label)} labels: give one of them.")
         self.label2id = label2id or {label: i for i, label in self.id2label.items()}
@@ -265,14 +283,11 @@ class GemmaConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any], **overrides: Any) -> GemmaConfig:
         """Build from config.json's content. Unknown keys are kept as data, whatever they are called."""
-        values = {**values, **overrides}
+        _refuse_misspelled(k for k in overrides if k not in values and k not in _FIELDS and not k.startswith("_"))
+        values = _merged(values, overrides)
         kind = values.pop("model_type", cls.model_type)
         if kind != cls.model_type:
             raise ConfigError(f"model_type is {kind!r}: gemmakit runs Gemma 1, 1.1 and CodeGemma ('gemma').")
-        if "rope_parameters" in overrides or "rope_scaling" in overrides:
-            other = "rope_scaling" if "rope_parameters" in overrides else "rope_parameters"
-            if other not in overrides:
-                values.pop(other, None)
         if "id2label" in values and "num_labels" not in overrides:
             values.pop("num_labels", None)
         elif "num_labels" in overrides:
@@ -336,8 +351,10 @@ class GemmaConfig:
         write_text(Path(directory) / "config.json", self.to_json_string())
 
     def update(self, values: dict[str, Any]) -> None:
+        """Change fields in place. Raises ConfigError for an impossible value or a misspelt name."""
+        _refuse_misspelled(k for k in values if k not in _FIELDS and k not in self.extra)
         for name, value in values.items():
-            setattr(self, name, value)
+            setattr(self, name, _activation(value) if name == "hidden_act" else value)
         self.validate()
 
     def __eq__(self, other: object) -> bool:
@@ -348,6 +365,7 @@ class GemmaConfig:
 
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+_ROPE_SPELLINGS = ("rope_theta", "rope_parameters", "rope_scaling")
 
 _STORED = (
     "architectures", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -381,6 +399,29 @@ def _activation(name: str | Callable[[Any], Any]) -> str | Callable[[Any], Any]:
     return name
 
 
+def _head_dim(hidden_size: Any, heads: Any) -> int:
+    whole = isinstance(hidden_size, int) and isinstance(heads, int) and heads > 0
+    return hidden_size // heads if whole else 1  # validate() names the field that is wrong
+
+
+def _merged(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """A file's values with those of a call over them, whatever spelling each uses for the same thing."""
+    values = dict(values)
+    old = _rope(*(values.pop(name, None) for name in _ROPE_SPELLINGS))
+    theta, parameters, scaling = (overrides.get(name) for name in _ROPE_SPELLINGS)
+    if "rope_parameters" in overrides or "rope_scaling" in overrides:
+        inside = {**(scaling or {}), **(parameters or {})}
+        theta = old["rope_theta"] if theta is None and inside.get("rope_theta") is None else theta
+        old = _rope(theta, parameters, scaling)
+    elif theta is not None:
+        old = {**old, "rope_theta": theta}
+    for name, other in (("hidden_act", "hidden_activation"), ("torch_dtype", "dtype")):
+        if name in overrides and other not in overrides:
+            values.pop(other, None)
+    overrides = {k: v for k, v in overrides.items() if k not in _ROPE_SPELLINGS}
+    return {**values, **overrides, "rope_parameters": old}
+
+
 def _rope(theta: float | None, parameters: dict | None, scaling: dict | None) -> dict[str, Any]:
     """Merge the three spellings into one dictionary; a contradiction is refused."""
     merged: dict[str, Any] = {}
@@ -402,20 +443,34 @@ def _check_rope(rope: dict[str, Any], head_dim: int) -> None:
     kind = rope["rope_type"]
     if kind not in ROPE_TYPES:
         raise ConfigError(f"rope_type is {kind!r}; it must be one of {', '.join(ROPE_TYPES)}.")
-    _number("rope_theta", rope["rope_theta"], above=0.0)
     for name in _ROPE_REQUIRED[kind]:
-        if name not in rope:
+        if name not in rope or (rope[name] is None and kind != "yarn"):
             raise ConfigError(f"rope_type {kind!r} needs {name!r} in rope_parameters; got {sorted(rope)}.")
-    if "factor" in rope and rope["factor"] is not None:
-        _number("rope factor", rope["factor"], low=1.0)
+    _number("rope_theta", rope["rope_theta"], above=1.0 if kind == "yarn" else 0.0)
+    for name, limit in _ROPE_LIMITS.items():
+        if rope.get(name) is not None:
+            _number(f"rope {name}", rope[name], **limit)
+    if kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
+        raise ConfigError(
+            f"rope high_freq_factor is {rope['high_freq_factor']}; it must be above low_freq_factor, "
+            f"{rope['low_freq_factor']}."
+        )
+    if kind == "dynamic" and head_dim < 4:
+        raise ConfigError(f"head_dim is {head_dim}; rope_type 'dynamic' needs at least 4.")
     for name in ("short_factor", "long_factor"):
-        factors = rope.get(name)
-        if factors is not None and len(factors) != head_dim // 2:
-            raise ConfigError(f"rope {name} has {len(factors)} entries; head_dim {head_dim} needs {head_dim // 2}.")
+        if rope.get(name) is not None:
+            _check_factors(name, rope[name], head_dim // 2)
 
 
-def _refuse_misspelled(extra: dict[str, Any]) -> None:
-    for name in extra:
+def _check_factors(name: str, factors: Any, count: int) -> None:
+    if not isinstance(factors, (list, tuple)) or len(factors) != count:
+        raise ConfigError(f"rope {name} is {factors!r}; head_dim {2 * count} needs a list of {count} numbers.")
+    for factor in factors:
+        _number(f"rope {name}", factor, above=0.0)
+
+
+def _refuse_misspelled(names: Iterable[str]) -> None:
+    for name in names:
         meant = _OTHER_NAMES.get(name)
         if meant is None:
             close = difflib.get_close_matches(name, _FIELDS, n=1, cutoff=0.85)
@@ -433,7 +488,8 @@ def _whole_number(name: str, value: Any, low: int, high: int | None = None) -> N
 def _number(name: str, value: Any, *, low: float | None = None, above: float | None = None,
             below: float | None = None) -> None:  # fmt: skip
     limits = [f"{sign} {x}" for sign, x in ((">=", low), (">", above), ("<", below)) if x is not None]
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # A comparison instead of isfinite, which raises OverflowError for whole numbers that no float holds.
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e308
     if not ok or (low is not None and value < low) or (above is not None and value <= above) or (
         below is not None and value >= below
     ):  # fmt: skip

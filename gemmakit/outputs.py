@@ -99,3 +99,21 @@ class GenerateDecoderOnlyOutput(ModelOutput):
     attentions: tuple[Any, ...] | None = None
     hidden_states: tuple[Any, ...] | None = None
     past_key_values: Any = None
+
+
+@dataclass
+class GenerateBeamDecoderOnlyOutput(ModelOutput):
+    """sequences (R, S), with R = B * num_return_sequences, best first; sequences_scores (R,), with output_scores.
+
+    A step each: scores (log probabilities after the processors) and logits (B * num_beams, V), attentions and
+    hidden_states a tuple of layers. beam_indices (R, new): the row of `scores` that gave each token, -1 after the end.
+    """
+
+    sequences: Any = None
+    sequences_scores: Any = None
+    scores: tuple[Any, ...] | None = None
+    logits: tuple[Any, ...] | None = None
+    beam_indices: Any = None
+    attentions: tuple[Any, ...] | None = None
+    hidden_states: tuple[Any, ...] | None = None
+    past_key_values: Any = None

@@ -19,11 +19,15 @@ CLAIM = 0.95  # the least accuracy that the card calls an ability
 DESCRIPTIONS = {
     "sum": ("two numbers from 0 to 99", "What is 34 + 58?", "34 + 58 = 92"),
     "difference": ("two numbers from 0 to 99, the larger one first", "What is 80 - 23?", "80 - 23 = 57"),
-    "compare": ("two numbers from 0 to 999", "Which is larger, 47 or 53?", "53 is larger than 47."),
-    "sort": ("3 to 5 different numbers from 0 to 99", "Sort 41, 7, 23", "7, 23, 41"),
-    "count": ("a letter, digit or word in a list of 3 to 8", "How often is fig in fig, pear, fig?", "fig appears 2 times."),
-    "reverse": ("3 to 6 different letters, digits or words", "Reverse c, a, t", "t, a, c"),
-    "decline": ("questions of other kinds, known by their wording", "What is a lemon?", demo_tasks.BEYOND_ME),
+    "compare": ("two numbers from 0 to 99", "Which is larger, 47 or 53?", "53 is larger than 47."),
+    "sort": ("3 or 4 different numbers from 0 to 99", "Sort 41, 7, 23", "7, 23, 41"),
+    "count": (
+        "a letter, digit or word in a list of 3 to 6",
+        "How often is fig in fig, pear, fig?",
+        "fig appears 2 times.",
+    ),
+    "reverse": ("3 to 5 different letters, digits or words", "Reverse c, a, t", "t, a, c"),
+    "decline": ("questions of other kinds, in wordings it knows", "What is a lemon?", demo_tasks.BEYOND_ME),
     "follow_up": ("the list just answered, backwards", "Now reverse that.", "41, 23, 7"),
     "history": ("any of the tasks after two other questions", "...", "..."),
 }
@@ -117,7 +121,11 @@ def write_card(folder: Path, stored: Results, wide: Results, recipe: dict[str, A
     weak = [t for t in demo_tasks.MEASURED if t not in able]
     size = sum(p.stat().st_size for p in folder.iterdir() if p.name != "README.md")
     rows = "\n".join(f"| {name} | {value} |" for name, value in recipe.items() if name not in ("tokens", "minutes"))
-    below = f"\n## What it does badly\n\nBelow {CLAIM:.0%}, so not claimed:\n\n{_table(weak, stored, wide)}\n" if weak else ""
+    below = (
+        f"\n## What it does badly\n\nBelow {CLAIM:.0%}, so not claimed:\n\n{_table(weak, stored, wide)}\n"
+        if weak
+        else ""
+    )
     card = f"""---
 license: apache-2.0
 language: en
@@ -127,10 +135,10 @@ pipeline_tag: text-generation
 
 # The demo model of gemmakit
 
-A tiny Gemma, {size:,} bytes in all, with a vocabulary in Gemma's own layout (ids 0 to 472 are the released ones: special
-tokens, turns, newline and space runs, tags, bytes; the other {recipe["vocab_size"] - 473:,} are learned). It shows that an
-installation works, and it is the yardstick for every change that may cost quality, such as quantization. It knows no facts
-and it is no assistant.
+A tiny Gemma, {size:,} bytes in all, with a vocabulary in Gemma's own layout (ids 0 to 472 are the released ones:
+special tokens, turns, newline and space runs, tags, bytes; the other {recipe["vocab_size"] - 473:,} are learned). It
+shows that an installation works, and it is the yardstick for every change that may cost quality, such as quantization.
+It knows no facts and it is no assistant.
 
 ## What it does
 
@@ -149,13 +157,14 @@ decides by a hash whether it is held out, so no wording of it was trained on. "A
 | perplexity a token | {stored.perplexity:.3f} | {wide.perplexity:.3f} |
 | bits a byte | {stored.bits_per_byte:.4f} | {wide.bits_per_byte:.4f} |
 
-The text is cut into pieces of {demo_tasks.WINDOW - 1} tokens; each is read behind one `<bos>`, without the pieces before it.
+The text is cut into pieces of {demo_tasks.WINDOW - 1} tokens; each is read behind one `<bos>`, without the pieces
+before it.
 
 ## How it was made
 
     {command}
 
-{recipe["tokens"]:,} tokens in {recipe["minutes"]:.0f} minutes on {recipe["threads"]} CPU threads (shared with other work), torch \
+{recipe["tokens"]:,} tokens in {recipe["minutes"]:.0f} minutes on {recipe["threads"]} CPU threads, torch
 {torch.__version__}, Python {platform.python_version()}.
 
 | setting | value |

@@ -10,18 +10,24 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 HELD_OUT_SHARE = 8
 WINDOW = 512  # tokens a piece in `perplexity`, <bos> included
 
-WORDS = (
-    "apple pear plum fig lemon melon grape peach cherry olive bread milk rice salt tea corn bean soup cake egg "
-    "red blue green white black gold pink gray cat dog fox owl bee ant hen cow pig bear wolf frog fish duck lion "
-    "sun moon star rain snow wind tree leaf rose lake hill rock sand boat car bus train road door lamp book pen desk"
-).split()
+WORDS = """
+    apple pear plum fig lemon melon grape peach cherry olive bread milk rice salt tea corn bean soup cake egg
+    red blue green white black gold pink gray cat dog fox owl bee ant hen cow pig bear wolf frog fish duck lion
+    sun moon star rain snow wind tree leaf rose lake hill rock sand boat car bus train road door lamp book pen desk
+""".split()  # noqa: SIM905 - a list of words reads better as words
+# Things to ask about that no task is about.
+TOPICS = """
+    love music history football chess physics poetry cooking travel money art politics medicine law religion sleep
+    Paris London Tokyo Berlin Rome Egypt India China Brazil Canada France Spain Italy Japan Mars Venus Einstein
+    Newton Darwin Mozart Picasso Shakespeare Google Linux
+""".split()  # noqa: SIM905
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 ABILITIES = "add, subtract, compare, sort, count and reverse"
@@ -38,20 +44,49 @@ class Turn:
     answer: str
 
 
+@dataclass(frozen=True)
+class Ranges:
+    """How large the questions get: all from the smallest up."""
+
+    compare: tuple[int, int] = (100, 100)  # numbers below one of these
+    sort: int = 4  # numbers
+    count: int = 6  # items
+    reverse: int = 5  # items
+
+
+CLAIMED = Ranges()
+# Practised at first: longer lists teach copying.
+WIDE = Ranges(compare=(100, 1000), sort=5, count=8, reverse=6)
+
+
 # -- the tasks: each draws (key, question, answer) ---------------------------------------------------------------------
 
 Drawn = tuple[str, str, str]
 
 
-def _sum(rng: random.Random) -> Drawn:
+def _spoken(items: Iterable[str], rng: random.Random) -> str:
+    """The list as somebody types it: with commas, now and then without."""
+    return (" " if rng.random() < 0.15 else ", ").join(items)
+
+
+def _casual(question: str, rng: random.Random) -> str:
+    """Now and then without capitals, or without the sign at the end."""
+    if rng.random() < 0.15:
+        question = question.lower()
+    return question.rstrip("?.! ") if rng.random() < 0.15 else question
+
+
+def _sum(rng: random.Random, ranges: Ranges) -> Drawn:
     a, b = rng.randrange(100), rng.randrange(100)
-    ask = rng.choice(("What is {} + {}?", "{} + {} = ?", "{} + {}", "Add {} and {}.", "What is the sum of {} and {}?"))
+    ask = rng.choice(("What is {} + {}?", "{} + {} = ?", "{} + {}", "{}+{}", "What is {}+{}?",
+                      "What's {} + {}?", "Add {} and {}.", "What is the sum of {} and {}?"))  # fmt: skip
     return f"{min(a, b)} {max(a, b)}", ask.format(a, b), f"{a} + {b} = {a + b}"
 
 
-def _difference(rng: random.Random) -> Drawn:
+def _difference(rng: random.Random, ranges: Ranges) -> Drawn:
     b, a = sorted((rng.randrange(100), rng.randrange(100)))
     ask, swapped = rng.choice((("What is {} - {}?", False), ("{} - {} = ?", False), ("{} - {}", False),
+                               ("{}-{}", False), ("What is {}-{}?", False), ("What's {} - {}?", False),
                                ("Subtract {} from {}.", True), ("Take {} away from {}.", True)))  # fmt: skip
     return f"{a} {b}", ask.format(*((b, a) if swapped else (a, b))), f"{a} - {b} = {a - b}"
 
@@ -62,34 +97,38 @@ def _items(rng: random.Random, low: int, high: int) -> list[str]:
     return rng.sample(source, rng.randint(low, high))
 
 
-def _reverse(rng: random.Random) -> Drawn:
-    items = _items(rng, 3, 6)
+def _reverse(rng: random.Random, ranges: Ranges) -> Drawn:
+    items = _items(rng, 3, ranges.reverse)
     ask = rng.choice(("Reverse {}", "Reverse this list: {}", "Say this backwards: {}", "Write {} in reverse order.",
                       "What is {} backwards?"))  # fmt: skip
-    return " ".join(items), ask.format(", ".join(items)), ", ".join(reversed(items))
+    return " ".join(items), ask.format(_spoken(items, rng)), ", ".join(reversed(items))
 
 
-def _sort(rng: random.Random) -> Drawn:
-    numbers = rng.sample(range(100), rng.randint(3, 5))
+def _sort(rng: random.Random, ranges: Ranges) -> Drawn:
+    numbers = rng.sample(range(100), rng.randint(3, ranges.sort))
     ask = rng.choice(("Sort {}", "Sort these numbers: {}", "Put {} in order.", "Please sort {}",
                       "Order these from smallest to largest: {}"))  # fmt: skip
     # Any order of the same numbers is the same question.
-    return " ".join(map(str, sorted(numbers))), ask.format(_join(numbers)), _join(sorted(numbers))
+    return (
+        " ".join(map(str, sorted(numbers))),
+        ask.format(_spoken(map(str, numbers), rng)),
+        ", ".join(map(str, sorted(numbers))),
+    )
 
 
-def _count(rng: random.Random) -> Drawn:
+def _count(rng: random.Random, ranges: Ranges) -> Drawn:
     few = _items(rng, 2, 4)
-    items = [rng.choice(few) for _ in range(rng.randint(3, 8))]
+    items = [rng.choice(few) for _ in range(rng.randint(3, ranges.count))]
     wanted = rng.choice(few)
     n = items.count(wanted)
     times = {0: "does not appear", 1: "appears 1 time"}.get(n, f"appears {n} times")
     ask = rng.choice(("How many times does {0} appear in {1}?", "Count {0} in this list: {1}",
                       "How often is {0} in {1}?", "In {1}, how many times is there {0}?"))  # fmt: skip
-    return f"{wanted} {' '.join(items)}", ask.format(wanted, ", ".join(items)), f"{wanted} {times}."
+    return f"{wanted} {' '.join(items)}", ask.format(wanted, _spoken(items, rng)), f"{wanted} {times}."
 
 
-def _compare(rng: random.Random) -> Drawn:
-    top = rng.choice((100, 1000))
+def _compare(rng: random.Random, ranges: Ranges) -> Drawn:
+    top = rng.choice(ranges.compare)
     a, b = rng.sample(range(top), 2)
     large = rng.random() < 0.5
     word = rng.choice(("larger", "bigger", "greater") if large else ("smaller", "less"))
@@ -98,22 +137,25 @@ def _compare(rng: random.Random) -> Drawn:
     return f"{min(a, b)} {max(a, b)}", ask.format(a, b, word), f"{first} is {word} than {second}."
 
 
-def _decline(rng: random.Random) -> Drawn:
-    about = rng.choice(WORDS)
+def _decline(rng: random.Random, ranges: Ranges) -> Drawn:
+    about = rng.choice((*WORDS, *TOPICS))
     ask = rng.choice(("Tell me a story about a {}.", "Write a poem about the {}.", "What do you think of {}?",
                       "Explain {} to me.", "Where can I buy a {}?", "Who invented the {}?", "What color is the {}?",
                       "Do you like {}?", "Translate {} into French.", "What is the history of the {}?",
-                      "How do I draw a {}?", "What is a {}?"))  # fmt: skip
+                      "How do I draw a {}?", "What is a {}?", "Who is {}?", "What is {}?", "Where is {}?",
+                      "What is the capital of {}?", "Tell me about {}."))  # fmt: skip
     return about, ask.format(about), BEYOND_ME
 
 
-TASKS: dict[str, Callable[[random.Random], Drawn]] = {
+TASKS: dict[str, Callable[[random.Random, Ranges], Drawn]] = {
     "sum": _sum, "difference": _difference, "compare": _compare, "sort": _sort, "count": _count, "reverse": _reverse,
     "decline": _decline,
 }  # fmt: skip
 
-# How often each task is drawn for training: the harder to learn, the more often.
-_WEIGHTS = {"sum": 24, "difference": 20, "compare": 10, "sort": 18, "count": 16, "reverse": 12, "decline": 2}
+# How often each task is drawn for training, at first; then beside rows of bare sums; then with short questions.
+WEIGHTS = {"sum": 24, "difference": 20, "compare": 10, "sort": 18, "count": 16, "reverse": 12, "decline": 2}
+WEIGHTS_BESIDE_SUMS = {"sum": 14, "difference": 12, "compare": 14, "sort": 20, "count": 26, "reverse": 12, "decline": 2}
+WEIGHTS_AT_LAST = {"sum": 6, "difference": 6, "compare": 16, "sort": 20, "count": 36, "reverse": 15, "decline": 1}
 
 # Always answered alike; trained on as they stand, so no accuracy is claimed for them.
 SMALL_TALK = {
@@ -134,10 +176,6 @@ SMALL_TALK = {
 FOLLOW_UPS = ("Now reverse that.", "And the other way round?", "Now backwards.")
 
 
-def _join(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers))
-
-
 # -- drawing -----------------------------------------------------------------------------------------------------------
 
 
@@ -146,21 +184,25 @@ def is_held_out(task: str, key: str) -> bool:
     return hashlib.sha256(f"{task} {key}".encode()).digest()[0] % HELD_OUT_SHARE == 0
 
 
-def draw(task: str, rng: random.Random, *, held: bool) -> Turn:
+def draw(task: str, rng: random.Random, *, held: bool, ranges: Ranges = CLAIMED) -> Turn:
     """One question of the wanted side of the split."""
     while True:
-        key, question, answer = TASKS[task](rng)
+        key, question, answer = TASKS[task](rng, ranges)
         if is_held_out(task, key) == held:
-            return Turn(task, key, question, answer)
+            return Turn(task, key, _casual(question, rng), answer)
 
 
 def follow_up(turn: Turn, rng: random.Random) -> Turn:
     """A question that only the history answers: the list in the last answer, backwards."""
-    return Turn("follow_up", turn.key, rng.choice(FOLLOW_UPS), ", ".join(reversed(turn.answer.split(", "))))
+    return Turn(
+        "follow_up", turn.key, _casual(rng.choice(FOLLOW_UPS), rng), ", ".join(reversed(turn.answer.split(", ")))
+    )
 
 
-def training_chat(rng: random.Random, most: int = 3) -> list[Turn]:
-    """A chat of one to `most` training questions, short ones more often."""
+def training_chat(
+    rng: random.Random, most: int = 3, weights: Mapping[str, int] = WEIGHTS, ranges: Ranges = CLAIMED
+) -> list[Turn]:
+    """A chat of one to `most` training questions, shorter ones more often."""
     turns: list[Turn] = []
     wanted = min(rng.randint(1, most), rng.randint(1, most))
     while len(turns) < wanted:
@@ -168,10 +210,10 @@ def training_chat(rng: random.Random, most: int = 3) -> list[Turn]:
             turns.append(follow_up(turns[-1], rng))
         elif rng.random() < 0.03:
             question, answer = rng.choice(list(SMALL_TALK.items()))
-            turns.append(Turn("small_talk", question, question, answer))
+            turns.append(Turn("small_talk", question, _casual(question + rng.choice(("", "!")), rng), answer))
         else:
-            task = rng.choices(list(_WEIGHTS), weights=list(_WEIGHTS.values()))[0]
-            turns.append(draw(task, rng, held=False))
+            task = rng.choices(list(weights), weights=list(weights.values()))[0]
+            turns.append(draw(task, rng, held=False, ranges=ranges))
     return turns
 
 
@@ -243,7 +285,9 @@ def greedy(model: Any, tokenizer: Any, *, max_new_tokens: int = 48, batch_size: 
     return generate
 
 
-def perplexity(model: Any, token_ids: Sequence[int], *, window: int = WINDOW, batch_size: int = 8) -> tuple[float, float]:
+def perplexity(
+    model: Any, token_ids: Sequence[int], *, window: int = WINDOW, batch_size: int = 8
+) -> tuple[float, float]:
     """How well `model` predicts a text: (perplexity per token, total nats).
 
     `token_ids` holds the text without <bos>. It is cut into pieces of `window - 1` tokens, each read behind one <bos>
@@ -261,5 +305,7 @@ def perplexity(model: Any, token_ids: Sequence[int], *, window: int = WINDOW, ba
         for batch in [*(whole[i : i + batch_size] for i in range(0, len(whole), batch_size)), pieces[-1:]]:
             ids = torch.tensor(batch, device=model.device)
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-            nats += torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
+            nats += torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
+            ).item()
     return math.exp(nats / len(token_ids)), nats

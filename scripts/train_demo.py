@@ -14,7 +14,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,19 +46,37 @@ class Recipe:
     heads: int = 4
     kv_heads: int = 2
     head_dim: int = 64
-    context: int = 512  # tokens in a row of the last steps; also max_position_embeddings
-    short: int = 256  # tokens in a row before: attention costs less
-    long_share: float = 0.12  # last share of the steps, with rows of `context` tokens
+    context: int = 512  # tokens in the longest rows; also max_position_embeddings
+    short: int = 256  # tokens in most rows: attention costs less
     batch: int = 4096  # tokens in a batch
-    text_share: float = 0.375  # share of documentation in a batch, the rest is chats
     matrix_rate: float = 0.01  # peak learning rate of the layers' matrices (Muon)
     other_rate: float = 0.004  # peak learning rate of the embedding and the norms (AdamW)
     weight_decay: float = 0.1
     warmup: int = 100  # steps
-    decay: float = 0.5  # last share of the steps, over which the rates fall to zero
+    decay: float = 0.63  # last share of the steps, over which the rates fall to zero
 
 
-# -- data: every example is (token ids, labels), labels IGNORED where nothing is to be learned ----------------------------
+@dataclass(frozen=True)
+class Stage:
+    """What the batches hold from the share `start` of the steps on: shares of rows; the rest of them are chats."""
+
+    start: float
+    text: float  # documentation
+    sums: float  # bare sums and differences: few tokens each, so thousands of them
+    weights: Mapping[str, int]
+    ranges: demo_tasks.Ranges
+    long_every: int = 0  # every so many steps the rows have `context` tokens
+
+
+STAGES = (
+    Stage(0.0, 0.375, 0.0, demo_tasks.WEIGHTS, demo_tasks.WIDE),
+    Stage(0.37, 0.1875, 0.0, demo_tasks.WEIGHTS, demo_tasks.WIDE),
+    Stage(0.5, 0.125, 0.25, demo_tasks.WEIGHTS_BESIDE_SUMS, demo_tasks.WIDE),
+    Stage(0.63333, 0.0625, 0.125, demo_tasks.WEIGHTS_AT_LAST, demo_tasks.CLAIMED, long_every=8),
+)
+
+
+# -- data: every example is (token ids, labels), labels IGNORED where nothing is to be learned ---------------------
 
 Example = tuple[list[int], list[int]]
 
@@ -88,14 +106,28 @@ def text_examples(documents: list[list[int]], length: int, seed: int) -> Iterato
             yield [BOS, *piece], [IGNORED, *piece]
 
 
-def chat_examples(encode: Any, most: int, seed: int, step: int) -> Iterator[Example]:
+def chat_examples(encode: Any, most: int, stage: Stage, seed: int, step: int) -> Iterator[Example]:
     rng = random.Random(f"{seed} chat {step}")
     while True:
-        yield encode_chat(demo_tasks.training_chat(rng, most), encode)
+        yield encode_chat(demo_tasks.training_chat(rng, most, stage.weights, stage.ranges), encode)
+
+
+def sum_examples(encode: Any, seed: int, step: int) -> Iterator[Example]:
+    """Lines as "34 + 58 = 92", up to ten in an example; only what follows the equals sign is learned."""
+    rng = random.Random(f"{seed} drill {step}")
+    while True:
+        ids, labels = [BOS], [IGNORED]
+        for _ in range(rng.randint(1, 10)):
+            turn = demo_tasks.draw(rng.choice(("sum", "difference")), rng, held=False)
+            left, right = turn.answer.split(" = ")
+            asked, answer = encode(f"{left} ="), [*encode(f" {right}"), NEWLINE]
+            ids += asked + answer
+            labels += [IGNORED] * len(asked) + answer
+        yield ids, labels
 
 
 def pack(examples: Iterator[Example], rows: int, length: int) -> list[torch.Tensor]:
-    """Fill `rows` rows of `length` tokens: token ids, labels, positions (restarting at each example), each (rows, length).
+    """Fill `rows` rows of `length` tokens: ids, labels, positions (restarting at each example), each (rows, length).
 
     What does not fit at the end of a row is dropped.
     """
@@ -108,30 +140,27 @@ def pack(examples: Iterator[Example], rows: int, length: int) -> list[torch.Tens
                 column.extend(values)
         for column, values in zip(out, row, strict=True):
             column.append(values[:length])
-    return [torch.tensor(column) for column in out]
+    return [torch.tensor(column, dtype=torch.long).view(rows, length) for column in out]
 
 
 def batches(
     documents: list[list[int]], encode: Any, recipe: Recipe, seed: int, steps: range, last: int
 ) -> Iterator[list[torch.Tensor]]:
-    """(token ids, labels, positions), each (rows, length), for each of `steps` of a training that ends at step `last`."""
-    text = text_examples(documents, recipe.short, seed)
+    """(token ids, labels, positions), each (rows, length), for each of `steps`, in a training of `last` steps."""
+    text = {n: text_examples(documents, n, seed + i) for i, n in enumerate((recipe.short, recipe.context))}
     for step in range(steps.stop):
-        if step == _long_from(recipe, last):
-            text = text_examples(documents, recipe.context, seed + 1)
-        length = recipe.short if step < _long_from(recipe, last) else recipe.context
+        stage = next(s for s in reversed(STAGES) if step >= round(s.start * last))
+        long = stage.long_every and step % stage.long_every == 0
+        length = recipe.context if long else recipe.short
         rows = recipe.batch // length
-        text_rows = round(rows * recipe.text_share)
-        packed = pack(text, text_rows, length)
+        text_rows, sum_rows = round(rows * stage.text), round(rows * stage.sums)
+        packed = [pack(text[length], text_rows, length)]
         # A training that goes on draws the text it has seen, so that it sees the same from here on.
         if step in steps:
-            most = 3 if length == recipe.short else 8
-            chats = pack(chat_examples(encode, most, seed, step), rows - text_rows, length)
-            yield [torch.cat(pair) for pair in zip(packed, chats, strict=True)]
-
-
-def _long_from(recipe: Recipe, last: int) -> int:
-    return last - int(last * recipe.long_share)
+            packed.append(pack(sum_examples(encode, seed, step), sum_rows, length))
+            chats = chat_examples(encode, 8 if long else 3, stage, seed, step)
+            packed.append(pack(chats, rows - text_rows - sum_rows, length))
+            yield [torch.cat(columns) for columns in zip(*packed, strict=True)]
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -170,9 +199,9 @@ def optimizers(model: Any, recipe: Recipe) -> list[torch.optim.Optimizer]:
 
 
 def rate(step: int, steps: int, recipe: Recipe) -> float:
-    """Share of the peak learning rate: rising, level, then falling to zero."""
+    """Share of the peak learning rate: rising, level, then falling to zero as a square does."""
     falling = max(1, int(steps * recipe.decay))
-    return min(1.0, (step + 1) / recipe.warmup, (steps - step) / falling)
+    return min(1.0, (step + 1) / recipe.warmup, ((steps - step) / falling) ** 2)
 
 
 def train(
@@ -188,7 +217,7 @@ def train(
         for opt, values in zip(opts, saved["optimizers"], strict=True):
             opt.load_state_dict(values)
         earlier = saved["minutes"]
-    forward = torch.compile(model) if compiled else model
+    forward = torch.compile(model, dynamic=False) if compiled else model
     report, started = demo_card.Progress(left.stop, recipe.batch), time.monotonic()
     model.train()
     for step, (ids, labels, positions) in zip(left, data, strict=True):
@@ -229,11 +258,16 @@ def prepare(folder: Path, recipe: Recipe, seed: int) -> tuple[Any, list[list[int
         HELD_OUT_FILE.write_text(demo_corpus.held_out_text(documents), encoding="utf-8")
     texts = demo_corpus.training_texts(documents, HELD_OUT_FILE.read_text(encoding="utf-8"))
     rng = random.Random(f"{seed} vocabulary")
-    spoken = [line for _ in range(10_000) for t in demo_tasks.training_chat(rng) for line in (t.question, t.answer)]
+    spoken = [
+        line
+        for _ in range(10_000)
+        for t in demo_tasks.training_chat(rng, ranges=demo_tasks.WIDE)
+        for line in (t.question, t.answer)
+    ]
     vocabulary = demo_vocabulary.train([*texts, *spoken], folder, vocab_size=recipe.vocab_size, seed=seed)
     tokenizer = GemmaTokenizer(str(vocabulary))
     tokenizer.save_pretrained(folder)
-    return tokenizer, [tokenizer.encode(text, add_special_tokens=False) + [EOS] for text in texts]
+    return tokenizer, [[*tokenizer.encode(text, add_special_tokens=False), EOS] for text in texts]
 
 
 def check_chat_encoding(tokenizer: Any, encode: Any) -> None:

@@ -2,5 +2,16 @@
 
 from gemmakit.generation.config import GenerationConfig
 from gemmakit.generation.order import PROCESSOR_ORDER
+from gemmakit.generation.watermarking import (
+    BaseWatermarkingConfig,
+    SynthIDTextWatermarkingConfig,
+    WatermarkingConfig,
+)
 
-__all__ = ["PROCESSOR_ORDER", "GenerationConfig"]
+__all__ = [
+    "PROCESSOR_ORDER",
+    "BaseWatermarkingConfig",
+    "GenerationConfig",
+    "SynthIDTextWatermarkingConfig",
+    "WatermarkingConfig",
+]

@@ -1,43 +1,84 @@
-"""GenerationConfig: every setting of generate(), with its range."""
+"""GenerationConfig: every setting of generate(). Their ranges are in ranges.py, their quarrels in rules.py."""
 
 from __future__ import annotations
 
 import copy
 import difflib
+import functools
 import json
-import math
 import os
-from collections.abc import Sequence
+import re
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import CheckpointError, GenerationConfigError
+from gemmakit.generation import ranges, rules
+from gemmakit.generation.watermarking import BaseWatermarkingConfig, watermark_of
 from gemmakit.hub import find_file
 
+T = TypeVar("T")
+FILE = "generation_config.json"
 
-@dataclass(repr=False)
+
+def _refuses_unknown(cls: type[T]) -> type[T]:
+    """A misspelt setting is told from a wrong call: by name, with the nearest setting there is."""
+    plain = cls.__init__
+
+    @functools.wraps(plain)
+    def init(self: Any, **settings: Any) -> None:
+        _refuse_unknown(settings, {f.name for f in fields(self)})
+        plain(self, **settings)
+
+    cls.__init__ = init
+    return cls
+
+
+@_refuses_unknown
+@dataclass(repr=False, kw_only=True)
 class GenerationConfig:
     """Settings of generate(). What a call gives wins over the model's own, which win over these defaults.
 
+    None means the default (for top_k, no limit). Settings that only sampling or beam search reads are warned of
+    where neither is on.
+
     Length
         max_length: prompt and new tokens together. max_new_tokens: new tokens alone, wins over max_length; with
-        neither, 20 new tokens. min_length, min_new_tokens: no eos before. max_time: seconds.
-        stop_strings: texts that end a row (needs `tokenizer=`). eos_token_id: one id or several.
-    Choice
-        do_sample: draw from the distribution instead of taking its peak. temperature: divides the logits. top_k: keep
-        the k likeliest tokens (0 keeps all). top_p: keep the smallest set with this probability. min_p: keep tokens of
-        at least this share of the likeliest one's probability. repetition_penalty: above 1 discourages tokens that are
-        already there. seed: makes sampling reproducible; row i then depends on (seed, its own prompt) alone.
+        neither, 20 new tokens. min_length, min_new_tokens: no eos before. max_time: seconds. stop_strings: texts that
+        end a row (needs `tokenizer=`). eos_token_id: one id or several.
+    Strategy
+        do_sample: draw from the distribution instead of taking its peak. num_beams: rows searched side by side;
+        early_stopping (True, False or "never"), length_penalty (above 0 favours long rows). num_beam_groups with
+        diversity_penalty: groups of beams kept apart (arXiv:1610.02424). constraints, force_words_ids: what a beam must
+        hold. penalty_alpha with top_k: contrastive search (arXiv:2202.06417), with low_memory one candidate at a time.
+        Assisted (arXiv:2211.17192): num_assistant_tokens a draft, their schedule, assistant_confidence_threshold,
+        is_assistant; prompt_lookup_num_tokens with max_matching_ngram_size drafts from the prompt.
+    Choice of a token
+        temperature divides the logits. top_k keeps the k likeliest tokens (0: all); top_p the smallest set of this
+        probability (arXiv:1904.09751); min_p tokens of at least this share of the likeliest one's (arXiv:2407.01082);
+        top_h this share of the entropy (arXiv:2509.02510); typical_p the most typical ones (arXiv:2202.00666);
+        epsilon_cutoff and eta_cutoff those above a floor (arXiv:2210.15191). seed: row i depends on (seed, its prompt).
+        repetition_penalty above 1 discourages tokens that are there (arXiv:1909.05858); encoder_repetition_penalty
+        above 1 encourages those of the prompt. no_repeat_ngram_size: n-grams that may not come twice;
+        encoder_no_repeat_ngram_size: not again from the prompt. bad_words_ids, suppress_tokens, begin_suppress_tokens:
+        forbidden sequences, tokens, first tokens. sequence_bias: {(ids): added to the last one's logit}.
+        forced_bos_token_id (a prompt of one token), forced_eos_token_id (the last place).
+        exponential_decay_length_penalty: (new tokens, factor). guidance_scale: weight of the prompt against
+        `negative_prompt_ids` (arXiv:2306.17806). remove_invalid_values: NaN and infinity become finite.
+        renormalize_logits: scores end as log probabilities. watermarking_config. token_healing: regrow the prompt's
+        last token. json_schema, regex (Rust's syntax), grammar (Lark): the shape of the new text (needs `tokenizer=`).
     Work
-        use_cache; cache_implementation ("dynamic" or "static"); prefill_chunk_size: prompt tokens a pass.
+        use_cache; cache_implementation with cache_config and max_cache_len; prefill_chunk_size: prompt tokens a pass.
     Outputs
         num_return_sequences; return_dict_in_generate with output_scores (after processing), output_logits (before),
         output_attentions, output_hidden_states.
 
     Raises:
         GenerationConfigError: a value out of its range; names the field, the value and the range.
+        TokenOutOfRange: a token id outside the vocabulary, in validate(vocab_size).
     """
 
     max_length: int | None = None
@@ -48,15 +89,57 @@ class GenerationConfig:
     stop_strings: str | list[str] | None = None
 
     do_sample: bool = False
+    num_beams: int = 1
+    early_stopping: bool | str = False
+    length_penalty: float = 1.0
+    num_beam_groups: int = 1
+    diversity_penalty: float = 0.0
+    constraints: Sequence[Any] | None = None
+    force_words_ids: list[list[int]] | list[list[list[int]]] | None = None
+    penalty_alpha: float | None = None
+    low_memory: bool = False
+
+    is_assistant: bool = False
+    num_assistant_tokens: int = 20
+    num_assistant_tokens_schedule: str = "constant"
+    assistant_confidence_threshold: float = 0.4
+    prompt_lookup_num_tokens: int | None = None
+    max_matching_ngram_size: int | None = None
+
     temperature: float = 1.0
     top_k: int | None = 50
     top_p: float = 1.0
     min_p: float | None = None
-    repetition_penalty: float = 1.0
+    top_h: float | None = None
+    typical_p: float = 1.0
+    epsilon_cutoff: float = 0.0
+    eta_cutoff: float = 0.0
     seed: int | None = None
+
+    repetition_penalty: float = 1.0
+    encoder_repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    encoder_no_repeat_ngram_size: int = 0
+    bad_words_ids: list[list[int]] | None = None
+    suppress_tokens: list[int] | None = None
+    begin_suppress_tokens: list[int] | None = None
+    sequence_bias: dict[tuple[int, ...], float] | list[Any] | None = None
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: int | list[int] | None = None
+    exponential_decay_length_penalty: tuple[int, float] | None = None
+    guidance_scale: float | None = None
+    remove_invalid_values: bool = False
+    renormalize_logits: bool = False
+    watermarking_config: BaseWatermarkingConfig | dict[str, Any] | None = None
+    token_healing: bool = False
+    json_schema: dict[str, Any] | str | bool | None = None
+    regex: str | None = None
+    grammar: str | None = None
 
     use_cache: bool = True
     cache_implementation: str | None = None
+    cache_config: dict[str, Any] | None = None
+    max_cache_len: int | None = None
     prefill_chunk_size: int | None = None
 
     num_return_sequences: int = 1
@@ -75,42 +158,16 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         self.validate()
+        rules.warn_of_no_effect(self)
+
+    # -- what the settings mean ------------------------------------------------------------------------------------
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        if self.eos_token_id is None:
-            return ()
-        return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else tuple(self.eos_token_id)
-
-    def validate(self, vocab_size: int | None = None) -> None:
-        """Check every field against its range. Raises GenerationConfigError."""
-        for name, (kind, low, high) in _RANGES.items():
-            value = getattr(self, name)
-            if value is None and name in _OPTIONAL:
-                continue
-            _check(name, value, kind, low, high)
-        if self.cache_implementation not in CACHES:
-            raise GenerationConfigError(
-                f"cache_implementation is {self.cache_implementation!r}; it must be one of "
-                f"{', '.join(repr(c) for c in CACHES)}."
-            )
-        for text in self.stop_texts:
-            if not isinstance(text, str) or not text:
-                raise GenerationConfigError(
-                    f"stop_strings holds {text!r}; each must be a text of at least 1 character."
-                )
-        self._check_tokens(vocab_size)
-
-    def _check_tokens(self, vocab_size: int | None) -> None:
-        below = math.inf if vocab_size is None else vocab_size
-        tokens: list[tuple[str, Any]] = [("eos_token_id", t) for t in self.eos_token_ids]
-        tokens += [(n, getattr(self, n)) for n in ("pad_token_id", "bos_token_id")]
-        for name, token in tokens:
-            if token is None or token == -1:  # released files hold -1 for "none"
-                continue
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < below:
-                limit = "a whole number >= 0" if vocab_size is None else f"in 0..{vocab_size - 1}, the vocabulary"
-                raise GenerationConfigError(f"{name} is {token!r}; it must be {limit}.")
+        """All eos ids; a file's -1, which means none, is not among them."""
+        eos = self.eos_token_id
+        listed = eos if isinstance(eos, list | tuple) else [] if eos is None else [eos]
+        return tuple(token for token in listed if token >= 0)
 
     @property
     def stop_texts(self) -> Sequence[str]:
@@ -118,35 +175,99 @@ class GenerationConfig:
             return ()
         return (self.stop_strings,) if isinstance(self.stop_strings, str) else self.stop_strings
 
+    @property
+    def biases(self) -> dict[tuple[int, ...], float]:
+        """sequence_bias by token sequence; empty when there is none. validate() made it a dictionary."""
+        return self.sequence_bias if isinstance(self.sequence_bias, dict) else {}
+
+    @property
+    def watermark(self) -> BaseWatermarkingConfig | None:
+        return self.watermarking_config if isinstance(self.watermarking_config, BaseWatermarkingConfig) else None
+
+    def get_generation_mode(self, assistant_model: Any = None) -> str:
+        """The strategy these settings choose, by the name transformers gives it."""
+        if self.constraints is not None or self.force_words_ids is not None:
+            return "constrained_beam_search"
+        if self.num_beams > 1:
+            if self.num_beam_groups > 1:
+                return "group_beam_search"
+            return "beam_sample" if self.do_sample else "beam_search"
+        if assistant_model is not None or self.prompt_lookup_num_tokens is not None:
+            return "assisted_generation"
+        if self.do_sample:
+            return "sample"
+        return "contrastive_search" if self.penalty_alpha and self.top_k and self.top_k > 1 else "greedy_search"
+
+    # -- checking --------------------------------------------------------------------------------------------------
+
+    def validate(self, vocab_size: int | None = None) -> None:
+        """Check every field. Raises GenerationConfigError, and with a vocabulary size TokenOutOfRange."""
+        self._settle()
+        for name in ranges.RANGES:
+            if getattr(self, name) is not None:
+                ranges.check(name, getattr(self, name))
+        for name in ranges.TOKENS:
+            if getattr(self, name) is not None:
+                ranges.check_tokens(name, getattr(self, name), vocab_size)
+        for sequence in self.biases:
+            for token in sequence:
+                ranges.check_token("sequence_bias", token, vocab_size)
+        for text in self.stop_texts:
+            if not isinstance(text, str) or not text:
+                raise GenerationConfigError(
+                    f"stop_strings holds {text!r}; each must be a text of at least 1 character."
+                )
+        rules.refuse_contradictions(self)
+
+    def _settle(self) -> None:
+        """One form of each value: None is the default, and files' lists and dictionaries become what they stand for."""
+        if self.top_k is None:
+            self.top_k = 0
+        for name, default in _DEFAULTS.items():
+            if default is not None and getattr(self, name) is None:
+                setattr(self, name, default)
+        if self.bad_words_ids is not None and not self.bad_words_ids:
+            raise GenerationConfigError("bad_words_ids is empty: give at least 1 list of token ids, or leave it out.")
+        if self.sequence_bias is not None:
+            self.sequence_bias = _biases(self.sequence_bias)
+        if self.exponential_decay_length_penalty is not None:
+            self.exponential_decay_length_penalty = _decay(self.exponential_decay_length_penalty)
+        if self.watermarking_config is not None:
+            self.watermarking_config = watermark_of(self.watermarking_config)
+        if hasattr(self.json_schema, "model_json_schema"):  # a pydantic model
+            self.json_schema = self.json_schema.model_json_schema()  # type: ignore[union-attr]
+
     # -- changing, in and out --------------------------------------------------------------------------------------
 
     def updated(self, **values: Any) -> GenerationConfig:
         """A copy with some fields changed. Raises GenerationConfigError for a field that does not exist."""
-        names = {f.name for f in fields(self)} - {"extra"}
-        for name in values:
-            if name not in names:
-                close = difflib.get_close_matches(name, names, n=1)
-                hint = f" Did you mean {close[0]!r}?" if close else ""
-                raise GenerationConfigError(f"generate() has no setting {name!r}.{hint}")
+        _refuse_unknown(values, _DEFAULTS)
         new = copy.copy(self)
         new.extra = dict(self.extra)
         new.__dict__.update(values)
         new.validate()
+        rules.warn_of_no_effect(new, values)
         return new
 
     def update(self, **values: Any) -> dict[str, Any]:
-        """Change fields in place; gives back those that are no settings of generate()."""
-        names = {f.name for f in fields(self)} - {"extra"}
-        self.__dict__.update({k: v for k, v in values.items() if k in names})
-        self.validate()
-        return {k: v for k, v in values.items() if k not in names}
+        """Change fields in place, all or none; gives back those that are no settings of generate()."""
+        known = {k: v for k, v in values.items() if k in _DEFAULTS}
+        self.__dict__.update(vars(self.updated(**known)))
+        return {k: v for k, v in values.items() if k not in _DEFAULTS}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], **overrides: Any) -> GenerationConfig:
-        names = {f.name for f in fields(cls)} - {"extra"}
-        known = {k: v for k, v in values.items() if k in names and v is not None}
-        unknown = {k: v for k, v in values.items() if k not in names}
-        return cls(**{**known, **overrides}, extra=unknown)
+    def from_dict(cls, values: Mapping[str, Any], return_unused_kwargs: bool = False, **overrides: Any) -> Any:
+        """From a file's keys; those that are no settings go to `extra`. Overrides that are none are refused, or with
+        return_unused_kwargs given back beside the result."""
+        known = {k: v for k, v in values.items() if k in _DEFAULTS and v is not None}
+        unknown = {k: v for k, v in values.items() if k not in _DEFAULTS}
+        for name in ranges.REFUSED:
+            if unknown.get(name) is not None:
+                warnings.warn(f"{name} is kept but does nothing: {ranges.REFUSED[name]}.", stacklevel=3)
+        unused = {k: v for k, v in overrides.items() if return_unused_kwargs and k not in _DEFAULTS}
+        overrides = {k: v for k, v in overrides.items() if k not in unused}
+        config = cls(**{**known, **overrides}, extra=unknown)
+        return (config, unused) if return_unused_kwargs else config
 
     @classmethod
     def from_model_config(cls, config: GemmaConfig) -> GenerationConfig:
@@ -155,84 +276,96 @@ class GenerationConfig:
         return cls(**tokens, use_cache=config.use_cache)
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | os.PathLike[str], **kwargs: Any) -> GenerationConfig:
+    def from_pretrained(cls, name_or_path: str | os.PathLike[str], config_file_name: str = FILE, **kwargs: Any) -> Any:
         """Read generation_config.json of a folder or a Hub id; keyword arguments as in GemmaConfig.from_pretrained."""
         from gemmakit.config import HUB_ARGUMENTS
 
         where = {k: kwargs.pop(k) for k in HUB_ARGUMENTS if k in kwargs}
-        path = find_file(name_or_path, "generation_config.json", **where)
+        path = find_file(name_or_path, config_file_name, **where)
         assert path is not None
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as e:
             raise CheckpointError(f"{path} is not valid JSON ({e}). Download or export it again.") from e
         if not isinstance(values, dict):
-            raise CheckpointError(f"{path} holds a {type(values).__name__}; a generation_config.json is an object.")
+            raise CheckpointError(f"{path} holds a {type(values).__name__}; a {FILE} is an object.")
         return cls.from_dict(values, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """What differs from the defaults, and what was kept from a file."""
-        default = GenerationConfig()
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
-        return {**self.extra, **{k: v for k, v in own.items() if v != getattr(default, k)}}
+        """What differs from the defaults, and what was kept from a file; as a file holds it."""
+        out = {**self.extra, **{k: getattr(self, k) for k, v in _DEFAULTS.items() if getattr(self, k) != v}}
+        if self.biases:  # JSON has no tuples for keys
+            out["sequence_bias"] = [[list(ids), bias] for ids, bias in self.biases.items()]
+        if self.watermark is not None:
+            out["watermarking_config"] = self.watermark.to_dict()
+        return out
 
     def to_json_string(self) -> str:
-        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True, default=_plain) + "\n"
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+    def save_pretrained(self, directory: str | os.PathLike[str], config_file_name: str = FILE) -> None:
         """Write generation_config.json into `directory`."""
+        text = self.to_json_string()
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        staged = folder / f".generation_config.json.{os.getpid()}"
-        staged.write_text(self.to_json_string(), encoding="utf-8")
-        staged.replace(folder / "generation_config.json")
+        staged = folder / f".{config_file_name}.{os.getpid()}"
+        staged.write_text(text, encoding="utf-8")
+        staged.replace(folder / config_file_name)
 
     def __repr__(self) -> str:
-        return f"GenerationConfig {self.to_json_string()}"
+        return f"GenerationConfig {json.dumps(self.to_dict(), indent=2, sort_keys=True, default=repr)}"
 
 
-CACHES = (None, "dynamic", "static")
-
-_WHOLE, _REAL, _FLAG = "a whole number", "a number", "true or false"
-# field: kind, lowest, highest; a lowest in a tuple is excluded. Numbers must be finite, so inf means "no limit".
-_RANGES: dict[str, tuple[str, Any, float]] = {
-    "max_length": (_WHOLE, 1, math.inf),
-    "max_new_tokens": (_WHOLE, 1, math.inf),
-    "min_length": (_WHOLE, 0, math.inf),
-    "min_new_tokens": (_WHOLE, 0, math.inf),
-    "max_time": (_REAL, (0.0,), math.inf),
-    "temperature": (_REAL, (0.0,), math.inf),
-    "top_k": (_WHOLE, 0, math.inf),
-    "top_p": (_REAL, 0.0, 1.0),
-    "min_p": (_REAL, 0.0, 1.0),
-    "repetition_penalty": (_REAL, (0.0,), math.inf),
-    "seed": (_WHOLE, 0, 2**63 - 1),
-    "prefill_chunk_size": (_WHOLE, 1, math.inf),
-    "num_return_sequences": (_WHOLE, 1, math.inf),
-    **dict.fromkeys(("do_sample", "use_cache", "return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states"), (_FLAG, 0, 1)),
-}  # fmt: skip
-_OPTIONAL = (
-    "max_length",
-    "max_new_tokens",
-    "min_new_tokens",
-    "max_time",
-    "top_k",
-    "min_p",
-    "seed",
-    "prefill_chunk_size",
-)
+_DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(GenerationConfig) if f.name != "extra"}
 
 
-def _check(name: str, value: Any, kind: str, low: Any, high: float) -> None:
-    if kind is _FLAG:
-        ok = isinstance(value, bool)
-        limit = ""
-    else:
-        types = (int,) if kind is _WHOLE else (int, float)
-        excluded = isinstance(low, tuple)
-        floor = low[0] if excluded else low
-        ok = isinstance(value, types) and not isinstance(value, bool) and math.isfinite(value)
-        ok = ok and value <= high and (value > floor if excluded else value >= floor)
-        limit = f" {'>' if excluded else '>='} {floor}" + ("" if high == math.inf else f" and <= {high:g}")
-    if not ok:
-        raise GenerationConfigError(f"{name} is {value!r}; it must be {kind}{limit}.")
+def _refuse_unknown(given: Collection[str], names: Collection[str]) -> None:
+    for name in given:
+        if name in names:
+            continue
+        if name in ranges.REFUSED:
+            raise GenerationConfigError(f"generate() has no setting {name!r} here: {ranges.REFUSED[name]}.")
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise GenerationConfigError(f"generate() has no setting {name!r}.{hint}")
+
+
+def _biases(value: Any) -> dict[tuple[int, ...], float]:
+    """From {(ids): bias}, or the [[ids, bias], ...] of a file, or the "(1, 2)" keys that JSON makes of tuples."""
+    pairs = list(value.items()) if isinstance(value, dict) else value
+    try:
+        out = {_sequence(ids): bias for ids, bias in pairs}
+    except (TypeError, ValueError):
+        out = {}
+    if (
+        not out
+        or any(not ids for ids in out)
+        or not all(ranges.Real().holds(b) or b == -float("inf") for b in out.values())
+    ):
+        raise GenerationConfigError(
+            f"sequence_bias is {value!r}; it must be {{(token ids): finite number}} or [[[token ids], number], ...]."
+        )
+    return {ids: float(bias) for ids, bias in out.items()}
+
+
+def _sequence(ids: Any) -> tuple[Any, ...]:
+    if isinstance(ids, str) and re.fullmatch(r"\(?[\d\s,]+\)?", ids):
+        return tuple(int(number) for number in re.findall(r"\d+", ids))
+    return (ids,) if isinstance(ids, int) else tuple(ids)
+
+
+def _decay(value: Any) -> tuple[int, float]:
+    if isinstance(value, list | tuple) and len(value) == 2:
+        start, factor = value
+        if ranges.Whole(0).holds(start) and ranges.Real(0, above=True).holds(factor):
+            return start, factor
+    raise GenerationConfigError(
+        f"exponential_decay_length_penalty is {value!r}; it must be (new tokens before it, factor > 0)."
+    )
+
+
+def _plain(value: Any) -> Any:
+    """JSON for a number of numpy; other objects live in this process alone."""
+    if hasattr(value, "item"):
+        return value.item()
+    raise GenerationConfigError(f"{value!r} cannot be written to a file: pass it to generate() instead.")

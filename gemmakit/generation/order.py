@@ -1,4 +1,4 @@
-"""The order in which generate() changes the logits of a step; the same as transformers'."""
+"""The order in which generate() changes the logits of a step: that of transformers, which has no "constraint"."""
 
 # Those before "custom" shape every strategy; those after it shape sampling alone, but for the last two.
 PROCESSOR_ORDER: tuple[str, ...] = (
@@ -18,6 +18,7 @@ PROCESSOR_ORDER: tuple[str, ...] = (
     "exponential_decay_length_penalty",
     "suppress_tokens",
     "begin_suppress_tokens",
+    "constraint",
     "custom",
     "temperature",
     "top_h",

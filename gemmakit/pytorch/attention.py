@@ -5,14 +5,17 @@ Axis letters: B batch, S query positions, T key positions, N query heads, K kv h
 
 from __future__ import annotations
 
-from typing import Protocol
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemmakit.errors import ConfigError
-from gemmakit.pytorch.masks import Visibility
+from gemmakit.errors import ConfigError, InputError, MissingDependency
+from gemmakit.pytorch.masks import Rule, Visibility
 
 
 class Attend(Protocol):
@@ -59,7 +62,7 @@ def sdpa(
         out = F.scaled_dot_product_attention(q.view(B, K, N // K, H), k, v, mask, dropout, scale=scale)
         out = out.view(B, N, S, H)
     else:
-        causal = visible.causal and mask is None and S > 1
+        causal = visible.causal and mask is None
         k, v = _shared(k, N), _shared(v, N)
         out = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, scale=scale)
     if visible.blind is not None:
@@ -75,12 +78,174 @@ def _shared(x: Tensor, heads: int) -> Tensor:
     return x.expand(-1, heads, -1, -1) if K == 1 else x.repeat_interleave(heads // K, dim=1)
 
 
-IMPLEMENTATIONS: dict[str, Attend] = {"eager": eager, "sdpa": sdpa}
+class Sequences(NamedTuple):
+    """The tokens that are not padding, laid end to end: which of B * S they are, where each sequence begins."""
+
+    tokens: Tensor  # (n,)
+    starts: Tensor  # int32 (sequences + 1,)
+    longest: int
+
+
+def flash(
+    q: Tensor, k: Tensor, v: Tensor, visible: Visibility, *, scale: float, dropout: float = 0.0
+) -> tuple[Tensor, None]:
+    """Through the flash_attn package: padding is left out of the computation, and its queries give zeros.
+
+    What that package cannot say (the caller's own 4-D mask, places given by a tensor) runs as `sdpa`.
+    Raises InputError for float32. Source: arXiv:2205.14135, arXiv:2307.08691.
+    """
+    rule = visible.rule
+    if rule is None or not isinstance(rule.past, int):
+        return sdpa(q, k, v, visible if rule is None else _masked(rule), scale=scale, dropout=dropout)
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        raise InputError(
+            f"flash_attention_2 computes in float16 or bfloat16 and this model in {q.dtype}: load it with "
+            'dtype=torch.bfloat16, or use set_attn_implementation("sdpa").'
+        )
+    import flash_attn  # type: ignore[import-not-found]
+
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if rule.padding is None and rule.documents is None:
+        out = flash_attn.flash_attn_func(q, k, v, dropout_p=dropout, softmax_scale=scale, causal=rule.causal)
+        return out.transpose(1, 2), None
+    asked, held = _memo(rule, "sequences", _sequences)
+    packed = flash_attn.flash_attn_varlen_func(
+        q.flatten(0, 1)[asked.tokens],
+        k.flatten(0, 1)[held.tokens],
+        v.flatten(0, 1)[held.tokens],
+        asked.starts,
+        held.starts,
+        asked.longest,
+        held.longest,
+        dropout_p=dropout,
+        softmax_scale=scale,
+        causal=rule.causal,
+    )
+    out = torch.zeros_like(q).flatten(0, 1).index_copy(0, asked.tokens, packed)
+    return out.view(q.shape).transpose(1, 2), None
+
+
+def _sequences(rule: Rule) -> tuple[Sequences, Sequences]:
+    """Queries and keys without padding, a row (or a packed document) a sequence."""
+    if rule.padding is not None:
+        padding = rule.padding.to(rule.device)
+        return _laid_out(padding[:, rule.keys - rule.queries :]), _laid_out(padding)
+    assert rule.documents is not None
+    rows = rule.documents.shape[0]
+    first = F.pad(rule.documents[:, 1:] != rule.documents[:, :-1], (1, 0), value=True).flatten()
+    starts = F.pad(first.nonzero().flatten(), (0, 1), value=first.numel()).int()
+    tokens = torch.arange(rows * rule.queries, device=rule.device)
+    both = Sequences(tokens, starts, int(starts.diff().max()))
+    return both, both
+
+
+def _laid_out(real: Tensor) -> Sequences:
+    lengths = real.sum(-1)
+    starts = F.pad(lengths.cumsum(0), (1, 0)).int()
+    return Sequences(real.flatten().nonzero().flatten(), starts, int(lengths.max()))
+
+
+def flex(
+    q: Tensor, k: Tensor, v: Tensor, visible: Visibility, *, scale: float, dropout: float = 0.0
+) -> tuple[Tensor, None]:
+    """Through torch's flex_attention, compiled on an accelerator: blocks that nobody may see are skipped.
+
+    What it cannot do (dropout, gradients on the CPU) runs as `sdpa`. Source: arXiv:2412.05496.
+    """
+    from torch.nn.attention.flex_attention import flex_attention
+
+    rule = visible.rule
+    differentiates = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if dropout or (differentiates and q.device.type == "cpu"):
+        return sdpa(q, k, v, visible if rule is None else _masked(rule), scale=scale, dropout=dropout)
+    if rule is not None:
+        blocks, bias = _memo(rule, "blocks", lambda rule: _blocks(rule, q.shape[0])), None
+    else:
+        blocks, bias = _given_blocks(visible, q, k)
+    run = flex_attention if q.device.type == "cpu" or torch.compiler.is_compiling() else _compiled_flex()
+    out = run(q, k, v, score_mod=bias, block_mask=blocks, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    if visible.blind is not None:
+        out = out.masked_fill(visible.blind, 0.0)
+    return out, None
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def _blocks(rule: Rule, batch: int) -> Any:
+    """The block mask of a rule, under which blind queries get zeros by themselves; None when all see all."""
+    last = rule.queries == 1 and isinstance(rule.past, int)
+    if rule.padding is None and rule.documents is None and (not rule.causal or last):
+        return None
+
+    def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        ok = j >= 0
+        if rule.causal:
+            ok = ok & (j <= (i + rule.past if isinstance(rule.past, int) else rule.past[i]))
+        if rule.padding is not None:
+            ok = ok & rule.padding[b, j]
+        if rule.documents is not None:
+            ok = ok & (rule.documents[b, i] == rule.documents[b, j])
+        return ok
+
+    return _block_mask(seen, batch, None, rule.queries, rule.keys, rule.device)
+
+
+def _given_blocks(visible: Visibility, q: Tensor, k: Tensor) -> tuple[Any, Any]:
+    """A caller's 4-D mask as a block mask (bool) or as a bias on the scores."""
+    S, T = q.shape[2], k.shape[2]
+    if visible.mask is None:
+        return None, None
+    mask = visible.mask.expand(q.shape[0], -1, S, T)
+    per_head = mask.shape[1] > 1
+    if mask.dtype == torch.bool:
+        seen = lambda b, h, i, j: mask[b, h if per_head else 0, i, j]  # noqa: E731
+        return _block_mask(seen, q.shape[0], q.shape[1] if per_head else None, S, T, q.device), None
+    return None, lambda score, b, h, i, j: score + mask[b, h if per_head else 0, i, j].to(score.dtype)
+
+
+def _block_mask(seen: Any, batch: int, heads: int | None, S: int, T: int, device: torch.device) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return create_block_mask(seen, batch, heads, S, T, device=str(device))
+
+
+def _masked(rule: Rule) -> Visibility:
+    return _memo(rule, "masked", Rule.masked)
+
+
+def _memo(rule: Rule, name: str, make: Callable[[Rule], Any]) -> Any:
+    """What every layer of a forward pass shares, made by the first."""
+    if name not in rule.memo:
+        rule.memo[name] = make(rule)
+    return rule.memo[name]
+
+
+IMPLEMENTATIONS: dict[str, Attend] = {
+    "eager": eager,
+    "sdpa": sdpa,
+    "flash_attention_2": flash,
+    "flex_attention": flex,
+}
+# These read a Rule: for them no mask of S x T is made.
+MASKLESS = ("flash_attention_2", "flex_attention")
 
 
 def implementation(name: str | None) -> str:
-    """The name of a usable attention implementation; None means the default, sdpa. Raises ConfigError."""
+    """The name of a usable attention implementation; None means the default, sdpa.
+
+    Raises ConfigError for a name that there is not, MissingDependency for one whose package is not installed.
+    """
     name = name or "sdpa"
     if name not in IMPLEMENTATIONS:
         raise ConfigError(f"attn_implementation is {name!r}; gemmakit has {', '.join(IMPLEMENTATIONS)}.")
+    if name == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise MissingDependency(
+            "attn_implementation 'flash_attention_2' needs the flash_attn package, which is not installed: "
+            'pip install flash-attn --no-build-isolation (a CUDA GPU and compiler), or use "sdpa".'
+        )
     return name

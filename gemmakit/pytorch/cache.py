@@ -5,16 +5,27 @@ Axis letters: B batch, K kv heads, T positions held, H head_dim. Every key and v
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError, PromptTooLong
+from gemmakit.pytorch.cache_files import load_cache, save_cache
+from gemmakit.pytorch.pruning import layer_heads
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Legacy = tuple[tuple[Tensor, Tensor], ...]
+
+
+def _sizes(x: Tensor) -> tuple[int, int, int]:
+    return x.shape[0], x.shape[1], x.shape[3]
 
 
 class CacheLayer:
@@ -25,6 +36,7 @@ class CacheLayer:
         self.length: int | Tensor = 0
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
+        self._borrowed = False  # the tensors belong to a graph or to the caller: never written to
 
     @property
     def keys(self) -> Tensor | None:
@@ -33,6 +45,16 @@ class CacheLayer:
     @property
     def values(self) -> Tensor | None:
         return None if self._values is None else self._values[:, :, : int(self.length)]
+
+    @property
+    def shape(self) -> tuple[int, int, int] | None:
+        """(B, K, H) of what is held; None before the first append."""
+        return None if self._keys is None else _sizes(self._keys)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory held, used or not."""
+        return sum(t.nbytes for t in (self._keys, self._values) if t is not None)
 
     def append(self, k: Tensor, v: Tensor, places: Tensor | None) -> tuple[Tensor, Tensor]:
         """Take S more positions; give all that is held, or with `places` (S,) the whole fixed buffer."""
@@ -46,7 +68,8 @@ class CacheLayer:
                 f"Make it with max_cache_len={end} or more."
             )
         self.length = end
-        if torch.is_grad_enabled() and (k.requires_grad or (self._keys is not None and self._keys.requires_grad)):
+        # Even if k needs no gradient: that of a trained q_proj reads the keys of this call.
+        if torch.is_grad_enabled():
             return self._join(k, v, start)
         self._reserve(k, v, start, end)
         assert self._keys is not None and self._values is not None
@@ -55,7 +78,8 @@ class CacheLayer:
         return self._keys[:, :, :end], self._values[:, :, :end]
 
     def _write_at(self, k: Tensor, v: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-        self._reserve(k, v, 0, k.shape[2])
+        if self._keys is None or self._borrowed:
+            self._reserve(k, v, int(self.length), k.shape[2])
         assert self._keys is not None and self._values is not None
         self._keys.index_copy_(2, places, k)
         self._values.index_copy_(2, places, v)
@@ -68,14 +92,17 @@ class CacheLayer:
             assert self._keys is not None and self._values is not None
             k = torch.cat((self._keys[:, :, :start], k), dim=2)
             v = torch.cat((self._values[:, :, :start], v), dim=2)
-        self._keys, self._values = k, v
+        self._keys, self._values, self._borrowed = k, v, True
         return k, v
 
     def _reserve(self, k: Tensor, v: Tensor, used: int, end: int) -> None:
         """Make room for `end` positions; a growing buffer takes half as much again, so that copies stay rare."""
         held = 0 if self._keys is None else self._keys.shape[2]
-        if held >= end:
+        if self._keys is not None and self._keys.is_inference() and not torch.is_inference_mode_enabled():
+            self._borrowed = True  # outside inference mode its tensors can be read, not written
+        if held >= end and not self._borrowed:
             return
+        self._borrowed = False
         room = self.fixed or max(end, min(held + held // 2, held + 4096), 64 if end < 64 else end)
         self._keys = self._grown(self._keys, k, used, room)
         self._values = self._grown(self._values, v, used, room)
@@ -89,10 +116,20 @@ class CacheLayer:
             new[:, :, :used] = old[:, :, :used]
         return new
 
-    def rebatch(self, change: Any) -> None:
+    def crop(self, length: int) -> None:
+        """Forget all but the first `length` positions, of which there are at least so many."""
+        self.length = length
+
+    def rebatch(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply `change` (a tensor function along the batch axis) to what is held."""
-        if self._keys is not None and self._values is not None:
-            self._keys, self._values = change(self._keys), change(self._values)
+        if self._keys is None or self._values is None:
+            return
+        keys, values = change(self._keys), change(self._values)
+        if self.fixed is not None and keys.shape == self._keys.shape and not self._borrowed:
+            self._keys.copy_(keys)  # a captured graph reads this address
+            self._values.copy_(values)
+        else:
+            self._keys, self._values = keys, values
 
 
 class Cache:
@@ -116,14 +153,27 @@ class Cache:
         Raises PromptTooLong when a static cache is full, InputError when the batch changed.
         """
         while len(self.layers) <= layer_idx:
-            self.layers.append(CacheLayer(self.max_cache_len))
+            self.layers.append(self._new_layer())
         layer = self.layers[layer_idx]
-        if layer._keys is not None and layer._keys.shape[0] != key_states.shape[0]:
+        shape = layer.shape
+        if shape is not None and shape != _sizes(key_states):
+            self._refuse(shape, key_states)
+        return layer.append(key_states, value_states, (cache_kwargs or {}).get("cache_position"))
+
+    def _new_layer(self) -> CacheLayer:
+        return CacheLayer(self.max_cache_len)
+
+    @staticmethod
+    def _refuse(shape: tuple[int, int, int], k: Tensor) -> None:
+        if shape[0] != k.shape[0]:
             raise InputError(
-                f"the cache holds {layer._keys.shape[0]} rows and this call has {key_states.shape[0]}: "
+                f"the cache holds {shape[0]} rows and this call has {k.shape[0]}: "
                 "use batch_repeat_interleave or batch_select_indices, or a fresh cache."
             )
-        return layer.append(key_states, value_states, (cache_kwargs or {}).get("cache_position"))
+        raise InputError(
+            f"the cache holds {shape[1]} heads of {shape[2]} a layer and this model has {k.shape[1]} of {k.shape[3]}: "
+            "the cache is another model's."
+        )
 
     def span(self, queries: int, cache_position: Tensor | None = None) -> tuple[int | Tensor, int]:
         """Where the next tokens go, and how many keys they get to see.
@@ -152,12 +202,12 @@ class Cache:
         """Forget all but the first `max_length` positions; a negative number forgets that many at the end."""
         for layer in self.layers:
             held = int(layer.length)
-            layer.length = min(held, max_length) if max_length >= 0 else max(held + max_length, 0)
+            layer.crop(min(held, max_length) if max_length >= 0 else max(held + max_length, 0))
 
     def reset(self) -> None:
         """Forget everything, keep the memory."""
         for layer in self.layers:
-            layer.length = 0
+            layer.crop(0)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row beam_idx[i] was."""
@@ -174,7 +224,22 @@ class Cache:
     @property
     def nbytes(self) -> int:
         """Bytes of memory held, used or not."""
-        return sum(t.nbytes for x in self.layers for t in (x._keys, x._values) if t is not None)
+        return sum(layer.nbytes for layer in self.layers)
+
+    # -- to a file and back ----------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write what is held as one safetensors file: `layers.0.keys`, `layers.0.values`, ..., each (B, K, T, H).
+
+        A reader finds the older file or the new one, whole. Raises InputError for an empty cache, CheckpointError when
+        the disk refuses.
+        """
+        save_cache(tuple(self), Path(path))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Self:
+        """Read a cache that `save` wrote, of whatever kind it was. Raises CheckpointError if the file is none."""
+        return cls.from_legacy_cache(load_cache(Path(path), device))
 
     # -- the older tuple -------------------------------------------------------------------------------------------
 
@@ -197,7 +262,7 @@ class Cache:
         return tuple(self)
 
     @classmethod
-    def from_legacy_cache(cls, past_key_values: Iterable[tuple[Tensor, Tensor]] | None = None) -> Cache:
+    def from_legacy_cache(cls, past_key_values: Iterable[tuple[Tensor, Tensor]] | None = None) -> Self:
         """A cache that starts from the tuples; their tensors are not written to."""
         cache = cls()
         for i, (k, v) in enumerate(past_key_values or ()):
@@ -240,7 +305,7 @@ class StaticCache(Cache):
         self.max_cache_len = max_cache_len or config.max_position_embeddings
         self.layers = [CacheLayer(self.max_cache_len) for _ in range(config.num_hidden_layers)]
         if max_batch_size is not None and dtype is not None:
-            shape = (max_batch_size, config.num_key_value_heads, self.max_cache_len, config.head_dim)
-            for layer in self.layers:
+            for i, layer in enumerate(self.layers):
+                shape = (max_batch_size, layer_heads(config, i)[1], self.max_cache_len, config.head_dim)
                 layer._keys = torch.zeros(shape, dtype=dtype, device=device)
                 layer._values = torch.zeros(shape, dtype=dtype, device=device)

@@ -5,12 +5,48 @@ Axis letters: B batch, S query positions, T key positions.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gemmakit.errors import InputError
+
+
+@dataclass
+class Rule:
+    """Who may look at whom in terms instead of a mask, for kernels that never make one.
+
+    Query i of S stands at place past + i of T keys; `past` as a tensor (S,) gives each query's own place. causal: it
+    sees no later place. padding: bool (B, T), False hides a key. documents: (B, S) numbers, seen only where equal.
+    """
+
+    causal: bool
+    past: int | Tensor
+    queries: int
+    keys: int
+    padding: Tensor | None
+    documents: Tensor | None
+    device: torch.device
+    memo: dict[str, Any] = field(default_factory=dict)  # what a kernel derives once for all layers
+
+    def masked(self) -> Visibility:
+        """The same as a mask."""
+        mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=self.device)
+        places_known = isinstance(self.past, int)
+        if self.causal and not (self.queries == 1 and places_known):
+            place = torch.arange(self.queries, device=self.device) + self.past if places_known else self.past
+            mask = torch.arange(self.keys, device=self.device) <= place[:, None]  # type: ignore[index]
+            mask = mask[None, None]
+        if self.padding is not None:
+            mask = mask & self.padding[:, None, None, :].to(self.device)
+        if self.documents is not None:
+            mask = mask & (self.documents[:, None, :, None] == self.documents[:, None, None, :])
+        if self.padding is None:  # a query always sees itself
+            return Visibility(mask)
+        blind = ~mask.any(-1, keepdim=True)
+        return Visibility(mask | blind, blind=blind)
 
 
 class Visibility(NamedTuple):
@@ -19,11 +55,13 @@ class Visibility(NamedTuple):
     mask: bool (B or 1, 1, S, T), True where a query may look; or the caller's own 4-D additive mask; or None.
     causal: with mask None, whether queries see only keys up to their own place (S == T); otherwise they see all.
     blind: bool (B or 1, 1, S, 1), True for queries that may look nowhere and must give zeros; None if there are none.
+    rule: all of it in terms, where the kernel asked for no mask; the three above then say nothing.
     """
 
     mask: Tensor | None
     causal: bool = False
     blind: Tensor | None = None
+    rule: Rule | None = None
 
 
 def visibility(
@@ -36,6 +74,7 @@ def visibility(
     causal: bool,
     position_ids: Tensor | None,
     device: torch.device,
+    dense: bool = True,
 ) -> Visibility:
     """Decide the cheapest true description of who sees whom.
 
@@ -45,6 +84,7 @@ def visibility(
         past: how many keys stand before the first query; a tensor (S,) gives each query's own place (static caches).
         causal: False lets every token see every other that is not padding.
         position_ids: (B, S) when the caller gave them and there is no cache and no mask: a restart begins a document.
+        dense: False for kernels that read a Rule and want no mask of S x T.
 
     Raises:
         InputError: a mask whose shape does not fit.
@@ -53,28 +93,17 @@ def visibility(
         return _given(attention_mask, batch, queries, keys)
     places_known = isinstance(past, int)
     padding = _padding(attention_mask, batch, keys, whole_buffer=not places_known)
-    documents = _documents(position_ids) if attention_mask is None else None
-    if padding is None and documents is None and places_known:
+    documents = _documents(position_ids) if attention_mask is None else None  # on every device alike
+    if dense and padding is None and documents is None and places_known:
         if queries == 1 or not causal:
             return Visibility(None)
         if past == 0:
             return Visibility(None, causal=True)
-
-    mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
-    if not places_known or (causal and queries > 1):
-        place = torch.arange(queries, device=device) + past if places_known else past
-        if not causal:  # everything that is written, up to the last of these tokens
-            place = place[-1:]
-        mask = torch.arange(keys, device=device) <= place[:, None]
-        mask = mask[None, None]
-    if padding is not None:
-        mask = mask & padding[:, None, None, :].to(device)
-    if documents is not None:
-        mask = mask & (documents[:, None, :, None] == documents[:, None, None, :])
-    if padding is None:  # a query always sees itself
-        return Visibility(mask)
-    blind = ~mask.any(-1, keepdim=True)
-    return Visibility(mask | blind, blind=blind)
+    if not causal and not places_known:  # nothing hides what is not written yet
+        written = (torch.arange(keys, device=device) <= past[-1]).expand(batch, -1)  # type: ignore[index]
+        padding = written if padding is None else written & padding.to(device)
+    rule = Rule(causal, past, queries, keys, padding, documents, device)
+    return rule.masked() if dense else Visibility(None, rule=rule)
 
 
 def _given(mask: Tensor, batch: int, queries: int, keys: int) -> Visibility:

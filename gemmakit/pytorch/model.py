@@ -16,12 +16,13 @@ from torch.utils.checkpoint import checkpoint
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError, TokenOutOfRange
 from gemmakit.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from gemmakit.pytorch.attention import IMPLEMENTATIONS, eager
+from gemmakit.pytorch.attention import IMPLEMENTATIONS, MASKLESS, eager
 from gemmakit.pytorch.cache import Cache, DynamicCache
 from gemmakit.pytorch.decode.generate import GenerationMixin
 from gemmakit.pytorch.layers import GemmaMLP, GemmaRMSNorm, GemmaRotaryEmbedding, GemmaScaledEmbedding, Linear, rotate
 from gemmakit.pytorch.masks import Visibility, visibility
 from gemmakit.pytorch.pretrained import GemmaPreTrainedModel
+from gemmakit.pytorch.pruning import layer_heads
 
 IGNORED_LABEL = -100
 
@@ -37,10 +38,11 @@ class GemmaAttention(nn.Module):
         self.scaling = config.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         D, H, bias = config.hidden_size, config.head_dim, config.attention_bias
-        self.q_proj = Linear(D, config.num_attention_heads * H, bias=bias)
-        self.k_proj = Linear(D, config.num_key_value_heads * H, bias=bias)
-        self.v_proj = Linear(D, config.num_key_value_heads * H, bias=bias)
-        self.o_proj = Linear(config.num_attention_heads * H, D, bias=bias)
+        N, K = layer_heads(config, layer_idx)
+        self.q_proj = Linear(D, N * H, bias=bias)
+        self.k_proj = Linear(D, K * H, bias=bias)
+        self.v_proj = Linear(D, K * H, bias=bias)
+        self.o_proj = Linear(N * H, D, bias=bias)
 
     def forward(
         self,
@@ -150,13 +152,19 @@ class GemmaModel(GemmaPreTrainedModel):
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return_dict = config.return_dict if return_dict is None else return_dict
         use_cache = config.use_cache if use_cache is None else use_cache
-        recompute = self.gradient_checkpointing and self.training
+        recompute, how = self.gradient_checkpointing and self.training, self.checkpointing_arguments
         if inputs_embeds is None:
             inputs_embeds = self._embed(input_ids)
         elif input_ids is not None:
             raise InputError("both input_ids and inputs_embeds are given: give exactly one of them.")
+        if recompute and past_key_values is not None:
+            raise InputError(
+                "past_key_values is given in training with gradient checkpointing, which runs layers twice and would "
+                "append twice: call gradient_checkpointing_disable(), or leave the cache out."
+            )
         cache, legacy = self._cache(past_key_values, use_cache and not recompute)
 
+        _check_shapes(inputs_embeds, position_ids, config.hidden_size)
         B, S, _ = inputs_embeds.shape
         device = inputs_embeds.device
         past, keys = (0, S) if cache is None else cache.span(S, cache_position)
@@ -170,6 +178,7 @@ class GemmaModel(GemmaPreTrainedModel):
             causal=not config.use_bidirectional_attention if is_causal is None else is_causal,
             position_ids=position_ids if packed else None,
             device=device,
+            dense=output_attentions or config.attn_implementation not in MASKLESS,
         )
         if position_ids is None:
             position_ids = (torch.arange(past, past + S, device=device) if isinstance(past, int) else past)[None]
@@ -181,7 +190,7 @@ class GemmaModel(GemmaPreTrainedModel):
             if output_hidden_states:
                 all_hidden.append(hidden)
             arguments = (hidden, tables, visible, cache, cache_position, output_attentions)
-            hidden, weights = checkpoint(layer, *arguments, use_reentrant=False) if recompute else layer(*arguments)
+            hidden, weights = checkpoint(layer, *arguments, **how) if recompute else layer(*arguments)
             if output_attentions:
                 all_weights.append(weights)
         hidden = self.norm(hidden)
@@ -218,6 +227,10 @@ class GemmaModel(GemmaPreTrainedModel):
             return (DynamicCache() if use_cache else None), False
         if isinstance(past, Cache):
             return past, False
+        layers = len(self.layers)
+        if not isinstance(past, (tuple, list)) or len(past) not in (0, layers):
+            found = f"{len(past)} layers" if isinstance(past, (tuple, list)) else f"a {type(past).__name__}"
+            raise InputError(f"past_key_values is {found}; give a gemmakit Cache, or (key, value) of {layers} layers.")
         return DynamicCache.from_legacy_cache(past), True
 
 
@@ -294,10 +307,47 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
         )
         return result if return_dict else result.to_tuple()
 
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The arguments of the next forward pass: of the ids (B, S) those that the cache does not hold.
+
+        For libraries that step a model themselves; `generate` has its own loop.
+        """
+        held = 0 if past_key_values is None else past_key_values.get_seq_length()
+        first = inputs_embeds is not None and not held
+        position_ids = None
+        if attention_mask is not None and attention_mask.dim() == 2:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, held:]
+        return {
+            "input_ids": None if first else input_ids[:, held:],
+            "inputs_embeds": inputs_embeds if first else None,
+            "past_key_values": past_key_values,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            **kwargs,
+        }
+
+
+def _check_shapes(embeds: Tensor, position_ids: Tensor | None, width: int) -> None:
+    if embeds.dim() != 3 or embeds.shape[-1] != width:
+        raise InputError(f"inputs_embeds has shape {tuple(embeds.shape)}; it must be (batch, sequence, {width}).")
+    B, S, _ = embeds.shape
+    if not B or not S:
+        raise InputError(f"there is nothing to run: {B} rows of {S} tokens.")
+    if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[0] not in (1, B)
+                                     or position_ids.shape[1] != S):  # fmt: skip
+        raise InputError(f"position_ids has shape {tuple(position_ids.shape)}; it must be ({B}, {S}) or (1, {S}).")
+
 
 def causal_loss(logits: Tensor, targets: Tensor, num_items: int | Tensor | None = None) -> Tensor:
     """Cross entropy in float32. logits: (B, S, V); targets: (B, S), the id that follows each position, or -100."""
-    flat, target = logits.float().flatten(0, 1), targets.to(logits.device).flatten()
+    flat, target = logits.float().flatten(0, 1), targets.to(logits.device, torch.long).flatten()
     if num_items is None:
         return F.cross_entropy(flat, target, ignore_index=IGNORED_LABEL)
     total = F.cross_entropy(flat, target, ignore_index=IGNORED_LABEL, reduction="sum")
@@ -312,6 +362,8 @@ def _next(labels: Tensor) -> Tensor:
 def _check_labels(labels: Tensor, inputs: Tensor | None, vocab_size: int) -> None:
     if inputs is not None and labels.shape != inputs.shape[:2]:
         raise InputError(f"labels has shape {tuple(labels.shape)}; the inputs are {tuple(inputs.shape[:2])}.")
+    if labels.is_floating_point():
+        raise InputError(f"labels are {labels.dtype}; they must be token ids, or {IGNORED_LABEL}.")
     if torch.compiler.is_compiling() or not labels.numel():
         return
     bad = labels[((labels < 0) & (labels != IGNORED_LABEL)) | (labels >= vocab_size)]

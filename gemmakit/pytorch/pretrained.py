@@ -1,11 +1,12 @@
-"""Weights in and out of the PyTorch models: load, save, initialise, tie, resize."""
+"""Weights in and out of the PyTorch models: initialise, load, save."""
 
 from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -16,6 +17,8 @@ from gemmakit.errors import CheckpointError, InputError, NotEnoughMemory, Unsafe
 from gemmakit.generation import GenerationConfig
 from gemmakit.hub import find_file, push_folder
 from gemmakit.pytorch.attention import implementation
+from gemmakit.pytorch.methods import ModelMethods, assign
+from gemmakit.pytorch.placement import DeviceMap, MaxMemory, one_device, spread
 
 Model = TypeVar("Model", bound="GemmaPreTrainedModel")
 
@@ -25,11 +28,9 @@ HEADS = ("lm_head.", "score.")
 COMPUTED = ("rotary_emb.inv_freq",)
 
 
-class GemmaPreTrainedModel(nn.Module):
+class GemmaPreTrainedModel(ModelMethods):
     """What every Gemma model can do besides its forward pass."""
 
-    base_model_prefix: ClassVar[str] = "model"
-    tied_weights: ClassVar[dict[str, str]] = {}
     generation_config: GenerationConfig
 
     def __init__(self, config: GemmaConfig):
@@ -39,6 +40,7 @@ class GemmaPreTrainedModel(nn.Module):
         config.attn_implementation = implementation(config.attn_implementation)
         self.config = config
         self.gradient_checkpointing = False
+        self.checkpointing_arguments = {"use_reentrant": False}
         self.name_or_path = config.name_or_path
 
     # -- fresh weights ---------------------------------------------------------------------------------------------
@@ -58,12 +60,6 @@ class GemmaPreTrainedModel(nn.Module):
             if id(module) not in done:
                 _init_module(module, self.config.initializer_range)
 
-    def tie_weights(self) -> None:
-        """Make tied parameters one tensor again, if the configuration ties them."""
-        if self.config.tie_word_embeddings:
-            for tied, source in self.tied_weights.items():
-                _assign(self, tied, self.get_parameter(source))
-
     # -- in --------------------------------------------------------------------------------------------------------
 
     @classmethod
@@ -74,7 +70,9 @@ class GemmaPreTrainedModel(nn.Module):
         config: GemmaConfig | None = None,
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
-        device_map: str | int | torch.device | None = None,
+        device_map: DeviceMap = None,
+        max_memory: MaxMemory = None,
+        offload_folder: str | os.PathLike[str] | None = None,
         attn_implementation: str | None = None,
         allow_pickle: bool = False,
         ignore_mismatched_sizes: bool = False,
@@ -89,8 +87,12 @@ class GemmaPreTrainedModel(nn.Module):
             config: instead of the config.json found there.
             dtype: a torch dtype or its name; "auto", the default, keeps what the checkpoint holds. `torch_dtype` is
                 the older name of the same.
-            device_map: a device ("cpu", "cuda", "cuda:1", 0), or "auto" for the first accelerator if there is one.
-            attn_implementation: "sdpa" (default) or "eager".
+            device_map: a device ("cpu", "cuda", "cuda:1", 0); "auto" for the first accelerator if there is one and the
+                weights fit, otherwise all there are, then CPU memory; "balanced", "balanced_low_0", "sequential"; or
+                {module name: device, "cpu" or "disk"}. More than one place needs the accelerate package.
+            max_memory: {device: bytes or "10GiB"}, how much each place may hold.
+            offload_folder: for modules that are sent to "disk".
+            attn_implementation: "sdpa" (default), "eager", "flash_attention_2" or "flex_attention".
             allow_pickle: read pytorch_model.bin, with torch's restricted unpickler, when there is nothing better.
             ignore_mismatched_sizes: start a head of another shape afresh, with a warning, instead of refusing.
             kwargs: revision, token, cache_dir, local_files_only, subfolder, variant; anything else overrides a field
@@ -98,7 +100,7 @@ class GemmaPreTrainedModel(nn.Module):
 
         Raises:
             CheckpointError: files missing, damaged, or with tensors this model lacks, misses or shapes otherwise.
-            UnsafeFile, HubError, NotEnoughMemory, ConfigError.
+            UnsafeFile, HubError, NotEnoughMemory, ConfigError, MissingDependency.
         """
         name = pretrained_model_name_or_path
         where = {k: kwargs.pop(k) for k in (*HUB_ARGUMENTS, "variant") if k in kwargs}
@@ -106,6 +108,11 @@ class GemmaPreTrainedModel(nn.Module):
         hub = {k: v for k, v in where.items() if k != "variant"}
         if config is None:
             config = GemmaConfig.from_pretrained(name, **hub, **kwargs)
+            unknown = [k for k in kwargs if k in config.extra and k != "quantization_config"]
+            if unknown:
+                raise InputError(
+                    f"from_pretrained has no argument {', '.join(unknown)}, nor has GemmaConfig such a field."
+                )
         elif kwargs:
             raise InputError(f"config and {', '.join(kwargs)} are both given: set the fields in the config.")
         if attn_implementation is not None:
@@ -115,14 +122,17 @@ class GemmaPreTrainedModel(nn.Module):
         with open_checkpoint(name, allow_pickle=allow_pickle, **where) as checkpoint:
             with torch.device("meta"):
                 model = cls(config)
-            _load(
-                model, checkpoint, _dtype(dtype or torch_dtype or "auto"), _device(device_map), ignore_mismatched_sizes
-            )
+            wanted = _dtype(dtype or torch_dtype or "auto")
+            device = one_device(device_map, max_memory, _size(checkpoint, wanted))
+            _load(model, checkpoint, wanted, device or torch.device("cpu"), ignore_mismatched_sizes)
         model.config.dtype = str(model.dtype).removeprefix("torch.")
         model.name_or_path = str(name)
         found = find_file(name, "generation_config.json", optional=True, **hub)
         if found is not None:
             model.generation_config = GenerationConfig.from_pretrained(found.parent)
+        if device is None:
+            assert isinstance(device_map, (str, Mapping))
+            spread(model, device_map, max_memory, offload_folder)
         return model.eval()
 
     # -- out -------------------------------------------------------------------------------------------------------
@@ -140,12 +150,15 @@ class GemmaPreTrainedModel(nn.Module):
         Args:
             save_directory: the folder, made if absent.
             max_shard_size: bytes a file, as a number or "5GB", "200MB".
-            push_to_hub: afterwards upload the folder; kwargs go to `push_to_hub`.
+            push_to_hub: afterwards upload the folder; kwargs go to `push_folder`.
+
+        Raises:
+            InputError: a head that was changed apart from the embedding it is tied to, or offloaded weights.
+            CheckpointError: the disk refuses.
         """
         config = self.config
         config.architectures, config.dtype = [type(self).__name__], str(self.dtype).removeprefix("torch.")
-        tied = self.tied_weights if config.tie_word_embeddings else ()
-        tensors = {name: t for name, t in self.state_dict().items() if name not in tied}
+        tensors = _saved(self)
         files = {
             "config.json": config.to_json_string(),
             "generation_config.json": self.generation_config.to_json_string(),
@@ -157,55 +170,14 @@ class GemmaPreTrainedModel(nn.Module):
         elif kwargs:
             raise InputError(f"save_pretrained has no argument {', '.join(kwargs)}.")
 
-    # -- facts -----------------------------------------------------------------------------------------------------
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(p.dtype for p in self.parameters() if p.is_floating_point())
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
-
-    @property
-    def base_model(self) -> nn.Module:
-        return getattr(self, self.base_model_prefix, self)
-
-    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Parameters, a tied one counted once."""
-        skip = {id(self.get_input_embeddings().weight)} if exclude_embeddings else set()
-        return sum(
-            p.numel() for p in self.parameters() if id(p) not in skip and (p.requires_grad or not only_trainable)
-        )
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.base_model.embed_tokens  # type: ignore[return-value]
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.base_model.embed_tokens = value
-        self.tie_weights()
-
-    def get_output_embeddings(self) -> nn.Linear | None:
-        return getattr(self, "lm_head", None)
-
-    def gradient_checkpointing_enable(self) -> None:
-        """Recompute layers in the backward pass instead of keeping their activations; the cache is off meanwhile."""
-        self._set_checkpointing(True)
-
-    def gradient_checkpointing_disable(self) -> None:
-        self._set_checkpointing(False)
-
-    def _set_checkpointing(self, on: bool) -> None:
-        for module in self.modules():
-            if isinstance(module, GemmaPreTrainedModel):
-                module.gradient_checkpointing = on
-
-
-def _init_module(module: nn.Module, std: float) -> None:
+def _init_module(module: nn.Module, std: float, only: str | None = None) -> None:
+    """Fresh values for a module's parameters, or for the one called `only`: its neighbour may come from a file."""
     if not isinstance(module, (nn.Linear, nn.Embedding)) or module.weight.is_meta:
         return
-    module.weight.normal_(0.0, std)
-    if isinstance(module, nn.Linear) and module.bias is not None:
+    if only != "bias":
+        module.weight.normal_(0.0, std)
+    if isinstance(module, nn.Linear) and module.bias is not None and only != "weight":
         module.bias.zero_()
     if isinstance(module, nn.Embedding) and module.padding_idx is not None:
         module.weight[module.padding_idx].zero_()
@@ -243,8 +215,26 @@ def _load(
             key = None
         if key is not None:
             tensor = checkpoint.tensor(key, device="cpu")
-            _assign(model, name, nn.Parameter(tensor.to(device, dtype if tensor.is_floating_point() else None)))
+            assign(model, name, nn.Parameter(tensor.to(device, dtype if tensor.is_floating_point() else None)))
     _finish(model, [n for n, p in wanted.items() if model.get_parameter(n).is_meta], dtype, device)
+
+
+def _saved(model: GemmaPreTrainedModel) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint: all but the tied ones, which loading makes again."""
+    tensors, tied = model.state_dict(), _tied(model)
+    for name, source in tied.items():
+        if name in tensors and source in tensors and not _same(tensors[name], tensors[source]):
+            raise InputError(
+                f"{name} differs from {source}, but the configuration ties them: call untie_weights() before changing "
+                "one of them, or tie_weights() to keep the embedding's."
+            )
+    if any(t.is_meta for t in tensors.values()):
+        raise InputError("some weights are offloaded: load the model without offloading to save it.")
+    return {name: tensor for name, tensor in tensors.items() if name not in tied}
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return (a.data_ptr() == b.data_ptr() or torch.equal(a, b)) and a.shape == b.shape
 
 
 def _tied(model: GemmaPreTrainedModel) -> dict[str, str]:
@@ -301,6 +291,17 @@ def _listed(names: list[str]) -> str:
     return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more tensors"
 
 
+def _size(checkpoint: Checkpoint, dtype: torch.dtype | None) -> int:
+    """Bytes of the checkpoint's tensors as `dtype`; None means as they are stored."""
+
+    def one(name: str) -> int:
+        info = checkpoint.info(name)
+        stored = getattr(torch, info.dtype, None)
+        return info.nbytes if dtype is None or stored is None else info.nbytes // stored.itemsize * dtype.itemsize
+
+    return sum(one(name) for name in checkpoint.names())
+
+
 def _require_room(checkpoint: Checkpoint, names: Any, dtype: torch.dtype | None, device: torch.device) -> None:
     def size(name: str) -> int:
         info = checkpoint.info(name)
@@ -326,9 +327,10 @@ def _finish(model: GemmaPreTrainedModel, fresh: list[str], dtype: torch.dtype | 
     like = next((p.dtype for p in model.parameters() if not p.is_meta), torch.float32)
     for name in fresh:
         shape = model.get_parameter(name).shape
-        _assign(model, name, nn.Parameter(torch.empty(shape, dtype=dtype or like, device=device)))
+        assign(model, name, nn.Parameter(torch.empty(shape, dtype=dtype or like, device=device)))
         with torch.no_grad():
-            _init_module(model.get_submodule(name.rpartition(".")[0]), model.config.initializer_range)
+            owner, _, only = name.rpartition(".")
+            _init_module(model.get_submodule(owner), model.config.initializer_range, only)
     if fresh:
         warnings.warn(
             f"{_listed(fresh)} not in the checkpoint: freshly initialised. Train {type(model).__name__} before use.",
@@ -341,33 +343,11 @@ def _finish(model: GemmaPreTrainedModel, fresh: list[str], dtype: torch.dtype | 
             reset(device)
 
 
-def _assign(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    owner, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(owner), attribute, parameter)
-
-
 def _dtype(dtype: torch.dtype | str) -> torch.dtype | None:
     """A torch dtype; None for "auto"."""
-    if isinstance(dtype, torch.dtype):
-        return dtype
     if dtype == "auto":
         return None
-    found = getattr(torch, dtype.removeprefix("torch."), None)
+    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype).removeprefix("torch."), None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise InputError(f"dtype is {dtype!r}; it must be 'auto', 'float32', 'bfloat16' or 'float16'.")
     return found
-
-
-def _device(device_map: str | int | torch.device | None) -> torch.device:
-    if device_map is None:
-        return torch.get_default_device() if torch.get_default_device().type != "meta" else torch.device("cpu")
-    if device_map == "auto":
-        return torch.device(
-            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        )
-    if isinstance(device_map, str) and device_map.lstrip("-").isdigit():
-        device_map = int(device_map)
-    device = torch.device("cpu" if device_map == -1 else device_map)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {device_map!r} asks for CUDA, and torch sees no CUDA device. Use device 'cpu'.")
-    return device

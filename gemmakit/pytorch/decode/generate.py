@@ -1,8 +1,9 @@
-"""generate(): arguments in, checked and put in order, then the token loop."""
+"""generate(): arguments in, checked and put in order, then the strategy they choose."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,12 +12,17 @@ from torch import Tensor
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError
 from gemmakit.generation import GenerationConfig
-from gemmakit.outputs import GenerateDecoderOnlyOutput
+from gemmakit.outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from gemmakit.pytorch.cache import Cache
-from gemmakit.pytorch.decode import processors, stopping
-from gemmakit.pytorch.decode.loop import Plan, Recorder, Streamer, decode
+from gemmakit.pytorch.decode import batch, processors, stopping
+from gemmakit.pytorch.decode.constrain import constraint
+from gemmakit.pytorch.decode.healing import heal
+from gemmakit.pytorch.decode.plan import Ends, Plan, Recorder, Streamer
+from gemmakit.pytorch.decode.processors.forcing import AllowedTokens
 from gemmakit.pytorch.decode.prompt import Prompt, prepare
-from gemmakit.pytorch.decode.sampling import Pick, greedy, row_generators, sampler
+from gemmakit.pytorch.decode.protocols import LogitsProcessorList
+from gemmakit.pytorch.decode.sampling import exponential, greedy, row_generators, sampler
+from gemmakit.pytorch.decode.strategies import BEAMS, STRATEGIES, choose, copies, transition_scores, tried
 
 
 class GenerationMixin:
@@ -40,8 +46,13 @@ class GenerationMixin:
         streamer: Streamer | None = None,
         tokenizer: stopping.Decoder | None = None,
         generator: torch.Generator | None = None,
+        assistant_model: Any = None,
+        custom_generate: Callable[..., Any] | None = None,
+        prefix_allowed_tokens_fn: AllowedTokens | None = None,
+        negative_prompt_ids: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
         **settings: Any,
-    ) -> Tensor | GenerateDecoderOnlyOutput:
+    ) -> Tensor | GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput:
         """Continue the prompts.
 
         Args:
@@ -55,11 +66,18 @@ class GenerationMixin:
             logits_processor: more processors, called as f(ids (B, n), scores (B, V)) -> scores.
             stopping_criteria: called as f(ids, scores) -> bool (B,) or bool.
             streamer: told of every token as it comes (one row only).
-            tokenizer: needed for stop_strings.
+            tokenizer: needed for what is about text: stop_strings, token_healing, json_schema, regex, grammar.
             generator: draws the samples; `seed=` makes one a row instead.
+            assistant_model: a smaller model of the same vocabulary that drafts tokens for this one to check.
+            custom_generate: called instead of a strategy, as f(model, input_ids, logits_processor=, stopping_criteria=,
+                generation_config=, attention_mask=, past_key_values=, use_cache=), with the settings that it names and
+                that are no fields of GenerationConfig. Code from a checkpoint is never run.
+            prefix_allowed_tokens_fn: (prompt's number, ids so far) -> the ids that may come next.
+            negative_prompt_ids, negative_prompt_attention_mask: (B or 1, N), what guidance_scale steers away from.
 
         Returns:
-            (B * num_return_sequences, P + new) ids; or GenerateDecoderOnlyOutput with return_dict_in_generate=True.
+            (B * num_return_sequences, P + new) ids; or with return_dict_in_generate=True a GenerateDecoderOnlyOutput,
+            of beams a GenerateBeamDecoderOnlyOutput.
 
         Raises:
             GenerationConfigError, InputError, TokenOutOfRange: an argument out of range.
@@ -68,43 +86,127 @@ class GenerationMixin:
         """
         if inputs is not None and input_ids is not None:
             raise InputError("inputs and input_ids are the same argument: give one of them.")
+        own = _own_arguments(custom_generate, settings)
         config = (generation_config or self.generation_config).updated(**settings)
         config.validate(self.config.vocab_size)
+        strategy = choose(config, assistant_model, streamer, self)
         ids = inputs if input_ids is None else input_ids
-        prompt, new = prepare(self, config, ids, attention_mask, inputs_embeds, past_key_values)
-        rows, length = prompt.ids.shape
+        spare = tried(strategy, config)
+        prompt, new = prepare(self, config, ids, attention_mask, inputs_embeds, past_key_values, spare)
+        if config.token_healing:
+            heal(self, prompt, tokenizer)
+        rows = len(prompt.ids) * copies(strategy, config)
         if streamer is not None and rows > 1:
             raise InputError(f"a streamer follows one row, and this call has {rows}: stream them one at a time.")
+        total, vocabulary = prompt.ids.shape[1] + new, self.config.vocab_size
         eos = torch.tensor(config.eos_token_ids, device=prompt.ids.device) if config.eos_token_ids else None
-        context = processors.Context(config, eos, length, prompt.padding, tuple(logits_processor or ()))
-        plan = Plan(
-            total=length + new,
-            pick=_pick(config, generator, prompt),
-            processors=processors.build(context),
-            criteria=stopping.build(config, tokenizer, tuple(stopping_criteria or ())),
+        context = processors.Context(
+            config=config,
             eos=eos,
+            prompt_length=prompt.ids.shape[1],
+            padding=prompt.padding,
+            custom=tuple(logits_processor or ()),
+            prompt=prompt.ids,
+            total=total,
+            vocabulary=vocabulary,
+            model=self,
+            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+            negative_ids=negative_prompt_ids,
+            negative_mask=negative_prompt_attention_mask,
+            constraint=constraint(config, tokenizer, vocabulary, prompt.ids.shape[1]),
+        )
+        noise = exponential(_generators(config, generator, prompt, strategy))
+        plan = Plan(
+            config=config,
+            total=total,
             pad=_pad(config),
+            eos=eos,
+            pick=sampler(noise) if config.do_sample else greedy,
+            noise=noise,
+            processors=processors.build(context),
+            criteria=stopping.build(config, tokenizer, tuple(stopping_criteria or ()), vocabulary),
+            copies=copies(strategy, config),
             streamer=streamer,
-            chunk=config.prefill_chunk_size,
+            assistant=assistant_model,
             record=_recorder(config),
         )
-        out = decode(self, prompt, plan)
+        if custom_generate is not None:
+            return _run_custom(custom_generate, self, prompt, plan, own)
+        out = STRATEGIES[strategy](self, prompt, plan)
         if config.return_dict_in_generate:
             out.past_key_values = out.past_key_values if config.use_cache else None
             return out
         return out.sequences
 
+    def generate_batch(
+        self,
+        prompts: Iterable[batch.Request | Sequence[int] | Tensor],
+        generation_config: GenerationConfig | None = None,
+        **options: Any,
+    ) -> list[batch.BatchResult]:
+        """Continue many prompts of any lengths, some at a time; options and results as in `batch.generate_batch`."""
+        return batch.generate_batch(self, prompts, generation_config, **options)
 
-def _pick(config: GenerationConfig, generator: torch.Generator | None, prompt: Prompt) -> Pick:
-    if not config.do_sample:
-        return greedy
+    def compute_transition_scores(
+        self,
+        sequences: Tensor,
+        scores: Sequence[Tensor],
+        beam_indices: Tensor | None = None,
+        normalize_logits: bool = False,
+    ) -> Tensor:
+        """The score of each new token, from an output of generate() with output_scores=True.
+
+        Args:
+            sequences: (R, P + new) ids. scores: (rows, V) a step. beam_indices: (R, new), of a beam search.
+            normalize_logits: turn the scores into log probabilities first (those of a beam search are).
+
+        Returns:
+            float32 (R, new); 0 after a row's end. Summed and divided by length ** length_penalty they are the
+            sequences_scores of a beam search.
+        """
+        return transition_scores(sequences, scores, beam_indices, normalize_logits)
+
+
+def _generators(
+    config: GenerationConfig, generator: torch.Generator | None, prompt: Prompt, strategy: str
+) -> torch.Generator | list[torch.Generator] | None:
+    """What draws: the caller's generator, or with a seed one a row (a search draws for all its beams at once)."""
     if generator is not None and config.seed is not None:
         raise InputError("seed and generator are both given: give one of them.")
-    if config.seed is None:
-        return sampler(generator)
+    if config.seed is None or not config.do_sample:
+        return generator
     padding = torch.zeros_like(prompt.ids, dtype=torch.bool) if prompt.padding is None else prompt.padding
-    rows = [ids[~pads].tolist() for ids, pads in zip(prompt.ids, padding, strict=True)]
-    return sampler(row_generators(config.seed, rows, prompt.ids.device))
+    draws = 1 if strategy in BEAMS else config.num_return_sequences
+    rows = [ids[~pads].tolist() for ids, pads in zip(prompt.ids, padding, strict=True) for _ in range(draws)]
+    return row_generators(config.seed, rows, prompt.ids.device)
+
+
+def _own_arguments(custom: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """Take from the settings what the caller's own decoding function names and GenerationConfig does not know."""
+    if custom is None:
+        return {}
+    if not callable(custom):
+        raise InputError(
+            f"custom_generate is {custom!r}: pass a function. A repository's code is never loaded and run; copy the "
+            "function out of it if you trust it."
+        )
+    fields = GenerationConfig.__dataclass_fields__
+    own = [n for n in inspect.signature(custom).parameters if n in settings and n not in fields]
+    return {name: settings.pop(name) for name in own}
+
+
+def _run_custom(custom: Callable[..., Any], model: Any, prompt: Prompt, plan: Plan, own: dict[str, Any]) -> Any:
+    return custom(
+        model,
+        prompt.ids,
+        logits_processor=LogitsProcessorList(plan.processors),
+        stopping_criteria=Ends(plan),
+        generation_config=plan.config.updated(max_length=plan.total),
+        attention_mask=torch.ones_like(prompt.ids) if prompt.mask is None else prompt.mask.long(),
+        past_key_values=prompt.cache,
+        use_cache=prompt.cache is not None,
+        **own,
+    )
 
 
 def _pad(config: GenerationConfig) -> int:

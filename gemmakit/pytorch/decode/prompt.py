@@ -15,7 +15,8 @@ from torch import Tensor
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError, PromptTooLong, TokenOutOfRange
 from gemmakit.generation import GenerationConfig
-from gemmakit.pytorch.cache import Cache, DynamicCache, StaticCache
+from gemmakit.pytorch.cache import Cache, DynamicCache
+from gemmakit.pytorch.cache_kinds import new_cache
 
 DEFAULT_NEW_TOKENS = 20
 
@@ -48,23 +49,24 @@ def prepare(
     attention_mask: Tensor | None,
     embeds: Tensor | None,
     cache: Cache | None,
+    spare: int = 0,
 ) -> tuple[Prompt, int]:
-    """The prompt, its rows repeated for num_return_sequences, and how many new tokens may follow.
+    """The prompt, and how many new tokens may follow. spare: places of the cache for tokens that are only tried.
 
     Raises InputError, TokenOutOfRange, PromptTooLong.
     """
+    if isinstance(cache, tuple):
+        cache = DynamicCache.from_legacy_cache(cache)
     ids = _ids(model, ids, embeds, config)
     mask = _mask(ids, attention_mask, embeds, cache, config)
-    new = _new_tokens(model.config, config, ids, embeds, mask, cache)
-    if config.num_return_sequences > 1:
-        ids, mask, embeds = _repeat(config, cache, ids, mask, embeds)
+    new = _new_tokens(model.config, config, ids, embeds, mask, cache, spare)
     held = 0 if cache is None else cache.get_seq_length()
     full = mask is None or mask.shape[1] <= ids.shape[1]  # the ids include what the cache holds
     prompt = Prompt(
         ids=ids,
         embeds=embeds,
         mask=mask if mask is not None and not bool(mask.all()) else None,
-        cache=cache if cache is not None else _new_cache(model, config, ids, embeds, new),
+        cache=cache if cache is not None else _new_cache(model, config, ids, embeds, new + spare),
         past=held if full and held < ids.shape[1] else 0,
     )
     return prompt, new
@@ -82,7 +84,7 @@ def _ids(model: Any, ids: Tensor | None, embeds: Tensor | None, config: Generati
             raise InputError("there is no prompt and no bos_token_id to start from: give input_ids.")
         rows = 1 if ids is None or ids.dim() < 2 else ids.shape[0]
         return torch.full((rows, 1), config.bos_token_id, dtype=torch.long, device=model.device)
-    if ids.dim() != 2 or ids.is_floating_point():
+    if ids.dim() != 2 or ids.is_floating_point() or not ids.shape[0]:
         raise InputError(f"input_ids has shape {tuple(ids.shape)} and dtype {ids.dtype}; give whole numbers (B, P).")
     size = model.config.vocab_size
     low, high = int(ids.min()), int(ids.max())
@@ -100,7 +102,8 @@ def _mask(
     """The visibility of prompt tokens as bool, from the caller or, where that is safe, from the pad token."""
     P = ids.shape[1] if embeds is None else embeds.shape[1]
     if mask is None:
-        mask = _inferred(ids, config) if embeds is None and cache is None else None
+        full = cache is None or cache.get_seq_length() < ids.shape[1]  # else the ids come after what the cache holds
+        mask = _inferred(ids, config) if embeds is None and full else None
     if mask is None:
         _check_bos(ids, None, config, cache)
         return None
@@ -156,7 +159,7 @@ def _check_bos(ids: Tensor, mask: Tensor | None, config: GenerationConfig, cache
     seconds = ids.gather(1, (first[:, None] + 1).clamp_max(ids.shape[1] - 1)).flatten()
     if not bool((heads == bos).all()):
         warnings.warn("a prompt does not begin with <bos>: Gemma's text is much worse without it.", stacklevel=5)
-    elif ids.shape[1] > 1 and bool((seconds == bos).any()):
+    elif bool(((seconds == bos) & (first < ids.shape[1] - 1)).any()):
         warnings.warn("a prompt begins with two <bos> tokens: Gemma was trained with one.", stacklevel=5)
 
 
@@ -167,6 +170,7 @@ def _new_tokens(
     embeds: Tensor | None,
     mask: Tensor | None,
     cache: Cache | None,
+    spare: int,
 ) -> int:
     """How many tokens may come. Raises PromptTooLong when they do not fit."""
     prompt = ids.shape[1] if embeds is None else embeds.shape[1]
@@ -193,31 +197,19 @@ def _new_tokens(
             f"prompt has {longest} tokens and {asked}, but the context holds {context}. "
             f"Shorten the prompt, or ask for at most {max(0, context - longest)} new tokens."
         )
-    if cache is not None and cache.max_cache_len is not None and prompt + new - 1 > cache.max_cache_len:
+    if cache is not None and cache.max_cache_len is not None and prompt + new - 1 + spare > cache.max_cache_len:
         raise PromptTooLong(
             f"prompt has {prompt} tokens and {asked}, but the cache holds {cache.max_cache_len}. "
-            f"Shorten the prompt or make the cache with max_cache_len={prompt + new}."
+            f"Shorten the prompt or make the cache with max_cache_len={prompt + new + spare}."
         )
     return new
 
 
-def _repeat(
-    config: GenerationConfig, cache: Cache | None, ids: Tensor, mask: Tensor | None, embeds: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    n = config.num_return_sequences
-    if not config.do_sample:
-        raise InputError(
-            f"num_return_sequences is {n}, but greedy decoding has one result a prompt: set do_sample=True."
-        )
-    if cache is not None:
-        cache.batch_repeat_interleave(n)
-    repeated = (None if x is None else x.repeat_interleave(n, dim=0) for x in (ids, mask, embeds))
-    return tuple(repeated)  # type: ignore[return-value]
-
-
 def _new_cache(model: Any, config: GenerationConfig, ids: Tensor, embeds: Tensor | None, new: int) -> Cache | None:
-    if config.cache_implementation == "static":
-        length = (ids.shape[1] if embeds is None else embeds.shape[1]) + new
-        return StaticCache(model.config, max_cache_len=length)
     # Embeddings cannot be run again from ids, so they always need a cache.
-    return DynamicCache() if config.use_cache or embeds is not None else None
+    if not config.use_cache and embeds is None:
+        return None
+    length = (ids.shape[1] if embeds is None else embeds.shape[1]) + new
+    return new_cache(
+        config.cache_implementation, model.config, max(length, config.max_cache_len or 0), config.cache_config
+    )

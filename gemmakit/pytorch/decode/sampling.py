@@ -12,30 +12,50 @@ from torch import Tensor
 
 NO_TOKEN = -1
 Pick = Callable[[Tensor], Tensor]
+Noise = Callable[[Tensor], Tensor]
 
 
 def greedy(scores: Tensor) -> Tensor:
     """scores: (B, V) float32 -> the first largest of each row, (B,) int64."""
     best, token = scores.max(dim=-1)  # the maximum is NaN if anything is
-    return torch.where(best.isfinite(), token, NO_TOKEN)
+    return sound(best, token)
 
 
-def sampler(generators: torch.Generator | Sequence[torch.Generator] | None) -> Pick:
-    """Draw from softmax(scores), with one generator for all rows, or one a row, or torch's own.
+def sound(best: Tensor, token: Tensor) -> Tensor:
+    """The tokens, NO_TOKEN where the best score (B,) is no finite number."""
+    return torch.where(best - best == 0, token, NO_TOKEN)
+
+
+def exponential(generators: torch.Generator | Sequence[torch.Generator] | None) -> Noise:
+    """A source of Exp(1) noise shaped like what it is given (B, V): one generator for all rows, one a row, or torch's.
+
+    Whatever is drawn, comes from here: p / noise has its maximum at token i with probability p_i, and exp(-noise) is
+    uniform on (0, 1).
+    """
+    if isinstance(generators, Sequence) and len(generators) == 1:
+        generators = generators[0]  # the rows of one prompt share its generator
+
+    def noise(like: Tensor) -> Tensor:
+        out = torch.empty_like(like)
+        if isinstance(generators, Sequence):
+            for row, generator in zip(out, generators, strict=True):
+                row.exponential_(generator=generator)
+            return out
+        return out.exponential_(generator=generators)
+
+    return noise
+
+
+def sampler(noise: Noise) -> Pick:
+    """Draw from softmax(scores).
 
     Dividing by exponential noise and taking the largest draws exactly by probability, and needs no host.
     """
 
     def pick(scores: Tensor) -> Tensor:
         probabilities = scores.softmax(-1)
-        noise = torch.empty_like(probabilities)
-        if isinstance(generators, Sequence):
-            for row, generator in zip(noise, generators, strict=True):
-                row.exponential_(generator=generator)
-        else:
-            noise.exponential_(generator=generators)
-        token = (probabilities / noise).argmax(-1)
-        return torch.where(scores.amax(-1).isfinite(), token, NO_TOKEN)
+        token = (probabilities / noise(probabilities)).argmax(-1)
+        return sound(scores.amax(-1), token)
 
     return pick
 

@@ -5,22 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gemmakit.errors import InputError
 from gemmakit.generation import GenerationConfig
+from gemmakit.pytorch.decode.pieces import Tokenizer, token_table
 
 # ids (B, n) and scores (B, V) -> bool (B,) or one bool for all rows
 Criterion = Callable[[Tensor, Tensor], Any]
-
-
-class Decoder(Protocol):
-    """The part of a tokenizer that stop strings need."""
-
-    def decode(self, ids: Any, **kwargs: Any) -> str: ...
+Decoder = Tokenizer
 
 
 @dataclass(frozen=True)
@@ -36,33 +32,38 @@ class MaxTime:
 
 @dataclass(frozen=True)
 class StopStrings:
-    """A row ends when one of the texts is complete, wherever its characters fall among the tokens."""
+    """A row ends when its last token completes one of the texts, wherever the bytes fall among the tokens.
 
-    texts: Sequence[str]
-    tokenizer: Decoder
+    texts: as UTF-8. table: the bytes of each token. A text that the prompt completed ends nothing; one that began there
+    does. Bytes are compared, so a character of several byte tokens is found like any other.
+    """
+
+    texts: Sequence[bytes]
+    table: Sequence[bytes]
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-        # A token gives at least one byte unless it is special, so this many tokens always hold the longest text.
-        window = max(len(t.encode()) for t in self.texts) + 4
+        window = max(len(text) for text in self.texts)  # every token adds a byte at least
         done = [self._ends(row) for row in ids[:, -window:].tolist()]
         return torch.tensor(done, device=ids.device)
 
-    def _ends(self, row: list[int]) -> bool:
-        before, now = self._text(row[:-1]), self._text(row)
-        # A text that was complete before the last token ended the row then, or belongs to the prompt.
-        common = next((i for i, (a, b) in enumerate(zip(before, now, strict=False)) if a != b), len(before))
-        return any(now.find(t, max(0, common - len(t) + 1)) >= 0 for t in self.texts)
-
-    def _text(self, row: list[int]) -> str:
-        return self.tokenizer.decode(row, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    def _ends(self, row: Sequence[int]) -> bool:
+        text = b"".join(self.table[token] for token in row)
+        before = len(text) - len(self.table[row[-1]])
+        # Only a match that ends within the last token's bytes is new.
+        return any(text.find(t, max(0, before - len(t) + 1)) >= 0 for t in self.texts)
 
 
-def build(config: GenerationConfig, tokenizer: Decoder | None, custom: Sequence[Criterion]) -> list[Criterion]:
+def build(
+    config: GenerationConfig, tokenizer: Tokenizer | None, custom: Sequence[Criterion], vocabulary: int | None = None
+) -> list[Criterion]:
+    """The criteria that the settings ask for, after the caller's own."""
     criteria: list[Criterion] = list(custom)
     if config.max_time is not None:
         criteria.append(MaxTime(config.max_time))
     if config.stop_texts:
         if tokenizer is None:
             raise InputError("stop_strings are compared as text: pass the tokenizer too, generate(..., tokenizer=...).")
-        criteria.append(StopStrings(config.stop_texts, tokenizer))
+        size = vocabulary or max(tokenizer.get_vocab().values()) + 1
+        table, _ = token_table(tokenizer, size)
+        criteria.append(StopStrings([text.encode() for text in config.stop_texts], table))
     return criteria

@@ -27,8 +27,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         and weight.device.type == "cpu"
         and weight.numel() >= MIN_WEIGHT
         and x.dtype == weight.dtype
+        and not torch.compiler.is_compiling()  # before the row count, on which a compiled graph would depend
         and x.numel() <= MAX_ROWS * weight.shape[1]
-        and not torch.compiler.is_compiling()
         and weight.is_contiguous()
         and cpu.library() is not None
     ):

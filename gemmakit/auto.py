@@ -1,0 +1,136 @@
+"""The Auto classes: the Gemma class for a checkpoint, by task. Each refuses what is no Gemma, saying what is."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from typing import Any, ClassVar
+
+from gemmakit.config import HUB_ARGUMENTS, GemmaConfig
+from gemmakit.errors import ConfigError, InputError, UnsafeFile
+from gemmakit.hub import find_file
+
+Name = str | os.PathLike[str]
+
+
+class _Auto:
+    def __init__(self, *_: Any, **__: Any):
+        raise InputError(f"{type(self).__name__} is not made directly: use {type(self).__name__}.from_pretrained(...).")
+
+
+class AutoConfig(_Auto):
+    """`GemmaConfig` for a checkpoint."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Name, **kwargs: Any) -> GemmaConfig:
+        """As `GemmaConfig.from_pretrained`. Raises ConfigError for another model_type than Gemma's."""
+        _refuse_code(kwargs)
+        return GemmaConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def for_model(cls, model_type: str, **kwargs: Any) -> GemmaConfig:
+        """A configuration from its fields. Raises ConfigError for another model_type than Gemma's."""
+        return GemmaConfig.from_dict({"model_type": model_type}, **kwargs)
+
+
+class AutoTokenizer(_Auto):
+    """`GemmaTokenizerFast`, or `GemmaTokenizer` with `use_fast=False`."""
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Name, *inputs: Any, use_fast: bool = True, **kwargs: Any
+    ) -> Any:
+        """Load the tokenizer of a folder or a Hub id; other arguments as in `GemmaTokenizer.from_pretrained`.
+
+        Raises ConfigError where config.json says that the checkpoint is no Gemma.
+        """
+        from gemmakit.text import GemmaTokenizer, GemmaTokenizerFast
+
+        _refuse_code(kwargs)
+        _check_model_type(pretrained_model_name_or_path, {k: v for k, v in kwargs.items() if k in HUB_ARGUMENTS})
+        chosen = GemmaTokenizerFast if use_fast else GemmaTokenizer
+        return chosen.from_pretrained(pretrained_model_name_or_path, *inputs, **kwargs)
+
+
+class _AutoModel(_Auto):
+    # Resolved when used: reading a configuration or a tokenizer needs no torch.
+    _home: ClassVar[str] = "gemmakit.pytorch.model"
+    _class_name: ClassVar[str]
+
+    @classmethod
+    def _class(cls) -> Any:
+        return getattr(importlib.import_module(cls._home), cls._class_name)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Name, **kwargs: Any) -> Any:
+        """Load from a folder or a Hub id; arguments and errors as `GemmaPreTrainedModel.from_pretrained`.
+
+        Raises ConfigError for another model_type than Gemma's, before any weight is read.
+        """
+        return cls._class().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def from_config(cls, config: GemmaConfig, *, dtype: Any = None, torch_dtype: Any = None, **kwargs: Any) -> Any:
+        """A model with fresh weights. kwargs: attn_implementation."""
+        _refuse_code(kwargs)
+        attention = kwargs.pop("attn_implementation", None)
+        if kwargs:
+            raise InputError(f"from_config has no argument {', '.join(kwargs)}: set fields in the configuration.")
+        if attention is not None:
+            config.attn_implementation = attention
+        model = cls._class()(config)
+        dtype = torch_dtype if dtype is None else dtype
+        return model if dtype in (None, "auto") else model.to(_torch_dtype(dtype))
+
+
+class AutoModel(_AutoModel):
+    """`GemmaModel`: hidden states."""
+
+    _class_name = "GemmaModel"
+
+
+class AutoModelForCausalLM(_AutoModel):
+    """`GemmaForCausalLM`: next tokens."""
+
+    _class_name = "GemmaForCausalLM"
+
+
+class AutoModelForSequenceClassification(_AutoModel):
+    """`GemmaForSequenceClassification`: one label or number a text."""
+
+    _home = "gemmakit.pytorch.heads"
+    _class_name = "GemmaForSequenceClassification"
+
+
+class AutoModelForTokenClassification(_AutoModel):
+    """`GemmaForTokenClassification`: a label a token."""
+
+    _home = "gemmakit.pytorch.heads"
+    _class_name = "GemmaForTokenClassification"
+
+
+def _refuse_code(kwargs: dict[str, Any]) -> None:
+    if kwargs.pop("trust_remote_code", False):
+        raise UnsafeFile("trust_remote_code=True: gemmakit never runs code from a checkpoint. Leave the argument out.")
+
+
+def _check_model_type(name: Name, where: dict[str, Any]) -> None:
+    path = find_file(name, "config.json", optional=True, **where)
+    if path is None:
+        return
+    try:
+        kind = json.loads(path.read_text(encoding="utf-8")).get("model_type", "gemma")
+    except (ValueError, AttributeError, RecursionError):
+        return  # a damaged config.json is the model's business, not the vocabulary's
+    if kind != GemmaConfig.model_type:
+        raise ConfigError(f"model_type is {kind!r}: gemmakit runs Gemma 1, 1.1 and CodeGemma ('gemma').")
+
+
+def _torch_dtype(dtype: Any) -> Any:
+    import torch
+
+    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype).removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise InputError(f"dtype is {dtype!r}; it must be 'auto', 'float32', 'bfloat16' or 'float16'.")
+    return found

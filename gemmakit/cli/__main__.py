@@ -1,0 +1,5 @@
+import sys
+
+from gemmakit.cli import main
+
+sys.exit(main())

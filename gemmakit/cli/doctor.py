@@ -1,0 +1,208 @@
+"""gemmakit doctor: what this machine can run, by which path, and what is missing."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+from typer import Argument, Option
+
+from gemmakit.auto import AutoConfig
+from gemmakit.cli import machine
+from gemmakit.cli import options as o
+from gemmakit.config import GemmaConfig
+from gemmakit.errors import InputError
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def doctor(
+    model: Annotated[str | None, Argument(help="Folder or Hub id; if left out, the demo model.")] = None,
+    revision: o.Revision = None,
+    json_: Annotated[bool, Option("--json", help="As a JSON object.")] = False,
+) -> int:
+    """Say what this machine can run.
+
+    Devices and their memory, what the model needs of it in each dtype, which attention and decoding path is taken
+    and why, packages and what is missing. Of the model only its configuration is read, no weights.
+    """
+    found = examine(model, revision)
+    print(json.dumps(found, indent=2) if json_ else "\n".join(report(found)))
+    return 0
+
+
+def examine(model: str | None, revision: str | None) -> dict[str, Any]:
+    """Everything the report says, as data."""
+    name, config = read_config(model, revision)
+    return {
+        "versions": machine.versions(),
+        "missing_extras": machine.missing_extras(),
+        "cpu": machine.cpu(),
+        "accelerators": machine.accelerators(),
+        "model": needs(name, config),
+        "paths": paths(config),
+    }
+
+
+def read_config(name: str | None, revision: str | None) -> tuple[str, GemmaConfig]:
+    """The configuration of a model and what to call it; without a name the demo model's, or 2B's if there is no demo."""
+    from gemmakit.pipelines import demo_model
+
+    try:
+        source = name or demo_model()
+    except InputError:
+        return "Gemma 2B", GemmaConfig.preset("2b")
+    return name or "the demo model", AutoConfig.from_pretrained(source, revision=revision)
+
+
+def needs(name: str, config: GemmaConfig) -> dict[str, Any]:
+    """What a model of this configuration takes, in bytes a dtype."""
+    parameters = _hollow(config).num_parameters()
+    kv = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 1000
+    return {
+        "name": name,
+        "parameters": parameters,
+        "layers": config.num_hidden_layers,
+        "context": config.max_position_embeddings,
+        "stored_dtype": config.dtype,
+        "bytes": {d: {"weights": parameters * n, "kv_per_1000_tokens": kv * n} for d, n in BYTES.items()},
+    }
+
+
+def paths(config: GemmaConfig) -> dict[str, Any]:
+    """Which implementations run: of attention, and on the CPU of each of the model's matrices, by what takes it."""
+    import torch
+
+    from gemmakit.pytorch.attention import IMPLEMENTATIONS, implementation
+    from gemmakit.pytorch.kernels import linear_plan
+
+    chosen = implementation(config.attn_implementation)
+    dtype = getattr(torch, config.dtype or "bfloat16")
+    steps: dict[str, list[str]] = {}
+    for name, weight in _matrices(_hollow(config)):
+        alike = torch.empty((), dtype=dtype).expand(weight.shape)  # the shape on the CPU, without its memory
+        steps.setdefault(linear_plan(alike), []).append(name)
+    return {
+        "attention": chosen,
+        "attention_others": [name for name in IMPLEMENTATIONS if name != chosen],
+        "dtype": str(dtype).removeprefix("torch."),
+        "cpu_step": steps,
+    }
+
+
+def _hollow(config: GemmaConfig) -> Any:
+    """The model without any memory for its weights."""
+    import torch
+
+    from gemmakit.pytorch.model import GemmaForCausalLM
+
+    with torch.device("meta"):
+        return GemmaForCausalLM(config)
+
+
+def _matrices(model: Any) -> Iterator[tuple[str, Any]]:
+    """The matrices of one layer and the head, by their short names."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name.endswith("_proj.weight") and ".layers.0." in name:
+            yield name.split(".")[-2], parameter
+        elif name == "lm_head.weight":
+            yield "lm_head", parameter
+
+
+# -- the report --------------------------------------------------------------------------------------------------------
+
+
+def report(found: dict[str, Any]) -> list[str]:
+    versions = found["versions"]
+    return [
+        f"gemmakit {versions['gemmakit']}, Python {versions['python']}, torch {versions.get('torch', 'missing')}",
+        "",
+        "Devices",
+        *_devices(found),
+        "",
+        *_model(found),
+        "",
+        *_paths(found["paths"]),
+        "",
+        *_extras(found["missing_extras"]),
+    ]
+
+
+def _devices(found: dict[str, Any]) -> list[str]:
+    cpu = found["cpu"]
+    native = f"in hardware ({', '.join(cpu['bfloat16'])})" if cpu["bfloat16"] else "emulated: float32 is faster"
+    free = _size(cpu["free_bytes"])
+    lines = [
+        f"  {'cpu':<10} {cpu['name']}",
+        f"  {'':<10} {cpu['threads']} threads on {cpu['cores']} cores, {free} free, {cpu['vectors']}",
+        f"  {'':<10} bfloat16 {native}",
+    ]
+    for device in found["accelerators"]:
+        bf16 = "in hardware" if device["bfloat16"] else "emulated: float16 is faster"
+        lines += [
+            f"  {device['device']:<10} {device['name']}, {_size(device['free_bytes'])} free",
+            f"  {'':<10} bfloat16 {bf16}",
+        ]
+    if not found["accelerators"]:
+        lines.append(f"  {'cuda, mps':<10} none that this torch sees")
+    return lines
+
+
+def _model(found: dict[str, Any]) -> list[str]:
+    model = found["model"]
+    stored = f", stored as {model['stored_dtype']}" if model["stored_dtype"] else ""
+    lines = [
+        f"Memory for {model['name']}",
+        f"  {_count(model['parameters'])} parameters, {model['layers']} layers, context of {model['context']} tokens"
+        + stored,
+        "",
+        f"  {'dtype':<10} {'weights':>10} {'per 1000 tokens':>17}   fits",
+    ]
+    rooms = [("cpu", found["cpu"]["free_bytes"]), *((d["device"], d["free_bytes"]) for d in found["accelerators"])]
+    for dtype, sizes in model["bytes"].items():
+        whole = sizes["weights"] + sizes["kv_per_1000_tokens"] * model["context"] // 1000
+        fits = ", ".join(f"{name} {_verdict(sizes['weights'], whole, free)}" for name, free in rooms)
+        lines.append(f"  {dtype:<10} {_size(sizes['weights']):>10} {_size(sizes['kv_per_1000_tokens']):>17}   {fits}")
+    return lines
+
+
+def _paths(found: dict[str, Any]) -> list[str]:
+    lines = [
+        "Paths",
+        f"  attention  {found['attention']}; attn_implementation= also takes",
+        f"             {', '.join(found['attention_others'])}",
+        f"  a decoding step on the cpu in {found['dtype']}",
+    ]
+    for plan, names in found["cpu_step"].items():
+        lines += textwrap.wrap(f"{plan}: {', '.join(names)}", 78, initial_indent=" " * 13, subsequent_indent=" " * 15)
+    return lines
+
+
+def _verdict(weights: int, whole: int, free: int | None) -> str:
+    if free is None:
+        return "unknown"
+    return "yes" if whole <= free else "yes, not with a full context" if weights <= free else "no"
+
+
+def _extras(missing: dict[str, list[str]]) -> list[str]:
+    if not missing:
+        return ["Packages: all there."]
+    lines = ["Not installed, and needed only for what they name"]
+    for extra, packages in missing.items():
+        lines.append(f"  {extra:<13} {', '.join(packages):<26} pip install 'gemmakit[{extra}]'")
+    return lines
+
+
+def _size(size: int | None) -> str:
+    if size is None:
+        return "unknown"
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size / 1e3:.1f} kB"
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f} billion" if number >= 1e9 else f"{number / 1e6:.2f} million"

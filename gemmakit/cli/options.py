@@ -1,0 +1,34 @@
+"""The options that several verbs share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from typer import Option
+
+Model = Annotated[
+    str | None, Option("--model", "-m", metavar="NAME", help="Folder or Hub id; if left out, the demo model.")
+]
+Device = Annotated[
+    str, Option(metavar="WHERE", help="auto (an accelerator if there is one), cpu, cuda:1, or a CUDA index.")
+]
+Dtype = Annotated[str, Option(metavar="TYPE", help="auto (as stored), float32, bfloat16, float16.")]
+Revision = Annotated[str | None, Option(metavar="NAME", help="Branch, tag or commit on the Hub.")]
+
+MaxNewTokens = Annotated[
+    int | None,
+    Option("--max-new-tokens", "-n", metavar="N", help="At most N; if left out, 256 or what the context holds."),
+]
+Stop = Annotated[list[str] | None, Option(metavar="TEXT", help="End after this text; may be repeated.")]
+Sample = Annotated[
+    bool | None,
+    Option("--sample/--greedy", "--do-sample", help="Draw tokens, or take the likeliest; else the model's own way."),
+]
+Temperature = Annotated[float | None, Option(metavar="X", help="Divide the logits by X, and sample.")]
+TopK = Annotated[int | None, Option(metavar="N", help="Sample from the N likeliest tokens.")]
+TopP = Annotated[float | None, Option(metavar="P", help="Sample from the smallest set of probability P.")]
+MinP = Annotated[
+    float | None, Option(metavar="P", help="Sample from what is at least P times as likely as the likeliest.")
+]
+RepetitionPenalty = Annotated[float | None, Option(metavar="X", help="Above 1 discourages repetition.")]
+Seed = Annotated[int | None, Option(metavar="N", help="Sample, the same way every time.")]

@@ -1,0 +1,97 @@
+"""Files of prompts and of results."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from gemmakit.cli.prompts import decode
+from gemmakit.errors import InputError
+
+KINDS = {".jsonl": "jsonl", ".json": "json", ".csv": "csv"}
+
+
+def read(path: Path, kind: str, column: str) -> list[str]:
+    """The prompts of a file; objects give their field `column`. Raises InputError naming the line or item at fault."""
+    kind = KINDS.get(path.suffix.lower(), "text") if kind == "infer" else kind
+    if kind not in ("text", *KINDS.values()):
+        raise InputError(f"--format is {kind!r}; it must be infer, text, {', '.join(KINDS.values())}.")
+    try:
+        text = decode(path.read_bytes(), str(path))
+    except OSError as error:
+        raise InputError(f"--input {path} cannot be read: {error.strerror}.") from None
+    items = _items(text, kind, path)
+    if not items:
+        raise InputError(f"--input {path} holds no prompts.")
+    return [_field(item, column, f"{path}, item {i}") for i, item in enumerate(items, 1)]
+
+
+def _items(text: str, kind: str, path: Path) -> list[Any]:
+    lines = text.splitlines() if kind == "text" else [line for line in text.split("\n") if line.strip()]
+    if kind == "text":
+        return lines
+    if kind == "csv":
+        return list(csv.DictReader(io.StringIO(text)))
+    try:
+        found = json.loads(text) if kind == "json" else [json.loads(line) for line in lines]
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"--input {path} is not valid {kind}: {error}.") from None
+    return found if isinstance(found, list) else [found]
+
+
+def _field(item: Any, column: str, where: str) -> str:
+    if isinstance(item, dict):
+        if not isinstance(item.get(column), str):
+            names = ", ".join(map(str, item))
+            raise InputError(f"{where} has no text in {column!r}; it has {names}. Name one with --column.")
+        return item[column]
+    if not isinstance(item, str):
+        raise InputError(f"{where} is {item!r:.40}; it must be a text, or an object with {column!r}.")
+    return item
+
+
+class Sink:
+    """A file of results. It appears under its name, whole, when the work ends; also when Ctrl-C or an error ends it."""
+
+    def __init__(self, path: Path, overwrite: bool):
+        if path.exists() and not overwrite:
+            raise InputError(f"--output {path} exists: name another file, or pass --overwrite.")
+        if not path.parent.is_dir():
+            raise InputError(f"--output {path}: there is no folder {path.parent}.")
+        self.path, self.records = path, list[dict[str, Any]]()
+
+    def __enter__(self) -> None:
+        pass
+
+    def write(self, text: str) -> None:
+        pass
+
+    def put(self, prompt: str, said: Any) -> None:
+        self.records.append(said.record(prompt))
+
+    def __exit__(self, error: object, *_: object) -> None:
+        if error is not None and not self.records:
+            return
+        part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
+        try:
+            part.write_text(self._text(), encoding="utf-8", newline="")
+            part.replace(self.path)
+        except OSError as error:
+            raise InputError(f"--output {self.path} cannot be written: {error.strerror}.") from None
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _text(self) -> str:
+        if self.path.suffix.lower() == ".json":
+            return json.dumps(self.records, ensure_ascii=False, indent=2) + "\n"
+        if self.path.suffix.lower() == ".csv" and self.records:
+            out = io.StringIO()
+            table = csv.DictWriter(out, list(self.records[0]))
+            table.writeheader()
+            table.writerows(self.records)
+            return out.getvalue()
+        return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in self.records)

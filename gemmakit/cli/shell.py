@@ -1,0 +1,119 @@
+"""Where a verb meets the shell: parsing, exit codes, one line for an error, quiet pipes, short warnings."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+from gemmakit.errors import GemmakitError
+
+FAILED, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
+# What can move the cursor or change the terminal; a model can be made to write it.
+_SPELLED = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+_SETTINGS = {"help_option_names": ["-h", "--help"]}
+
+
+def execute(verb: str, arguments: Sequence[str]) -> int:
+    """Run a verb on its arguments; the exit code. GEMMAKIT_DEBUG=1 shows tracebacks."""
+    if sys.stdout is None:
+        return _fail("standard output is closed, so there is nowhere to print.")
+    debug = os.environ.get("GEMMAKIT_DEBUG", "") not in ("", "0")
+    try:
+        _prepare_streams(debug)
+        function = getattr(import_module(f"gemmakit.cli.{verb}"), verb)
+        code = _parse_and_call(function, verb, arguments)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        return abandon_output()
+    except Exception as error:
+        message = _message(error)
+        if debug or message is None:
+            raise
+        return _fail(message)
+
+
+def _message(error: Exception) -> str | None:
+    """What to tell the user; None for what can only be a mistake in gemmakit."""
+    if isinstance(error, GemmakitError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "out of memory. Choose a smaller model or dtype, or a shorter prompt; see gemmakit doctor MODEL."
+    if type(error).__name__ == "OutOfMemoryError":  # of torch, which a short command has not imported
+        return f"{str(error).split('. ')[0]}. Choose a smaller dtype, or --device cpu."
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EIO):
+        return f"cannot write: {error.strerror}."
+    return None
+
+
+def settle() -> None:
+    """The work is done: from here on Ctrl-C ends the process without a traceback from Python's own clearing up."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def abandon_output() -> int:
+    """Whoever read our output left: say nothing more, also not while Python shuts down."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    if sys.stdout is not None:
+        os.dup2(devnull, sys.stdout.fileno())
+    return PIPE_CLOSED
+
+
+def show(text: str) -> None:
+    """Print a piece of generated text at once. On a terminal its control characters are spelled out, not obeyed."""
+    sys.stdout.write(text.translate(_SPELLED) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+def note(message: str) -> None:
+    """A line for the person at the terminal, apart from the results."""
+    print(f"gemmakit: {message}", file=sys.stderr, flush=True)
+
+
+def _fail(message: str) -> int:
+    note(" ".join(message.split()))
+    return FAILED
+
+
+def _prepare_streams(debug: bool) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if not debug:
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries; what failed is said once, by us
+        warnings.showwarning = _short_warning
+        warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def _short_warning(message: Any, category: Any, filename: Any, lineno: Any, file: Any = None, line: Any = None) -> None:
+    note(f"note: {' '.join(str(message).split())}")
+
+
+def _parse_and_call(function: Callable[..., Any], verb: str, arguments: Sequence[str]) -> int:
+    import typer
+
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, context_settings=_SETTINGS)
+    app.command(name=verb)(function)
+    # Not command.main(): it has its own ideas of Ctrl-C and of pipes whose reader left.
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context(f"gemmakit {verb}", list(arguments)) as context:
+            result = command.invoke(context)
+    except Exception as error:
+        # typer may carry its own copy of click, so that its classes have no one home.
+        code = getattr(error, "exit_code", None)
+        if code is None:
+            raise
+        if not hasattr(error, "format_message"):
+            return code
+        return _fail(f"{error.format_message().rstrip('.')}. See gemmakit {verb} --help.")  # type: ignore[attr-defined]
+    return result if isinstance(result, int) else 0

@@ -1,0 +1,36 @@
+"""The Flax backend: the same models as `gemmakit.pytorch`, as Linen modules, for jit, grad, vmap and meshes.
+
+Importing this package needs jax and flax; `import gemmakit` alone does not.
+"""
+
+from gemmakit.errors import MissingDependency
+
+try:
+    import flax.linen
+    import jax
+except ImportError as error:
+    raise MissingDependency(
+        f"the Flax backend needs jax and flax ({error.name} is not installed): pip install 'gemmakit[flax]'."
+    ) from error
+
+from gemmakit.flax.heads import FlaxGemmaForSequenceClassification, FlaxGemmaForTokenClassification
+from gemmakit.flax.model import FlaxGemmaForCausalLM, FlaxGemmaModel
+from gemmakit.flax.names import stack_layers, unstack_layers
+from gemmakit.flax.pretrained import FlaxGemmaPreTrainedModel
+from gemmakit.flax.sharding import make_mesh, shard
+from gemmakit.flax.training import causal_loss, init_lora, merge_lora
+
+__all__ = [
+    "FlaxGemmaForCausalLM",
+    "FlaxGemmaForSequenceClassification",
+    "FlaxGemmaForTokenClassification",
+    "FlaxGemmaModel",
+    "FlaxGemmaPreTrainedModel",
+    "causal_loss",
+    "init_lora",
+    "make_mesh",
+    "merge_lora",
+    "shard",
+    "stack_layers",
+    "unstack_layers",
+]

@@ -1,0 +1,118 @@
+"""Who may look at whom: causal, padding, bidirectional, packed documents, as one boolean mask a forward pass.
+
+Axis letters: B batch, S query positions, T key positions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+
+from gemmakit.errors import InputError
+
+
+@flax.struct.dataclass
+class Visibility:
+    """What every layer of one forward pass is told about visibility.
+
+    mask: bool (B or 1, 1, S, T), True where a query may look; or the caller's own 4-D additive mask; or None.
+    blind: bool (B or 1, 1, S, 1), True for queries that may look nowhere and must give zeros; None if there are none.
+    causal: with mask None, whether queries see only keys up to their own place (S == T); otherwise they see all.
+    """
+
+    mask: jax.Array | None = None
+    blind: jax.Array | None = None
+    causal: bool = flax.struct.field(pytree_node=False, default=False)
+
+
+def visibility(
+    attention_mask: jax.Array | None,
+    *,
+    batch: int,
+    queries: int,
+    keys: int,
+    past: jax.Array | None,
+    causal: bool,
+    position_ids: jax.Array | None,
+) -> Visibility:
+    """Decide the cheapest true description of who sees whom.
+
+    Args:
+        attention_mask: (B, T) 0/1 over past and current tokens; or 4-D, bool or additive, used as it is; or None.
+        batch, queries, keys: B, S, T; with a cache T is the whole of it.
+        past: () int32, how many places of the cache stand before the first query; None without a cache.
+        causal: False lets every token see every other that is not padding.
+        position_ids: (B, S) when the caller gave them and there is no cache: without a mask a restart begins a document.
+
+    Raises:
+        InputError: a mask whose shape does not fit.
+    """
+    if attention_mask is not None and attention_mask.ndim == 4:
+        return _given(attention_mask, batch, queries, keys)
+    padding = None if attention_mask is None else _padding(attention_mask, batch, keys, past)
+    documents = None if position_ids is None or attention_mask is not None else _documents(position_ids)
+    if past is None and padding is None and documents is None:
+        return Visibility(causal=causal and queries > 1)
+    mask = _order(queries, keys, past, causal)
+    if documents is not None:
+        mask = mask & (documents[:, None, :, None] == documents[:, None, None, :])
+    if padding is None:  # a query always sees itself
+        return Visibility(mask)
+    return _with_blind(mask & padding[:, None, None, :])
+
+
+def _order(queries: int, keys: int, past: jax.Array | None, causal: bool) -> jax.Array:
+    """bool (1, 1, S, T) by place alone: what comes later, or is not written yet, is hidden."""
+    first = 0 if past is None else past
+    place = jnp.arange(keys)[None]
+    limit = jnp.arange(queries)[:, None] + first if causal else jnp.full((queries, 1), queries - 1) + first
+    return (place <= limit)[None, None]
+
+
+def _with_blind(mask: jax.Array) -> Visibility:
+    blind = ~mask.any(-1, keepdims=True)
+    return Visibility(mask | blind, blind)
+
+
+def _given(mask: jax.Array, batch: int, queries: int, keys: int) -> Visibility:
+    ok = mask.shape[0] in (1, batch) and mask.shape[2] in (1, queries) and mask.shape[3] >= keys
+    if not ok:
+        raise InputError(
+            f"attention_mask has shape {tuple(mask.shape)}; a 4-D mask for this call is "
+            f"({batch}, 1, {queries}, {keys})."
+        )
+    mask = mask[..., :keys]
+    if mask.dtype == bool:
+        return _with_blind(mask)
+    if not jnp.issubdtype(mask.dtype, jnp.floating):
+        raise InputError(
+            f"attention_mask is 4-D and {mask.dtype}: give bool, True where a query may look, or a float that is added."
+        )
+    blind = (mask <= jnp.finfo(mask.dtype).min / 2).all(-1, keepdims=True)
+    return Visibility(jnp.where(blind, 0.0, mask), blind)
+
+
+def _padding(mask: jax.Array, batch: int, keys: int, past: Any) -> jax.Array:
+    """The 2-D mask as bool (B, T). Over a cache a mask of the tokens so far is widened: what follows is not written."""
+    if mask.ndim != 2 or mask.shape[0] not in (1, batch):
+        raise InputError(f"attention_mask has shape {tuple(mask.shape)}; give ({batch}, {keys}) or 4-D.")
+    if past is not None and mask.shape[1] < keys:
+        mask = jnp.pad(mask, ((0, 0), (0, keys - mask.shape[1])))
+    if mask.shape[1] != keys:
+        what = "past and current tokens are" if past is None else "the cache holds"
+        raise InputError(
+            f"attention_mask covers {mask.shape[1]} positions, but {what} {keys}: "
+            "give one 0 or 1 for each token in the cache and in this call."
+        )
+    return mask.astype(bool)
+
+
+def _documents(position_ids: jax.Array) -> jax.Array | None:
+    """Number the packed documents, (B, S), by the places where positions do not go up by one."""
+    if position_ids.shape[1] < 2:
+        return None
+    starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    return jnp.pad(jnp.cumsum(starts, axis=-1), ((0, 0), (1, 0)))

@@ -1,0 +1,61 @@
+"""A cache as one safetensors file, written so that a crash leaves the older file whole.
+
+Axis letters: B batch, K kv heads, T positions, H head_dim.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gemmakit.checkpoint import open_checkpoint
+from gemmakit.errors import CheckpointError, InputError
+
+Pairs = Sequence[tuple[Tensor, Tensor]]
+_KIND = {"format": "pt", "kind": "gemmakit-cache"}
+
+
+def save_cache(pairs: Pairs, path: Path) -> None:
+    """Write (keys, values) of each layer, (B, K, T, H), to `path`."""
+    if not pairs:
+        raise InputError("the cache is empty: there is nothing to save.")
+    tensors = {
+        f"layers.{i}.{name}": t.detach().contiguous()
+        for i, pair in enumerate(pairs)
+        for name, t in zip(("keys", "values"), pair, strict=True)
+    }
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(tensors, staged, metadata=_KIND)
+        with staged.open("rb+") as file:
+            os.fsync(file.fileno())
+        staged.replace(path)
+    except Exception as e:
+        staged.unlink(missing_ok=True)
+        raise CheckpointError(f"{path} could not be written ({e}); an older file there is untouched.") from e
+
+
+def load_cache(path: Path, device: torch.device | str) -> Pairs:
+    """(keys, values) of each layer on `device`; on the CPU they are maps of the file.
+
+    Raises CheckpointError if `path` holds no cache.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is no file: give what cache.save(path) wrote.")
+    with open_checkpoint(path) as file:
+        count = len(file) // 2
+        names = [(f"layers.{i}.keys", f"layers.{i}.values") for i in range(count)]
+        if not count or {n for pair in names for n in pair} != set(file.names()):
+            raise CheckpointError(f"{path} holds no cache (found {', '.join(file.names()[:3])}).")
+        return [_pair(file.tensor(k).to(device), file.tensor(v).to(device), path) for k, v in names]
+
+
+def _pair(k: Tensor, v: Tensor, path: Path) -> tuple[Tensor, Tensor]:
+    if k.dim() != 4 or k.shape != v.shape:
+        raise CheckpointError(f"{path} holds keys {tuple(k.shape)} and values {tuple(v.shape)}: not those of a cache.")
+    return k, v

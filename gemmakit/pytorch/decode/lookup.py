@@ -1,0 +1,139 @@
+"""Prompt lookup: what followed the last tokens the last time they came is proposed to follow again.
+
+It changes no token: greedy or sampled with a seed, the row is the one that decoding token by token gives. What a
+proposal costs is the wider pass that checks it, and a ledger keeps that below 5 % of the time, however bad the
+proposals are. Axis letters: k proposed tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemmakit.outputs import GenerateDecoderOnlyOutput
+from gemmakit.pytorch.decode.assisted import Proposal, agreement, one_row, speculate
+from gemmakit.pytorch.decode.plan import Plan
+from gemmakit.pytorch.decode.prompt import Prompt
+from gemmakit.pytorch.decode.sampling import Noise, sampler
+
+DEFAULT_NGRAM = 2
+# Share of the time that fruitless proposals may take.
+LOSS = 0.05
+# What a proposed token adds to a pass, as a share of a pass over one token, until it has been measured here.
+WIDTH_COST = {"cuda": 0.02, "cpu": 0.25}
+REMEMBERED = 15
+
+
+class Ngrams:
+    """Where each run of up to `longest` tokens came last, so that what followed it can be found at once."""
+
+    def __init__(self, longest: int):
+        self.longest = longest
+        self.tokens: list[int] = []
+        self._followed: dict[tuple[int, ...], int] = {}  # run -> place after it
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        for token in tokens:
+            end = len(self.tokens)
+            for size in range(1, min(self.longest, end) + 1):
+                self._followed[tuple(self.tokens[end - size :])] = end
+            self.tokens.append(token)
+
+    def continuation(self, count: int) -> list[int]:
+        """What may follow, by the longest run known; a run that overlaps its own repetition goes round."""
+        for size in range(min(self.longest, len(self.tokens)), 0, -1):
+            place = self._followed.get(tuple(self.tokens[-size:]))
+            if place is not None:
+                period = len(self.tokens) - place
+                return [self.tokens[place + i % period] for i in range(count)]
+        return []
+
+
+class Ledger:
+    """How many tokens may be proposed, so that even if none of them is right no more than LOSS of the time is lost.
+
+    In units of a pass over one token: deciding n tokens one by one takes n; with proposals it takes n, less one for
+    each accepted token, plus the width cost for each proposed one. So the proposals so far have lost
+    cost * proposed - accepted, and LOSS * n may be lost: the difference is what the next proposal may cost.
+    The width cost is the median of what this call's own wide passes took beyond its plain ones.
+    """
+
+    def __init__(self, device: torch.device):
+        self.cost = WIDTH_COST.get(device.type, WIDTH_COST["cpu"])
+        self.balance = 0.0
+        self._plain: deque[float] = deque(maxlen=REMEMBERED)
+        self._wide: deque[tuple[int, float]] = deque(maxlen=REMEMBERED)
+
+    def affordable(self) -> int:
+        return int(self.balance / self.cost)
+
+    def enter(self, proposed: int, accepted: int, seconds: float) -> None:
+        self.balance += LOSS * (accepted + 1) + accepted - self.cost * proposed
+        if proposed:
+            self._wide.append((proposed, seconds))
+        else:
+            self._plain.append(seconds)
+        if len(self._plain) > 2 and len(self._wide) > 2:
+            plain = median(self._plain)
+            self.cost = max(0.005, median((took - plain) / (k * plain) for k, took in self._wide))
+
+
+class HeldNoise:
+    """Noise for the tokens to come: what a round has drawn for tokens it did not reach serves the next one.
+
+    So token i is always drawn with the i-th noise, as when no tokens are proposed.
+    """
+
+    def __init__(self, noise: Noise):
+        self._noise = noise
+        self._held: list[Tensor] = []
+
+    def __call__(self, like: Tensor) -> Tensor:
+        while len(self._held) < len(like):
+            self._held.append(self._noise(like[:1]))
+        return torch.cat(self._held[: len(like)])
+
+    def drop(self, count: int) -> None:
+        del self._held[:count]
+
+
+class Lookup:
+    """Drafts from the text so far."""
+
+    processed = False
+
+    def __init__(self, prompt: Prompt, plan: Plan):
+        config = plan.config
+        self.count = config.prompt_lookup_num_tokens or 0
+        self.eos = config.eos_token_ids
+        self.ngrams = Ngrams(config.max_matching_ngram_size or DEFAULT_NGRAM)
+        ids = prompt.ids[0] if prompt.padding is None else prompt.ids[0][~prompt.padding[0]]
+        self.ngrams.extend(ids.tolist())
+        self.ledger = Ledger(prompt.ids.device)
+        self.noise = HeldNoise(plan.noise) if config.do_sample else None
+        self.pick = plan.pick if self.noise is None else sampler(self.noise)
+
+    def propose(self, ids: Tensor, new: Sequence[int], limit: int) -> Proposal:
+        self.ngrams.extend(new)
+        tokens = self.ngrams.continuation(min(self.count, limit, self.ledger.affordable()))
+        end = next((i + 1 for i, token in enumerate(tokens) if token in self.eos), len(tokens))
+        return Proposal(torch.tensor(tokens[:end], dtype=torch.long, device=ids.device))
+
+    def check(self, scores: Tensor, proposal: Proposal) -> tuple[Tensor, Tensor]:
+        return agreement(self.pick(scores), proposal)
+
+    def learn(self, proposed: int, accepted: int, seconds: float) -> None:
+        self.ledger.enter(proposed, accepted, seconds)
+        if self.noise is not None:
+            self.noise.drop(accepted + 1)
+
+
+def prompt_lookup(model: Any, prompt: Prompt, plan: Plan) -> GenerateDecoderOnlyOutput:
+    """The text so far proposes, the model checks."""
+    one_row(prompt)
+    return speculate(model, prompt, plan, Lookup(prompt, plan))

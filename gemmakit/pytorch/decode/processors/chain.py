@@ -1,0 +1,220 @@
+"""Which processors the settings ask for, strung together in the order of `gemmakit.generation.PROCESSOR_ORDER`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemmakit.errors import InputError
+from gemmakit.generation import PROCESSOR_ORDER, GenerationConfig
+from gemmakit.pytorch.decode import watermark
+from gemmakit.pytorch.decode.guidance import Guidance
+from gemmakit.pytorch.decode.processors import forcing, shaping, truncating
+from gemmakit.pytorch.decode.scores import Processor, seen
+
+
+@dataclass(frozen=True)
+class Context:
+    """What processors may need to know beside their setting.
+
+    eos: (E,) ids or None. prompt_length: P. padding: bool (B, P), True where the prompt is padding; None when it has
+    none. prompt: (B, P) ids. total: the tokens a row may have, prompt included. vocabulary: V. model: whom guidance
+    asks again; negative_ids (B or 1, N) and negative_mask are its other prompt. constraint: follows a grammar.
+    """
+
+    config: GenerationConfig
+    eos: Tensor | None
+    prompt_length: int
+    padding: Tensor | None = None
+    custom: Sequence[Processor] = ()
+    prompt: Tensor | None = None
+    total: int | None = None
+    vocabulary: int = 0
+    model: Any = None
+    prefix_allowed_tokens_fn: forcing.AllowedTokens | None = None
+    negative_ids: Tensor | None = None
+    negative_mask: Tensor | None = None
+    constraint: Processor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu") if self.prompt is None else self.prompt.device
+
+    @property
+    def keep(self) -> int:
+        """Tokens that truncation leaves: a beam needs one beside every eos, to go on."""
+        if self.config.num_beams == 1:
+            return 1
+        return 2 if self.eos is None else self.eos.numel() + 1
+
+    def ids(self, tokens: int | Sequence[int]) -> Tensor:
+        return torch.tensor([tokens] if isinstance(tokens, int) else list(tokens), dtype=torch.long, device=self.device)
+
+    def known_prompt(self, setting: str) -> Tensor | None:
+        """(B, P) ids with NOTHING on padding; None, and a warning, where embeddings stand alone."""
+        if self.prompt is not None and self.prompt.shape[1]:
+            return seen(self.prompt, self.padding)
+        warnings.warn(f"{setting} reads the prompt's ids, and there are none: it does nothing.", stacklevel=6)
+        return None
+
+
+def build(context: Context) -> list[Processor]:
+    """The processors that the settings ask for, in order."""
+    chain: list[Processor] = []
+    for name in PROCESSOR_ORDER:
+        if name == "custom":
+            chain.extend(context.custom)
+            continue
+        processor = _BUILDERS[name](context)
+        if processor is not None:
+            chain.append(processor)
+    return chain
+
+
+Builder = Callable[[Context], "Processor | None"]
+
+
+def _sampling(make: Builder) -> Builder:
+    return lambda c: make(c) if c.config.do_sample else None
+
+
+def _guidance(c: Context) -> Processor | None:
+    scale = c.config.guidance_scale
+    if scale is None or scale == 1:
+        if c.negative_ids is not None:
+            raise InputError("negative_prompt_ids is given without guidance_scale: set it, for instance to 1.5.")
+        return None
+    ids = c.negative_ids
+    if ids is None:
+        ids = None if c.prompt is None or not c.prompt.shape[1] else c.prompt[:, -1:]
+    if ids is None:
+        raise InputError("guidance needs a prompt of ids to start from: pass negative_prompt_ids.")
+    # Beams change places between steps, which a cache would have to follow: they are computed anew.
+    cached = c.config.use_cache and c.config.num_beams == 1
+    return Guidance(scale, c.model, ids, c.negative_mask, c.prompt_length, cached)
+
+
+def _bias(c: Context) -> Processor | None:
+    if not c.config.biases:
+        return None
+    return shaping.SequenceBias.of(c.config.biases, c.vocabulary, c.padding, c.device)
+
+
+def _bad_words(c: Context) -> Processor | None:
+    biases = shaping.bad_words(c.config.bad_words_ids or (), c.config.eos_token_ids)
+    return shaping.SequenceBias.of(biases, c.vocabulary, c.padding, c.device) if biases else None
+
+
+def _repetition(c: Context) -> Processor | None:
+    penalty = c.config.repetition_penalty
+    return shaping.RepetitionPenalty(penalty, c.padding) if penalty != 1.0 else None
+
+
+def _prompt_bonus(c: Context) -> Processor | None:
+    penalty = c.config.encoder_repetition_penalty
+    prompt = None if penalty == 1.0 else c.known_prompt("encoder_repetition_penalty")
+    return None if prompt is None else shaping.PromptBonus(penalty, prompt)
+
+
+def _no_ngram(c: Context) -> Processor | None:
+    size = c.config.no_repeat_ngram_size
+    return shaping.NoRepeatNgram(size, c.padding) if size else None
+
+
+def _no_prompt_ngram(c: Context) -> Processor | None:
+    size = c.config.encoder_no_repeat_ngram_size
+    prompt = None if not size else c.known_prompt("encoder_no_repeat_ngram_size")
+    return None if prompt is None else shaping.NoPromptNgram(size, prompt)
+
+
+def _min_length(c: Context) -> Processor | None:
+    return forcing.MinLength(c.config.min_length, c.eos) if c.eos is not None and c.config.min_length > 0 else None
+
+
+def _min_new_tokens(c: Context) -> Processor | None:
+    wanted = c.config.min_new_tokens
+    return forcing.MinLength(c.prompt_length + wanted, c.eos) if c.eos is not None and wanted else None
+
+
+def _prefix(c: Context) -> Processor | None:
+    if c.prefix_allowed_tokens_fn is None:
+        return None
+    return forcing.PrefixAllowed(c.prefix_allowed_tokens_fn, c.config.num_beams // c.config.num_beam_groups)
+
+
+def _forced_bos(c: Context) -> Processor | None:
+    token = c.config.forced_bos_token_id
+    return None if token is None else forcing.ForcedAt(1, c.ids(token))
+
+
+def _forced_eos(c: Context) -> Processor | None:
+    tokens = c.config.forced_eos_token_id
+    return None if tokens is None or c.total is None else forcing.ForcedAt(c.total - 1, c.ids(tokens))
+
+
+def _decay(c: Context) -> Processor | None:
+    if c.config.exponential_decay_length_penalty is None or c.eos is None:
+        return None
+    start, factor = c.config.exponential_decay_length_penalty
+    return shaping.EosDecay(c.prompt_length + start, factor, c.eos)
+
+
+def _suppressed(c: Context) -> Processor | None:
+    tokens = c.config.suppress_tokens
+    return forcing.Suppressed(c.ids(tokens)) if tokens else None
+
+
+def _suppressed_first(c: Context) -> Processor | None:
+    tokens = c.config.begin_suppress_tokens
+    if not tokens:
+        return None
+    # A forced first token is followed by the first that is chosen.
+    forced = c.prompt_length <= 1 and c.config.forced_bos_token_id is not None
+    return forcing.Suppressed(c.ids(tokens), c.prompt_length + forced)
+
+
+def _watermark(c: Context) -> Processor | None:
+    settings = c.config.watermark
+    return None if settings is None else watermark.processor(settings, c.vocabulary, c.prompt_length)
+
+
+_BUILDERS: dict[str, Builder] = {
+    "guidance_scale": _guidance,
+    "sequence_bias": _bias,
+    "encoder_repetition_penalty": _prompt_bonus,
+    "repetition_penalty": _repetition,
+    "no_repeat_ngram_size": _no_ngram,
+    "encoder_no_repeat_ngram_size": _no_prompt_ngram,
+    "bad_words_ids": _bad_words,
+    "min_length": _min_length,
+    "min_new_tokens": _min_new_tokens,
+    "prefix_allowed_tokens_fn": _prefix,
+    "forced_bos_token_id": _forced_bos,
+    "forced_eos_token_id": _forced_eos,
+    "remove_invalid_values": lambda c: forcing.OnlyFinite() if c.config.remove_invalid_values else None,
+    "exponential_decay_length_penalty": _decay,
+    "suppress_tokens": _suppressed,
+    "begin_suppress_tokens": _suppressed_first,
+    "constraint": lambda c: c.constraint,
+    "temperature": _sampling(
+        lambda c: truncating.Temperature(c.config.temperature) if c.config.temperature != 1.0 else None
+    ),
+    "top_h": _sampling(lambda c: truncating.TopH(c.config.top_h) if c.config.top_h is not None else None),
+    "top_k": _sampling(lambda c: truncating.TopK(c.config.top_k, c.keep) if c.config.top_k else None),
+    "top_p": _sampling(lambda c: truncating.TopP(c.config.top_p, c.keep) if c.config.top_p < 1.0 else None),
+    "min_p": _sampling(lambda c: truncating.MinP(c.config.min_p, c.keep) if c.config.min_p is not None else None),
+    "typical_p": _sampling(
+        lambda c: truncating.Typical(c.config.typical_p, c.keep) if c.config.typical_p < 1.0 else None
+    ),
+    "epsilon_cutoff": _sampling(
+        lambda c: truncating.Epsilon(c.config.epsilon_cutoff, c.keep) if c.config.epsilon_cutoff else None
+    ),
+    "eta_cutoff": _sampling(lambda c: truncating.Eta(c.config.eta_cutoff, c.keep) if c.config.eta_cutoff else None),
+    "watermarking_config": _watermark,
+    "renormalize_logits": lambda c: truncating.Renormalized() if c.config.renormalize_logits else None,
+}

@@ -1,0 +1,242 @@
+"""One request of a batch: its prompt and settings, checked; and how its next token is chosen among its neighbours'.
+
+Axis letters: R rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemmakit.config import GemmaConfig
+from gemmakit.errors import InputError, PromptTooLong, TokenOutOfRange
+from gemmakit.generation import GenerationConfig
+from gemmakit.generation.ranges import is_whole
+from gemmakit.pytorch.decode import processors, scheduler, stopping
+from gemmakit.pytorch.decode.constrain import constraint
+from gemmakit.pytorch.decode.healing import heal
+from gemmakit.pytorch.decode.prompt import prepare
+from gemmakit.pytorch.decode.sampling import exponential, greedy, row_generators, sampler
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one caller wants.
+
+    prompt: token ids, a list or a tensor (P,) or (1, P); empty starts from <bos>. generation_config: instead of the
+    model's own settings; settings: any of its fields, for this request; max_time counts from when it is added. The rest
+    as for generate(); processors and criteria see this request alone, ids (1, n) and scores (1, V).
+    """
+
+    prompt: Sequence[int] | Tensor
+    generation_config: GenerationConfig | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: stopping.Decoder | None = None
+    logits_processor: Iterable[processors.Processor] = ()
+    stopping_criteria: Iterable[stopping.Criterion] = ()
+
+
+# Processors that read the scores of a row and nothing else: rows with equal ones go through them together.
+_BY_SCORES = (
+    processors.Temperature,
+    processors.TopH,
+    processors.TopK,
+    processors.TopP,
+    processors.MinP,
+    processors.Typical,
+    processors.Epsilon,
+    processors.Eta,
+    processors.OnlyFinite,
+    processors.Renormalized,
+)
+
+
+@dataclass(eq=False)
+class Row:
+    """A request at work: its place in the schedule and everything its next token depends on.
+
+    ids: (1, limit), the tokens once more, on the device, for processors and criteria that read them; or None.
+    """
+
+    sequence: scheduler.Sequence
+    prompt_length: int
+    eos: frozenset[int]
+    chain: tuple[processors.Processor, ...]
+    criteria: tuple[stopping.Criterion, ...]
+    generator: torch.Generator | None
+    ids: Tensor | None
+
+    @property
+    def id(self) -> int:
+        return self.sequence.id
+
+    @property
+    def by_scores(self) -> bool:
+        return all(isinstance(processor, _BY_SCORES) for processor in self.chain)
+
+    def process(self, scores: Tensor) -> Tensor:
+        """scores: (1, V) -> (1, V) after this request's processors."""
+        assert self.ids is not None
+        out = _through(self.chain, self.ids[:, : len(self.sequence.tokens)], scores)
+        if out.shape != scores.shape:
+            raise InputError(f"a logits processor gave {tuple(out.shape)} for scores {tuple(scores.shape)}.")
+        return out.to(scores)
+
+    def ends(self, token: int, scores: Tensor) -> str | None:
+        """Why the row ends with `token`: "eos", "stop", "length"; or None. scores: (1, V), those it was picked from."""
+        count = len(self.sequence.tokens) + 1
+        if self.ids is not None:
+            self.ids[0, count - 1] = token
+        if token in self.eos:
+            return "eos"
+        for criterion in self.criteria:
+            assert self.ids is not None
+            if bool(torch.as_tensor(criterion(self.ids[:, :count], scores)).all()):
+                return "length" if isinstance(criterion, stopping.MaxTime) else "stop"
+        return "length" if count >= self.sequence.limit else None
+
+
+@torch.no_grad()
+def prepare_row(model: Any, request: Request, number: int) -> Row:
+    """Check a request and make its row.
+
+    Raises InputError, GenerationConfigError, TokenOutOfRange; PromptTooLong if the context is too short.
+    """
+    config = (request.generation_config or model.generation_config).updated(**request.settings)
+    config.validate(model.config.vocab_size)
+    refuse_unbatched(model.config, config)
+    vocabulary = model.config.vocab_size
+    # The engine's pages are the cache, whatever cache the settings name.
+    given = _tensor(request.prompt, vocabulary)
+    prompt, new = prepare(model, config.updated(use_cache=False), given, None, None, None)
+    if config.token_healing:
+        heal(model, prompt, request.tokenizer)
+    ids = prompt.ids if prompt.mask is None else prompt.ids[prompt.mask][None]
+    length = ids.shape[1]
+    _check_rope(model.config, length + new)
+    eos = torch.tensor(config.eos_token_ids, device=ids.device) if config.eos_token_ids else None
+    context = processors.Context(
+        config,
+        eos,
+        length,
+        custom=tuple(request.logits_processor),
+        prompt=ids,
+        total=length + new,
+        vocabulary=vocabulary,
+        model=model,
+        constraint=constraint(config, request.tokenizer, vocabulary, length),
+    )
+    row = Row(
+        sequence=scheduler.Sequence(number, ids[0].tolist(), length + new),
+        prompt_length=length,
+        eos=frozenset(config.eos_token_ids),
+        chain=tuple(processors.build(context)),
+        criteria=tuple(stopping.build(config, request.tokenizer, tuple(request.stopping_criteria), vocabulary)),
+        generator=_generator(config, ids) if config.do_sample else None,
+        ids=None,
+    )
+    if row.criteria or not row.by_scores:
+        row.ids = torch.nn.functional.pad(ids, (0, new))
+    return row
+
+
+def choose(rows: Sequence[Row], logits: Tensor) -> tuple[list[int], Tensor, dict[int, Exception]]:
+    """The next token of each row (NO_TOKEN where there is none), the scores it comes from, and what went wrong.
+
+    logits: (R, V); scores: float32 (R, V), after each row's processors. A processor that raises costs its own row only:
+    the exception is given under the row's place.
+    """
+    lines, errors = list(logits.float().split(1)), {}
+    together: dict[tuple[Any, ...], list[int]] = {}
+    for i, row in enumerate(rows):
+        if row.by_scores:
+            together.setdefault(row.chain, []).append(i)
+            continue
+        try:
+            lines[i] = row.process(lines[i])
+        except Exception as e:
+            errors[i] = e
+    for chain, places in together.items():
+        if chain:
+            group = torch.cat([lines[i] for i in places])
+            no_ids = torch.empty((len(places), 0), dtype=torch.long, device=group.device)
+            for i, line in zip(places, _through(chain, no_ids, group).split(1), strict=True):
+                lines[i] = line
+    scores = torch.cat(lines)
+    return _pick(rows, scores), scores, errors
+
+
+def refuse_unbatched(model: GemmaConfig, config: GenerationConfig) -> None:
+    """Raises InputError for what only generate() can do, or for a model whose keys depend on later tokens."""
+    mode = config.get_generation_mode()
+    wanted = {
+        "use_bidirectional_attention": bool(model.use_bidirectional_attention),
+        f"the strategy {mode}": mode not in ("greedy_search", "sample"),
+        "num_return_sequences above 1 (add the prompt several times, each with its own seed)": (
+            config.num_return_sequences > 1
+        ),
+        "guidance_scale": config.guidance_scale not in (None, 1),
+        "return_dict_in_generate": config.return_dict_in_generate,
+    }
+    for what, asked in wanted.items():
+        if asked:
+            raise InputError(f"a batch has no {what}: use generate().")
+
+
+def _check_rope(config: GemmaConfig, total: int) -> None:
+    """Tables of type longrope change for a whole call when its longest row passes the trained context."""
+    rope = config.rope_parameters
+    trained = rope.get("original_max_position_embeddings")
+    if rope["rope_type"] == "longrope" and trained and total > trained:
+        raise PromptTooLong(
+            f"prompt and new tokens are {total}, but the rope type is longrope and batches stop at its trained context "
+            f"of {trained}: rows beyond it would change their neighbours. Use generate()."
+        )
+
+
+def _tensor(prompt: Any, vocab_size: int) -> Tensor:
+    """(1, P) int64. Raises InputError, TokenOutOfRange."""
+    if isinstance(prompt, str | bytes | Mapping):
+        raise InputError(f"a prompt is a {type(prompt).__name__}: give token ids, as in tokenizer(text).input_ids.")
+    if not isinstance(prompt, Tensor):
+        ids = list(prompt)
+        for token in ids:
+            if not is_whole(token):
+                raise InputError(f"a prompt holds {token!r}; token ids are whole numbers.")
+            if not 0 <= token < vocab_size:
+                raise TokenOutOfRange(
+                    f"token id {token} is outside the vocabulary of {vocab_size} ids (0 to {vocab_size - 1}): "
+                    "was the prompt encoded with another model's tokenizer?"
+                )
+        return torch.tensor(ids, dtype=torch.long)[None]
+    prompt = prompt[None] if prompt.dim() == 1 else prompt
+    if prompt.dim() != 2 or prompt.shape[0] != 1:
+        raise InputError(f"a prompt has shape {tuple(prompt.shape)}; it is one row of token ids, (P,) or (1, P).")
+    return prompt
+
+
+def _generator(config: GenerationConfig, ids: Tensor) -> torch.Generator:
+    """The request's own source of chance: from (seed, prompt), or seeded by torch's, so that no neighbour matters."""
+    if config.seed is not None:
+        return row_generators(config.seed, [ids[0].tolist()], ids.device)[0]
+    return torch.Generator(ids.device).manual_seed(int(torch.randint(2**63 - 1, ())))
+
+
+def _pick(rows: Sequence[Row], scores: Tensor) -> list[int]:
+    tokens = greedy(scores)
+    sampled = [i for i, row in enumerate(rows) if row.generator is not None]
+    if sampled:
+        at = torch.tensor(sampled, device=scores.device)
+        generators = [row.generator for row in rows if row.generator is not None]
+        tokens = tokens.index_copy(0, at, sampler(exponential(generators))(scores[at]))
+    return tokens.tolist()  # the one place of a step where the host waits for the device
+
+
+def _through(chain: Iterable[Callable[[Tensor, Tensor], Tensor]], ids: Tensor, scores: Tensor) -> Tensor:
+    for processor in chain:
+        scores = processor(ids, scores)
+    return scores

@@ -1,0 +1,98 @@
+"""The sequences being decoded, what each may see, and the cache that holds them: what every strategy runs on.
+
+Axis letters: R rows (prompts times their copies), P prompt positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemmakit.outputs import CausalLMOutputWithPast
+from gemmakit.pytorch.decode.prompt import Prompt
+
+
+class Rows:
+    """A token buffer (R, total) that is filled from the left, and one way to run the model over a part of it.
+
+    length: how many places of the buffer are tokens. offset: how many positions the cache holds before the buffer's
+    first, when the prompt continues a conversation or came as embeddings.
+    """
+
+    def __init__(
+        self, model: Any, prompt: Prompt, total: int, pad: int, *, attentions: bool = False, hidden_states: bool = False
+    ):
+        self.model, self.prompt, self.cache = model, prompt, prompt.cache
+        self.attentions, self.hidden_states = attentions, hidden_states
+        R, P = prompt.ids.shape
+        self.length = P
+        self.device = prompt.ids.device
+        self.buffer = torch.full((R, total), pad, dtype=torch.long, device=self.device)
+        self.buffer[:, :P] = prompt.ids
+        self.offset = 0 if prompt.mask is None else prompt.mask.shape[1] - P
+        self.mask = self.positions = None
+        if prompt.mask is not None:
+            self.mask = torch.ones((R, prompt.mask.shape[1] + total - P), dtype=torch.bool, device=self.device)
+            self.mask[:, : prompt.mask.shape[1]] = prompt.mask
+            self.positions = (self.mask.cumsum(-1) - 1).clamp_min(0)
+
+    @property
+    def ids(self) -> Tensor:
+        """(R, length): prompt and new tokens so far."""
+        return self.buffer[:, : self.length]
+
+    @property
+    def total(self) -> int:
+        return self.buffer.shape[1]
+
+    def forward(self, start: int, end: int, embeds: Tensor | None = None, keep: int = 1) -> Any:
+        """Run places start..end of the buffer (or `embeds` in their place); logits of the last `keep` of them."""
+        seen = end + self.offset
+        count = end - start if embeds is None else embeds.shape[1]
+        return self.model(
+            input_ids=None if embeds is not None else self.buffer[:, start:end],
+            inputs_embeds=embeds,
+            attention_mask=None if self.mask is None else self.mask[:, :seen],
+            position_ids=None if self.positions is None else self.positions[:, seen - count : seen],
+            past_key_values=self.cache,
+            use_cache=self.cache is not None,
+            output_attentions=self.attentions,
+            output_hidden_states=self.hidden_states,
+            return_dict=True,
+            logits_to_keep=keep,
+        )
+
+    def prefill(self, copies: int = 1, chunk: int | None = None) -> Any:
+        """Run the prompt, once; then every row becomes `copies` rows, and so does what the pass returned."""
+        start, end = self.prompt.past, self.length
+        if self.prompt.embeds is not None:
+            return self._spread(self.forward(start, end, self.prompt.embeds), copies)
+        while chunk is not None and self.cache is not None and end - start > chunk:
+            self.forward(start, start + chunk)
+            start += chunk
+        return self._spread(self.forward(start, end), copies)
+
+    def next(self) -> Any:
+        """Run the newest token, or without a cache everything again."""
+        return self.forward(0 if self.cache is None else self.length - 1, self.length)
+
+    def _spread(self, out: CausalLMOutputWithPast, copies: int) -> CausalLMOutputWithPast:
+        if copies == 1:
+            return out
+        self.buffer = self.buffer.repeat_interleave(copies, dim=0)
+        if self.mask is not None and self.positions is not None:
+            self.mask = self.mask.repeat_interleave(copies, dim=0)
+            self.positions = self.positions.repeat_interleave(copies, dim=0)
+        if self.cache is not None:
+            self.cache.batch_repeat_interleave(copies)
+        kept = {n: _repeated(getattr(out, n), copies) for n in ("logits", "attentions", "hidden_states")}
+        return replace(out, **kept)
+
+
+def _repeated(value: Any, copies: int) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_repeated(v, copies) for v in value)
+    return None if value is None else value.repeat_interleave(copies, dim=0)

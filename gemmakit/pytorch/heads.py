@@ -1,0 +1,269 @@
+"""Classification heads: one label a sequence, one label a token.
+
+Axis letters: B batch, S positions, D hidden, C labels. Parameter names are those of released checkpoints.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gemmakit.config import GemmaConfig
+from gemmakit.errors import ConfigError, InputError
+from gemmakit.outputs import BaseModelOutputWithPast, SequenceClassifierOutputWithPast, TokenClassifierOutput
+from gemmakit.pytorch.cache import Cache
+from gemmakit.pytorch.model import IGNORED_LABEL, GemmaModel
+from gemmakit.pytorch.pretrained import GemmaPreTrainedModel
+
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+# The field's common default where a configuration names none; only token classification drops.
+TOKEN_DROPOUT = 0.1
+
+
+class GemmaForSequenceClassification(GemmaPreTrainedModel):
+    """Gemma with a linear head on the right-most token of each row that is not padding."""
+
+    def __init__(self, config: GemmaConfig):
+        super().__init__(config)
+        _check_config(config)
+        self.num_labels = config.num_labels
+        self.model = GemmaModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | tuple[tuple[Tensor, Tensor], ...] | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cache_position: Tensor | None = None,
+        *,
+        is_causal: bool | None = None,
+    ) -> SequenceClassifierOutputWithPast | tuple[Any, ...]:
+        """Run the decoder and score each row once; arguments as in `GemmaModel.forward`, and:
+
+        Padding is every position that a 2-D `attention_mask` hides or whose id is `config.pad_token_id`, on either
+        side. With `inputs_embeds` only the mask can tell.
+
+        Args:
+            labels: (B,) class numbers; (B,) or (B, C) real numbers for regression; (B, C) of 0 to 1 for multi-label.
+                `config.problem_type` says which; without it one label is regression, whole numbers are classes, and
+                real numbers are multi-label.
+
+        Returns:
+            SequenceClassifierOutputWithPast with logits (B, C) in the weights' dtype and loss () in float32.
+
+        Raises:
+            InputError: several rows and neither ids with a pad token nor a mask; a row of nothing but padding; labels
+                of another shape or out of range.
+        """
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        places = last_tokens(input_ids, inputs_embeds, attention_mask, self.config.pad_token_id)
+        problem = None if labels is None else _problem_type(self.config, labels)
+        if labels is not None and places is not None:
+            _check_sequence_labels(labels, problem, places.shape[0], self.num_labels)
+        out: BaseModelOutputWithPast = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_attentions,
+            output_hidden_states,
+            True,
+            cache_position,
+            is_causal=is_causal,
+        )
+        hidden = out.last_hidden_state
+        assert places is not None  # the decoder refused a call without inputs
+        # Only the pooled positions are scored: the head is linear, so pooling first is the same and cheaper.
+        rows = torch.arange(hidden.shape[0], device=hidden.device)
+        logits = self.score(hidden[rows, places.to(hidden.device)])
+        result = SequenceClassifierOutputWithPast(
+            loss=None if labels is None else sequence_loss(logits, labels, problem),
+            logits=logits,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+        )
+        return result if return_dict else result.to_tuple()
+
+
+class GemmaForTokenClassification(GemmaPreTrainedModel):
+    """Gemma with dropout and a linear head on every token."""
+
+    def __init__(self, config: GemmaConfig):
+        super().__init__(config)
+        _check_config(config)
+        self.num_labels = config.num_labels
+        self.model = GemmaModel(config)
+        self.dropout = nn.Dropout(TOKEN_DROPOUT if config.classifier_dropout is None else config.classifier_dropout)
+        biased = config.extra.get("token_classification_bias", True)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=biased)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | tuple[tuple[Tensor, Tensor], ...] | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cache_position: Tensor | None = None,
+        *,
+        is_causal: bool | None = None,
+    ) -> TokenClassifierOutput | tuple[Any, ...]:
+        """Run the decoder and score each token; arguments as in `GemmaModel.forward`, and:
+
+        Args:
+            labels: (B, S) class numbers, not shifted; -100 is ignored.
+            use_cache: accepted like elsewhere; the output has no place for a cache, so none is made. One that is
+                given as `past_key_values` is read and appended to.
+
+        Returns:
+            TokenClassifierOutput with logits (B, S, C) in the weights' dtype and loss () in float32.
+
+        Raises:
+            InputError: labels of another shape or out of range.
+        """
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        inputs = input_ids if input_ids is not None else inputs_embeds
+        if labels is not None and inputs is not None:
+            _check_shape(labels, [tuple(inputs.shape[:2])])
+            _check_classes(labels, self.num_labels)
+        out: BaseModelOutputWithPast = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            False,
+            output_attentions,
+            output_hidden_states,
+            True,
+            cache_position,
+            is_causal=is_causal,
+        )
+        logits = self.score(self.dropout(out.last_hidden_state))
+        result = TokenClassifierOutput(
+            loss=None if labels is None else _cross_entropy(logits.flatten(0, 1), labels.flatten()),
+            logits=logits,
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+        )
+        return result if return_dict else result.to_tuple()
+
+
+def last_tokens(ids: Tensor | None, embeds: Tensor | None, mask: Tensor | None, pad: int | None) -> Tensor | None:
+    """The right-most position of each row, (B,), that is not padding; None when there is no input at all.
+
+    ids: (B, S), or embeds: (B, S, D); mask: (B, past + S) of 0 and 1, or anything else, which says nothing here.
+    Raises InputError where padding cannot be told from text, or a row holds nothing else.
+    """
+    inputs = ids if ids is not None else embeds
+    if inputs is None or inputs.dim() < 2:
+        return None
+    B, S = inputs.shape[:2]
+    fits = mask is not None and mask.dim() == 2 and mask.shape[0] == B and mask.shape[1] >= S
+    mask = mask[:, mask.shape[1] - S :] if fits and mask is not None else None  # the decoder refuses other shapes
+    told = ids is not None and pad is not None and pad >= 0
+    if mask is None and not told:
+        if B > 1:
+            what = "inputs_embeds have no ids" if ids is None else "config.pad_token_id is not set"
+            raise InputError(
+                f"this call has {B} rows, and nothing says where padding is: {what} and there is no 2-D "
+                "attention_mask. Pass attention_mask, or one row at a time."
+            )
+        return torch.full((B,), S - 1, dtype=torch.long, device=inputs.device)
+    real = torch.ones((B, S), dtype=torch.bool, device=inputs.device) if mask is None else mask.to(inputs.device) != 0
+    if told and ids is not None:
+        real = real & (ids != pad)
+    if not torch.compiler.is_compiling() and not bool(real.any(-1).all()):
+        row = int((~real.any(-1)).nonzero()[0])
+        raise InputError(f"row {row} of the batch is all padding: it has no token to classify. Leave the row out.")
+    return (torch.arange(S, device=inputs.device) * real).argmax(-1)
+
+
+def sequence_loss(logits: Tensor, labels: Tensor, problem: str | None) -> Tensor:
+    """Mean squared error, cross entropy or binary cross entropy by `problem`, in float32. logits: (B, C)."""
+    labels = labels.to(logits.device)
+    if problem == "single_label_classification":
+        return _cross_entropy(logits, labels.flatten())
+    target = labels.float().reshape(logits.shape)
+    if problem == "regression":
+        return F.mse_loss(logits.float(), target)
+    return F.binary_cross_entropy_with_logits(logits.float(), target)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), labels.to(logits.device, torch.long), ignore_index=IGNORED_LABEL)
+
+
+def _problem_type(config: GemmaConfig, labels: Tensor) -> str:
+    """What the configuration says, or what the labels look like; the guess is not written down in the config."""
+    if config.problem_type is not None:
+        return config.problem_type
+    if config.num_labels == 1:
+        return "regression"
+    whole = not labels.is_floating_point() and labels.dtype != torch.bool
+    return "single_label_classification" if whole else "multi_label_classification"
+
+
+def _check_config(config: GemmaConfig) -> None:
+    if config.num_labels < 1:
+        raise ConfigError(f"num_labels is {config.num_labels}; a classification head needs at least 1.")
+    if config.problem_type not in (None, *PROBLEM_TYPES):
+        raise ConfigError(f"problem_type is {config.problem_type!r}; it must be one of {', '.join(PROBLEM_TYPES)}.")
+    p = config.classifier_dropout
+    if p is not None and not (isinstance(p, (int, float)) and not isinstance(p, bool) and 0 <= p < 1):
+        raise ConfigError(f"classifier_dropout is {p!r}; it must be a number >= 0 and < 1.")
+
+
+def _check_sequence_labels(labels: Tensor, problem: str | None, batch: int, classes: int) -> None:
+    if problem == "single_label_classification":
+        _check_shape(labels, [(batch,), (batch, 1)])
+        return _check_classes(labels, classes)
+    _check_shape(labels, [(batch,), (batch, 1)] if classes == 1 else [(batch, classes)])
+    if torch.compiler.is_compiling() or not labels.numel():
+        return None
+    low, high = (-torch.inf, torch.inf) if problem == "regression" else (0.0, 1.0)
+    values = labels.float()
+    bad = labels[~(values.isfinite() & (values >= low) & (values <= high))]
+    if bad.numel():
+        limit = "a finite number" if problem == "regression" else "from 0 to 1"
+        raise InputError(f"label {bad[0].item()} is out of range; for {problem} each must be {limit}.")
+    return None
+
+
+def _check_classes(labels: Tensor, classes: int) -> None:
+    if labels.is_floating_point():
+        raise InputError(f"labels are {labels.dtype}; class numbers must be whole numbers (torch.long).")
+    if torch.compiler.is_compiling() or not labels.numel():
+        return
+    bad = labels[((labels < 0) & (labels != IGNORED_LABEL)) | (labels >= classes)]
+    if bad.numel():
+        raise InputError(
+            f"label {int(bad[0])} is not one of the {classes} classes (0 to {classes - 1}; {IGNORED_LABEL} marks what "
+            "to ignore). Set num_labels or id2label in the config, or fix the label."
+        )
+
+
+def _check_shape(labels: Tensor, allowed: list[tuple[int, ...]]) -> None:
+    if tuple(labels.shape) not in allowed:
+        raise InputError(f"labels has shape {tuple(labels.shape)}; it must be {' or '.join(map(str, allowed))}.")

@@ -1,0 +1,217 @@
+"""What every Gemma model can do besides running, loading and saving: embeddings, heads, training switches."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from gemmakit.config import GemmaConfig
+from gemmakit.errors import InputError
+from gemmakit.hub import push_folder
+from gemmakit.pytorch.attention import implementation
+from gemmakit.pytorch.pruning import prune_heads
+
+
+class ModelMethods(nn.Module):
+    """Mixed into GemmaPreTrainedModel."""
+
+    base_model_prefix: ClassVar[str] = "model"
+    tied_weights: ClassVar[dict[str, str]] = {}
+    # A decoder layer adds to what came into it, so it must be whole on one device.
+    _no_split_modules: ClassVar[list[str]] = ["GemmaDecoderLayer"]
+    supports_gradient_checkpointing: ClassVar[bool] = True
+
+    config: GemmaConfig
+    gradient_checkpointing: bool
+    checkpointing_arguments: dict[str, Any]
+    _grads_hook: Any = None
+
+    # -- facts -----------------------------------------------------------------------------------------------------
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(p.dtype for p in self.parameters() if p.is_floating_point())
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs belong: the device of the first weights that are not offloaded."""
+        first = next(self.parameters()).device
+        return next((p.device for p in self.parameters() if not p.is_meta), first)
+
+    @property
+    def base_model(self) -> nn.Module:
+        return getattr(self, self.base_model_prefix, self)
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Parameters, a tied one counted once."""
+        skip = {id(self.get_input_embeddings().weight)} if exclude_embeddings else set()
+        return sum(
+            p.numel() for p in self.parameters() if id(p) not in skip and (p.requires_grad or not only_trainable)
+        )
+
+    # -- embeddings and the head -----------------------------------------------------------------------------------
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.base_model.embed_tokens  # type: ignore[return-value]
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Take another embedding (V, D); the vocabulary is then its size, and a tied head follows.
+
+        The scale by sqrt(D) belongs to GemmaScaledEmbedding; a plain nn.Embedding is used as it is.
+        """
+        self.base_model.embed_tokens = value
+        self._follow_vocabulary()
+
+    def get_output_embeddings(self) -> nn.Linear | None:
+        return getattr(self, "lm_head", None)
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Take another head (D -> V). One with a weight of its own unties the two, in the configuration too."""
+        if self.get_output_embeddings() is None:
+            raise InputError(f"{type(self).__name__} has no language modelling head.")
+        self.lm_head = new_embeddings
+        if new_embeddings.weight is not self.get_input_embeddings().weight:
+            self.config.tie_word_embeddings = False
+
+    def tie_weights(self) -> None:
+        """Make tied parameters one tensor again, if the configuration ties them."""
+        if self.config.tie_word_embeddings:
+            for tied, source in self.tied_weights.items():
+                assign(self, tied, self.get_parameter(source))
+
+    def untie_weights(self) -> None:
+        """Give the head a copy of the embedding's weight, to be trained and saved apart."""
+        for tied, source in self.tied_weights.items() if self.config.tie_word_embeddings else ():
+            weight = self.get_parameter(source)
+            assign(self, tied, nn.Parameter(weight.detach().clone(), weight.requires_grad))
+        self.config.tie_word_embeddings = False
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """Change the number of token ids, of the embedding and of the head; the ids that stay keep their rows.
+
+        Args:
+            new_num_tokens: the new V; None keeps it, for `pad_to_multiple_of` alone.
+            pad_to_multiple_of: round V up, for instance to 64 for tensor cores.
+            mean_resizing: new rows are the mean of the old ones, so that a new token starts about as likely as the
+                others; False draws them as in a fresh model.
+
+        Raises:
+            InputError: a size that is no whole number, or that a special token of the configuration is outside of.
+        """
+        embedding, head = self.get_input_embeddings(), self.get_output_embeddings()
+        size = self._new_size(new_num_tokens, pad_to_multiple_of)
+        if size != embedding.num_embeddings:
+            tied = head is not None and head.weight is embedding.weight
+            embedding.weight = self._resized(embedding.weight, size, mean_resizing)
+            embedding.num_embeddings = size
+            if head is not None and not tied:
+                head.weight = self._resized(head.weight, size, mean_resizing)
+        self._follow_vocabulary()
+        return embedding
+
+    def _new_size(self, wanted: int | None, multiple: int | None) -> int:
+        for name, value in (("new_num_tokens", wanted), ("pad_to_multiple_of", multiple)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise InputError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+        size = self.get_input_embeddings().num_embeddings if wanted is None else wanted
+        size = size if multiple is None else math.ceil(size / multiple) * multiple
+        config = self.config
+        tokens = [t for t in (config.pad_token_id, config.bos_token_id, *config.eos_token_ids) if t is not None]
+        if max(tokens, default=0) >= size:
+            raise InputError(
+                f"{size} token ids leave out {max(tokens)}, a special token of the configuration: keep at least "
+                f"{max(tokens) + 1}, or change the configuration first."
+            )
+        return size
+
+    @torch.no_grad()
+    def _resized(self, old: Tensor, size: int, mean: bool) -> nn.Parameter:
+        """(V, D) -> (size, D)."""
+        if old.is_meta:
+            raise InputError("the embedding is offloaded: load the model without offloading to resize it.")
+        new = old.new_empty(size, old.shape[1])
+        kept = min(size, old.shape[0])
+        new[:kept] = old[:kept]
+        if mean:
+            new[kept:] = old.mean(0, dtype=torch.float32).to(old.dtype)
+        else:
+            new[kept:].normal_(0.0, self.config.initializer_range)
+        return nn.Parameter(new, old.requires_grad)
+
+    def _follow_vocabulary(self) -> None:
+        """Let the head and the numbers that are written down agree with the embedding."""
+        self.tie_weights()
+        self.config.vocab_size = size = self.get_input_embeddings().weight.shape[0]
+        head = self.get_output_embeddings()
+        if head is not None:
+            head.out_features = head.weight.shape[0]
+            self.vocab_size = size
+
+    # -- attention -------------------------------------------------------------------------------------------------
+
+    def set_attn_implementation(self, attn_implementation: str) -> None:
+        """Compute attention by "eager", "sdpa", "flash_attention_2" or "flex_attention" from now on.
+
+        Raises ConfigError, or MissingDependency for a package that is not installed.
+        """
+        self.config.attn_implementation = implementation(attn_implementation)
+
+    def prune_heads(self, heads_to_prune: Mapping[int, Iterable[int]]) -> None:
+        """Take attention heads out, {layer: [query heads]}; see `gemmakit.pytorch.pruning.prune_heads`.
+
+        What is gone is kept in `config.pruned_heads`, so that gemmakit loads what was saved; other libraries cannot.
+        """
+        prune_heads(self, heads_to_prune)
+
+    # -- training --------------------------------------------------------------------------------------------------
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recompute layers in the backward pass instead of keeping their activations; the cache is off meanwhile.
+
+        The arguments go to torch.utils.checkpoint.checkpoint, which is called with use_reentrant=False by default.
+        """
+        self._set_checkpointing(True, {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})})
+
+    def gradient_checkpointing_disable(self) -> None:
+        self._set_checkpointing(False, {"use_reentrant": False})
+
+    def _set_checkpointing(self, on: bool, arguments: dict[str, Any]) -> None:
+        for module in self.modules():
+            if isinstance(module, ModelMethods):
+                module.gradient_checkpointing, module.checkpointing_arguments = on, arguments
+
+    def enable_input_require_grads(self) -> None:
+        """Let gradients reach the embedding's output though its weight is frozen, as reentrant checkpointing needs."""
+        if self._grads_hook is None:
+            hook = lambda module, args, output: output.requires_grad_(True)  # noqa: E731
+            self._grads_hook = self.get_input_embeddings().register_forward_hook(hook)
+
+    def disable_input_require_grads(self) -> None:
+        if self._grads_hook is not None:
+            self._grads_hook.remove()
+            self._grads_hook = None
+
+    # -- out -------------------------------------------------------------------------------------------------------
+
+    def push_to_hub(self, repo_id: str, *, max_shard_size: int | str = "5GB", **kwargs: Any) -> str:
+        """Save to a temporary folder and upload it; kwargs go to `gemmakit.hub.push_folder`. The address comes back."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size=max_shard_size)  # type: ignore[operator]
+            return push_folder(folder, repo_id, **kwargs)
+
+
+def assign(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Make `parameter` the one that is called `name`, in dotted form."""
+    owner, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(owner), attribute, parameter)

@@ -1,0 +1,205 @@
+"""Keys and values in pages: rows of any length share one memory, which is taken once and never grows.
+
+Axis letters: B rows, S new tokens a row, P pages a row, T key positions, K kv heads, H head_dim. A place is a number of
+the flat memory, page * page_size + offset. Who holds which page is decided in decode/pages.py.
+Source: arXiv:2309.06180.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from gemmakit.checkpoint.memory import require_memory
+from gemmakit.config import GemmaConfig
+from gemmakit.errors import InputError, NotEnoughMemory
+from gemmakit.pytorch.cache import Cache
+from gemmakit.pytorch.decode.pages import NULL_PAGE
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens start..end of one row, and its pages in order."""
+
+    pages: Sequence[int]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one forward pass writes and reads. An attention kernel that reads pages in place needs nothing more.
+
+    places: (B * S,) int64, where the new tokens go. table: (B, P) int64, the pages of each row in order, NULL_PAGE
+    behind them. lengths: (B,) int64, tokens a row has with the new ones. past: tokens before the new ones, if all rows
+    have the same. keys: T, the positions that are read, at most P * page_size.
+    """
+
+    places: Tensor
+    table: Tensor
+    lengths: Tensor
+    past: int
+    keys: int
+
+    @property
+    def positions(self) -> Tensor:
+        """(B, 1): the position of the one new token of each row."""
+        return self.lengths[:, None] - 1
+
+    @property
+    def mask(self) -> Tensor:
+        """bool (B, 1, 1, T): the one new token of each row sees the tokens of its row."""
+        return torch.arange(self.keys, device=self.lengths.device) < self.lengths[:, None, None, None]
+
+
+class PagedCache(Cache):
+    """`pages` pages of `page_size` tokens for every layer, and one that is always zero.
+
+    Before each forward pass `place` says which rows it holds; `update` then appends to their pages and gathers them.
+    No row belongs to the cache itself, so it cannot be cropped, reordered or read as the older tuple.
+
+    dtype: of the keys and values, and so of the activations. devices: one a layer; one for all by default.
+
+    Raises NotEnoughMemory when the pages do not fit, before they are taken where the system tells.
+    """
+
+    def __init__(
+        self,
+        config: GemmaConfig,
+        pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        devices: Sequence[torch.device] | torch.device | str = "cpu",
+    ):
+        super().__init__()
+        self.page_size, self.pages = page_size, pages
+        self.placement: Placement | None = None
+        if isinstance(devices, torch.device | str):
+            devices = [torch.device(devices)] * config.num_hidden_layers
+        shape = (2, pages + 1, page_size, config.num_key_value_heads, config.head_dim)
+        needed = (pages + 1) * page_size * bytes_per_token(config, dtype)
+        self._check_memory(needed, devices)
+        # (2, pages + 1, page_size, K, H): keys and values; the heads of a token lie together, as they come.
+        self.storage = [torch.zeros(shape, dtype=dtype, device=device) for device in devices]
+
+    # -- for the engine --------------------------------------------------------------------------------------------
+
+    def place(self, spans: Sequence[Span]) -> Placement:
+        """Set what the next forward pass is about: several rows of one new token each, or one row of any number."""
+        size, device = self.page_size, self.storage[0].device
+        if len(spans) > 1 and any(span.end - span.start != 1 for span in spans):
+            raise InputError("rows of several new tokens are run one at a time.")
+        held = [span.pages[: -(-span.end // size)] for span in spans]
+        width = max(len(pages) for pages in held)
+        table = [[*pages, *[NULL_PAGE] * (width - len(pages))] for pages in held]
+        places = [span.pages[i // size] * size + i % size for span in spans for i in range(span.start, span.end)]
+        self.placement = Placement(
+            places=torch.tensor(places, device=device),
+            table=torch.tensor(table, device=device),
+            lengths=torch.tensor([span.end for span in spans], device=device),
+            past=spans[0].start,
+            keys=spans[0].end if len(spans) == 1 else width * size,
+        )
+        return self.placement
+
+    def clear(self, pages: Sequence[int]) -> None:
+        """Zero pages that go to a new owner: what is masked still multiplies, and 0 * NaN would be NaN."""
+        if pages:
+            for store in self.storage:
+                store.index_fill_(1, torch.tensor(pages, device=store.device), 0)
+
+    # -- for the model ---------------------------------------------------------------------------------------------
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, cache_kwargs: dict[str, Any] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Append (B, K, S, H) to the rows' pages; give their keys and values, (B, K, T, H), those of no row zero."""
+        where = self._placed(key_states)
+        new = torch.stack((key_states, value_states)).detach().transpose(2, 3).flatten(1, 2)  # (2, B * S, K, H)
+        store = self.storage[layer_idx]
+        places = where.places.to(store.device)
+        store.flatten(1, 2).index_copy_(1, places, new.to(store.dtype))
+        if where.past == 0 and where.keys == key_states.shape[2]:  # all there is to see is new
+            return key_states, value_states
+        return self._gather(store, where)
+
+    def span(self, queries: int, cache_position: Tensor | None = None) -> tuple[int, int]:
+        """Tokens before the first query and keys it sees; with rows of different lengths the mask tells the rest."""
+        where = self._required()
+        return where.past, where.keys
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens before the next ones of the placed row, or of the first."""
+        return 0 if self.placement is None else self.placement.past
+
+    def reset(self) -> None:
+        """Forget the placement; the pages keep their content and their owners."""
+        self.placement = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory held; constant."""
+        return sum(store.nbytes for store in self.storage)
+
+    def __len__(self) -> int:
+        return len(self.storage)
+
+    def crop(self, max_length: int) -> None:
+        self._no_rows()
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._no_rows()
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._no_rows()
+
+    def __getitem__(self, layer_idx: int) -> tuple[Tensor, Tensor]:
+        self._no_rows()
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _gather(self, store: Tensor, where: Placement) -> tuple[Tensor, Tensor]:
+        """The plain form of reading pages: copy them together. A kernel that walks the table copies nothing."""
+        B, P = where.table.shape
+        rows = store.index_select(1, where.table.to(store.device).flatten())  # (2, B * P, page_size, K, H)
+        rows = rows.view(2, B, P * self.page_size, *store.shape[3:])[:, :, : where.keys].transpose(2, 3)
+        return rows[0], rows[1]
+
+    def _placed(self, k: Tensor) -> Placement:
+        where = self._required()
+        B, S = k.shape[0], k.shape[2]
+        if (len(where.table), len(where.places)) != (B, B * S):
+            raise InputError(
+                f"this call has {B} rows of {S} tokens, but {len(where.table)} rows with {len(where.places)} tokens in "
+                "all were placed: call place() before each forward pass."
+            )
+        return where
+
+    def _required(self) -> Placement:
+        if self.placement is None:
+            raise InputError("a paged cache does not know whose tokens these are: call place() before a forward pass.")
+        return self.placement
+
+    def _no_rows(self) -> NoReturn:
+        raise InputError("a paged cache has pages and no rows of its own: use a DynamicCache or a StaticCache.")
+
+    def _check_memory(self, needed: int, devices: Sequence[torch.device]) -> None:
+        what = f"a paged cache of {self.pages * self.page_size} tokens"
+        remedy = "Pass a smaller cache_tokens or max_batch_size."
+        if devices[0].type == "cpu":
+            require_memory(needed, what, remedy=remedy)
+        elif devices[0].type == "cuda" and len(set(devices)) == 1:
+            # What torch has reserved and not given out is free too.
+            reserved = torch.cuda.memory_reserved(devices[0]) - torch.cuda.memory_allocated(devices[0])
+            free = torch.cuda.mem_get_info(devices[0])[0] + reserved
+            if needed > free:
+                raise NotEnoughMemory(f"{what} needs {needed} bytes, but {free} bytes are free on the GPU. {remedy}")
+
+
+def bytes_per_token(config: GemmaConfig, dtype: torch.dtype) -> int:
+    """Bytes that the keys and values of one token take in all layers."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize

@@ -1,0 +1,224 @@
+"""Text while it is being generated: printed, or iterated over from another thread or task."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, Protocol
+
+from gemmakit.errors import InputError
+
+# Cleaning up drops a space in view of what follows it; its rules together look this many characters ahead at most.
+CLEAN_UP_SIGHT = 24
+
+
+class Tokenizer(Protocol):
+    """The part of a tokenizer that streaming needs; one with `incremental_decoder` streams at constant cost a token."""
+
+    def decode(self, token_ids: Any, **kwargs: Any) -> Any: ...
+
+
+class BaseStreamer:
+    """What generate() tells: the prompt's ids (1, P), then every new id (1,), then the end."""
+
+    def put(self, value: Any) -> None:
+        raise NotImplementedError
+
+    def end(self) -> None:
+        raise NotImplementedError
+
+
+class TextStreamer(BaseStreamer):
+    """Prints text as soon as it is certain; all of it together is what `tokenizer.decode` gives for all ids.
+
+    Args:
+        tokenizer: of the model that generates.
+        skip_prompt: leave the prompt out.
+        decode_kwargs: for `tokenizer.decode`, such as skip_special_tokens=True.
+
+    To send the text elsewhere, override `on_finalized_text`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_prompt: bool = False, **decode_kwargs: Any):
+        tokenizer.decode([], **decode_kwargs)  # a wrong argument fails here, not later in another thread
+        self.tokenizer = tokenizer
+        self.skip_prompt = skip_prompt
+        self.decode_kwargs = decode_kwargs
+        self._start()
+
+    def _start(self) -> None:
+        self.next_tokens_are_prompt = True
+        self._decoder = _decoder(self.tokenizer, self.decode_kwargs)
+
+    def put(self, value: Any) -> None:
+        """Take ids of one row: a tensor, a list or a number. The first are the prompt, unless it is a lone new id."""
+        ids, is_step = _one_row(value)
+        prompt = self.next_tokens_are_prompt and not is_step
+        self.next_tokens_are_prompt = False
+        if prompt and self.skip_prompt:
+            return
+        text = self._decoder.push(ids)
+        if text:
+            self.on_finalized_text(text)
+
+    def end(self) -> None:
+        """Give out what was held back. The streamer can then follow another generation."""
+        text = self._decoder.finish()
+        self._start()
+        self.on_finalized_text(text, stream_end=True)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        print(text, flush=True, end="\n" if stream_end else "")
+
+
+class TextIteratorStreamer(TextStreamer):
+    """An iterator over the text, for a generate() that runs in another thread.
+
+    Args:
+        timeout: seconds to wait for the next text before `queue.Empty` is raised; None waits for ever. The iterator
+            ends with the generation, also when that fails; the failure itself is the generating thread's.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, skip_prompt: bool = False, timeout: float | None = None, **decode_kwargs: Any
+    ):
+        super().__init__(tokenizer, skip_prompt, **decode_kwargs)
+        self.text_queue: queue.Queue[str | None] = queue.Queue()
+        self.stop_signal = None
+        self.timeout = timeout
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self.text_queue.put(text)
+        if stream_end:
+            self.text_queue.put(self.stop_signal)
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        text = self.text_queue.get(timeout=self.timeout)
+        if text is None:
+            raise StopIteration
+        return text
+
+
+class AsyncTextIteratorStreamer(TextStreamer):
+    """An asynchronous iterator over the text, for a generate() that runs in another thread.
+
+    Make it inside the event loop that will iterate. Args:
+        timeout: seconds to wait for the next text before `TimeoutError` is raised; None waits for ever.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, skip_prompt: bool = False, timeout: float | None = None, **decode_kwargs: Any
+    ):
+        super().__init__(tokenizer, skip_prompt, **decode_kwargs)
+        self.loop = asyncio.get_running_loop()
+        self.text_queue: asyncio.Queue[str | None] = asyncio.Queue()
+        self.stop_signal = None
+        self.timeout = timeout
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self.loop.call_soon_threadsafe(self.text_queue.put_nowait, text)
+        if stream_end:
+            self.loop.call_soon_threadsafe(self.text_queue.put_nowait, self.stop_signal)
+
+    def __aiter__(self) -> AsyncIterator[str]:
+        return self
+
+    async def __anext__(self) -> str:
+        try:
+            text = await asyncio.wait_for(self.text_queue.get(), self.timeout)
+        except asyncio.TimeoutError as e:  # another class than TimeoutError before Python 3.11
+            raise TimeoutError(f"no text came for {self.timeout} seconds.") from e
+        if text is None:
+            raise StopAsyncIteration
+        return text
+
+
+# -- ids to certain text -----------------------------------------------------------------------------------------------
+
+
+class _Decoder(Protocol):
+    def push(self, ids: Any) -> str: ...
+
+    def finish(self) -> str: ...
+
+
+def _decoder(tokenizer: Any, options: dict[str, Any]) -> _Decoder:
+    skip = bool(options.get("skip_special_tokens", False))
+    incremental = getattr(tokenizer, "incremental_decoder", None)
+    if incremental is None:
+        return _Redecoded(tokenizer, options, None)
+    if options.get("spaces_between_special_tokens", getattr(tokenizer, "spaces_between_special_tokens", False)):
+        return _Redecoded(tokenizer, options, incremental(skip))
+    clean = options.get("clean_up_tokenization_spaces")
+    if tokenizer.clean_up_tokenization_spaces if clean is None else clean:
+        return _Cleaned(incremental(skip), tokenizer.clean_up_tokenization)
+    return incremental(skip)
+
+
+class _Cleaned:
+    """Another decoder's text with the spaces before punctuation dropped, held back as far as those rules look ahead."""
+
+    def __init__(self, decoder: _Decoder, clean: Any):
+        self._decoder, self._clean = decoder, clean
+        self._raw, self._given = "", 0
+
+    def push(self, ids: Any) -> str:
+        self._raw += self._decoder.push(ids)
+        now, before = self._clean(self._raw), self._clean(self._raw[:-CLEAN_UP_SIGHT])
+        same = 0
+        while same < len(before) and before[same] == now[same]:
+            same += 1
+        return self._take(now[:same])
+
+    def finish(self) -> str:
+        return self._take(self._clean(self._raw + self._decoder.finish()))
+
+    def _take(self, certain: str) -> str:
+        new = certain[self._given :]
+        self._given = max(self._given, len(certain))
+        return new
+
+
+class _Redecoded:
+    """Decodes everything anew at each token, for options and tokenizers that cannot go on from where they were."""
+
+    def __init__(self, tokenizer: Any, options: dict[str, Any], incremental: _Decoder | None):
+        self._tokenizer, self._options, self._incremental = tokenizer, options, incremental
+        self._ids: list[int] = []
+        self._certain = self._given = 0
+
+    def push(self, ids: Any) -> str:
+        for index in ids:
+            self._ids.append(index)
+            if self._incremental is None or self._incremental.push([index]):
+                self._certain = len(self._ids)
+        text = self._tokenizer.decode(self._ids[: self._certain], **self._options)
+        if self._options.get("clean_up_tokenization_spaces"):
+            text = text[:-CLEAN_UP_SIGHT]
+        return self._take(text.rstrip("\ufffd") if self._incremental is None else text)
+
+    def finish(self) -> str:
+        return self._take(self._tokenizer.decode(self._ids, **self._options))
+
+    def _take(self, certain: str) -> str:
+        new = certain[self._given :]
+        self._given = max(self._given, len(certain))
+        return new
+
+
+def _one_row(value: Any) -> tuple[list[int], bool]:
+    """The ids, and whether they are one step of one row (shape (1,)) rather than a prompt."""
+    ids = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(ids, int):
+        return [ids], True
+    if ids and isinstance(ids[0], (list, tuple)):
+        if len(ids) > 1:
+            raise InputError(f"a streamer follows one row, and this batch has {len(ids)}: stream them one at a time.")
+        return list(ids[0]), False
+    return list(ids), len(ids) == 1

@@ -1,0 +1,73 @@
+"""Rules of the house: what an import loads, how long a file is, who may import whom."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gemmakit
+
+PACKAGE = Path(gemmakit.__file__).parent
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+HEAVY = ("torch", "jax", "flax", "numpy", "transformers", "tokenizers", "sentencepiece", "safetensors")
+
+
+def loaded_by(statement):
+    """The heavy packages that are in sys.modules of a fresh interpreter after `statement`."""
+    code = f"import sys\n{statement}\nprint(*(m for m in {HEAVY!r} if m in sys.modules))"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    assert loaded_by("import gemmakit") == []
+
+
+def test_configurations_need_neither_torch_nor_jax():
+    assert loaded_by("import gemmakit; gemmakit.GemmaConfig(); gemmakit.GenerationConfig()") == []
+
+
+def test_a_heavy_import_would_be_seen():
+    assert loaded_by("import gemmakit, numpy") == ["numpy"]
+
+
+@pytest.mark.parametrize("name", gemmakit.__all__)
+def test_every_public_name_resolves(name):
+    assert getattr(gemmakit, name) is not None
+    assert name in dir(gemmakit)
+
+
+def test_other_names_are_attribute_errors():
+    with pytest.raises(AttributeError, match="no_such_name"):
+        gemmakit.no_such_name
+
+
+def test_no_source_file_is_over_500_lines():
+    assert SOURCES
+    long = {str(p.relative_to(PACKAGE)): n for p in SOURCES if (n := len(p.read_text().splitlines())) > 500}
+    assert not long
+
+
+def test_the_package_nowhere_imports_transformers():
+    """Not even inside a function, where import-linter looks too, or by a name in a string, where it does not."""
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            named = []
+            if isinstance(node, ast.Import):
+                named = [a.name for a in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                named = [node.module or ""]
+            elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+                called = ast.unparse(node.func)
+                if called.endswith("import_module") or called == "__import__":
+                    named = [str(node.args[0].value)]
+            assert not [n for n in named if n.split(".")[0] == "transformers"], f"{path}:{node.lineno}"
+
+
+def test_import_contracts_hold():
+    root = PACKAGE.parent
+    command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 broken" in done.stdout

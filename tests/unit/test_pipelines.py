@@ -1,0 +1,191 @@
+"""pipeline(): the shapes transformers gives, one <bos>, and rows that do not know of each other."""
+
+from __future__ import annotations
+
+import sys
+from itertools import count, islice
+from pathlib import Path
+
+import pytest
+import torch
+
+import gemmakit
+from gemmakit import TextGenerationPipeline, TextIteratorStreamer, pipeline
+from gemmakit.errors import GenerationConfigError, InputError, PromptTooLong
+from gemmakit.pipelines import _with_progress
+
+TEXTS = ["def add(", "class Longer(Base):\n    x = 1", "", "import os"]
+CHAT = [{"role": "user", "content": "What is 1 + 1?"}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sys.path.insert(0, str(Path(__file__).parents[1] / "cli"))
+    from tiny_checkpoint import make
+
+    return make(tmp_path_factory.mktemp("tiny"), max_position_embeddings=64)
+
+
+@pytest.fixture(scope="module")
+def pipe(folder):
+    return pipeline("text-generation", str(folder), device=-1, max_new_tokens=6)
+
+
+def test_shapes_of_results(pipe):
+    one = pipe("def add(")
+    assert isinstance(one, list)
+    assert list(one[0]) == ["generated_text"]
+    assert one[0]["generated_text"].startswith("def add(")
+    assert pipe(["def add(", ""]) == [one, pipe("")]
+    assert pipe([]) == []
+    two = pipe("def add(", num_return_sequences=2, do_sample=True, seed=1)
+    assert len(two) == 2
+    answer = pipe(CHAT)[0]["generated_text"]
+    assert answer[:-1] == CHAT
+    assert answer[-1]["role"] == "assistant"
+    assert pipe([CHAT, CHAT]) == [pipe(CHAT)] * 2
+    assert pipe(CHAT, return_full_text=False)[0]["generated_text"] == answer[-1]["content"]
+
+
+def test_the_text_is_the_prompt_itself_and_the_decoded_continuation(pipe):
+    for text in TEXTS:
+        ids = pipe.tokenizer(text, return_tensors="pt").input_ids
+        new = pipe.model.generate(ids, max_new_tokens=6)[0, ids.shape[1] :]
+        expected = pipe.tokenizer.decode(new, skip_special_tokens=True)
+        assert pipe(text)[0]["generated_text"] == text + expected
+        assert pipe(text, return_full_text=False)[0]["generated_text"] == expected
+        assert pipe(text, return_tensors=True)[0]["generated_token_ids"] == ids[0].tolist() + new.tolist()
+
+
+def test_exactly_one_bos(pipe):
+    bos = pipe.tokenizer.bos_token_id
+    rendered = pipe.tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
+    with pytest.warns(UserWarning, match="already starts with the BOS"):
+        rows = [pipe.encode(p) for p in (*TEXTS, CHAT, rendered, "<bos>text")]
+    assert all(row[0] == bos and row.count(bos) == 1 for row in rows)
+    assert rows[-3] == rows[-2]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_results_do_not_depend_on_batch_mates(pipe, size):
+    alone = [pipe(text) for text in TEXTS]
+    assert pipe(TEXTS, batch_size=size) == alone
+    chats = [CHAT, [{"role": "user", "content": "A much longer question about something"}]]
+    assert pipe(chats, batch_size=size) == [pipe(chat) for chat in chats]
+    # Near the end of the context the default length differs from row to row.
+    long = ["x = 1\n" * 7, "y", "z = 2\n" * 8]
+    without = TextGenerationPipeline(pipe.model, pipe.tokenizer)
+    assert without(long, batch_size=size) == [without(text) for text in long]
+    limited = dict(max_length=45)
+    assert without(["x = 1", "y"], batch_size=size, **limited) == [without(t, **limited) for t in ("x = 1", "y")]
+
+
+def test_a_stopped_row_has_no_padding_after_it(pipe):
+    texts = [t for t in TEXTS if t]
+    whole = [pipe(t, return_full_text=False)[0]["generated_text"] for t in texts]
+    stop = whole[0][:2]
+    options = dict(stop_strings=[stop], return_tensors=True)
+    assert pipe(texts, batch_size=len(texts), **options) == [pipe(t, **options) for t in texts]
+
+
+def test_the_default_length_ends_with_the_context_and_a_longer_prompt_is_refused(pipe):
+    without = TextGenerationPipeline(pipe.model, pipe.tokenizer)
+    assert len(without("x", return_tensors=True)[0]["generated_token_ids"]) == 64
+    with pytest.raises(PromptTooLong, match="context holds 64"):
+        without("x = 1\n" * 40)
+    with pytest.raises(PromptTooLong, match="max_new_tokens is 100"):
+        without("x", max_new_tokens=100)
+
+
+def test_an_iterator_is_read_only_as_far_as_asked(pipe):
+    read = []
+
+    def endless():
+        for number in count():
+            read.append(number)
+            yield f"x{number}"
+
+    results = pipe(endless(), batch_size=2)
+    assert read == []
+    assert list(islice(results, 3)) == [pipe(f"x{i}") for i in range(3)]
+    assert len(read) == 4
+
+
+def test_a_last_message_of_the_assistant_is_continued(pipe):
+    begun = [*CHAT, {"role": "assistant", "content": "It is"}]
+    whole = pipe(begun)[0]["generated_text"]
+    assert [m["role"] for m in whole] == ["user", "assistant"]
+    assert whole[-1]["content"].startswith("It is")
+    assert pipe.encode(begun)[-1] not in (107, 108)
+
+
+def test_a_streamer_sees_every_prompt_in_turn(pipe):
+    streamer = TextIteratorStreamer(pipe.tokenizer, skip_prompt=True, timeout=5, skip_special_tokens=True)
+    results = pipe(TEXTS[:2], streamer=streamer, return_full_text=False, batch_size=2)
+    for result in results:
+        assert "".join(streamer) == result[0]["generated_text"]
+
+
+def test_settings_go_to_generate_and_unknown_ones_are_refused(pipe):
+    assert pipe("x", max_new_tokens=2, return_tensors=True)[0]["generated_token_ids"][2:].__len__() == 2
+    with pytest.raises(GenerationConfigError, match="max_new_token"):
+        pipe("x", max_new_token=3)
+    with pytest.raises(GenerationConfigError, match="temperature"):
+        pipe("x", temperature=-1.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (dict(task="dance"), "gemmakit has text-generation"),
+        (dict(device=0, device_map="auto"), "device and device_map"),
+        (dict(device="moon"), "no device 'moon'"),
+        (dict(framework="tf"), "framework"),
+        (dict(batch_size=0), "batch_size is 0"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(folder, arguments, said):
+    with pytest.raises(InputError, match=said):
+        pipeline(**{"task": "text-generation", "model": str(folder), **arguments})("x")
+
+
+@pytest.mark.parametrize("inputs", [3, b"bytes", {"role": "user"}, [3], ["x", CHAT, None]])
+def test_inputs_that_are_no_prompts_are_refused(pipe, inputs):
+    with pytest.raises(InputError, match="text-generation takes a text or a chat"):
+        pipe(inputs)
+
+
+def test_a_loaded_model_finds_its_tokenizer_and_refuses_loading_arguments(folder):
+    model = gemmakit.GemmaForCausalLM.from_pretrained(folder)
+    pipe = pipeline("text-generation", model=model, device=torch.device("cpu"))
+    assert pipe.model is model
+    assert pipe("x", max_new_tokens=2)[0]["generated_text"].startswith("x")
+    with pytest.raises(InputError, match="for loading"):
+        pipeline("text-generation", model=model, torch_dtype=torch.bfloat16)
+    fresh = gemmakit.GemmaForCausalLM(model.config)
+    fresh.name_or_path = ""
+    with pytest.raises(InputError, match="pass tokenizer="):
+        pipeline("text-generation", model=fresh)
+
+
+def test_dtype_has_two_names_and_keeps_the_files_by_default(folder):
+    assert pipeline("text-generation", str(folder)).model.dtype == torch.float32
+    for name in ("dtype", "torch_dtype"):
+        assert pipeline("text-generation", str(folder), **{name: torch.bfloat16}).model.dtype == torch.bfloat16
+
+
+def test_a_progress_bar_comes_only_on_a_terminal_and_after_a_while(monkeypatch, capsys):
+    ticks = count()
+    assert list(_with_progress(iter("abc"), 3, lambda: next(ticks) * 1.5)) == list("abc")
+    assert capsys.readouterr().err == ""
+    made = []
+
+    class Bar:
+        add_task = update = stop = lambda *_, **__: None
+
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setattr("gemmakit.pipelines._bar", lambda: made.append(1) or Bar())
+    assert list(_with_progress(iter("abc"), 3, lambda: 0.0)) == list("abc")
+    assert made == []
+    assert list(_with_progress(iter("abcd"), 4, lambda: next(ticks) * 1.5)) == list("abcd")
+    assert made == [1]
