@@ -19,10 +19,19 @@ _HOME = {
     "GemmaTokenizerFast": "gemmakit.text",
     "GemmaModel": "gemmakit.pytorch.model",
     "GemmaForCausalLM": "gemmakit.pytorch.model",
+    "GemmaForSequenceClassification": "gemmakit.pytorch.heads",
+    "GemmaForTokenClassification": "gemmakit.pytorch.heads",
     "GemmaPreTrainedModel": "gemmakit.pytorch.pretrained",
     "Cache": "gemmakit.pytorch.cache",
     "DynamicCache": "gemmakit.pytorch.cache",
     "StaticCache": "gemmakit.pytorch.cache",
+    "OffloadedCache": "gemmakit.pytorch.cache_offloaded",
+    "QuantizedCache": "gemmakit.pytorch.cache_quantized",
+    "BaseModelOutputWithPast": "gemmakit.outputs",
+    "CausalLMOutputWithPast": "gemmakit.outputs",
+    "SequenceClassifierOutputWithPast": "gemmakit.outputs",
+    "TokenClassifierOutput": "gemmakit.outputs",
+    "to_grouped_query": "gemmakit.utils.grouped_query",
     "AutoConfig": "gemmakit.auto",
     "AutoTokenizer": "gemmakit.auto",
     "AutoModel": "gemmakit.auto",
@@ -71,8 +80,16 @@ if TYPE_CHECKING:
     )
     from gemmakit.config import GemmaConfig
     from gemmakit.generation import GenerationConfig, SynthIDTextWatermarkingConfig, WatermarkingConfig
+    from gemmakit.outputs import (
+        BaseModelOutputWithPast,
+        CausalLMOutputWithPast,
+        SequenceClassifierOutputWithPast,
+        TokenClassifierOutput,
+    )
     from gemmakit.pipelines import Pipeline, TextGenerationPipeline, pipeline
     from gemmakit.pytorch.cache import Cache, DynamicCache, StaticCache
+    from gemmakit.pytorch.cache_offloaded import OffloadedCache
+    from gemmakit.pytorch.cache_quantized import QuantizedCache
     from gemmakit.pytorch.decode.protocols import (
         LogitsProcessor,
         LogitsProcessorList,
@@ -80,7 +97,9 @@ if TYPE_CHECKING:
         StoppingCriteriaList,
     )
     from gemmakit.pytorch.decode.watermark import WatermarkDetector
+    from gemmakit.pytorch.heads import GemmaForSequenceClassification, GemmaForTokenClassification
     from gemmakit.pytorch.model import GemmaForCausalLM, GemmaModel
     from gemmakit.pytorch.pretrained import GemmaPreTrainedModel
     from gemmakit.streamers import AsyncTextIteratorStreamer, BaseStreamer, TextIteratorStreamer, TextStreamer
     from gemmakit.text import GemmaTokenizer, GemmaTokenizerFast
+    from gemmakit.utils.grouped_query import to_grouped_query

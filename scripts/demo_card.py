@@ -15,14 +15,21 @@ import demo_corpus
 import demo_tasks
 
 CLAIM = 0.95  # the least accuracy that the card calls an ability
+# Not 0, with which one looks at a training on its way: the questions of the card decided nothing.
+SEED = 1
 
 DESCRIPTIONS = {
     "sum": ("two numbers from 0 to 99", "What is 34 + 58?", "34 + 58 = 92"),
     "difference": ("two numbers from 0 to 99, the larger one first", "What is 80 - 23?", "80 - 23 = 57"),
     "compare": ("two numbers from 0 to 99", "Which is larger, 47 or 53?", "53 is larger than 47."),
     "sort": ("3 or 4 different numbers from 0 to 99", "Sort 41, 7, 23", "7, 23, 41"),
+    "number": (
+        "the items of a list of 3 to 7 letters or words",
+        "How many items are in fig, pear, cat?",
+        "1 fig, 2 pear, 3 cat: 3 items.",
+    ),
     "count": (
-        "a letter, digit or word in a list of 3 to 6",
+        "how often an item is in a list of 3 to 6",
         "How often is fig in fig, pear, fig?",
         "fig appears 2 times.",
     ),
@@ -96,7 +103,7 @@ def measure(folder: Path, held_out: Path, questions: int, dtype: str) -> Results
     results = Results(perplexity, nats / math.log(2) / len(text.encode()))
     answer = demo_tasks.greedy(model, tokenizer)
     for task in demo_tasks.MEASURED:
-        chats = demo_tasks.held_out(task, questions)
+        chats = demo_tasks.held_out(task, questions, SEED)
         results.questions[task] = len(chats)
         results.accuracy[task] = demo_tasks.accuracy(answer, chats)
         print(f"{dtype}  {task}: {results.accuracy[task]:.1%} of {len(chats)}", flush=True)
@@ -107,13 +114,13 @@ def measure(folder: Path, held_out: Path, questions: int, dtype: str) -> Results
 # -- model card --------------------------------------------------------------------------------------------------------
 
 
-def write_card(folder: Path, stored: Results, wide: Results, recipe: dict[str, Any], command: str) -> None:
+def write_card(folder: Path, stored: Results, wide: Results, recipe: dict[str, Any], command: str, note: str) -> None:
     """Write README.md into `folder`.
 
     Args:
         stored: measured in the weights' own precision, as everybody loads them. wide: the same weights in float32.
         recipe: sizes and settings of the training, with steps, tokens and minutes.
-        command: what made the model.
+        command: what made the model. note: what else is to be said about its making.
     """
     import torch
 
@@ -165,13 +172,13 @@ before it.
     {command}
 
 {recipe["tokens"]:,} tokens in {recipe["minutes"]:.0f} minutes on {recipe["threads"]} CPU threads, torch
-{torch.__version__}, Python {platform.python_version()}.
+{torch.__version__}, Python {platform.python_version()}. {note}
 
 | setting | value |
 |---|---|
 {rows}
 
-Text: {demo_corpus.LICENCE}. The weights learned from it quote pieces of it. Copyright (c) 2001 Python Software
+Text: {demo_corpus.LICENCE}. The model may repeat pieces of it. Copyright (c) 2001 Python Software
 Foundation; all rights reserved. Chats: drawn by `scripts/demo_tasks.py`, nobody's conversations.
 
 ## Limits

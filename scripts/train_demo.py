@@ -53,7 +53,10 @@ class Recipe:
     other_rate: float = 0.004  # peak learning rate of the embedding and the norms (AdamW)
     weight_decay: float = 0.1
     warmup: int = 100  # steps
-    decay: float = 0.63  # last share of the steps, over which the rates fall to zero
+    fall_from: float = 0.38276  # share of the steps after which the rates fall as a square does,
+    fall_over: float = 0.65172  # as if to zero over this share of the steps,
+    floor: float = 0.28  # but no lower than this share of the peak,
+    cooldown: float = 0.12  # until the last share of the steps, over which they fall to zero
 
 
 @dataclass(frozen=True)
@@ -70,9 +73,10 @@ class Stage:
 
 STAGES = (
     Stage(0.0, 0.375, 0.0, demo_tasks.WEIGHTS, demo_tasks.WIDE),
-    Stage(0.37, 0.1875, 0.0, demo_tasks.WEIGHTS, demo_tasks.WIDE),
-    Stage(0.5, 0.125, 0.25, demo_tasks.WEIGHTS_BESIDE_SUMS, demo_tasks.WIDE),
-    Stage(0.63333, 0.0625, 0.125, demo_tasks.WEIGHTS_AT_LAST, demo_tasks.CLAIMED, long_every=8),
+    Stage(0.38276, 0.1875, 0.0, demo_tasks.WEIGHTS, demo_tasks.WIDE),
+    Stage(0.51724, 0.125, 0.25, demo_tasks.WEIGHTS_BESIDE_SUMS, demo_tasks.WIDE),
+    Stage(0.68966, 0.0625, 0.125, demo_tasks.WEIGHTS_SHORT, demo_tasks.CLAIMED, long_every=8),
+    Stage(0.7931, 0.0625, 0.125, demo_tasks.WEIGHTS_WITH_NUMBERING, demo_tasks.CLAIMED, long_every=8),
 )
 
 
@@ -199,9 +203,10 @@ def optimizers(model: Any, recipe: Recipe) -> list[torch.optim.Optimizer]:
 
 
 def rate(step: int, steps: int, recipe: Recipe) -> float:
-    """Share of the peak learning rate: rising, level, then falling to zero as a square does."""
-    falling = max(1, int(steps * recipe.decay))
-    return min(1.0, (step + 1) / recipe.warmup, ((steps - step) / falling) ** 2)
+    """Share of the peak learning rate: rising, level, falling to a lower level, falling to zero."""
+    start, span = round(steps * recipe.fall_from), round(steps * recipe.fall_over)
+    level = max(recipe.floor, (max(0, start + span - step) / span) ** 2)
+    return min(1.0, (step + 1) / recipe.warmup, level) * min(1.0, (steps - step) / (steps * recipe.cooldown))
 
 
 def train(
@@ -284,12 +289,13 @@ def check_chat_encoding(tokenizer: Any, encode: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "gemmakit" / "demo")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=5800)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compile", action="store_true", help="torch.compile: faster where a C++ compiler is")
     parser.add_argument("--questions", type=int, default=400, help="held-out questions a task in the measurement")
     parser.add_argument("--state", type=Path, help="folder to save the training in and to go on from")
+    parser.add_argument("--note", default="", help="a sentence for the model card")
     options = parser.parse_args()
 
     recipe = Recipe()
@@ -317,7 +323,7 @@ def main() -> None:
     settings = dict(asdict(recipe), steps=options.steps, seed=options.seed, threads=options.threads,
                     compiled=options.compile, tokens=options.steps * recipe.batch, minutes=minutes)  # fmt: skip
     command = f"python scripts/train_demo.py --steps {options.steps} --seed {options.seed} --threads {options.threads}"
-    demo_card.write_card(options.out, stored, wide, settings, command + " --compile" * options.compile)
+    demo_card.write_card(options.out, stored, wide, settings, command + " --compile" * options.compile, options.note)
 
 
 def save(model: Any, folder: Path) -> None:

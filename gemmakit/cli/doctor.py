@@ -47,7 +47,7 @@ def examine(model: str | None, revision: str | None) -> dict[str, Any]:
 
 
 def read_config(name: str | None, revision: str | None) -> tuple[str, GemmaConfig]:
-    """The configuration of a model and what to call it; without a name the demo model's, or 2B's if there is no demo."""
+    """What to call a model, and its configuration; without a name the demo model, or 2B where there is no demo."""
     from gemmakit.pipelines import demo_model
 
     try:

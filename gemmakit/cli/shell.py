@@ -76,7 +76,8 @@ def show(text: str) -> None:
 
 def note(message: str) -> None:
     """A line for the person at the terminal, apart from the results."""
-    print(f"gemmakit: {message}", file=sys.stderr, flush=True)
+    if sys.stderr is not None:  # print() would take None for standard output
+        print(f"gemmakit: {message}", file=sys.stderr, flush=True)
 
 
 def _fail(message: str) -> int:

@@ -27,6 +27,7 @@ from gemmakit.flax.layers import (
 )
 from gemmakit.flax.masks import Visibility, visibility
 from gemmakit.flax.pretrained import FlaxGemmaPreTrainedModel
+from gemmakit.flax.static import Wanted
 from gemmakit.flax.training import causal_loss, check_token_labels, next_tokens
 from gemmakit.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
@@ -48,15 +49,6 @@ class Trace:
     cache: dict[str, jax.Array] | None = None
     hidden: jax.Array | None = None
     weights: jax.Array | None = None
-
-
-@flax.struct.dataclass
-class Wanted:
-    """What a forward pass is to do besides hidden states. All of it is known before tracing."""
-
-    train: bool = flax.struct.field(pytree_node=False, default=False)
-    attentions: bool = flax.struct.field(pytree_node=False, default=False)
-    hidden_states: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 class FlaxGemmaAttention(nn.Module):

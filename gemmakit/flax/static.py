@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import fields
 
+import flax
 import jax
 
 from gemmakit import outputs
@@ -32,6 +33,15 @@ class FrozenConfig(GemmaConfig):
 
     def __repr__(self) -> str:  # every error of flax prints the module, and with it this
         return f"FrozenConfig({self.num_hidden_layers} layers of {self.hidden_size})"
+
+
+@flax.struct.dataclass
+class Wanted:
+    """What a forward pass is to do besides hidden states. All of it is known before tracing."""
+
+    train: bool = flax.struct.field(pytree_node=False, default=False)
+    attentions: bool = flax.struct.field(pytree_node=False, default=False)
+    hidden_states: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 def _register(cls: type) -> None:

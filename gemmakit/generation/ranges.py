@@ -179,6 +179,8 @@ REFUSED: dict[str, str] = {
     "target_lookbehind": "the assistant must share the tokenizer",
     "assistant_ensemble_weight": "assisted decoding here never changes the distribution",
     "compile_config": "compile the model itself, with torch.compile",
+    "disable_compile": "generate() compiles nothing of its own accord",
+    "continuous_batching_config": "give its settings to generate_batch()",
 }
 
 

@@ -173,7 +173,7 @@ def flex(
 def _compiled_flex() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=True)
+    return torch.compile(flex_attention)
 
 
 def _blocks(rule: Rule, batch: int) -> Any:

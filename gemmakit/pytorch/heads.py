@@ -180,6 +180,8 @@ def last_tokens(ids: Tensor | None, embeds: Tensor | None, mask: Tensor | None, 
     if inputs is None or inputs.dim() < 2:
         return None
     B, S = inputs.shape[:2]
+    if not S:
+        raise InputError(f"the inputs have shape {tuple(inputs.shape)}: there is no token to classify.")
     fits = mask is not None and mask.dim() == 2 and mask.shape[0] == B and mask.shape[1] >= S
     mask = mask[:, mask.shape[1] - S :] if fits and mask is not None else None  # the decoder refuses other shapes
     told = ids is not None and pad is not None and pad >= 0

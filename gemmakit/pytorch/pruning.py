@@ -98,6 +98,8 @@ def _require_plain(attention: Any, layer: int) -> None:
                 f"{name} of layer {layer} is a {type(projection).__name__}: prune before quantizing, and merge or "
                 "remove adapters first."
             )
+        if projection.weight.is_meta:
+            raise InputError(f"{name} of layer {layer} is offloaded: load the model without offloading to prune it.")
 
 
 def _features(held: list[int], left: list[int], head_dim: int) -> Tensor:

@@ -1,27 +1,15 @@
-"""The real command in a process of its own."""
+"""A tiny checkpoint, and the real command run on it."""
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cli_process import command_line, environment
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
-
-# One thread: these models are too small for two, and other processes may want the cores.
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
-
-
-def command_line(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "gemmakit.cli", *map(str, arguments)]
-
-
-def environment(**changes: str) -> dict[str, str]:
-    return {**os.environ, **ENVIRONMENT, **changes}
 
 
 @pytest.fixture(scope="session")

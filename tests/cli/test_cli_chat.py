@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from conftest import command_line, environment
+from cli_process import command_line, environment
 
 import gemmakit as package
 from gemmakit.cli import main

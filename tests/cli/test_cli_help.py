@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import environment
+from cli_process import environment
 
 from gemmakit.cli import HELP, VERBS, main
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import command_line, environment
+from cli_process import command_line, environment
 
 import gemmakit as package
 from gemmakit.cli import main

@@ -155,3 +155,23 @@ def test_transition_scores(beams, normalize):
         if beams > 1 and not normalize and model is ours:
             lengths = (out.beam_indices >= 0).sum(-1)
             assert torch.allclose(scores.sum(-1) / lengths, out.sequences_scores, atol=1e-5)
+
+
+@pytest.mark.parametrize("processors", ["none", "repetition", "ngram", "min_new", "forced"])
+@pytest.mark.parametrize("drafts", ["model", "itself", "lookup"])
+@pytest.mark.parametrize("seed", range(3))
+def test_assisted_greedy(seed, drafts, processors):
+    pairs = {"model": models(PEAKED, seed + 5), "itself": models(PEAKED, seed)}
+    how = dict(prompt_lookup_num_tokens=4) if drafts == "lookup" else dict(assistant_model=pairs[drafts])
+    ours, theirs = models(PEAKED, seed)
+    ids, mask = prompt("one", seed)
+    given = {**ENDS, "max_new_tokens": 16, **PROCESSORS[processors], **how}
+    wanted = dict(output_hidden_states=True, output_attentions=True)
+    theirs.set_attn_implementation("eager")
+    a, b = (run(m, ids, mask, **given, **wanted) for m in (ours, theirs))
+    theirs.set_attn_implementation("sdpa")
+    assert a.sequences.tolist() == b.sequences.tolist()
+    assert distance(a.scores, b.scores) < CLOSE * 10
+    assert distance(a.logits, b.logits) < CLOSE * 10
+    for x, y in zip(a.hidden_states, b.hidden_states, strict=False):
+        assert distance(x, y) < CLOSE

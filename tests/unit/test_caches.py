@@ -39,7 +39,9 @@ def _no_grad():
 
 @pytest.fixture
 def ids():
-    return torch.randint(3, 60, (2, 24), generator=torch.Generator().manual_seed(3))
+    ids = torch.randint(3, 60, (2, 24), generator=torch.Generator().manual_seed(3))
+    ids[:, 0] = 2
+    return ids
 
 
 def kinds(model):
@@ -107,6 +109,33 @@ def test_unknown_kinds_and_settings_are_refused(model):
         QuantizedCache(nbits=3)
     with pytest.raises(InputError, match="q_group_size is 0"):
         QuantizedCache(q_group_size=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("strategy", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_generate_takes_every_kind_by_name(model, ids, kind, strategy):
+    prompt = dict(inputs=ids[:, :6], max_new_tokens=8, do_sample=False, **strategy)
+    got = model.generate(**prompt, cache_implementation=kind, return_dict_in_generate=True)
+    assert torch.equal(got.sequences, model.generate(**prompt))
+    assert type(got.past_key_values) is type(new_cache(kind, model.config, 8))
+
+
+def test_generate_hands_settings_to_the_cache(model, ids):
+    settings = {"nbits": 8, "q_group_size": 4, "residual_length": 4}
+    out = model.generate(ids, max_new_tokens=4, do_sample=False, cache_implementation="quantized",
+                         cache_config=settings, return_dict_in_generate=True)  # fmt: skip
+    cache = out.past_key_values
+    assert (cache.nbits, cache.q_group_size, cache.residual_length) == (8, 4, 4)
+    assert cache.layers[0].older is not None
+
+
+def test_generate_continues_from_a_saved_prompt(model, ids, tmp_path):
+    cache = DynamicCache()
+    model(ids[:1, :9], past_key_values=cache)
+    cache.save(tmp_path / "prompt.safetensors")
+    loaded = DynamicCache.load(tmp_path / "prompt.safetensors")
+    got = model.generate(ids[:1, :12], past_key_values=loaded, max_new_tokens=5, do_sample=False)
+    assert torch.equal(got, model.generate(ids[:1, :12], max_new_tokens=5, do_sample=False))
 
 
 # -- static -------------------------------------------------------------------------------------------------------

@@ -59,8 +59,7 @@ def test_every_field_is_checked_and_tested():
 
 def test_every_documented_setting_of_transformers_is_known_or_refused_with_a_reason():
     theirs = {k for k in vars(transformers.GenerationConfig()) if not k.startswith("_")}
-    internal = {"transformers_version", "continuous_batching_config", "disable_compile"}
-    assert theirs - internal - set(_DEFAULTS) == set(REFUSED)
+    assert theirs - {"transformers_version"} - set(_DEFAULTS) == set(REFUSED)
 
 
 def test_defaults_are_the_documented_ones():

@@ -88,6 +88,19 @@ def test_a_row_writes_to_its_own_pages_only():
         assert not written[[0, 1, 4, 6]].any()
 
 
+def test_rows_of_different_lengths_are_placed_side_by_side():
+    cache = paged(tiny(), 12, 4)
+    where = cache.place([Span([7, 2, 9], 8, 9), Span([4], 2, 3), Span([5, 6], 4, 5)])
+    assert where.table.tolist() == [[7, 2, 9], [4, 0, 0], [5, 6, 0]], "behind a row stands the page of nobody"
+    assert where.places.tolist() == [9 * 4, 4 * 4 + 2, 6 * 4]
+    assert where.positions.tolist() == [[8], [2], [4]]
+    assert where.mask.shape == (3, 1, 1, 12)
+    assert where.mask.sum(-1).flatten().tolist() == [9, 3, 5]
+    alone = cache.place([Span([7, 2, 9], 3, 9)])
+    assert (alone.past, alone.keys) == (3, 9)
+    assert alone.places.tolist() == [7 * 4 + 3, 8, 9, 10, 11, 9 * 4]
+
+
 def test_memory_is_stated_and_constant():
     model = tiny()
     cache = paged(model, 5, 4)

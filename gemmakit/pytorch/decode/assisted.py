@@ -43,8 +43,8 @@ class Drafter(Protocol):
 
     processed: bool
 
-    def propose(self, ids: Tensor, new: Sequence[int], limit: int) -> Proposal:
-        """ids: (1, n) so far, of which `new` came since the last time; limit: tokens there is room for, at least 1."""
+    def propose(self, ids: Tensor, new: Sequence[int], limit: int) -> Proposal | None:
+        """At least one token, at most `limit`; or None. ids: (1, n) so far, of which `new` came since the last time."""
         ...
 
     def check(self, scores: Tensor, proposal: Proposal) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,9 @@ class DraftModel:
         own = Prompt(ids=prompt.ids.to(device), embeds=None, mask=mask, cache=DynamicCache(), past=0)
         self.rows = Rows(model, own, plan.total, plan.pad)
 
-    def propose(self, ids: Tensor, new: Sequence[int], limit: int) -> Proposal:
+    def propose(self, ids: Tensor, new: Sequence[int], limit: int) -> Proposal | None:
+        if limit < 1:
+            return None
         rows = self.rows
         assert rows.cache is not None
         rows.buffer[:, : ids.shape[1]] = ids
@@ -218,13 +220,16 @@ def speculate(model: Any, prompt: Prompt, plan: Plan, drafter: Drafter) -> Gener
     run.open()
     try:
         run.choose(rows.prefill(chunk=plan.config.prefill_chunk_size))
-        over, new = run.deliver(), rows.ids[0, -1:].tolist()
+        over, new = run.deliver(), run.latest
         while not over:
-            limit = plan.total - rows.length - 1
             start = time.perf_counter()
-            proposal = drafter.propose(rows.ids, new, limit) if limit else Proposal(prompt.ids.new_empty(0))
-            new, accepted, over = checker.round(proposal)
-            drafter.learn(len(proposal.tokens), accepted, time.perf_counter() - start)
+            proposal = drafter.propose(rows.ids, new, plan.total - rows.length - 1)
+            if proposal is None:
+                run.choose(rows.next())
+                over, new, accepted = run.deliver(), run.latest, 0
+            else:
+                new, accepted, over = checker.round(proposal)
+            drafter.learn(0 if proposal is None else len(proposal.tokens), accepted, time.perf_counter() - start)
     finally:
         run.close()
     return run.output()

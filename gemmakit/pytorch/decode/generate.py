@@ -114,6 +114,7 @@ class GenerationMixin:
             negative_ids=negative_prompt_ids,
             negative_mask=negative_prompt_attention_mask,
             constraint=constraint(config, tokenizer, vocabulary, prompt.ids.shape[1]),
+            unseen=0 if prompt.embeds is None else prompt.embeds.shape[1] - prompt.ids.shape[1],
         )
         noise = exponential(_generators(config, generator, prompt, strategy))
         plan = Plan(

@@ -37,6 +37,8 @@ def heal(model: Any, prompt: Prompt, tokenizer: Tokenizer | None) -> None:
         raise InputError("token_healing replaces the prompt's last token, and inputs_embeds has no tokens.")
     if prompt.mask is not None and prompt.mask.shape[1] != prompt.ids.shape[1]:
         raise InputError("token_healing needs all ids of the text, those that the cache holds too.")
+    if prompt.cache is not None and int(prompt.cache.get_seq_length()) >= prompt.ids.shape[1]:
+        raise InputError("token_healing replaces the prompt's last token, and past_key_values holds it already.")
     vocabulary = model.config.vocab_size
     table, special = token_table(tokenizer, vocabulary)
     tails = prompt.ids[:, -1].tolist()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -19,7 +20,7 @@ from gemmakit.outputs import GenerateDecoderOnlyOutput
 from gemmakit.pytorch.decode.assisted import Proposal, agreement, one_row, speculate
 from gemmakit.pytorch.decode.plan import Plan
 from gemmakit.pytorch.decode.prompt import Prompt
-from gemmakit.pytorch.decode.sampling import Noise, sampler
+from gemmakit.pytorch.decode.sampling import Noise, greedy, sampler
 
 DEFAULT_NGRAM = 2
 # Share of the time that fruitless proposals may take.
@@ -65,19 +66,27 @@ class Ledger:
 
     def __init__(self, device: torch.device):
         self.cost = WIDTH_COST.get(device.type, WIDTH_COST["cpu"])
-        self.balance = 0.0
+        self.decided = self.proposed = self.accepted = 0
         self._plain: deque[float] = deque(maxlen=REMEMBERED)
         self._wide: deque[tuple[int, float]] = deque(maxlen=REMEMBERED)
 
     def affordable(self) -> int:
-        return int(self.balance / self.cost)
+        balance = LOSS * self.decided + self.accepted - self.cost * self.proposed
+        return max(0, int(balance / self.cost))
 
-    def enter(self, proposed: int, accepted: int, seconds: float) -> None:
-        self.balance += LOSS * (accepted + 1) + accepted - self.cost * proposed
-        if proposed:
-            self._wide.append((proposed, seconds))
-        else:
+    def enter(self, proposed: int, accepted: int, seconds: float | None = None) -> None:
+        """Book a pass that decided accepted + 1 tokens; seconds: how long it took, when that was measured."""
+        self.decided += accepted + 1
+        self.proposed += proposed
+        self.accepted += accepted
+        if seconds is not None:
+            self._measure(proposed, seconds)
+
+    def _measure(self, proposed: int, seconds: float) -> None:
+        if not proposed:
             self._plain.append(seconds)
+            return
+        self._wide.append((proposed, seconds))
         if len(self._plain) > 2 and len(self._wide) > 2:
             plain = median(self._plain)
             self.cost = max(0.005, median((took - plain) / (k * plain) for k, took in self._wide))
@@ -116,11 +125,15 @@ class Lookup:
         self.ngrams.extend(ids.tolist())
         self.ledger = Ledger(prompt.ids.device)
         self.noise = HeldNoise(plan.noise) if config.do_sample else None
-        self.pick = plan.pick if self.noise is None else sampler(self.noise)
+        self.pick = greedy if self.noise is None else sampler(self.noise)
 
-    def propose(self, ids: Tensor, new: Sequence[int], limit: int) -> Proposal:
+    def propose(self, ids: Tensor, new: Sequence[int], limit: int) -> Proposal | None:
         self.ngrams.extend(new)
+        if self.noise is not None:
+            self.noise.drop(len(new))
         tokens = self.ngrams.continuation(min(self.count, limit, self.ledger.affordable()))
+        if not tokens:
+            return None
         end = next((i + 1 for i, token in enumerate(tokens) if token in self.eos), len(tokens))
         return Proposal(torch.tensor(tokens[:end], dtype=torch.long, device=ids.device))
 
@@ -129,11 +142,10 @@ class Lookup:
 
     def learn(self, proposed: int, accepted: int, seconds: float) -> None:
         self.ledger.enter(proposed, accepted, seconds)
-        if self.noise is not None:
-            self.noise.drop(accepted + 1)
 
 
 def prompt_lookup(model: Any, prompt: Prompt, plan: Plan) -> GenerateDecoderOnlyOutput:
     """The text so far proposes, the model checks."""
     one_row(prompt)
-    return speculate(model, prompt, plan, Lookup(prompt, plan))
+    drafter = Lookup(prompt, plan)
+    return speculate(model, prompt, replace(plan, pick=drafter.pick), drafter)

@@ -26,6 +26,7 @@ class Run:
         self.plan = plan
         self.first = self.rows.length
         self.delivered = 0
+        self.latest: list[int] = []  # the tokens delivered last, one a row
         self.mail = Mail(self.rows.device)
         self.done = torch.zeros(len(prompt.ids) * plan.copies, dtype=torch.bool, device=self.rows.device)
 
@@ -61,6 +62,7 @@ class Run:
         for tokens, done in self.mail.read(flush=last):
             self.delivered += 1
             refuse_no_token(tokens, self.delivered)
+            self.latest = tokens
             if self.plan.streamer is not None:
                 self.plan.streamer.put(torch.tensor(tokens))
             if done:

@@ -15,7 +15,7 @@ from torch import Tensor
 from gemmakit.errors import InputError
 from gemmakit.generation import BaseWatermarkingConfig, SynthIDTextWatermarkingConfig, WatermarkingConfig
 from gemmakit.generation.watermarking import watermark_of
-from gemmakit.pytorch.decode.scores import Processor
+from gemmakit.pytorch.decode.scores import Processor, rows_of, seen
 
 # Candidates that "selfhash" tries a step: trying the whole vocabulary would take minutes.
 _SELFHASH_CANDIDATES = 40
@@ -23,12 +23,14 @@ _TABLE = 1000003
 _LISTS_KEPT = 512
 
 
-def processor(settings: BaseWatermarkingConfig, vocabulary: int, prompt_length: int) -> Processor:
-    """The processor that these settings ask for."""
+def processor(
+    settings: BaseWatermarkingConfig, vocabulary: int, prompt_length: int, padding: Tensor | None = None
+) -> Processor:
+    """The processor that these settings ask for. padding: bool (B, P), True where the prompt is padding."""
     if isinstance(settings, SynthIDTextWatermarkingConfig):
         return SynthID(settings, prompt_length)
     assert isinstance(settings, WatermarkingConfig)
-    return GreenList(settings, vocabulary)
+    return GreenList(settings, vocabulary, padding)
 
 
 class GreenLists:
@@ -65,6 +67,7 @@ class GreenList:
 
     settings: WatermarkingConfig
     vocabulary: int
+    padding: Tensor | None = None
     lists: GreenLists = field(init=False)
 
     def __post_init__(self) -> None:
@@ -74,10 +77,12 @@ class GreenList:
         width = self.settings.context_width
         if ids.shape[1] < width:
             return scores  # too early to know a context
-        context = ids[:, -width:].cpu()
+        padding = None if self.padding is None else rows_of(self.padding, ids.shape[0])
+        context = seen(ids, padding)[:, -width:].cpu()
         green = (
             self._by_itself(context, scores) if self.settings.seeding_scheme == "selfhash" else self._by_last(context)
         )
+        green &= (context >= 0).all(-1, keepdim=True)  # a row too short for a context is left alone
         return torch.where(green.to(scores.device), scores + self.settings.bias, scores)
 
     def _by_last(self, context: Tensor) -> Tensor:

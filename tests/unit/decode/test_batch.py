@@ -20,6 +20,7 @@ from gemmakit.errors import (
 )
 from gemmakit.pytorch.decode import processors
 from gemmakit.pytorch.decode.batch import BatchEngine, Request, generate_batch
+from gemmakit.pytorch.decode.scheduler import Scheduler
 
 VOCAB, BOS, EOS = 60, 2, 1
 HEADS = [1, 2, 4]
@@ -194,6 +195,15 @@ def test_rows_that_were_sent_back_go_on_with_the_same_tokens(settings):
     for i, ids in enumerate(prompts):
         assert ids + tokens[i] == alone(model, ids, max_new_tokens=20, eos_token_id=None, **settings)
     check_idle(engine)
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 16])
+def test_by_default_there_is_room_for_whoever_runs(monkeypatch, page_size):
+    def never(*_):
+        raise AssertionError("sent back")
+
+    monkeypatch.setattr(Scheduler, "_preempt", never)
+    generate_batch(model, PROMPTS, max_batch_size=3, page_size=page_size, max_new_tokens=15, eos_token_id=None)
 
 
 def test_shared_prefixes_spare_work_and_change_no_token():
@@ -625,6 +635,29 @@ def test_an_interrupted_step_can_be_repeated_and_changes_nothing(where, sampling
         expected = alone(model, ids, **settings)[len(ids) :]
         assert expected[len(expected) - len(tokens[i]) :] == tokens[i]
         assert expected[: len(before[i])] == before[i]
+    check_idle(engine)
+
+
+def test_a_request_may_be_cancelled_after_an_interrupted_step():
+    interrupts = [KeyboardInterrupt]
+
+    def criterion(ids, scores):
+        if interrupts:
+            raise interrupts.pop()
+        return False
+
+    engine = BatchEngine(model, page_size=4)
+    settings = dict(max_new_tokens=4, eos_token_id=None)
+    for ids in PROMPTS[:3]:
+        engine.add(Request(ids, settings=settings, stopping_criteria=[criterion]))
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    assert engine.cancel(1)  # its token is picked and not yet told
+    tokens, reasons, _ = run(engine)
+    assert reasons == {0: "length", 1: "cancelled", 2: "length"}
+    assert 1 not in tokens
+    for i in (0, 2):
+        assert PROMPTS[i] + tokens[i] == alone(model, PROMPTS[i], **settings)
     check_idle(engine)
 
 

@@ -95,3 +95,13 @@ def test_what_is_missing_is_named(model, fast):
     embeds = model.get_input_embeddings()(ids)
     with pytest.raises(InputError, match="inputs_embeds"):
         model.generate(inputs_embeds=embeds, token_healing=True, tokenizer=fast, **NEW)
+    cache = model(ids).past_key_values
+    with pytest.raises(InputError, match="past_key_values"):
+        model.generate(ids, past_key_values=cache, token_healing=True, tokenizer=fast, **NEW)
+
+
+def test_a_cache_of_the_beginning_may_be_given(model, fast):
+    row = torch.tensor([fast.encode("the arg")])
+    ask = dict(max_new_tokens=5, eos_token_id=None, token_healing=True, tokenizer=fast)
+    cache = model(row[:, :2], use_cache=True).past_key_values
+    assert model.generate(row, past_key_values=cache, **ask).tolist() == model.generate(row, **ask).tolist()

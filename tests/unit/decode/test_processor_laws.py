@@ -1,5 +1,6 @@
 """Laws of processors: padding, beams, devices, errors."""
 
+import dataclasses
 import random
 
 import pytest
@@ -118,6 +119,19 @@ def test_no_processor_waits_for_the_device(monkeypatch):
     scores = torch.randn(2, V)
     for processor in chain:
         scores = processor(ids, scores)
+
+
+def test_everything_stays_on_its_device():
+    """On torch's meta device, where a tensor of the CPU does not mix in."""
+    settings = {k: v for s in SHAPING for k, v in s.items() if k not in WAITS | {"guidance_scale"}}
+    settings |= dict(do_sample=True, top_p=0.9, min_p=0.01, top_h=0.9, typical_p=0.9, eta_cutoff=1e-4, num_beams=2)
+    ids, mask = padded(rows(3, 9), 12)
+    built = context(**settings, eos_token_id=[1, 9], prompt=ids.to("meta"), padding=(mask == 0).to("meta"), total=13)
+    chain = processors.build(dataclasses.replace(built, eos=built.eos.to("meta")))
+    scores = torch.randn(4, V, device="meta")
+    for processor in chain:
+        scores = processor(ids.repeat_interleave(2, dim=0).to("meta"), scores)
+        assert scores.device.type == "meta"
 
 
 def test_every_place_in_the_order_has_a_builder():
@@ -244,6 +258,20 @@ def test_guidance_faults_are_named(small_model):
 def test_prompt_settings_say_when_there_are_no_ids(small_model):
     embeds = torch.randn(1, 4, 32)
     for name, value in (("encoder_repetition_penalty", 2.0), ("encoder_no_repeat_ngram_size", 2)):
+        with pytest.warns(UserWarning, match=name):
+            small_model.generate(inputs_embeds=embeds, **{name: value}, **NEW)
+
+
+def test_lengths_count_embeddings_as_prompt(small_model):
+    """As ids or as embeddings, min_length means the same text."""
+    prompt = rows(6)[0][None]
+    embeds = small_model.get_input_embeddings()(prompt)
+    first = int(small_model.generate(prompt, **NEW)[0, 6])
+    ask = {**NEW, "eos_token_id": first, "min_length": 9, "max_new_tokens": 5}
+    with_ids = small_model.generate(prompt, **ask)[0, 6:].tolist()
+    assert first not in with_ids[:3]
+    assert small_model.generate(inputs_embeds=embeds, **ask)[0].tolist() == with_ids
+    for name, value in (("repetition_penalty", 1.5), ("no_repeat_ngram_size", 2)):
         with pytest.warns(UserWarning, match=name):
             small_model.generate(inputs_embeds=embeds, **{name: value}, **NEW)
 

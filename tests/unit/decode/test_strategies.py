@@ -138,7 +138,7 @@ def test_drafts_show_what_plain_decoding_shows(name):
         assert len(ours[field]) == len(plain[field])
         for a, b in zip(ours[field], plain[field], strict=True):
             pairs = zip(a, b, strict=True) if isinstance(a, tuple) else [(a, b)]
-            assert all(torch.allclose(x, y, atol=1e-9) for x, y in pairs)
+            assert all(x.shape == y.shape and torch.allclose(x, y, atol=1e-4) for x, y in pairs)  # softmax is float32
 
 
 @pytest.mark.parametrize("name", ["greedy", "assisted", "assisted_by_itself", "lookup", "contrastive"])
@@ -348,6 +348,36 @@ def test_code_of_a_repository_is_never_run():
 def test_a_setting_that_nobody_knows_is_refused_there_too():
     with pytest.raises(GenerationConfigError, match="thrice"):
         model().generate(torch.tensor(rows(6)), custom_generate=by_hand, thrice=True)
+
+
+# -- an accelerator's host learns of a step while the next one runs --------------------------------------------------
+
+
+@every_strategy
+def test_reading_a_step_late_changes_nothing(name, monkeypatch):
+    """As on an accelerator: the step that is under way when a row turns out to be over is taken back."""
+    from gemmakit.pytorch.decode import plan
+
+    class Late(plan.Mail):
+        def __init__(self, device):
+            super().__init__(device)
+            self.lag = 1
+
+    lists = rows(7) if name in ONE else rows(7, 4, 6)
+    ids, mask = left_padded(lists)
+    wanted = dict(return_dict_in_generate=True, output_scores=True, output_hidden_states=True)
+    for seed in range(4):
+        given = settings(name, max_new_tokens=14, eos_token_id=[1, 7, *range(10 + seed, 30, 3)], **wanted)
+        now = model().generate(ids, attention_mask=mask, **given)
+        with monkeypatch.context() as patch:
+            for module in ("loop", "beam"):
+                patch.setattr(f"gemmakit.pytorch.decode.{module}.Mail", Late)
+            late = model().generate(ids, attention_mask=mask, **given)
+        assert now.past_key_values.get_seq_length() == late.past_key_values.get_seq_length()
+        for field in ("sequences", "beam_indices", "sequences_scores"):
+            assert (now.get(field) is None) == (late.get(field) is None)
+            assert now.get(field) is None or torch.equal(now[field], late[field])
+        assert len(now.scores) == len(late.scores) == len(late.hidden_states)
 
 
 # -- the host is not waited for --------------------------------------------------------------------------------------

@@ -114,9 +114,14 @@ def test_a_context_is_marked_once():
     assert torch.equal(mark(torch.tensor([[2, 5, 6, 9, 5, 6]]), scores), scores)
 
 
-def test_padding_and_neighbours_do_not_change_a_mark(small_model):
+@pytest.mark.parametrize(
+    "settings",
+    [{"ngram_len": 3, "keys": KEYS}, {"bias": 6.0}, {"bias": 6.0, "seeding_scheme": "selfhash", "context_width": 6}],
+    ids=str,
+)
+def test_padding_and_neighbours_do_not_change_a_mark(small_model, settings):
     row = torch.tensor([[2, 20, 30, 40]])
-    ask = dict(watermarking_config={"ngram_len": 3, "keys": KEYS}, max_new_tokens=9, eos_token_id=None, pad_token_id=0)
+    ask = dict(watermarking_config=settings, max_new_tokens=9, eos_token_id=None, pad_token_id=0)
     alone = small_model.generate(row, **ask)[0, 4:].tolist()
     ids = torch.tensor([[0, 0, 2, 20, 30, 40], [2, 9, 8, 7, 6, 5]])
     together = small_model.generate(ids, attention_mask=(ids != 0).long(), **ask)[0, 6:].tolist()

@@ -87,6 +87,36 @@ def test_a_row_of_nothing_but_padding_is_refused_by_number(ids):
         model()(ids)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("pad", [0, None])
+def test_inputs_without_a_token_are_refused(pad):
+    m = model(pad_token_id=pad)
+    for arguments in ({"input_ids": torch.zeros(1, 0).long()}, {"inputs_embeds": torch.zeros(2, 0, 16)}):
+        with pytest.raises(InputError, match="no token to classify"):
+            m(**arguments)
+
+
+@torch.no_grad()
+def test_a_masked_token_is_padding_whatever_its_id(ids):
+    m = model()
+    mask = torch.ones_like(ids)
+    mask[1, 3:] = 0
+    torch.testing.assert_close(m(ids, attention_mask=mask).logits[1:2], m(ids[1:2, :3]).logits, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cls", HEADS)
+@pytest.mark.parametrize("legacy", [True, False], ids=["tuple", "cache"])
+def test_a_cached_prefix_gives_the_same_logits(cls, legacy, ids):
+    m = model(cls)
+    cache = m.model(ids[:, :4]).past_key_values
+    out = m(ids[:, 4:], past_key_values=cache.to_legacy_cache() if legacy else cache)
+    whole = m(ids).logits
+    torch.testing.assert_close(out.logits, whole if cls is HEADS[0] else whole[:, 4:], atol=1e-5, rtol=1e-4)
+    if cls is HEADS[0]:
+        assert isinstance(out.past_key_values, tuple if legacy else type(cache))
+
+
 # -- inputs and outputs -------------------------------------------------------------------------------------------
 
 
@@ -115,9 +145,10 @@ def test_exactly_one_of_ids_and_embeddings(cls, ids):
 
 @pytest.mark.parametrize("cls", HEADS)
 def test_a_token_outside_the_vocabulary_is_named(cls, ids):
-    ids[2, 3] = 50
-    with pytest.raises(TokenOutOfRange, match=r"50 .*50 ids"):
-        model(cls)(ids)
+    for bad in (50, -1):
+        ids[2, 3] = bad
+        with pytest.raises(TokenOutOfRange, match=rf"{bad} .*50 ids"):
+            model(cls)(ids)
 
 
 @pytest.mark.parametrize("cls", HEADS)

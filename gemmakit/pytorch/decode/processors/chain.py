@@ -24,7 +24,8 @@ class Context:
 
     eos: (E,) ids or None. prompt_length: P. padding: bool (B, P), True where the prompt is padding; None when it has
     none. prompt: (B, P) ids. total: the tokens a row may have, prompt included. vocabulary: V. model: whom guidance
-    asks again; negative_ids (B or 1, N) and negative_mask are its other prompt. constraint: follows a grammar.
+    asks again; negative_ids (B or 1, N) and negative_mask are its other prompt. constraint: follows a grammar. unseen:
+    positions of the prompt that are embeddings, of which ids say nothing.
     """
 
     config: GenerationConfig
@@ -40,6 +41,7 @@ class Context:
     negative_ids: Tensor | None = None
     negative_mask: Tensor | None = None
     constraint: Processor | None = None
+    unseen: int = 0
 
     @property
     def device(self) -> torch.device:
@@ -61,6 +63,10 @@ class Context:
             return seen(self.prompt, self.padding)
         warnings.warn(f"{setting} reads the prompt's ids, and there are none: it does nothing.", stacklevel=6)
         return None
+
+    def warn_if_unseen(self, setting: str) -> None:
+        if self.unseen:
+            warnings.warn(f"{setting} sees the new tokens alone: the prompt is embeddings.", stacklevel=6)
 
 
 def build(context: Context) -> list[Processor]:
@@ -112,7 +118,10 @@ def _bad_words(c: Context) -> Processor | None:
 
 def _repetition(c: Context) -> Processor | None:
     penalty = c.config.repetition_penalty
-    return shaping.RepetitionPenalty(penalty, c.padding) if penalty != 1.0 else None
+    if penalty == 1.0:
+        return None
+    c.warn_if_unseen("repetition_penalty")
+    return shaping.RepetitionPenalty(penalty, c.padding)
 
 
 def _prompt_bonus(c: Context) -> Processor | None:
@@ -123,7 +132,10 @@ def _prompt_bonus(c: Context) -> Processor | None:
 
 def _no_ngram(c: Context) -> Processor | None:
     size = c.config.no_repeat_ngram_size
-    return shaping.NoRepeatNgram(size, c.padding) if size else None
+    if not size:
+        return None
+    c.warn_if_unseen("no_repeat_ngram_size")
+    return shaping.NoRepeatNgram(size, c.padding)
 
 
 def _no_prompt_ngram(c: Context) -> Processor | None:
@@ -133,7 +145,8 @@ def _no_prompt_ngram(c: Context) -> Processor | None:
 
 
 def _min_length(c: Context) -> Processor | None:
-    return forcing.MinLength(c.config.min_length, c.eos) if c.eos is not None and c.config.min_length > 0 else None
+    wanted = c.config.min_length - c.unseen
+    return forcing.MinLength(wanted, c.eos) if c.eos is not None and wanted > 0 else None
 
 
 def _min_new_tokens(c: Context) -> Processor | None:
@@ -180,7 +193,7 @@ def _suppressed_first(c: Context) -> Processor | None:
 
 def _watermark(c: Context) -> Processor | None:
     settings = c.config.watermark
-    return None if settings is None else watermark.processor(settings, c.vocabulary, c.prompt_length)
+    return None if settings is None else watermark.processor(settings, c.vocabulary, c.prompt_length, c.padding)
 
 
 _BUILDERS: dict[str, Builder] = {

@@ -1,0 +1,1 @@
+"""Ids to ids: one compiled token loop, what shapes its logits, beams beside it."""

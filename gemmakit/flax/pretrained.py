@@ -1,0 +1,499 @@
+"""The wrapper around the Linen modules: weights in and out, one compiled forward pass."""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemmakit.checkpoint import LazyTensor, require_memory, save_checkpoint
+from gemmakit.config import HUB_ARGUMENTS, GemmaConfig
+from gemmakit.errors import CheckpointError, InputError, TokenOutOfRange, UnsafeFile
+from gemmakit.files import write_text
+from gemmakit.flax import cache as caches
+from gemmakit.flax.attention import implementation
+from gemmakit.flax.layers import embedding_init
+from gemmakit.flax.names import flat, is_stacked, nested, pytorch_name, stack_layers, unstack_layers
+from gemmakit.flax.sharding import Rules
+from gemmakit.flax.sources import MSGPACK, Source, is_head, is_orbax, open_source, orbax_config
+from gemmakit.flax.static import FrozenConfig, Wanted
+from gemmakit.flax.training import known
+from gemmakit.generation import GenerationConfig
+from gemmakit.hub import find_file, push_folder
+
+Model = TypeVar("Model", bound="FlaxGemmaPreTrainedModel")
+# Arguments that old code passes and that ask for what is always so.
+_ALWAYS = ("from_pt", "from_flax", "use_safetensors", "low_cpu_mem_usage", "_fast_init")
+
+
+class FlaxGemmaPreTrainedModel:
+    """What every Gemma model of this backend is: a configuration, a Linen module, and a tree of parameters.
+
+    Args:
+        config: the configuration; what later changes in it holds for the calls after that.
+        input_shape: (batch, sequence), kept for old code; Gemma's parameters do not depend on it.
+        seed: of fresh weights.
+        dtype: of the computation, whatever dtype the parameters have: float32, bfloat16 or float16.
+        _do_init: False leaves the model without parameters: give them to every call, or set `params`.
+        scan_layers: compile one decoder layer for all, so that compile time does not grow with depth, at the price of
+            slower decoding; `params` keeps its names, and calls take `stack_layers(params)` too.
+        gradient_checkpointing: recompute each layer in the backward pass.
+    """
+
+    module_class: ClassVar[type[nn.Module]]
+    base_model_prefix: ClassVar[str] = "model"
+    framework: ClassVar[str] = "flax"
+
+    def __init__(
+        self,
+        config: GemmaConfig,
+        input_shape: tuple[int, int] = (1, 1),
+        seed: int = 0,
+        dtype: Any = jnp.float32,
+        _do_init: bool = True,
+        *,
+        scan_layers: bool = False,
+        gradient_checkpointing: bool = False,
+    ):
+        if not isinstance(config, GemmaConfig):
+            raise InputError(f"config is a {type(config).__name__}; give a GemmaConfig, or use from_pretrained.")
+        config.attn_implementation = implementation(config.attn_implementation)
+        self.config = config
+        self.dtype = _dtype(dtype)
+        self.input_shape = input_shape
+        self.scan_layers = scan_layers
+        self.gradient_checkpointing = gradient_checkpointing
+        self.key = jax.random.PRNGKey(seed)
+        self.rules: Rules | None = None
+        self.name_or_path = config.name_or_path
+        self.generation_config = GenerationConfig.from_model_config(config)
+        self._params: dict[str, Any] | None = None
+        if _do_init:
+            self.params = self.init_weights(self.key, input_shape)
+
+    # -- the module and its parameters -----------------------------------------------------------------------------
+
+    @property
+    def module(self) -> nn.Module:
+        """The Linen module, as the configuration stands now. Equal ones share compiled code."""
+        self.config.attn_implementation = implementation(self.config.attn_implementation)
+        return self.module_class(  # type: ignore[call-arg]
+            config=FrozenConfig(self.config),
+            dtype=self.dtype,
+            scan_layers=self.scan_layers,
+            remat=self.gradient_checkpointing,
+        )
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The tree of parameters, with the names of released checkpoints (with scan_layers a copy: `stored_params`)."""
+        return unstack_layers(self.stored_params)
+
+    @params.setter
+    def params(self, params: Any) -> None:
+        tree = self._stored_form(params)
+        given, needed = set(flat(tree)), set(flat(self._stored_form_of_shapes()))
+        if needed - given:
+            missing = sorted(needed - given)
+            raise InputError(f"the parameters lack {', '.join(missing[:4])}{' and more' if missing[4:] else ''}.")
+        self._params = tree
+
+    @property
+    def stored_params(self) -> dict[str, Any]:
+        """The parameters as this model keeps them: stacked with scan_layers."""
+        if self._params is None:
+            raise InputError("the model has no parameters (_do_init=False): pass params= to the call, or set params.")
+        return self._params
+
+    @property
+    def params_shape_tree(self) -> dict[str, Any]:
+        """Shapes and dtypes of the parameters, without making any."""
+        module = self.module_class(config=FrozenConfig(self.config), dtype=self.dtype)  # type: ignore[call-arg]
+        return _shapes(module)
+
+    @property
+    def required_params(self) -> set[tuple[str, ...]]:
+        """The paths of all parameters."""
+        return {tuple(path.split("/")) for path in flat(self.params_shape_tree)}
+
+    def _stored_form(self, params: Any) -> dict[str, Any]:
+        return (stack_layers if self.scan_layers else unstack_layers)(nested(flat(params)))
+
+    def _stored_form_of_shapes(self) -> Any:
+        if not self.scan_layers:
+            return self.params_shape_tree
+        return jax.eval_shape(stack_layers, self.params_shape_tree)
+
+    def init_weights(
+        self, rng: jax.Array, input_shape: tuple[int, int] = (1, 1), params: Any = None
+    ) -> dict[str, Any]:
+        """Fresh parameters: normal(0, initializer_range) for matrices, zero for biases, norms and the padding row.
+
+        params: a tree whose leaves are kept; only what it lacks is made.
+        """
+        given = {} if params is None else flat(unstack_layers(params))
+        shapes = flat(self.params_shape_tree)
+        keys = dict(zip(shapes, jax.random.split(rng, len(shapes)), strict=True))
+        return nested({p: given[p] if p in given else fresh(p, s, keys[p], self.config) for p, s in shapes.items()})
+
+    def num_parameters(self) -> int:
+        """Parameters, a tied head counted once."""
+        return sum(int(np.prod(leaf.shape)) for leaf in flat(self.params_shape_tree).values())
+
+    def to_bf16(self, params: Any, mask: Any = None) -> dict[str, Any]:
+        """`params` with floating leaves in bfloat16, or those where the tree `mask` has True. The dtype of the
+        computation is the model's own."""
+        return _cast(params, jnp.bfloat16, mask)
+
+    def to_fp16(self, params: Any, mask: Any = None) -> dict[str, Any]:
+        """`params` with floating leaves in float16, as `to_bf16`."""
+        return _cast(params, jnp.float16, mask)
+
+    def to_fp32(self, params: Any, mask: Any = None) -> dict[str, Any]:
+        """`params` with floating leaves in float32, as `to_bf16`."""
+        return _cast(params, jnp.float32, mask)
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Recompute each layer in the backward pass instead of keeping what it computed."""
+        self.gradient_checkpointing = True
+
+    enable_gradient_checkpointing = gradient_checkpointing_enable
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.gradient_checkpointing = False
+
+    def shard(self, mesh: jax.sharding.Mesh, axes: dict[str, str | None] | None = None) -> None:
+        """Lay parameters out on the mesh, and batches and caches of later calls; see `gemmakit.flax.sharding`."""
+        self.rules = Rules(mesh, self.config, axes)
+        placed = {p: jax.device_put(x, self.rules.parameter(p, x.shape)) for p, x in flat(self.stored_params).items()}
+        self._params = nested(placed)
+
+    # -- the forward pass ------------------------------------------------------------------------------------------
+
+    def init_cache(self, batch_size: int, max_length: int) -> caches.Cache:
+        """An empty cache for `batch_size` rows of at most `max_length` tokens, to pass as `past_key_values`."""
+        cache = caches.new_cache(self.config, batch_size, max_length, self.dtype, self.scan_layers)
+        return cache if self.rules is None else self.rules.cache(cache)
+
+    def _run(
+        self,
+        input_ids: Any,
+        attention_mask: Any,
+        position_ids: Any,
+        params: Any,
+        past_key_values: caches.Cache | None,
+        dropout_rng: jax.Array | None,
+        train: bool,
+        output_attentions: bool | None,
+        output_hidden_states: bool | None,
+        return_dict: bool | None,
+        lora: Any = None,
+        labels: Any = None,
+        **static: Any,
+    ) -> Any:
+        """Check what can be checked, run the module compiled, give what was asked for."""
+        c = self.config
+        input_ids = self._checked_ids(input_ids)
+        if past_key_values is not None:
+            caches.check(past_key_values, *input_ids.shape)
+        if train and dropout_rng is None and self._drops():
+            raise InputError("train=True with dropout in the configuration needs dropout_rng=jax.random.PRNGKey(...).")
+        attention_mask, position_ids = (None if a is None else self._placed(a) for a in (attention_mask, position_ids))
+        variables = {"params": self.stored_params if params is None else self._stored_form(params)}
+        if lora is not None:
+            variables["lora"] = self._stored_form(lora)
+        out = _apply(
+            self.module,
+            variables,
+            (input_ids, attention_mask, position_ids, past_key_values),
+            labels,
+            dropout_rng,
+            train=train,
+            attentions=c.output_attentions if output_attentions is None else output_attentions,
+            hidden_states=c.output_hidden_states if output_hidden_states is None else output_hidden_states,
+            static=tuple(static.items()),
+        )
+        return out if (c.return_dict if return_dict is None else return_dict) else out.to_tuple()
+
+    def _drops(self) -> bool:
+        return self.config.attention_dropout > 0
+
+    def _placed(self, array: Any) -> Any:
+        if not known(array):
+            return array
+        return jnp.asarray(array) if self.rules is None else self.rules.batch(array)
+
+    def _checked_ids(self, ids: Any) -> Any:
+        """(B, S) int32. Raises InputError, TokenOutOfRange."""
+        if np.ndim(ids) != 2:
+            raise InputError(f"input_ids has shape {tuple(np.shape(ids))}; it must be (batch, sequence).")
+        if not known(ids):
+            return ids.astype(jnp.int32)
+        host, size = np.asarray(ids), self.config.vocab_size
+        bad = host[(host < 0) | (host >= size)]
+        if bad.size:
+            raise TokenOutOfRange(
+                f"token id {int(bad[0])} is outside the vocabulary of {size} ids (0 to {size - 1}): "
+                "was the text encoded with another model's tokenizer?"
+            )
+        return self._placed(host.astype(np.int32))
+
+    # -- in and out ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Model],
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        dtype: Any = jnp.float32,
+        *,
+        config: GemmaConfig | None = None,
+        param_dtype: Any = None,
+        _do_init: bool = True,
+        input_shape: tuple[int, int] = (1, 1),
+        seed: int = 0,
+        scan_layers: bool = False,
+        attn_implementation: str | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+        mesh_axes: dict[str, str | None] | None = None,
+        allow_pickle: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a model from a folder or the Hub: safetensors, Flax msgpack, or a folder that Orbax wrote.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or "owner/name" on the Hub.
+            dtype: of the computation; "auto" takes the one of the weights.
+            config: instead of the config.json found there; Orbax folders have none, and their shapes tell enough.
+            param_dtype: of the parameters; None keeps what is stored. Each tensor goes from the mapped file straight to
+                this dtype and to its devices.
+            _do_init: False returns (model without parameters, parameters), as old code expects.
+            seed: of heads that the file lacks.
+            mesh, mesh_axes: lay the model out on these devices; see `gemmakit.flax.sharding`.
+            allow_pickle: read pytorch_model.bin, with torch's restricted unpickler, when there is nothing better.
+            ignore_mismatched_sizes: start a head of another shape afresh, with a warning, instead of refusing.
+            kwargs: revision, token, cache_dir, local_files_only, subfolder, variant; anything else overrides a field
+                of the configuration.
+
+        Raises:
+            CheckpointError: files missing, damaged, or with tensors this model lacks, misses or shapes otherwise.
+            UnsafeFile, HubError, NotEnoughMemory, ConfigError, MissingDependency.
+        """
+        name = pretrained_model_name_or_path
+        if kwargs.pop("trust_remote_code", False):
+            raise UnsafeFile("trust_remote_code=True: gemmakit never runs code from a checkpoint.")
+        kwargs = {k: v for k, v in kwargs.items() if k not in _ALWAYS}
+        where = {k: kwargs.pop(k) for k in (*HUB_ARGUMENTS, "variant") if k in kwargs}
+        hub = {k: v for k, v in where.items() if k != "variant"}
+        config = _config(name, config, hub, kwargs)
+        config.attn_implementation = attn_implementation or config.attn_implementation
+        model = cls(config, input_shape, seed, jnp.float32, _do_init=False, scan_layers=scan_layers)
+        shapes = flat(model.params_shape_tree)
+        source = open_source(name, shapes, config, {**where, "allow_pickle": allow_pickle})
+        rules = None if mesh is None else Rules(mesh, config, mesh_axes)
+        params = _load(model, source, shapes, param_dtype, rules, ignore_mismatched_sizes)
+        found = None if is_orbax(name) else find_file(name, "generation_config.json", optional=True, **hub)
+        if found is not None:
+            model.generation_config = GenerationConfig.from_pretrained(found.parent)
+        model.dtype = _dtype(next(iter(params.values())).dtype if isinstance(dtype, str) and dtype == "auto" else dtype)
+        model.rules, model.name_or_path = rules, str(name)
+        if not _do_init:
+            return model, nested(params)
+        model._params = model._stored_form(nested(params))
+        return model
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        params: Any = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "5GB",
+        *,
+        safe_serialization: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """Write config.json, generation_config.json and the weights, so that a reader finds the old or the new, whole.
+
+        Args:
+            save_directory: the folder, made if absent.
+            params: instead of the model's own.
+            max_shard_size: bytes a safetensors file, as a number or "5GB", "200MB".
+            safe_serialization: safetensors, which both backends read; False writes flax_model.msgpack as old
+                transformers did, in one file.
+            push_to_hub: afterwards upload the folder; kwargs go to `push_folder`.
+
+        Raises:
+            CheckpointError: the disk refuses.
+        """
+        leaves = flat(unstack_layers(self.stored_params if params is None else nested(flat(params))))
+        config, folder = self.config, Path(save_directory)
+        config.architectures = [type(self).__name__.removeprefix("Flax")]
+        config.dtype = str(next(iter(leaves.values())).dtype)
+        files = {
+            "config.json": config.to_json_string(),
+            "generation_config.json": self.generation_config.to_json_string(),
+        }
+        if safe_serialization:
+            tensors = {pytorch_name(path)[0]: _pytorch_tensor(path, leaf) for path, leaf in leaves.items()}
+            save_checkpoint(tensors, folder, max_shard_size=max_shard_size, extra_files=files)
+        else:
+            _save_msgpack(leaves, folder, files)
+        if push_to_hub:
+            push_folder(folder, kwargs.pop("repo_id", folder.name), **kwargs)
+        elif kwargs:
+            raise InputError(f"save_pretrained has no argument {', '.join(kwargs)}.")
+
+
+@functools.partial(jax.jit, static_argnames=("module", "train", "attentions", "hidden_states", "static"))
+def _apply(
+    module: Any,
+    variables: Any,
+    inputs: tuple[Any, ...],
+    labels: Any,
+    dropout_rng: Any,
+    *,
+    train: bool,
+    attentions: bool,
+    hidden_states: bool,
+    static: tuple[tuple[str, Any], ...],
+) -> Any:
+    """One compiled pass for every model whose module is equal."""
+    more = {} if labels is None else {"labels": labels}
+    rngs = None if dropout_rng is None else {"dropout": dropout_rng}
+    wanted = Wanted(train=train, attentions=attentions, hidden_states=hidden_states)
+    return module.apply(variables, *inputs, wanted, rngs=rngs, **more, **dict(static))
+
+
+@functools.lru_cache(maxsize=32)
+def _shapes(module: nn.Module) -> dict[str, Any]:
+    made = jax.eval_shape(module.init, jax.random.PRNGKey(0), jnp.zeros((1, 1), jnp.int32))
+    return made["params"]
+
+
+def fresh(path: str, shape: Any, key: jax.Array, config: GemmaConfig) -> jax.Array:
+    """One fresh parameter. Made leaf by leaf: compiled together, the random numbers of all layers take minutes."""
+    last = path.rpartition("/")[2]
+    if last in ("weight", "bias"):
+        return jnp.zeros(shape.shape, shape.dtype)
+    pad = config.pad_token_id if last == "embedding" else None
+    return embedding_init(config.initializer_range, pad)(key, shape.shape, shape.dtype)
+
+
+def _config(name: Any, config: GemmaConfig | None, hub: dict[str, Any], overrides: dict[str, Any]) -> GemmaConfig:
+    if config is not None:
+        if overrides:
+            raise InputError(f"config and {', '.join(overrides)} are both given: set the fields in the config.")
+        return config
+    if is_orbax(name):
+        config = orbax_config(Path(name))
+        config.update(overrides)
+        return config
+    config = GemmaConfig.from_pretrained(name, **hub, **overrides)
+    unknown = [k for k in overrides if k in config.extra]
+    if unknown:
+        raise InputError(f"from_pretrained has no argument {', '.join(unknown)}, nor has GemmaConfig such a field.")
+    if "quantization_config" in config.extra:
+        raise CheckpointError(f"{name} holds quantized weights, which the Flax backend cannot read.")
+    return config
+
+
+def _load(
+    model: FlaxGemmaPreTrainedModel,
+    source: Source,
+    shapes: dict[str, Any],
+    dtype: Any,
+    rules: Rules | None,
+    ignore_mismatched: bool,
+) -> dict[str, jax.Array]:
+    """path -> array, every difference between file and model named."""
+    missing = [p for p in shapes if p not in source.held and not is_head(p)]
+    if missing:
+        raise CheckpointError(f"{source.where} lacks {_listed(missing)}, which {type(model).__name__} needs.")
+    unknown = [n for n in source.unused if not is_head(n.replace(".", "/"))]
+    if unknown:
+        raise CheckpointError(
+            f"{source.where} holds {_listed(unknown)}, for which {type(model).__name__} with this config has no place."
+        )
+    dtype = None if dtype is None else _dtype(dtype)
+    sizes = (int(np.prod(s.shape)) * (np.dtype(dtype or s.dtype if "float" in s.dtype else s.dtype)).itemsize
+             for s in source.held.values())  # fmt: skip
+    require_memory(sum(sizes), f"{source.where} as parameters")
+    out: dict[str, jax.Array] = {}
+    for path, shape in shapes.items():
+        stored = source.held.get(path)
+        if stored is not None and stored.shape != tuple(shape.shape):
+            if not (ignore_mismatched and is_head(path)):
+                raise CheckpointError(
+                    f"{path} has shape {stored.shape} in {source.where}, but the config asks for {tuple(shape.shape)}."
+                )
+            stored = None
+        if stored is None:
+            warnings.warn(f"{path} not in the checkpoint: freshly initialised. Train the model before use.", stacklevel=4)
+            value: Any = fresh(path, shape, jax.random.fold_in(model.key, len(out)), model.config)
+        else:
+            value = stored.read()
+        out[path] = _place(value, dtype, None if rules is None else rules.parameter(path, value.shape))
+    return out
+
+
+def _place(array: Any, dtype: Any, sharding: Any) -> jax.Array:
+    """From a mapped view to its devices: each takes only its part, converted on the way."""
+    dtype = array.dtype if dtype is None else dtype
+    if sharding is None:
+        return jnp.asarray(array.astype(dtype, copy=False) if isinstance(array, np.ndarray) else array.astype(dtype))
+    return jax.make_array_from_callback(array.shape, sharding, lambda part: np.asarray(array[part]).astype(dtype))
+
+
+def _pytorch_tensor(path: str, leaf: jax.Array) -> LazyTensor:
+    transposed = pytorch_name(path)[1]
+    shape = tuple(leaf.shape[::-1] if transposed else leaf.shape)
+    return LazyTensor(str(leaf.dtype), shape, lambda: np.asarray(leaf).T if transposed else np.asarray(leaf))
+
+
+def _save_msgpack(leaves: dict[str, jax.Array], folder: Path, files: dict[str, str]) -> None:
+    from flax.serialization import msgpack_serialize
+
+    for name, content in files.items():
+        write_text(folder / name, content)
+    staged = folder / f".{MSGPACK}.{os.getpid()}"
+    try:
+        staged.write_bytes(msgpack_serialize(nested({path: np.asarray(leaf) for path, leaf in leaves.items()})))
+        staged.replace(folder / MSGPACK)
+    except OSError as error:
+        raise CheckpointError(f"Saving into {str(folder)!r} failed: {error.strerror or error}.") from error
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def _cast(params: Any, dtype: Any, mask: Any) -> dict[str, Any]:
+    leaves = flat(params)
+    chosen = dict.fromkeys(leaves, True) if mask is None else flat(mask)
+    if set(chosen) != set(leaves):
+        raise InputError("mask must be a tree like the parameters, with True or False at every leaf.")
+    return nested({
+        path: leaf.astype(dtype) if chosen[path] and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+        for path, leaf in leaves.items()
+    })  # fmt: skip
+
+
+def _dtype(dtype: Any) -> Any:
+    """A floating numpy dtype from a jax type, a numpy dtype or a name."""
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found not in (jnp.dtype(n) for n in ("float32", "bfloat16", "float16")):
+        raise InputError(f"dtype is {dtype!r}; it must be float32, bfloat16 or float16.")
+    return found
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:4])
+    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
