@@ -4,7 +4,7 @@ BIN := .venv/bin
 # uv and poetry do not read constraints.txt, so pip it is.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-all check format acceptance clean
+.PHONY: demo test test-all check docs format acceptance clean
 
 .venv/run: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -33,6 +33,13 @@ check: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+.venv/docs: .venv/run
+	$(PIP) -e ".[docs]"
+	@touch $@
+
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: .venv/test
 	$(BIN)/ruff check --fix .

@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 _HOME = {
     "GemmaConfig": "gemmakit.config",
     "GenerationConfig": "gemmakit.generation",
+    "DisjunctiveConstraint": "gemmakit.generation.constraints",
+    "PhrasalConstraint": "gemmakit.generation.constraints",
     "WatermarkingConfig": "gemmakit.generation",
     "SynthIDTextWatermarkingConfig": "gemmakit.generation",
     "GemmaTokenizer": "gemmakit.text",
@@ -80,6 +82,7 @@ if TYPE_CHECKING:
     )
     from gemmakit.config import GemmaConfig
     from gemmakit.generation import GenerationConfig, SynthIDTextWatermarkingConfig, WatermarkingConfig
+    from gemmakit.generation.constraints import DisjunctiveConstraint, PhrasalConstraint
     from gemmakit.outputs import (
         BaseModelOutputWithPast,
         CausalLMOutputWithPast,

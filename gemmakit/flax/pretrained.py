@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
+import zlib
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -20,7 +21,7 @@ from gemmakit.files import write_text
 from gemmakit.flax import cache as caches
 from gemmakit.flax.attention import implementation
 from gemmakit.flax.layers import embedding_init
-from gemmakit.flax.names import flat, is_stacked, nested, pytorch_name, stack_layers, unstack_layers
+from gemmakit.flax.names import PREFIX, flat, nested, pytorch_name, stack_layers, unstack_layers
 from gemmakit.flax.sharding import Rules
 from gemmakit.flax.sources import MSGPACK, Source, is_head, is_orbax, open_source, orbax_config
 from gemmakit.flax.static import FrozenConfig, Wanted
@@ -140,8 +141,7 @@ class FlaxGemmaPreTrainedModel:
         """
         given = {} if params is None else flat(unstack_layers(params))
         shapes = flat(self.params_shape_tree)
-        keys = dict(zip(shapes, jax.random.split(rng, len(shapes)), strict=True))
-        return nested({p: given[p] if p in given else fresh(p, s, keys[p], self.config) for p, s in shapes.items()})
+        return nested({p: given[p] if p in given else fresh(p, s, rng, self.config) for p, s in shapes.items()})
 
     def num_parameters(self) -> int:
         """Parameters, a tied head counted once."""
@@ -383,7 +383,13 @@ def fresh(path: str, shape: Any, key: jax.Array, config: GemmaConfig) -> jax.Arr
     if last in ("weight", "bias"):
         return jnp.zeros(shape.shape, shape.dtype)
     pad = config.pad_token_id if last == "embedding" else None
-    return embedding_init(config.initializer_range, pad)(key, shape.shape, shape.dtype)
+    # A path gives the same numbers in every class that has it.
+    return _drawn(key, np.uint32(zlib.crc32(path.removeprefix(PREFIX).encode())), shape.shape, config.initializer_range, pad)
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "std", "pad"))
+def _drawn(key: jax.Array, salt: np.uint32, shape: tuple[int, ...], std: float, pad: int | None) -> jax.Array:
+    return embedding_init(std, pad)(jax.random.fold_in(key, salt), shape)
 
 
 def _config(name: Any, config: GemmaConfig | None, hub: dict[str, Any], overrides: dict[str, Any]) -> GemmaConfig:
@@ -436,7 +442,7 @@ def _load(
             stored = None
         if stored is None:
             warnings.warn(f"{path} not in the checkpoint: freshly initialised. Train the model before use.", stacklevel=4)
-            value: Any = fresh(path, shape, jax.random.fold_in(model.key, len(out)), model.config)
+            value: Any = fresh(path, shape, model.key, model.config)
         else:
             value = stored.read()
         out[path] = _place(value, dtype, None if rules is None else rules.parameter(path, value.shape))

@@ -94,9 +94,11 @@ def flash(
     What that package cannot say (the caller's own 4-D mask, places given by a tensor) runs as `sdpa`.
     Raises InputError for float32. Source: arXiv:2205.14135, arXiv:2307.08691.
     """
-    rule = visible.rule
+    rule = None if visible.rule is None else visible.rule.to(q.device)
     if rule is None or not isinstance(rule.past, int):
-        return sdpa(q, k, v, visible if rule is None else _masked(rule), scale=scale, dropout=dropout)
+        return sdpa(
+            q, k, v, visible if rule is None else rule.memo("masked", rule.masked), scale=scale, dropout=dropout
+        )
     if q.dtype not in (torch.float16, torch.bfloat16):
         raise InputError(
             f"flash_attention_2 computes in float16 or bfloat16 and this model in {q.dtype}: load it with "
@@ -108,7 +110,7 @@ def flash(
     if rule.padding is None and rule.documents is None:
         out = flash_attn.flash_attn_func(q, k, v, dropout_p=dropout, softmax_scale=scale, causal=rule.causal)
         return out.transpose(1, 2), None
-    asked, held = _memo(rule, "sequences", _sequences)
+    asked, held = rule.memo("sequences", lambda: _sequences(rule))
     packed = flash_attn.flash_attn_varlen_func(
         q.flatten(0, 1)[asked.tokens],
         k.flatten(0, 1)[held.tokens],
@@ -128,8 +130,7 @@ def flash(
 def _sequences(rule: Rule) -> tuple[Sequences, Sequences]:
     """Queries and keys without padding, a row (or a packed document) a sequence."""
     if rule.padding is not None:
-        padding = rule.padding.to(rule.device)
-        return _laid_out(padding[:, rule.keys - rule.queries :]), _laid_out(padding)
+        return _laid_out(rule.padding[:, rule.keys - rule.queries :]), _laid_out(rule.padding)
     assert rule.documents is not None
     rows = rule.documents.shape[0]
     first = F.pad(rule.documents[:, 1:] != rule.documents[:, :-1], (1, 0), value=True).flatten()
@@ -150,23 +151,24 @@ def flex(
 ) -> tuple[Tensor, None]:
     """Through torch's flex_attention, compiled on an accelerator: blocks that nobody may see are skipped.
 
-    What it cannot do (dropout, gradients on the CPU) runs as `sdpa`. Source: arXiv:2412.05496.
+    What it cannot do (dropout, gradients on the CPU), and the caller's own 4-D mask, runs as `sdpa`.
+    Source: arXiv:2412.05496.
     """
+    rule = None if visible.rule is None else visible.rule.to(q.device)
+    differentiates = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if rule is None or dropout or (differentiates and q.device.type == "cpu"):
+        return sdpa(
+            q, k, v, visible if rule is None else rule.memo("masked", rule.masked), scale=scale, dropout=dropout
+        )
+    blocks = rule.memo("blocks", lambda: _blocks(rule, q.shape[0]))
+    out = _flex_kernel(q.device)(q, k, v, block_mask=blocks, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return out, None
+
+
+def _flex_kernel(device: torch.device) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    rule = visible.rule
-    differentiates = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if dropout or (differentiates and q.device.type == "cpu"):
-        return sdpa(q, k, v, visible if rule is None else _masked(rule), scale=scale, dropout=dropout)
-    if rule is not None:
-        blocks, bias = _memo(rule, "blocks", lambda rule: _blocks(rule, q.shape[0])), None
-    else:
-        blocks, bias = _given_blocks(visible, q, k)
-    run = flex_attention if q.device.type == "cpu" or torch.compiler.is_compiling() else _compiled_flex()
-    out = run(q, k, v, score_mod=bias, block_mask=blocks, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    if visible.blind is not None:
-        out = out.masked_fill(visible.blind, 0.0)
-    return out, None
+    return flex_attention if device.type == "cpu" or torch.compiler.is_compiling() else _compiled_flex()
 
 
 @functools.cache
@@ -178,6 +180,8 @@ def _compiled_flex() -> Callable[..., Any]:
 
 def _blocks(rule: Rule, batch: int) -> Any:
     """The block mask of a rule, under which blind queries get zeros by themselves; None when all see all."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
     last = rule.queries == 1 and isinstance(rule.past, int)
     if rule.padding is None and rule.documents is None and (not rule.causal or last):
         return None
@@ -192,37 +196,7 @@ def _blocks(rule: Rule, batch: int) -> Any:
             ok = ok & (rule.documents[b, i] == rule.documents[b, j])
         return ok
 
-    return _block_mask(seen, batch, None, rule.queries, rule.keys, rule.device)
-
-
-def _given_blocks(visible: Visibility, q: Tensor, k: Tensor) -> tuple[Any, Any]:
-    """A caller's 4-D mask as a block mask (bool) or as a bias on the scores."""
-    S, T = q.shape[2], k.shape[2]
-    if visible.mask is None:
-        return None, None
-    mask = visible.mask.expand(q.shape[0], -1, S, T)
-    per_head = mask.shape[1] > 1
-    if mask.dtype == torch.bool:
-        seen = lambda b, h, i, j: mask[b, h if per_head else 0, i, j]  # noqa: E731
-        return _block_mask(seen, q.shape[0], q.shape[1] if per_head else None, S, T, q.device), None
-    return None, lambda score, b, h, i, j: score + mask[b, h if per_head else 0, i, j].to(score.dtype)
-
-
-def _block_mask(seen: Any, batch: int, heads: int | None, S: int, T: int, device: torch.device) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    return create_block_mask(seen, batch, heads, S, T, device=str(device))
-
-
-def _masked(rule: Rule) -> Visibility:
-    return _memo(rule, "masked", Rule.masked)
-
-
-def _memo(rule: Rule, name: str, make: Callable[[Rule], Any]) -> Any:
-    """What every layer of a forward pass shares, made by the first."""
-    if name not in rule.memo:
-        rule.memo[name] = make(rule)
-    return rule.memo[name]
+    return create_block_mask(seen, batch, None, rule.queries, rule.keys, device=str(rule.device))
 
 
 IMPLEMENTATIONS: dict[str, Attend] = {

@@ -5,7 +5,8 @@ Axis letters: B batch, S query positions, T key positions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +30,21 @@ class Rule:
     padding: Tensor | None
     documents: Tensor | None
     device: torch.device
-    memo: dict[str, Any] = field(default_factory=dict)  # what a kernel derives once for all layers
+    derived: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def memo(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` gives, made by the first layer that asks and kept for the others."""
+        if name not in self.derived:
+            self.derived[name] = make()
+        return self.derived[name]
+
+    def to(self, device: torch.device) -> Rule:
+        """The same for a layer on `device`."""
+        parts = {n: t for n in ("past", "padding", "documents") if isinstance(t := getattr(self, n), Tensor)}
+        if self.device == device and all(t.device == device for t in parts.values()):
+            return self
+        moved = {n: t.to(device) for n, t in parts.items()}
+        return self.memo(f"on {device}", lambda: replace(self, device=device, derived={}, **moved))
 
     def masked(self) -> Visibility:
         """The same as a mask."""

@@ -161,17 +161,15 @@ def test_transition_scores(beams, normalize):
 @pytest.mark.parametrize("drafts", ["model", "itself", "lookup"])
 @pytest.mark.parametrize("seed", range(3))
 def test_assisted_greedy(seed, drafts, processors):
+    """Hidden states and attentions are left out: after a first draft transformers 5.23 takes them from places of the
+    prompt; here they are those of plain decoding (tests/unit/decode)."""
     pairs = {"model": models(PEAKED, seed + 5), "itself": models(PEAKED, seed)}
     how = dict(prompt_lookup_num_tokens=4) if drafts == "lookup" else dict(assistant_model=pairs[drafts])
     ours, theirs = models(PEAKED, seed)
     ids, mask = prompt("one", seed)
-    given = {**ENDS, "max_new_tokens": 16, **PROCESSORS[processors], **how}
-    wanted = dict(output_hidden_states=True, output_attentions=True)
-    theirs.set_attn_implementation("eager")
-    a, b = (run(m, ids, mask, **given, **wanted) for m in (ours, theirs))
-    theirs.set_attn_implementation("sdpa")
+    a, b = (
+        run(m, ids, mask, **{**ENDS, "max_new_tokens": 16, **PROCESSORS[processors], **how}) for m in (ours, theirs)
+    )
     assert a.sequences.tolist() == b.sequences.tolist()
     assert distance(a.scores, b.scores) < CLOSE * 10
     assert distance(a.logits, b.logits) < CLOSE * 10
-    for x, y in zip(a.hidden_states, b.hidden_states, strict=False):
-        assert distance(x, y) < CLOSE

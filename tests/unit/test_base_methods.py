@@ -317,10 +317,22 @@ def test_copies_are_equal_independent_and_tied_like_the_original(cls, copied, id
     assert model.config.attn_implementation == "sdpa"
 
 
+ROTARY = {
+    "default": {},
+    "linear": dict(factor=2.0),
+    "dynamic": dict(factor=2.0),
+    "yarn": dict(factor=2.0),
+    "llama3": dict(factor=2.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=4096),
+    "longrope": dict(short_factor=[1.0, 1.1, 1.2, 1.3], long_factor=[2.0, 2.1, 2.2, 2.3],
+                     original_max_position_embeddings=4096),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ROTARY)
 @pytest.mark.parametrize("convert", [lambda m: m.half(), lambda m: m.bfloat16(), lambda m: m.to(torch.bfloat16)])
 @torch.no_grad()
-def test_half_formats_keep_exact_rotary_tables(convert, ids):
-    model = tiny(max_position_embeddings=9000)
+def test_half_formats_keep_exact_rotary_tables(convert, kind, ids):
+    model = tiny(max_position_embeddings=9000, rope_parameters={"rope_type": kind, **ROTARY[kind]})
     exact, _ = model.model.rotary_emb(torch.tensor([[8191]]), torch.float32)
     inverse = model.model.rotary_emb.inv_freq.clone()
     convert(model)

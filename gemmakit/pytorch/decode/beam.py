@@ -74,16 +74,16 @@ class Beams:
         self.open = torch.ones((B, 1), dtype=torch.bool, device=device)
         self.rows = torch.arange(B, device=device)[:, None] * plan.copies + first  # (B, 1): each prompt's first row
 
-    def extend(self, logprobs: Tensor, place: int) -> Hypotheses:
-        """The likeliest K continuations by one token, or K drawn ones. logprobs: (B, n, V); place: of the token.
+    def extend(self, totals: Tensor, place: int) -> Hypotheses:
+        """The likeliest K continuations by one token, or K drawn ones. totals: scores (B, n, V); place: of the token.
 
         K leaves n that run on even if every beam's best tokens end it.
         """
-        totals = (logprobs + self.running.scores[..., None]).flatten(1)
+        vocabulary, totals = totals.shape[-1], totals.flatten(1)
         eos = 0 if self.plan.eos is None else len(self.plan.eos)
         count = min(max(2, 1 + eos) * self.size, totals.shape[1])
         scores, flat = self._draw(totals, count) if self.plan.config.do_sample else totals.topk(count)
-        beam, token = flat // logprobs.shape[-1], flat % logprobs.shape[-1]
+        beam, token = flat // vocabulary, flat % vocabulary
         out = self.running.take(beam)
         out.scores = scores
         out.ids[:, :, place] = token
@@ -96,9 +96,9 @@ class Beams:
         index = (probabilities / self.plan.noise(probabilities)).topk(count).indices
         return totals.gather(1, index), index
 
-    def usable(self, logprobs: Tensor) -> Tensor:
+    def usable(self, totals: Tensor) -> Tensor:
         """bool (B,): whether there is a number to choose by, or, all tokens forbidden, at least something ended."""
-        best = (logprobs + self.running.scores[..., None]).flatten(1).amax(-1)  # NaN if anything is
+        best = totals.flatten(1).amax(-1)  # NaN if anything is
         return best.isfinite() | ((best == float("-inf")) & self.finished.ended.any(-1))
 
     def run_on(self, candidates: Hypotheses) -> None:
@@ -129,9 +129,14 @@ class Beams:
         worst = torch.where(self.finished.ended, self.finished.scores.amin(-1, keepdim=True), UNLIKELY)
         self.open = self.open & (hope / length**config.length_penalty > worst).any(-1, keepdim=True)
 
-    def advance(self, logprobs: Tensor, place: int) -> Tensor:
-        """One step with the token at `place`; whether any beam of any prompt may still go on."""
-        candidates = self.extend(logprobs, place)
+    def advance(self, logprobs: Tensor, place: int) -> tuple[Tensor, Tensor]:
+        """One step with the token at `place`. logprobs: (B, n, V).
+
+        Returns whether each prompt had something to choose, bool (B,), and whether any beam may still go on, one bool.
+        """
+        totals = logprobs + self.running.scores[..., None]
+        usable = self.usable(totals)
+        candidates = self.extend(totals, place)
         candidates.ended = self._ended(candidates, logprobs, place)
         self.run_on(candidates)
         length = place + 1 - self.prompt_length
@@ -141,7 +146,7 @@ class Beams:
         first = torch.arange(candidates.ended.shape[1], device=logprobs.device) < self.size
         self.offer(candidates, candidates.ended & first, length)
         self.reconsider(self._hope(candidates), length)
-        return self.open.any() & ~candidates.ended.all()
+        return usable, self.open.any() & ~candidates.ended.all()
 
     def _hope(self, candidates: Hypotheses) -> Tensor:
         return self.running.scores[:, :1]
@@ -219,10 +224,8 @@ def beam_search(model: Any, prompt: Prompt, plan: Plan) -> GenerateBeamDecoderOn
     beams = Beams(prompt.ids, plan.total, plan.copies, plan)
     out = rows.prefill(plan.copies, plan.config.prefill_chunk_size)
     while True:
-        logprobs = search.logprobs(out)
-        usable = beams.usable(logprobs)
         beams.open = beams.open & search.going  # a step behind the end changes nothing
-        going = beams.advance(logprobs, rows.length)
+        usable, going = beams.advance(search.logprobs(out), rows.length)
         search.move(beams.running, usable, going)
         if search.over():
             return search.output(beams.finished)

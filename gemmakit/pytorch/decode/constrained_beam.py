@@ -44,9 +44,10 @@ class ConstrainedBeams(Beams):
         self.texts: list[list[tuple[int, ...]]] = [[()] * beams for _ in prompt]  # new tokens of each beam
         self.progress = [[start.through(row)] * beams for row in prompt.tolist()]
 
-    def advance(self, logprobs: Tensor, place: int) -> Tensor:
+    def advance(self, logprobs: Tensor, place: int) -> tuple[Tensor, Tensor]:
         totals = logprobs + self.running.scores[..., None]
-        candidates = self.extend(logprobs, place)
+        usable = self.usable(totals)
+        candidates = self.extend(totals, place)
         candidates.ended = self._by_eos(candidates.ids[:, :, place])
         length = place + 1 - self.prompt_length
         self._offer_complete(candidates, length, place)
@@ -57,8 +58,8 @@ class ConstrainedBeams(Beams):
         stopped = self.plan.ended(ids, logprobs.flatten(0, 1)).all() if self.plan.criteria else False
         if place + 1 == self.running.ids.shape[-1] or bool(stopped):
             self._offer_rest(length)
-            return torch.zeros_like(self.open.any())
-        return self.open.any()
+            return usable, torch.zeros_like(self.open.any())
+        return usable, self.open.any()
 
     def _by_eos(self, tokens: Tensor) -> Tensor:
         if self.plan.eos is None:
@@ -145,9 +146,8 @@ def constrained_beam_search(model: Any, prompt: Prompt, plan: Plan) -> GenerateB
     beams = ConstrainedBeams(prompt.ids, plan.total, plan.copies, plan, constraints)
     out = search.rows.prefill(plan.copies, plan.config.prefill_chunk_size)
     while True:
-        logprobs = search.logprobs(out)
-        usable = beams.usable(logprobs)
-        going = beams.advance(logprobs, search.rows.length)
+        beams.open = beams.open & search.going  # a step behind the end changes nothing
+        usable, going = beams.advance(search.logprobs(out), search.rows.length)
         search.move(beams.running, usable, going)
         if search.over():
             return search.output(beams.finished)

@@ -55,10 +55,10 @@ class Groups:
             apart = (plain - plan.config.diversity_penalty * used[:, None]).flatten(0, 1)
             logprobs = plan.process(search.rows.ids, apart).view_as(plain)[:, at]
             seen.append(logprobs)
-            usable.append(group.usable(logprobs))
-            group.open = group.open & search.going
-            was_open = group.open
-            going.append(group.advance(logprobs, place))
+            group.open = was_open = group.open & search.going
+            could, goes = group.advance(logprobs, place)
+            usable.append(could)
+            going.append(goes)
             tokens = torch.where(was_open, group.running.ids[:, :, place], plan.pad)  # a closed search chooses nothing
             used = used.scatter_add(1, tokens, torch.ones_like(tokens, dtype=used.dtype))
         plan.record.step(out, logits, torch.cat(seen, dim=1).flatten(0, 1))

@@ -375,7 +375,7 @@ def test_the_callback_sees_every_token_and_may_cancel():
 
     def on_token(place, token, reason):
         seen.setdefault(place, []).append((token, reason))
-        return not (place == 1 and len(seen[1]) == 3)
+        return False if place == 1 and len(seen[1]) == 3 else None
 
     results = generate_batch(
         model, PROMPTS[:3], max_batch_size=2, max_new_tokens=6, eos_token_id=None, on_token=on_token

@@ -80,7 +80,9 @@ def test_the_prompt_is_run_once_a_row(name):
     """Copies of a prompt (beams, sequences to return) are made from its keys, not from its tokens."""
     lists = rows(7) if name in ONE else rows(7, 7)
     shapes = []
-    hook = model().register_forward_pre_hook(lambda m, a, k: shapes.append(tuple(k["input_ids"].shape)), with_kwargs=True)
+    hook = model().register_forward_pre_hook(
+        lambda m, a, k: shapes.append(tuple(k["input_ids"].shape)), with_kwargs=True
+    )
     try:
         decode(name, lists)
     finally:
@@ -141,6 +143,28 @@ def test_drafts_show_what_plain_decoding_shows(name):
             assert all(x.shape == y.shape and torch.allclose(x, y, atol=1e-4) for x, y in pairs)  # softmax is float32
 
 
+@pytest.mark.parametrize("name", [n for n in ALL if not settings(n).get("num_beams")])
+@pytest.mark.parametrize("width", [6, 8])
+def test_what_a_step_shows_is_what_one_pass_over_the_text_shows(name, width):
+    """Whatever was tried beside it: the states and weights of each token are those of the finished text."""
+    if name == "sample_two":
+        return
+    ids, mask = left_padded(rows(6), extra=width - 6)
+    wanted = dict(return_dict_in_generate=True, output_hidden_states=True, output_attentions=True)
+    out = model().generate(ids, attention_mask=mask, **settings(name, **wanted, eos_token_id=None))
+    text = out.sequences[:, :-1]
+    mask = torch.cat((mask, mask.new_ones(1, text.shape[1] - width)), 1)
+    whole = model()(text, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp_min(0),
+                    output_hidden_states=True, output_attentions=True)  # fmt: skip
+    for step in range(1, len(out.hidden_states)):
+        at = width + step - 1
+        for ours, theirs in zip(out.hidden_states[step], whole.hidden_states, strict=True):
+            assert torch.allclose(ours[:, 0], theirs[:, at], atol=1e-4)  # softmax is float32
+        for ours, theirs in zip(out.attentions[step], whole.attentions, strict=True):
+            assert ours.shape[-2:] == (1, at + 1)
+            assert torch.allclose(ours[:, :, 0], theirs[:, :, at, : at + 1], atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["greedy", "assisted", "assisted_by_itself", "lookup", "contrastive"])
 def test_a_streamer_hears_every_token_once_and_in_order(name):
     class Ear:
@@ -179,7 +203,8 @@ def test_settings_choose_the_strategy(given, strategy):
     ("given", "named"),
     [(dict(num_return_sequences=2), "num_return_sequences"), (dict(num_beams=2, num_return_sequences=3), "num_beams"),
      (dict(penalty_alpha=0.5, top_k=4, use_cache=False), "use_cache"),
-     (dict(penalty_alpha=0.5, num_beams=2), "penalty_alpha"), (dict(penalty_alpha=0.5, do_sample=True), "penalty_alpha"),
+     (dict(penalty_alpha=0.5, num_beams=2), "penalty_alpha"),
+     (dict(penalty_alpha=0.5, do_sample=True), "penalty_alpha"),
      (dict(prompt_lookup_num_tokens=2, penalty_alpha=0.5, top_k=4), "penalty_alpha"),
      (dict(prompt_lookup_num_tokens=2, num_beams=2), "prompt_lookup_num_tokens"),
      (dict(prompt_lookup_num_tokens=2, use_cache=False), "use_cache"),
@@ -254,12 +279,12 @@ def test_faulty_prompts_are_refused(name):
         model().generate(torch.tensor([[BOS, VOCAB]]), **settings(name))
     with pytest.raises(PromptTooLong, match="96"):
         model().generate(torch.tensor(rows(90)), **settings(name))
+    cache = StaticCache(model().config, max_cache_len=10)
     with pytest.raises(PromptTooLong, match="cache"):
-        cache = StaticCache(model().config, max_cache_len=10)
         model().generate(torch.tensor(rows(6)), past_key_values=cache, **settings(name))
+    ids = torch.tensor([[BOS, 5], [0, 0]])
     with pytest.raises(InputError, match="padding"):
-        ids, mask = left_padded([[BOS, 5], [BOS]])
-        model().generate(ids, attention_mask=mask * torch.tensor([[1], [0]]), **settings(name))
+        model().generate(ids, attention_mask=(ids != 0).long(), **settings(name))
 
 
 @every_strategy
@@ -282,7 +307,9 @@ def test_an_interruption_leaves_nothing_behind(name):
     streamer = type("S", (), {"put": lambda s, v: None, "end": lambda s: ended.append(1)})()
     more = {} if settings(name).get("num_beams") or name == "sample_two" else {"streamer": streamer}
     with pytest.raises(KeyboardInterrupt):
-        model().generate(torch.tensor(rows(6)), stopping_criteria=[interrupt], **more, **settings(name, eos_token_id=None))
+        model().generate(
+            torch.tensor(rows(6)), stopping_criteria=[interrupt], **more, **settings(name, eos_token_id=None)
+        )
     assert len(ended) == len(more)
     assert decode(name, rows(6)) == before
 

@@ -1,7 +1,6 @@
 """What constrained beam search promises: the phrases are there."""
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
@@ -73,9 +72,9 @@ def test_a_phrase_that_begins_with_another_is_refused():
 
 
 def test_ids_outside_the_vocabulary_are_refused():
-    for given in (dict(force_words_ids=[[VOCAB]]), dict(constraints=[PhrasalConstraint([VOCAB])])):
+    for wrong in (dict(force_words_ids=[[VOCAB]]), dict(constraints=[PhrasalConstraint([VOCAB])])):
         with pytest.raises(TokenOutOfRange, match=str(VOCAB)):
-            decode(rows(5), **given)
+            decode(rows(5), **wrong)
 
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=3), min_size=1, max_size=3, unique_by=tuple),

@@ -32,7 +32,7 @@ def chi_square(counts, probabilities):
 
 @pytest.mark.parametrize("apart", [0.0, 0.5, 3.0])
 def test_speculative_sampling_gives_the_models_distribution(apart):
-    """Each kept token, and the one after them, is distributed as p says, whatever q is. arXiv:2211.17192, appendix A.1."""
+    """Each kept token, and the one after them, is distributed as p says, whatever q is (arXiv:2211.17192, A.1)."""
     V, k, runs = 5, 3, 6000
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(k + 1, V, generator=generator)
@@ -135,7 +135,8 @@ def test_what_is_looked_up_followed_the_longest_known_run(tokens, longest, count
     found = ngrams.continuation(count)
     n = len(tokens)
     best = max(
-        (s for s in range(1, longest + 1) if s < n for e in range(s, n) if tokens[e - s : e] == tokens[n - s :]), default=0
+        (s for s in range(1, longest + 1) if s < n for e in range(s, n) if tokens[e - s : e] == tokens[n - s :]),
+        default=0,
     )
     if not best:
         assert found == []

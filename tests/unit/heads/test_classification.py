@@ -72,7 +72,7 @@ def test_without_a_pad_token_the_mask_says_where_padding_is(ids):
 @pytest.mark.parametrize("pad", [None, -1])
 def test_several_rows_with_nothing_to_tell_padding_are_refused(pad, ids):
     m = model(pad_token_id=pad)
-    with pytest.raises(ValueError, match="3 rows, and nothing says where padding is.*pad_token_id.*attention_mask"):
+    with pytest.raises(ValueError, match=r"3 rows, and nothing says where padding is.*pad_token_id.*attention_mask"):
         m(ids)
     assert m(ids[:1]).logits.shape == (1, 3)
     with pytest.raises(ValueError, match="inputs_embeds have no ids"):
@@ -130,7 +130,7 @@ def test_outputs_read_by_name_key_and_index_and_as_a_tuple(cls, ids):
     assert out.logits is out[1]
     assert out.loss.shape == () and out.loss.dtype == torch.float32
     assert len(out.hidden_states) == 3 and len(out.attentions) == 2
-    assert ("past_key_values" in out.keys()) == (cls is HEADS[0])
+    assert ("past_key_values" in out) == (cls is HEADS[0])
     plain = m(ids, return_dict=False)
     assert isinstance(plain, tuple) and torch.equal(plain[0], m(ids).logits)
 
@@ -174,7 +174,7 @@ def test_real_valued_labels_are_checked(ids):
     with pytest.raises(InputError, match="shape"):
         multi(ids, labels=torch.zeros(3))
     regression = model(num_labels=1)
-    with pytest.raises(InputError, match="nan.*finite"):
+    with pytest.raises(InputError, match=r"nan.*finite"):
         regression(ids, labels=torch.tensor([0.0, math.nan, 1.0]))
     with pytest.raises(InputError, match="whole numbers"):
         model(problem_type="single_label_classification")(ids, labels=torch.zeros(3))

@@ -70,7 +70,7 @@ def _without_completions(text: Tensor, ids: Tensor, size: int, scores: Tensor) -
         return scores
     grams = text.unfold(1, size, 1)  # (B, m - size + 1, size)
     ending = ids[:, ids.shape[1] - (size - 1) :]
-    matches = (grams[..., :-1] == ending[:, None]).all(-1) & (grams >= 0).all(-1)
+    matches = (grams[..., :-1] == ending[:, None]).all(-1)
     completions = torch.where(matches, grams[..., -1], -1)
     return scores.masked_fill(presence(completions, scores.shape[-1]), FORBIDDEN)
 
