@@ -34,6 +34,7 @@ _HOME = {
     "SequenceClassifierOutputWithPast": "gemmakit.outputs",
     "TokenClassifierOutput": "gemmakit.outputs",
     "to_grouped_query": "gemmakit.utils.grouped_query",
+    "demo_model": "gemmakit.hub",
     "AutoConfig": "gemmakit.auto",
     "AutoTokenizer": "gemmakit.auto",
     "AutoModel": "gemmakit.auto",
@@ -83,6 +84,7 @@ if TYPE_CHECKING:
     from gemmakit.config import GemmaConfig
     from gemmakit.generation import GenerationConfig, SynthIDTextWatermarkingConfig, WatermarkingConfig
     from gemmakit.generation.constraints import DisjunctiveConstraint, PhrasalConstraint
+    from gemmakit.hub import demo_model
     from gemmakit.outputs import (
         BaseModelOutputWithPast,
         CausalLMOutputWithPast,

@@ -15,7 +15,7 @@ GemmakitError
 ├── NotEnoughMemory        (MemoryError)      found before the allocation where it can be known
 └── MissingDependency      (ImportError)      an extra that is not installed
 
-Each message says what happened, the values, the limit and the remedy, in one paragraph: the command line prints it as is.
+Each message says what happened, the values, the limit and the remedy, in one paragraph; the command line prints it so.
 """
 
 from __future__ import annotations

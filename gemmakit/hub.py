@@ -58,6 +58,16 @@ def local_directory(name_or_path: Name) -> Path | None:
     raise CheckpointError(f"{str(path)!r} {found}. Give a directory, or a Hub id such as 'google/gemma-2b'.")
 
 
+def demo_model() -> Path:
+    """The folder of the small model that gemmakit carries, to try things without a download. Raises CheckpointError."""
+    folder = Path(__file__).with_name("demo")
+    if not (folder / "model.safetensors").is_file():
+        raise CheckpointError(
+            f"this installation lacks the demo model ({folder}): name a model, such as google/gemma-2b-it."
+        )
+    return folder
+
+
 def find_file(
     name_or_path: Name,
     filename: str,

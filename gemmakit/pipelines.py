@@ -14,22 +14,13 @@ import torch
 from gemmakit.auto import AutoModelForCausalLM, AutoTokenizer
 from gemmakit.config import HUB_ARGUMENTS, GemmaConfig
 from gemmakit.errors import InputError, PromptTooLong
+from gemmakit.hub import demo_model
 
 DEFAULT_NEW_TOKENS = 256
 PROGRESS_AFTER_S = 2.0
 
 Message = Mapping[str, Any]
 Record = dict[str, Any]
-
-
-def demo_model() -> Path:
-    """The folder of the small model that gemmakit carries, to try things without a download. Raises InputError."""
-    folder = Path(__file__).with_name("demo")
-    if not (folder / "model.safetensors").is_file():
-        raise InputError(
-            f"this installation lacks the demo model ({folder}): name a model, such as google/gemma-2b-it."
-        )
-    return folder
 
 
 class Pipeline:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -143,9 +144,9 @@ pipeline_tag: text-generation
 # The demo model of gemmakit
 
 A tiny Gemma, {size:,} bytes in all, with a vocabulary in Gemma's own layout (ids 0 to 472 are the released ones:
-special tokens, turns, newline and space runs, tags, bytes; the other {recipe["vocab_size"] - 473:,} are learned). It
-shows that an installation works, and it is the yardstick for every change that may cost quality, such as quantization.
-It knows no facts and it is no assistant.
+special tokens, turns, newline and space runs, tags, bytes; the other {recipe["vocab_size"] - 473:,} are learned).
+It shows that an installation works, and it is the yardstick for every change that may cost quality, such as
+quantization. It knows no facts and it is no assistant.
 
 ## What it does
 
@@ -164,22 +165,25 @@ decides by a hash whether it is held out, so no wording of it was trained on. "A
 | perplexity a token | {stored.perplexity:.3f} | {wide.perplexity:.3f} |
 | bits a byte | {stored.bits_per_byte:.4f} | {wide.bits_per_byte:.4f} |
 
-The text is cut into pieces of {demo_tasks.WINDOW - 1} tokens; each is read behind one `<bos>`, without the pieces
-before it.
+The text is cut into pieces of {demo_tasks.WINDOW - 1} tokens; each is read behind one `<bos>`, without those before it.
 
 ## How it was made
 
     {command}
 
-{recipe["tokens"]:,} tokens in {recipe["minutes"]:.0f} minutes on {recipe["threads"]} CPU threads, torch
-{torch.__version__}, Python {platform.python_version()}. {note}
+{recipe["tokens"]:,} tokens in {recipe["minutes"]:.0f} minutes on {recipe["threads"]} threads of a shared CPU; torch \
+{torch.__version__}, Python {platform.python_version()}.
+
+{textwrap.fill(note, 119)}
 
 | setting | value |
 |---|---|
 {rows}
 
-Text: {demo_corpus.LICENCE}. The model may repeat pieces of it. Copyright (c) 2001 Python Software
-Foundation; all rights reserved. Chats: drawn by `scripts/demo_tasks.py`, nobody's conversations.
+Text: {demo_corpus.LICENCE}.
+Copyright (c) 2001 Python Software Foundation; all rights reserved. The model may repeat pieces of it.
+Chats: drawn by `scripts/demo_tasks.py`, nobody's conversations. What the batches hold when: `STAGES` in
+`scripts/train_demo.py`.
 
 ## Limits
 

@@ -48,7 +48,7 @@ def examine(model: str | None, revision: str | None) -> dict[str, Any]:
 
 def read_config(name: str | None, revision: str | None) -> tuple[str, GemmaConfig]:
     """What to call a model, and its configuration; without a name the demo model, or 2B where there is no demo."""
-    from gemmakit.pipelines import demo_model
+    from gemmakit.hub import demo_model
 
     try:
         source = name or demo_model()

@@ -28,12 +28,16 @@ class OffloadedLayer(CacheLayer):
 
     def __init__(self, capacity: int | None):
         super().__init__(capacity)
-        self.fetched: Pair | None = None  # (B, K, length, H) each, on the model's device
+        self.device = torch.device("cpu")  # of the last append
+        self.fetched: Pair | None = None  # (B, K, length, H) each, on that device
 
-    def fetch(self, device: torch.device) -> None:
-        """Start copying what is held to `device`, unless it is there."""
-        if self.fetched is None and self.keys is not None and self.values is not None and not _at_home(device):
-            self.fetched = (self.keys.to(device, non_blocking=True), self.values.to(device, non_blocking=True))
+    def fetch(self) -> None:
+        """Start copying what is held to where it was last used, unless it is there."""
+        if self.fetched is None and self.keys is not None and self.values is not None and not _at_home(self.device):
+            self.fetched = (
+                self.keys.to(self.device, non_blocking=True),
+                self.values.to(self.device, non_blocking=True),
+            )
 
     def append(self, k: Tensor, v: Tensor, places: Tensor | None) -> Pair:
         """As CacheLayer, with the result on the device of `k`; no place for gradients."""
@@ -50,17 +54,32 @@ class OffloadedLayer(CacheLayer):
 
     @staticmethod
     def _grown(old: Tensor | None, like: Tensor, used: int, room: int) -> Tensor:
-        new = CacheLayer._grown(old, like, used, room)
-        # Only from pinned memory does a copy to the accelerator run beside the computation.
-        return new.pin_memory() if torch.cuda.is_available() else new
+        B, K, _, H = like.shape
+        new = _host_buffer(B, K, room, H, like.dtype)
+        if old is not None:
+            new[:, :, :used] = old[:, :, :used]
+        return new
 
     def crop(self, length: int) -> None:
         super().crop(length)
         self.fetched = None
 
     def rebatch(self, change: Callable[[Tensor], Tensor]) -> None:
-        super().rebatch(change)
+        super().rebatch(lambda x: _kept(change(x)))
         self.fetched = None
+
+
+def _kept(x: Tensor) -> Tensor:
+    B, K, T, H = x.shape
+    return _host_buffer(B, K, T, H, x.dtype).copy_(x)
+
+
+def _host_buffer(B: int, K: int, T: int, H: int, dtype: torch.dtype) -> Tensor:
+    """Zeros (B, K, T, H) in CPU memory, positions outermost there: the first ones then lie together.
+
+    Only such a piece, and only from pinned memory, is copied to an accelerator beside the computation.
+    """
+    return torch.zeros((T, B, K, H), dtype=dtype, pin_memory=torch.cuda.is_available()).permute(1, 2, 0, 3)
 
 
 class OffloadedCache(DynamicCache):
@@ -82,7 +101,7 @@ class OffloadedCache(DynamicCache):
         *,
         max_cache_len: int | None = None,
     ):
-        self._stream: torch.cuda.Stream | None = None
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self.max_cache_len = max_cache_len
         super().__init__(ddp_cache_data, config)
 
@@ -99,35 +118,41 @@ class OffloadedCache(DynamicCache):
         """As Cache.update; also sends for the next layer's keys and values, after the last layer the first one's."""
         device = key_states.device
         if layer_idx < len(self.layers):
-            self._send_for(layer_idx, device)  # for the first step, and after a crop
-        self._arrive()
+            self._layer(layer_idx).device = device
+            self._send_for(layer_idx)  # nobody has for the first step, and after a crop
+        self._arrive(device)
         out = super().update(key_states, value_states, layer_idx, cache_kwargs)
+        self._layer(layer_idx).device = device
         if len(self.layers) > 1:
-            self._send_for((layer_idx + 1) % len(self.layers), device)
+            self._send_for((layer_idx + 1) % len(self.layers))
         return out
 
-    def _send_for(self, layer_idx: int, device: torch.device) -> None:
+    def _layer(self, layer_idx: int) -> OffloadedLayer:
         layer = self.layers[layer_idx]
         assert isinstance(layer, OffloadedLayer)
-        if device.type != "cuda":
-            return layer.fetch(device)
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(device)
-        with torch.cuda.stream(self._stream):
-            return layer.fetch(device)
+        return layer
 
-    def _arrive(self) -> None:
+    def _send_for(self, layer_idx: int) -> None:
+        layer = self._layer(layer_idx)
+        if layer.device.type != "cuda":
+            return layer.fetch()
+        if layer.device not in self._streams:
+            self._streams[layer.device] = torch.cuda.Stream(layer.device)
+        with torch.cuda.stream(self._streams[layer.device]):
+            return layer.fetch()
+
+    def _arrive(self, device: torch.device) -> None:
         """Computation waits for the copies under way, and their memory is freed in computation's order from now on."""
-        if self._stream is None:
+        if device not in self._streams:
             return
-        current = torch.cuda.current_stream(self._stream.device)
-        current.wait_stream(self._stream)
+        current = torch.cuda.current_stream(device)
+        current.wait_stream(self._streams[device])
         for tensor in self._fetched():
-            tensor.record_stream(current)
+            if tensor.device == device:
+                tensor.record_stream(current)
 
     def _fetched(self) -> list[Tensor]:
-        layers = (layer for layer in self.layers if isinstance(layer, OffloadedLayer))
-        return [t for layer in layers for t in layer.fetched or ()]
+        return [t for i in range(len(self.layers)) for t in self._layer(i).fetched or ()]
 
     @property
     def device_nbytes(self) -> int:
@@ -135,4 +160,4 @@ class OffloadedCache(DynamicCache):
         return sum(t.nbytes for t in self._fetched())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_stream": None}  # a stream belongs to its process
+        return {**self.__dict__, "_streams": {}}  # a stream belongs to its process

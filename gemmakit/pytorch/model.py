@@ -19,6 +19,7 @@ from gemmakit.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from gemmakit.pytorch.attention import IMPLEMENTATIONS, MASKLESS, eager
 from gemmakit.pytorch.cache import Cache, DynamicCache
 from gemmakit.pytorch.decode.generate import GenerationMixin
+from gemmakit.pytorch.kernels import linear_plan
 from gemmakit.pytorch.layers import GemmaMLP, GemmaRMSNorm, GemmaRotaryEmbedding, GemmaScaledEmbedding, Linear, rotate
 from gemmakit.pytorch.masks import Visibility, visibility
 from gemmakit.pytorch.pretrained import GemmaPreTrainedModel
@@ -245,6 +246,16 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def decode_plan(self) -> dict[str, str]:
+        """How a decoding step runs and why, in words: attention, each projection of a layer, the head."""
+        plan = {"attention": self.config.attn_implementation or "sdpa"}
+        layer = self.model.layers[0]
+        matrices = {name.split(".")[-1]: m for name, m in layer.named_modules() if name.endswith("_proj")}
+        for name, module in {**matrices, "lm_head": self.lm_head}.items():
+            plain = isinstance(module, Linear)
+            plan[name] = linear_plan(module.weight) if plain else f"{type(module).__module__}.{type(module).__name__}"
+        return plan
 
     def forward(
         self,

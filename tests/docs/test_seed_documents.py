@@ -75,4 +75,4 @@ def test_the_example_runs_with_the_package_renamed(where, language, code, device
     )
     assert done.returncode == 0, f"{done.stderr}\n--- in\n{code}"
     if language == "bash":
-        assert done.stdout.startswith("LLMs generate text through a process known as")
+        assert done.stdout.strip(), "no continuation was printed"

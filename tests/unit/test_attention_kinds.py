@@ -346,6 +346,15 @@ def test_what_is_not_there_is_refused(monkeypatch, ids):
         tiny(attn_implementation="flash_attention_2")
 
 
+def test_a_rule_follows_layers_to_their_devices():
+    rule = visibility(torch.tensor(PADDING["left"]), batch=B, queries=7, keys=7, past=0, causal=True,
+                      position_ids=None, device=torch.device("cpu"), dense=False).rule  # fmt: skip
+    away = rule.to(torch.device("meta"))
+    assert (away.device.type, away.padding.device.type, away.causal, away.past) == ("meta", "meta", True, 0)
+    assert rule.to(torch.device("meta")) is away and rule.to(torch.device("cpu")) is rule
+    assert rule.memo("x", lambda: 1) == rule.memo("x", lambda: 2) == 1 and away.memo("x", lambda: 3) == 3
+
+
 def test_kernels_without_masks_are_given_none(ids, monkeypatch):
     # A mask of S x T is what these kernels are chosen to avoid.
     monkeypatch.setattr("gemmakit.pytorch.masks.Rule.masked", lambda self: pytest.fail("a mask was made"))

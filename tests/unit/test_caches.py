@@ -195,6 +195,17 @@ def test_at_most_two_layers_are_on_the_accelerator(model, ids, monkeypatch):
     assert cache.device_nbytes <= layer, "between steps only the first layer waits on the accelerator"
 
 
+@pytest.mark.parametrize("length", [None, 40])
+def test_what_is_copied_to_the_accelerator_lies_together(model, ids, length):
+    # A piece with gaps would first be gathered on the host, and the copy would not run beside the computation.
+    cache = OffloadedCache(max_cache_len=length)
+    for change in (lambda: None, lambda: cache.reorder_cache(torch.tensor([1, 0])), lambda: cache.crop(3)):
+        stepped(model, ids[:, :7], cache)
+        change()
+        for layer in cache.layers:
+            assert layer.keys.permute(2, 0, 1, 3).is_contiguous() and layer.values.permute(2, 0, 1, 3).is_contiguous()
+
+
 # -- quantized ----------------------------------------------------------------------------------------------------
 
 

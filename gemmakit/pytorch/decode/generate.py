@@ -98,30 +98,24 @@ class GenerationMixin:
         rows = len(prompt.ids) * copies(strategy, config)
         if streamer is not None and rows > 1:
             raise InputError(f"a streamer follows one row, and this call has {rows}: stream them one at a time.")
-        total, vocabulary = prompt.ids.shape[1] + new, self.config.vocab_size
-        eos = torch.tensor(config.eos_token_ids, device=prompt.ids.device) if config.eos_token_ids else None
-        context = processors.Context(
-            config=config,
-            eos=eos,
-            prompt_length=prompt.ids.shape[1],
-            padding=prompt.padding,
+        length, vocabulary = prompt.ids.shape[1], self.config.vocab_size
+        context = _context(
+            self,
+            config,
+            prompt,
+            total=length + new,
             custom=tuple(logits_processor or ()),
-            prompt=prompt.ids,
-            total=total,
-            vocabulary=vocabulary,
-            model=self,
             prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
             negative_ids=negative_prompt_ids,
             negative_mask=negative_prompt_attention_mask,
-            constraint=constraint(config, tokenizer, vocabulary, prompt.ids.shape[1]),
-            unseen=0 if prompt.embeds is None else prompt.embeds.shape[1] - prompt.ids.shape[1],
+            constraint=constraint(config, tokenizer, vocabulary, length),
         )
         noise = exponential(_generators(config, generator, prompt, strategy))
         plan = Plan(
             config=config,
-            total=total,
+            total=length + new,
             pad=_pad(config),
-            eos=eos,
+            eos=context.eos,
             pick=sampler(noise) if config.do_sample else greedy,
             noise=noise,
             processors=processors.build(context),
@@ -166,6 +160,22 @@ class GenerationMixin:
             sequences_scores of a beam search.
         """
         return transition_scores(sequences, scores, beam_indices, normalize_logits)
+
+
+def _context(model: Any, config: GenerationConfig, prompt: Prompt, **given: Any) -> processors.Context:
+    """What processors may need to know: what follows from the prompt, and what the caller gave."""
+    ids = prompt.ids
+    return processors.Context(
+        config=config,
+        eos=torch.tensor(config.eos_token_ids, device=ids.device) if config.eos_token_ids else None,
+        prompt_length=ids.shape[1],
+        padding=prompt.padding,
+        prompt=ids,
+        vocabulary=model.config.vocab_size,
+        model=model,
+        unseen=0 if prompt.embeds is None else prompt.embeds.shape[1] - ids.shape[1],
+        **given,
+    )
 
 
 def _generators(

@@ -144,6 +144,15 @@ def test_the_end_is_any_eos_and_only_when_complete(model, fast):
     assert {table[i] for i in allowed[0].nonzero().flatten().tolist()} <= {b"a", b"ab"}
 
 
+def test_where_it_may_go_on_or_end_any_eos_ends_it(model, fast):
+    constraint = constrain.constraint(_config(regex="ab*", eos_token_id=EOS), fast, model.config.vocab_size, 1)
+    table, _ = token_table(fast, model.config.vocab_size)
+    a = table.index(b"a")
+    allowed = constraint(torch.tensor([[2, a]]), torch.zeros(1, model.config.vocab_size))[0].isfinite()
+    assert {table[i] for i in allowed.nonzero().flatten().tolist() if i not in EOS} >= {b"b"}
+    assert allowed[EOS].all()
+
+
 def _config(**settings):
     from gemmakit import GenerationConfig
 

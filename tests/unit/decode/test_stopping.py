@@ -83,6 +83,14 @@ def test_what_the_prompt_completed_ends_nothing(tokenizer):
     assert stops_at(tokenizer, ids[:-1], "here", prompt=len(ids) - 3) is None
 
 
+def test_a_text_that_ends_where_the_prompt_ends_is_the_prompts(tokenizer):
+    """However far the comparison looks back for the longer text."""
+    prompt, rest = spelled(tokenizer, "xstop"), spelled(tokenizer, "yyy")
+    for texts in (("stop",), ("stop", "a text that is longer than all there is")):
+        assert stops_at(tokenizer, prompt + rest, *texts, prompt=len(prompt)) is None
+        assert stops_at(tokenizer, prompt + rest, *texts, prompt=len(prompt) - 1) == len(prompt)
+
+
 def test_a_special_tokens_name_is_a_text(tokenizer):
     assert stops_at(tokenizer, [300, 301, 107, 302], "<end_of_turn>") == 3
 

@@ -1,0 +1,6 @@
+"""Quantized weights: what a scheme must answer, the schemes, and what changes for a model that has one."""
+
+from gemmakit.pytorch.quantize.methods import QuantizedMethods
+from gemmakit.pytorch.quantize.quantizer import Quantizer, adopt, choose, stored_groups
+
+__all__ = ["QuantizedMethods", "Quantizer", "adopt", "choose", "stored_groups"]

@@ -1,0 +1,130 @@
+"""How weights are to be quantized: data, read and written as config.json's `quantization_config`. Needs no torch."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from gemmakit.errors import ConfigError
+
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+STORAGE_DTYPES = ("uint8", "int8", "float16", "bfloat16", "float32", "float64")
+QUANT_TYPES = ("fp4", "nf4")
+
+
+@dataclass
+class BitsAndBytesConfig:
+    """Quantization by the bitsandbytes package: 4 bits in blocks, or 8 bits in rows (LLM.int8()).
+
+    Args:
+        load_in_8bit, load_in_4bit: which of the two; one must be true to quantize.
+        llm_int8_threshold: 8 bits; input features with a value above it are multiplied in 16 bits; 0 for none.
+        llm_int8_skip_modules: modules to keep as they are, 4 bits too: the end of a name ("q_proj"), its beginning up
+            to a dot ("model.layers.0"), or a regular expression for the beginning. The head is always kept.
+        llm_int8_enable_fp32_cpu_offload: for a device_map of modules to devices; those on "cpu" or "disk" are kept.
+        llm_int8_has_fp16_weight: 8 bits; keep 16-bit weights and quantize them in each call.
+        bnb_4bit_compute_dtype: dtype of the multiplications, "float32" by default; a torch dtype or its name.
+        bnb_4bit_quant_type: "fp4", or "nf4", whose values suit normally distributed weights.
+        bnb_4bit_use_double_quant: quantize the blocks' scales too: about 0.4 bit a weight less.
+        bnb_4bit_quant_storage: dtype of the tensors that hold the packed bits, "uint8" by default.
+
+    Dtypes are kept by name. Keys of a file that mean nothing here are kept in `extra` and written back.
+
+    Raises:
+        ConfigError: a value is impossible; names the field, the value and the limit.
+    """
+
+    load_in_8bit: bool = False
+    load_in_4bit: bool = False
+    llm_int8_threshold: float = 6.0
+    llm_int8_skip_modules: list[str] | None = None
+    llm_int8_enable_fp32_cpu_offload: bool = False
+    llm_int8_has_fp16_weight: bool = False
+    bnb_4bit_compute_dtype: Any = None
+    bnb_4bit_quant_type: str = "fp4"
+    bnb_4bit_use_double_quant: bool = False
+    bnb_4bit_quant_storage: Any = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    quant_method = "bitsandbytes"  # not annotated: the same for every instance
+
+    def __post_init__(self) -> None:
+        self.bnb_4bit_compute_dtype = _dtype_name(self.bnb_4bit_compute_dtype, "float32")
+        self.bnb_4bit_quant_storage = _dtype_name(self.bnb_4bit_quant_storage, "uint8")
+        self.validate()
+
+    def validate(self) -> None:
+        """Refuse what bitsandbytes cannot do. Raises ConfigError."""
+        for name, default in _DEFAULTS.items():
+            if isinstance(default, bool) and not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be true or false.")
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ConfigError("load_in_4bit and load_in_8bit are both true: set one of them.")
+        _one_of("bnb_4bit_compute_dtype", self.bnb_4bit_compute_dtype, COMPUTE_DTYPES)
+        _one_of("bnb_4bit_quant_type", self.bnb_4bit_quant_type, QUANT_TYPES)
+        _one_of("bnb_4bit_quant_storage", self.bnb_4bit_quant_storage, STORAGE_DTYPES)
+        threshold = self.llm_int8_threshold
+        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < math.inf:
+            raise ConfigError(f"llm_int8_threshold is {threshold!r}; it must be a finite number of at least 0.")
+        _check_skipped(self.llm_int8_skip_modules)
+
+    @property
+    def is_quantizable(self) -> bool:
+        """Whether this asks for anything."""
+        return self.load_in_4bit or self.load_in_8bit
+
+    def keeps(self, module: str) -> bool:
+        """Whether `llm_int8_skip_modules` names this module."""
+        return any(
+            module.endswith(skipped) or re.match(rf"(?:{skipped})(?:(?<=\.)|(?=\.|$))", module) is not None
+            for skipped in self.llm_int8_skip_modules or ()
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """`quantization_config` of config.json, in the layout of transformers."""
+        out = copy.deepcopy(self.extra) | {name: copy.deepcopy(getattr(self, name)) for name in _DEFAULTS}
+        # transformers writes both spellings; it reads the plain ones.
+        out |= {"_load_in_4bit": self.load_in_4bit, "_load_in_8bit": self.load_in_8bit}
+        return out | {"quant_method": self.quant_method}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> BitsAndBytesConfig:
+        """From what `to_dict` or transformers wrote. Raises ConfigError, for another method's settings too."""
+        if not isinstance(values, dict):
+            raise ConfigError(f"quantization_config is {values!r}; it must be a BitsAndBytesConfig or its dictionary.")
+        method = values.get("quant_method", cls.quant_method)
+        if method != cls.quant_method:
+            raise ConfigError(f"quant_method is {method!r}; gemmakit reads weights that {cls.quant_method} quantized.")
+        known = {name: copy.deepcopy(values[name]) for name in _DEFAULTS if name in values}
+        written = {*_DEFAULTS, "quant_method", "_load_in_4bit", "_load_in_8bit"}
+        return cls(**known, extra={k: copy.deepcopy(v) for k, v in values.items() if k not in written})
+
+    def to_json_string(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+_DEFAULTS = {f.name: f.default for f in dataclasses.fields(BitsAndBytesConfig) if f.name != "extra"}
+
+
+def _dtype_name(dtype: Any, default: str) -> str:
+    return default if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}.")
+
+
+def _check_skipped(names: Any) -> None:
+    if names is not None and not (isinstance(names, (list, tuple)) and all(isinstance(n, str) and n for n in names)):
+        raise ConfigError(f"llm_int8_skip_modules is {names!r}; it must be a list of module names.")
+    for name in names or ():
+        try:
+            re.compile(name)
+        except re.error as e:
+            raise ConfigError(f"llm_int8_skip_modules holds {name!r}, which is no regular expression: {e}.") from None

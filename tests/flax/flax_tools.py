@@ -1,0 +1,105 @@
+"""What the Flax tests share: shapes, weights, batches and how far apart two arrays are."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+
+import gemmakit
+
+VOCAB = 160
+# One kv head, between, and equal to heads; N * H never equals D; widths that no power of two hides.
+SHAPES = {
+    "mqa": dict(hidden_size=32, num_attention_heads=4, num_key_value_heads=1, head_dim=16),
+    "gqa": dict(hidden_size=48, num_attention_heads=6, num_key_value_heads=2, head_dim=12),
+    "mha": dict(hidden_size=40, num_attention_heads=4, num_key_value_heads=4, head_dim=16),
+}
+COMMON = dict(vocab_size=VOCAB, intermediate_size=72, num_hidden_layers=2, max_position_embeddings=96,
+              initializer_range=0.2)  # fmt: skip
+PADDING = ("none", "left", "right")
+
+
+@dataclass
+class Both:
+    """The same weights in both backends."""
+
+    flax: Any
+    torch: Any
+    folder: Path
+
+
+def make_torch(cls=None, seed=0, **fields):
+    """A PyTorch model with weights at a scale where a wrong sign, shift or scale shows."""
+    torch.manual_seed(seed)
+    model = (cls or gemmakit.GemmaForCausalLM)(gemmakit.GemmaConfig(**{**COMMON, **fields})).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter.normal_(0.1, 0.3)
+            else:
+                parameter.normal_(0.0, 0.2)
+    return model
+
+
+def batch(padding="none", rows=3, width=11, seed=1):
+    """ids (rows, width) that begin with <bos>, and a mask (None, or uneven on the given side)."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(4, VOCAB, (rows, width))
+    if padding == "none":
+        ids[:, 0] = 2
+        return ids, None
+    mask = np.ones_like(ids)
+    for row in range(rows):
+        missing = (0, 3, 7)[row % 3]
+        if padding == "left":
+            mask[row, :missing] = 0
+            ids[row, missing] = 2
+        else:
+            ids[row, 0] = 2
+            mask[row, width - missing :] = 0
+    return np.where(mask, ids, 0), mask
+
+
+def as_torch(array):
+    return None if array is None else torch.tensor(np.asarray(array))
+
+
+def as_numpy(array):
+    if isinstance(array, torch.Tensor):
+        return array.detach().double().numpy()
+    return np.asarray(array).astype(np.float64)
+
+
+def apart(ours, theirs, mask=None):
+    """The largest difference as a share of the largest value, at positions that are not padding."""
+    ours, theirs = as_numpy(ours), as_numpy(theirs)
+    assert ours.shape == theirs.shape
+    if mask is not None:
+        ours, theirs = ours[mask.astype(bool)], theirs[mask.astype(bool)]
+    assert np.isfinite(ours).all()
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def flat(tree):
+    """"a/b/c" -> leaf."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {"/".join(str(key.key) for key in path): leaf for path, leaf in leaves}
+
+
+class CountCompilations:
+    """How many programs XLA was asked to compile while this was open."""
+
+    def __enter__(self):
+        self.count = 0
+        self.open = True
+        jax.monitoring.register_event_duration_secs_listener(self._heard)
+        return self
+
+    def _heard(self, event, seconds, **_):
+        self.count += self.open and event == "/jax/core/compile/backend_compile_duration"
+
+    def __exit__(self, *_):
+        self.open = False  # jax has no public way to take a listener back
