@@ -24,6 +24,10 @@ _HOME = {
     "GemmaForSequenceClassification": "gemmakit.pytorch.heads",
     "GemmaForTokenClassification": "gemmakit.pytorch.heads",
     "GemmaPreTrainedModel": "gemmakit.pytorch.pretrained",
+    "FlaxGemmaModel": "gemmakit.flax",
+    "FlaxGemmaForCausalLM": "gemmakit.flax",
+    "FlaxGemmaForSequenceClassification": "gemmakit.flax",
+    "FlaxGemmaForTokenClassification": "gemmakit.flax",
     "Cache": "gemmakit.pytorch.cache",
     "DynamicCache": "gemmakit.pytorch.cache",
     "StaticCache": "gemmakit.pytorch.cache",
@@ -82,6 +86,12 @@ if TYPE_CHECKING:
         AutoTokenizer,
     )
     from gemmakit.config import GemmaConfig
+    from gemmakit.flax import (
+        FlaxGemmaForCausalLM,
+        FlaxGemmaForSequenceClassification,
+        FlaxGemmaForTokenClassification,
+        FlaxGemmaModel,
+    )
     from gemmakit.generation import GenerationConfig, SynthIDTextWatermarkingConfig, WatermarkingConfig
     from gemmakit.generation.constraints import DisjunctiveConstraint, PhrasalConstraint
     from gemmakit.hub import demo_model

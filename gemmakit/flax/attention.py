@@ -27,6 +27,9 @@ def weights(q: jax.Array, k: jax.Array, visible: Visibility, *, scale: float) ->
     """
     B, N, S, H = q.shape
     K, T = k.shape[1], k.shape[2]
+    dtype = q.dtype
+    if q.dtype == jnp.float16:  # XLA's CPU cannot sum float16 products in float32, which their range needs
+        q, k = q.astype(jnp.float32), k.astype(jnp.float32)
     # The heads that share a key stand below each other as rows: no key is copied.
     scores = jnp.einsum("bkgsh,bkth->bkgst", q.reshape(B, K, N // K, S, H), k, preferred_element_type=jnp.float32)
     scores = scores.reshape(B, N, S, T) * scale
@@ -36,7 +39,7 @@ def weights(q: jax.Array, k: jax.Array, visible: Visibility, *, scale: float) ->
     if mask is not None:
         lowest = jnp.finfo(scores.dtype).min
         scores = jnp.where(mask, scores, lowest) if mask.dtype == bool else scores + mask
-    out = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    out = jax.nn.softmax(scores, axis=-1).astype(dtype)
     return out if visible.blind is None else jnp.where(visible.blind, 0, out)
 
 
@@ -56,11 +59,11 @@ def reference(q: jax.Array, k: jax.Array, v: jax.Array, visible: Visibility, *, 
 def fused(q: jax.Array, k: jax.Array, v: jax.Array, visible: Visibility, *, scale: float) -> jax.Array:
     """The same through `jax.nn.dot_product_attention`, which knows grouped queries too.
 
-    One query position, and masks that are added, run as `reference`: of the first the fused form makes nothing faster,
-    and of the second it takes the mask's dtype for the scores'.
+    What it does not do, masks that are added and float16 on a CPU, runs as `reference`; so does one query position, of
+    which it makes nothing faster.
     """
     additive = visible.mask is not None and visible.mask.dtype != bool
-    if q.shape[2] == 1 or additive:
+    if q.shape[2] == 1 or additive or q.dtype == jnp.float16:
         return reference(q, k, v, visible, scale=scale)
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     causal = visible.causal and visible.mask is None

@@ -228,7 +228,8 @@ class FlaxGemmaPreTrainedModel:
     def _placed(self, array: Any) -> Any:
         if not known(array):
             return array
-        return jnp.asarray(array) if self.rules is None else self.rules.batch(array)
+        array = array if isinstance(array, jax.Array) else np.asarray(array)
+        return array if self.rules is None else self.rules.batch(array)
 
     def _checked_ids(self, ids: Any) -> Any:
         """(B, S) int32. Raises InputError, TokenOutOfRange."""
@@ -452,8 +453,8 @@ def _load(
 def _place(array: Any, dtype: Any, sharding: Any) -> jax.Array:
     """From a mapped view to its devices: each takes only its part, converted on the way."""
     dtype = array.dtype if dtype is None else dtype
-    if sharding is None:
-        return jnp.asarray(array.astype(dtype, copy=False) if isinstance(array, np.ndarray) else array.astype(dtype))
+    if sharding is None:  # on the CPU the mapped bytes themselves, where dtype and order are kept
+        return jax.device_put(array.astype(dtype, copy=False) if isinstance(array, np.ndarray) else array.astype(dtype))
     return jax.make_array_from_callback(array.shape, sharding, lambda part: np.asarray(array[part]).astype(dtype))
 
 

@@ -19,6 +19,7 @@ from gemmakit.hub import find_file, push_folder
 from gemmakit.pytorch.attention import implementation
 from gemmakit.pytorch.methods import ModelMethods, assign
 from gemmakit.pytorch.placement import DeviceMap, MaxMemory, one_device, spread
+from gemmakit.pytorch.quantize import QuantizedMethods, Quantizer, adopt, choose, stored_groups
 
 Model = TypeVar("Model", bound="GemmaPreTrainedModel")
 
@@ -28,7 +29,7 @@ HEADS = ("lm_head.", "score.")
 COMPUTED = ("rotary_emb.inv_freq",)
 
 
-class GemmaPreTrainedModel(ModelMethods):
+class GemmaPreTrainedModel(QuantizedMethods, ModelMethods):
     """What every Gemma model can do besides its forward pass."""
 
     generation_config: GenerationConfig
@@ -76,6 +77,7 @@ class GemmaPreTrainedModel(ModelMethods):
         attn_implementation: str | None = None,
         allow_pickle: bool = False,
         ignore_mismatched_sizes: bool = False,
+        quantization_config: Any = None,
         **kwargs: Any,
     ) -> Model:
         """Load a model from a folder or the Hub, in evaluation mode.
@@ -95,6 +97,7 @@ class GemmaPreTrainedModel(ModelMethods):
             attn_implementation: "sdpa" (default), "eager", "flash_attention_2" or "flex_attention".
             allow_pickle: read pytorch_model.bin, with torch's restricted unpickler, when there is nothing better.
             ignore_mismatched_sizes: start a head of another shape afresh, with a warning, instead of refusing.
+            quantization_config: a BitsAndBytesConfig, or its dictionary: quantize the weights while they are read.
             kwargs: revision, token, cache_dir, local_files_only, subfolder, variant; anything else overrides a field
                 of the configuration.
 
@@ -108,7 +111,7 @@ class GemmaPreTrainedModel(ModelMethods):
         hub = {k: v for k, v in where.items() if k != "variant"}
         if config is None:
             config = GemmaConfig.from_pretrained(name, **hub, **kwargs)
-            unknown = [k for k in kwargs if k in config.extra and k != "quantization_config"]
+            unknown = [k for k in kwargs if k in config.extra]
             if unknown:
                 raise InputError(
                     f"from_pretrained has no argument {', '.join(unknown)}, nor has GemmaConfig such a field."
@@ -117,14 +120,13 @@ class GemmaPreTrainedModel(ModelMethods):
             raise InputError(f"config and {', '.join(kwargs)} are both given: set the fields in the config.")
         if attn_implementation is not None:
             config.attn_implementation = attn_implementation
-        if "quantization_config" in config.extra:
-            raise CheckpointError(f"{name} holds quantized weights, which this version of gemmakit cannot read.")
+        quantizer = choose(config, quantization_config, HEADS, device_map)
         with open_checkpoint(name, allow_pickle=allow_pickle, **where) as checkpoint:
             with torch.device("meta"):
                 model = cls(config)
             wanted = _dtype(dtype or torch_dtype or "auto")
-            device = one_device(device_map, max_memory, _size(checkpoint, wanted))
-            _load(model, checkpoint, wanted, device or torch.device("cpu"), ignore_mismatched_sizes)
+            device = one_device(device_map, max_memory, _size(checkpoint, wanted, quantizer))
+            _load(model, checkpoint, wanted, device or torch.device("cpu"), ignore_mismatched_sizes, quantizer)
         model.config.dtype = str(model.dtype).removeprefix("torch.")
         model.name_or_path = str(name)
         found = find_file(name, "generation_config.json", optional=True, **hub)
@@ -159,6 +161,10 @@ class GemmaPreTrainedModel(ModelMethods):
         config = self.config
         config.architectures, config.dtype = [type(self).__name__], str(self.dtype).removeprefix("torch.")
         tensors = _saved(self)
+        if self._quantizer is None:
+            config.extra.pop("quantization_config", None)
+        else:
+            config.extra["quantization_config"] = self._quantizer.to_dict()
         files = {
             "config.json": config.to_json_string(),
             "generation_config.json": self.generation_config.to_json_string(),
@@ -197,25 +203,37 @@ def _load(
     dtype: torch.dtype | None,
     device: torch.device,
     ignore_mismatched: bool,
+    quantizer: Quantizer | None = None,
 ) -> None:
     """Fill a model made on "meta" with the checkpoint's tensors; every difference is named."""
+    if quantizer is not None:
+        quantizer.require(device)
     wanted = {n: p for n, p in model.named_parameters(remove_duplicate=False) if n not in _tied(model)}
     stored = _stored_names(model, checkpoint, wanted)
-    _refuse_differences(model, checkpoint, wanted, stored)
-    if dtype is not None or device.type != "cpu":
-        _require_room(checkpoint, stored.values(), dtype, device)
+    packed = stored_groups(quantizer, model, checkpoint, stored)
+    _refuse_differences(model, checkpoint, wanted, stored, {key for parts in packed.values() for key in parts.values()})
+    if dtype is not None or device.type != "cpu" or quantizer is not None:
+        _require_room(checkpoint, stored.values(), dtype, device, quantizer)
     for name, parameter in wanted.items():
-        key = stored.get(name)
-        if key is not None and tuple(checkpoint.info(key).shape) != tuple(parameter.shape):
+        key, parts = stored.get(name), packed.get(name)
+        shape = () if key is None else tuple(checkpoint.info(key).shape)
+        if quantizer is not None and parts is not None:
+            shape = quantizer.shape(parts, checkpoint)
+        if key is not None and shape != tuple(parameter.shape):
             if not (ignore_mismatched and name.startswith(HEADS)):
                 raise CheckpointError(
-                    f"{key} has shape {tuple(checkpoint.info(key).shape)} in {checkpoint.files[0].parent}, but "
+                    f"{key} has shape {shape} in {checkpoint.files[0].parent}, but "
                     f"config.json asks for {tuple(parameter.shape)}."
                 )
             key = None
-        if key is not None:
+        if key is not None and parts is not None:
+            adopt(quantizer, model, name, {p: checkpoint.tensor(k, device="cpu") for p, k in parts.items()}, device)
+        elif key is not None:
             tensor = checkpoint.tensor(key, device="cpu")
-            assign(model, name, nn.Parameter(tensor.to(device, dtype if tensor.is_floating_point() else None)))
+            tensor = tensor.to(dtype if tensor.is_floating_point() else None)
+            if not adopt(quantizer, model, name, tensor, device):
+                assign(model, name, nn.Parameter(tensor.to(device)))
+    model._set_quantizer(quantizer)
     _finish(model, [n for n, p in wanted.items() if model.get_parameter(n).is_meta], dtype, device)
 
 
@@ -262,13 +280,18 @@ def _stored_names(
 
 
 def _refuse_differences(
-    model: GemmaPreTrainedModel, checkpoint: Checkpoint, wanted: dict[str, nn.Parameter], stored: dict[str, str]
+    model: GemmaPreTrainedModel,
+    checkpoint: Checkpoint,
+    wanted: dict[str, nn.Parameter],
+    stored: dict[str, str],
+    parts: set[str],
 ) -> None:
+    """`parts`: tensors of the file that belong to quantized weights."""
     where = checkpoint.files[0].parent
     missing = [n for n in wanted if n not in stored and not n.startswith(HEADS)]
     if missing:
         raise CheckpointError(f"{where} lacks {_listed(missing)}, which {type(model).__name__} needs.")
-    used = set(stored.values()) | set(_tied(model))
+    used = set(stored.values()) | set(_tied(model)) | parts
     extra = [n for n in checkpoint.names() if n not in used and not n.endswith(COMPUTED)]
     unknown = [n for n in extra if not n.startswith(HEADS)]
     if unknown:

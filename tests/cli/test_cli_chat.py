@@ -167,6 +167,7 @@ def test_at_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_leaves(tiny, tmp_path)
         terminal.until("\r\n> ")
         terminal.type(f"/save {file}\n")
         terminal.until("saved 2 messages")
+        terminal.until("\r\n> ")  # before the prompt is there, Ctrl-D would be the terminal's own end of file
         terminal.type("\x04")
     finally:
         code = terminal.end()

@@ -144,13 +144,14 @@ def _trimmed(config: GenerationConfig, prompt: Prompt, plan: Plan, found: Any, s
         return GenerateDecoderOnlyOutput(sequences=_after(prompt.ids, tokens))
     longest = int(np.asarray(found.lengths).max())
     tokens = np.asarray(found.tokens).reshape(-1, plan.room)[:, :longest]
-    scores = jnp.asarray(np.asarray(found.scores).reshape(-1)) if config.output_scores else None
+    scores = jax.device_put(np.asarray(found.scores).reshape(-1)) if config.output_scores else None
     return GenerateBeamDecoderOnlyOutput(sequences=_after(prompt.ids, tokens), sequences_scores=scores)
 
 
 def _after(ids: np.ndarray, tokens: np.ndarray) -> jax.Array:
     copies = tokens.shape[0] // ids.shape[0]
-    return jnp.asarray(np.concatenate((np.repeat(ids, copies, axis=0).astype(np.int32), tokens), axis=1))
+    # Unlike jnp.asarray, this compiles nothing for a new shape.
+    return jax.device_put(np.concatenate((np.repeat(ids, copies, axis=0).astype(np.int32), tokens), axis=1))
 
 
 def _untrimmed(prompt: Prompt, plan: Plan, found: Any, steps: Any, failed: Any) -> Output:

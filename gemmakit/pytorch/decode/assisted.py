@@ -218,20 +218,17 @@ def speculate(model: Any, prompt: Prompt, plan: Plan, drafter: Drafter) -> Gener
     run.mail.lag = 0  # a draft needs the tokens before it
     checker, rows = Checker(run, drafter), run.rows
     run.open()
-    try:
-        run.choose(rows.prefill(chunk=plan.config.prefill_chunk_size))
-        over, new = run.deliver(), run.latest
-        while not over:
-            start = time.perf_counter()
-            proposal = drafter.propose(rows.ids, new, plan.total - rows.length - 1)
-            if proposal is None:
-                run.choose(rows.next())
-                over, new, accepted = run.deliver(), run.latest, 0
-            else:
-                new, accepted, over = checker.round(proposal)
-            drafter.learn(0 if proposal is None else len(proposal.tokens), accepted, time.perf_counter() - start)
-    finally:
-        run.close()
+    run.choose(rows.prefill(chunk=plan.config.prefill_chunk_size))
+    over, new = run.deliver(), run.latest
+    while not over:
+        start = time.perf_counter()
+        proposal = drafter.propose(rows.ids, new, plan.total - rows.length - 1)
+        if proposal is None:
+            run.choose(rows.next())
+            over, new, accepted = run.deliver(), run.latest, 0
+        else:
+            new, accepted, over = checker.round(proposal)
+        drafter.learn(0 if proposal is None else len(proposal.tokens), accepted, time.perf_counter() - start)
     return run.output()
 
 

@@ -120,17 +120,14 @@ def contrastive_search(model: Any, prompt: Prompt, plan: Plan) -> GenerateDecode
     rows = run.rows
     rows.hidden_states = True
     run.open()
-    try:
-        out = rows.prefill()
-        width = out.hidden_states[-1].shape[1]
-        memory = Memory(out.hidden_states[-1], rows.mask, plan.total - rows.length)
-        ahead = LookAhead(rows, width)
-        while True:
-            out = _step(run, out, memory, ahead)
-            if run.deliver():
-                break
-    finally:
-        run.close()
+    out = rows.prefill()
+    width = out.hidden_states[-1].shape[1]
+    memory = Memory(out.hidden_states[-1], rows.mask, plan.total - rows.length)
+    ahead = LookAhead(rows, width)
+    while True:
+        out = _step(run, out, memory, ahead)
+        if run.deliver():
+            break
     return run.output()
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -84,54 +85,55 @@ class GenerationMixin:
             PromptTooLong: prompt and new tokens do not fit the context or the cache.
             NumericalError: a step has no finite score to choose by.
         """
-        if inputs is not None and input_ids is not None:
-            raise InputError("inputs and input_ids are the same argument: give one of them.")
-        own = _own_arguments(custom_generate, settings)
-        config = (generation_config or self.generation_config).updated(**settings)
-        config.validate(self.config.vocab_size)
-        strategy = choose(config, assistant_model, streamer, self)
-        ids = inputs if input_ids is None else input_ids
-        spare = tried(strategy, config)
-        prompt, new = prepare(self, config, ids, attention_mask, inputs_embeds, past_key_values, spare)
-        if config.token_healing:
-            heal(self, prompt, tokenizer)
-        rows = len(prompt.ids) * copies(strategy, config)
-        if streamer is not None and rows > 1:
-            raise InputError(f"a streamer follows one row, and this call has {rows}: stream them one at a time.")
-        length, vocabulary = prompt.ids.shape[1], self.config.vocab_size
-        context = _context(
-            self,
-            config,
-            prompt,
-            total=length + new,
-            custom=tuple(logits_processor or ()),
-            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
-            negative_ids=negative_prompt_ids,
-            negative_mask=negative_prompt_attention_mask,
-            constraint=constraint(config, tokenizer, vocabulary, length),
-        )
-        noise = exponential(_generators(config, generator, prompt, strategy))
-        plan = Plan(
-            config=config,
-            total=length + new,
-            pad=_pad(config),
-            eos=context.eos,
-            pick=sampler(noise) if config.do_sample else greedy,
-            noise=noise,
-            processors=processors.build(context),
-            criteria=stopping.build(config, tokenizer, tuple(stopping_criteria or ()), vocabulary),
-            copies=copies(strategy, config),
-            streamer=streamer,
-            assistant=assistant_model,
-            record=_recorder(config),
-        )
-        if custom_generate is not None:
-            return _run_custom(custom_generate, self, prompt, plan, own)
-        out = STRATEGIES[strategy](self, prompt, plan)
-        if config.return_dict_in_generate:
-            out.past_key_values = out.past_key_values if config.use_cache else None
-            return out
-        return out.sequences
+        with _ended(streamer):
+            if inputs is not None and input_ids is not None:
+                raise InputError("inputs and input_ids are the same argument: give one of them.")
+            own = _own_arguments(custom_generate, settings)
+            config = (generation_config or self.generation_config).updated(**settings)
+            config.validate(self.config.vocab_size)
+            strategy = choose(config, assistant_model, streamer, self)
+            ids = inputs if input_ids is None else input_ids
+            spare = tried(strategy, config)
+            prompt, new = prepare(self, config, ids, attention_mask, inputs_embeds, past_key_values, spare)
+            if config.token_healing:
+                heal(self, prompt, tokenizer)
+            rows = len(prompt.ids) * copies(strategy, config)
+            if streamer is not None and rows > 1:
+                raise InputError(f"a streamer follows one row, and this call has {rows}: stream them one at a time.")
+            length, vocabulary = prompt.ids.shape[1], self.config.vocab_size
+            context = _context(
+                self,
+                config,
+                prompt,
+                total=length + new,
+                custom=tuple(logits_processor or ()),
+                prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+                negative_ids=negative_prompt_ids,
+                negative_mask=negative_prompt_attention_mask,
+                constraint=constraint(config, tokenizer, vocabulary, length),
+            )
+            noise = exponential(_generators(config, generator, prompt, strategy))
+            plan = Plan(
+                config=config,
+                total=length + new,
+                pad=_pad(config),
+                eos=context.eos,
+                pick=sampler(noise) if config.do_sample else greedy,
+                noise=noise,
+                processors=processors.build(context),
+                criteria=stopping.build(config, tokenizer, tuple(stopping_criteria or ()), vocabulary),
+                copies=copies(strategy, config),
+                streamer=streamer,
+                assistant=assistant_model,
+                record=_recorder(config),
+            )
+            if custom_generate is not None:
+                return _run_custom(custom_generate, self, prompt, plan, own)
+            out = STRATEGIES[strategy](self, prompt, plan)
+            if config.return_dict_in_generate:
+                out.past_key_values = out.past_key_values if config.use_cache else None
+                return out
+            return out.sequences
 
     def generate_batch(
         self,
@@ -176,6 +178,16 @@ def _context(model: Any, config: GenerationConfig, prompt: Prompt, **given: Any)
         unseen=0 if prompt.embeds is None else prompt.embeds.shape[1] - ids.shape[1],
         **given,
     )
+
+
+@contextmanager
+def _ended(streamer: Streamer | None) -> Iterator[None]:
+    """Tell the streamer that nothing more comes, however generate() ends: whoever reads it must not wait forever."""
+    try:
+        yield
+    finally:
+        if streamer is not None:
+            streamer.end()
 
 
 def _generators(

@@ -23,8 +23,8 @@ from gemmakit.pytorch.decode.prompt import Prompt
 from gemmakit.pytorch.decode.sampling import Noise, greedy, sampler
 
 DEFAULT_NGRAM = 2
-# Share of the time that fruitless proposals may take.
-LOSS = 0.05
+# Share of the time that fruitless proposals may take; with the bookkeeping it stays under 5 %.
+LOSS = 0.04
 # What a proposed token adds to a pass, as a share of a pass over one token, until it has been measured here.
 WIDTH_COST = {"cuda": 0.02, "cpu": 0.25}
 REMEMBERED = 15
@@ -58,38 +58,37 @@ class Ngrams:
 class Ledger:
     """How many tokens may be proposed, so that even if none of them is right no more than LOSS of the time is lost.
 
-    In units of a pass over one token: deciding n tokens one by one takes n; with proposals it takes n, less one for
-    each accepted token, plus the width cost for each proposed one. So the proposals so far have lost
-    cost * proposed - accepted, and LOSS * n may be lost: the difference is what the next proposal may cost.
-    The width cost is the median of what this call's own wide passes took beyond its plain ones.
+    In units of a pass over one token: n tokens one by one take n. A pass that checks proposals takes more, as measured
+    against this call's own plain passes, and saves one for each accepted token. What the proposals have cost beyond
+    what they saved may reach LOSS * n; what is left of that, over the mean cost of a proposed token, may be proposed.
     """
 
     def __init__(self, device: torch.device):
         self.cost = WIDTH_COST.get(device.type, WIDTH_COST["cpu"])
-        self.decided = self.proposed = self.accepted = 0
+        self.balance = 0.0
         self._plain: deque[float] = deque(maxlen=REMEMBERED)
         self._wide: deque[tuple[int, float]] = deque(maxlen=REMEMBERED)
 
     def affordable(self) -> int:
-        balance = LOSS * self.decided + self.accepted - self.cost * self.proposed
-        return max(0, int(balance / self.cost))
+        return max(0, int(self.balance / self.cost))
 
     def enter(self, proposed: int, accepted: int, seconds: float | None = None) -> None:
         """Book a pass that decided accepted + 1 tokens; seconds: how long it took, when that was measured."""
-        self.decided += accepted + 1
-        self.proposed += proposed
-        self.accepted += accepted
-        if seconds is not None:
-            self._measure(proposed, seconds)
-
-    def _measure(self, proposed: int, seconds: float) -> None:
-        if not proposed:
+        self.balance += LOSS * (accepted + 1) + accepted
+        if proposed:
+            self.balance -= self._spent(proposed, seconds)
+        elif seconds is not None:
             self._plain.append(seconds)
-            return
-        self._wide.append((proposed, seconds))
-        if len(self._plain) > 2 and len(self._wide) > 2:
-            plain = median(self._plain)
-            self.cost = max(0.005, median((took - plain) / (k * plain) for k, took in self._wide))
+
+    def _spent(self, proposed: int, seconds: float | None) -> float:
+        if seconds is None or len(self._plain) < 3:
+            return self.cost * proposed
+        # A machine that stalls is not the proposal's doing: k tokens more never take longer than k passes and one.
+        extra = min(max(seconds / median(self._plain) - 1, 0.0), proposed + 1.0)
+        self._wide.append((proposed, extra))
+        tokens, passes = map(sum, zip(*self._wide, strict=True))
+        self.cost = max(0.005, passes / tokens)
+        return extra
 
 
 class HeldNoise:

@@ -34,10 +34,6 @@ class Run:
         if self.plan.streamer is not None and self.first:
             self.plan.streamer.put(self.rows.ids.cpu())
 
-    def close(self) -> None:
-        if self.plan.streamer is not None:
-            self.plan.streamer.end()
-
     def choose(self, out: Any) -> None:
         """Pick the next token of each row, write it down and send it off."""
         logits = out.logits[:, -1].float()
@@ -83,10 +79,7 @@ def decode(model: Any, prompt: Prompt, plan: Plan) -> GenerateDecoderOnlyOutput:
     """Run the loop to the end: one token a row and step, picked by `plan.pick`."""
     run = Run(model, prompt, plan)
     run.open()
-    try:
-        run.choose(run.rows.prefill(plan.copies, plan.config.prefill_chunk_size))
-        while not run.deliver():
-            run.choose(run.rows.next())
-    finally:
-        run.close()
+    run.choose(run.rows.prefill(plan.copies, plan.config.prefill_chunk_size))
+    while not run.deliver():
+        run.choose(run.rows.next())
     return run.output()

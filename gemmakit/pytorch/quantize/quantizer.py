@@ -26,6 +26,7 @@ class Quantizer(Protocol):
 
     config: Any
     bits: int
+    stored: bool  # the checkpoint's weights are quantized already
 
     def require(self, device: torch.device) -> None:
         """Raise MissingDependency or InputError if this cannot run on `device`."""
@@ -56,7 +57,7 @@ class Quantizer(Protocol):
         ...
 
 
-def choose(config: GemmaConfig, asked: Any, heads: tuple[str, ...]) -> Quantizer | None:
+def choose(config: GemmaConfig, asked: Any, heads: tuple[str, ...], device_map: Any = None) -> Quantizer | None:
     """The scheme of a checkpoint or of the call, or None.
 
     Args:
@@ -64,6 +65,7 @@ def choose(config: GemmaConfig, asked: Any, heads: tuple[str, ...]) -> Quantizer
         asked: the call's quantization_config. For weights that are quantized already the layout is the file's, and
             the call decides how to compute.
         heads: prefixes of modules that are never quantized.
+        device_map: the call's, of which the configuration may exempt modules in CPU memory.
     """
     stored = config.extra.get("quantization_config")
     if stored is None and asked is None:
@@ -80,7 +82,15 @@ def choose(config: GemmaConfig, asked: Any, heads: tuple[str, ...]) -> Quantizer
     wanted.validate()
     if not wanted.is_quantizable:
         raise InputError("quantization_config asks for nothing: set load_in_4bit=True or load_in_8bit=True.")
-    return BitsAndBytesQuantizer(wanted, heads)
+    kept = _offloaded(device_map) if wanted.llm_int8_enable_fp32_cpu_offload else ()
+    return BitsAndBytesQuantizer(wanted, heads, kept, stored is not None)
+
+
+def _offloaded(device_map: Any) -> tuple[str, ...]:
+    """The modules that a map over several places sends to CPU memory or to the disk."""
+    if not isinstance(device_map, Mapping) or len({str(place) for place in device_map.values()}) == 1:
+        return ()
+    return tuple(name for name, place in device_map.items() if str(place) in ("cpu", "disk"))
 
 
 def _parsed(config: Any) -> BitsAndBytesConfig:
@@ -109,8 +119,13 @@ def stored_groups(
     if quantizer is None:
         return {}
     weights = {n: k for n, k in stored.items() if isinstance(_owner(model, n), nn.Linear) and n.endswith(".weight")}
-    groups = {name: quantizer.parts(key, checkpoint) for name, key in weights.items()}
-    return {name: parts for name, parts in groups.items() if parts}
+    groups = {name: parts for name, key in weights.items() if (parts := quantizer.parts(key, checkpoint))}
+    if quantizer.stored and not groups and not any(map(quantizer.takes, (n.rpartition(".")[0] for n in weights))):
+        raise CheckpointError(
+            f"{checkpoint.files[0].parent} holds no quantized weights, though its config.json has a "
+            "quantization_config: take that out, or quantize the weights again."
+        )
+    return groups
 
 
 def adopt(

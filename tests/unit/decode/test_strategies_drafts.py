@@ -175,7 +175,7 @@ def test_the_ledger_measures_what_width_costs():
         ledger.enter(k, 0, 0.010 * (1 + 0.5 * k))
     assert ledger.cost == pytest.approx(0.5)
     assert ledger.affordable() == 0
-    for _ in range(400):
+    for _ in range(600):
         ledger.enter(0, 0, 0.010)
     assert ledger.affordable() > 0  # it tries again, now and then
 
