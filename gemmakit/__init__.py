@@ -31,8 +31,8 @@ _HOME = {
     "Cache": "gemmakit.pytorch.cache",
     "DynamicCache": "gemmakit.pytorch.cache",
     "StaticCache": "gemmakit.pytorch.cache",
-    "OffloadedCache": "gemmakit.pytorch.cache_offloaded",
-    "QuantizedCache": "gemmakit.pytorch.cache_quantized",
+    "OffloadedCache": "gemmakit.pytorch.cache",
+    "QuantizedCache": "gemmakit.pytorch.cache",
     "BaseModelOutputWithPast": "gemmakit.outputs",
     "CausalLMOutputWithPast": "gemmakit.outputs",
     "SequenceClassifierOutputWithPast": "gemmakit.outputs",
@@ -102,9 +102,7 @@ if TYPE_CHECKING:
         TokenClassifierOutput,
     )
     from gemmakit.pipelines import Pipeline, TextGenerationPipeline, pipeline
-    from gemmakit.pytorch.cache import Cache, DynamicCache, StaticCache
-    from gemmakit.pytorch.cache_offloaded import OffloadedCache
-    from gemmakit.pytorch.cache_quantized import QuantizedCache
+    from gemmakit.pytorch.cache import Cache, DynamicCache, OffloadedCache, QuantizedCache, StaticCache
     from gemmakit.pytorch.decode.protocols import (
         LogitsProcessor,
         LogitsProcessorList,

@@ -1,4 +1,4 @@
-"""Write tests/flax/fixtures: a tiny checkpoint as transformers 4.46.3 saves it, and what its FlaxGemma computes from it.
+"""Write tests/flax/fixtures: a tiny checkpoint as transformers 4.46.3 saves it, and what its FlaxGemma makes of it.
 
 transformers removed its Flax classes afterwards, so they run in an environment of their own:
 
@@ -79,7 +79,9 @@ def main():
     model = transformers.FlaxGemmaForCausalLM(config)
     model.params = randomise(model.params)
     model.save_pretrained(FOLDER / "as_flax")
-    twin = transformers.GemmaForCausalLM.from_pretrained(FOLDER / "as_flax", from_flax=True, attn_implementation="eager")
+    twin = transformers.GemmaForCausalLM.from_pretrained(
+        FOLDER / "as_flax", from_flax=True, attn_implementation="eager"
+    )
     twin.save_pretrained(FOLDER / "as_pytorch")
     ids, mask = batch()
     with torch.no_grad():

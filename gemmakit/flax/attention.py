@@ -15,9 +15,7 @@ from gemmakit.flax.masks import Visibility
 
 
 class Attend(Protocol):
-    def __call__(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, visible: Visibility, *, scale: float
-    ) -> jax.Array: ...
+    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, visible: Visibility, *, scale: float) -> jax.Array: ...
 
 
 def weights(q: jax.Array, k: jax.Array, visible: Visibility, *, scale: float) -> jax.Array:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError, PromptTooLong
@@ -37,7 +38,7 @@ def new_cache(config: GemmaConfig, batch_size: int, max_length: int, dtype: Any,
 def append(
     layer: dict[str, jax.Array], k: jax.Array, v: jax.Array, index: jax.Array
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-    """Write k, v (B, K, S, H) at place `index` of one layer's buffers; give all keys, all values and the new buffers."""
+    """Write k, v (B, K, S, H) at place `index` of one layer's buffers; give all keys and values and the new buffers."""
     at = (0, 0, index, 0)
     key = jax.lax.dynamic_update_slice(layer["key"], k.astype(layer["key"].dtype), at)
     value = jax.lax.dynamic_update_slice(layer["value"], v.astype(layer["value"].dtype), at)
@@ -75,7 +76,7 @@ def check(cache: Cache, batch: int, queries: int) -> None:
         raise InputError(f"past_key_values is a {type(cache).__name__} that init_cache did not make.")
     if rows(cache) != batch:
         raise InputError(f"the cache holds {rows(cache)} rows and this call has {batch}: make a cache for {batch}.")
-    if isinstance(cache["index"], jax.core.Tracer):
+    if isinstance(cache["index"], Tracer):
         return  # traced: the caller's loop knows its own length
     held, room = int(cache["index"]), capacity(cache)
     if held + queries > room:

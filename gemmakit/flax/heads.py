@@ -280,9 +280,7 @@ def _check_sequence_labels(labels: Any, problem: str, batch: int, classes: int) 
     flat_shapes = [(batch,), (batch, 1)]
     allowed = flat_shapes if problem == "single_label_classification" or classes == 1 else [(batch, classes)]
     if tuple(np.shape(labels)) not in allowed:
-        raise InputError(
-            f"labels has shape {tuple(np.shape(labels))}; it must be {' or '.join(map(str, allowed))}."
-        )
+        raise InputError(f"labels has shape {tuple(np.shape(labels))}; it must be {' or '.join(map(str, allowed))}.")
     if problem == "single_label_classification":
         check_classes(labels, classes)
         return

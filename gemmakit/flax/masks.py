@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from gemmakit.errors import InputError
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Visibility:
     """What every layer of one forward pass is told about visibility.
 
@@ -25,7 +25,7 @@ class Visibility:
 
     mask: jax.Array | None = None
     blind: jax.Array | None = None
-    causal: bool = flax.struct.field(pytree_node=False, default=False)
+    causal: bool = struct.field(pytree_node=False, default=False)
 
 
 def visibility(
@@ -45,7 +45,8 @@ def visibility(
         batch, queries, keys: B, S, T; with a cache T is the whole of it.
         past: () int32, how many places of the cache stand before the first query; None without a cache.
         causal: False lets every token see every other that is not padding.
-        position_ids: (B, S) when the caller gave them and there is no cache: without a mask a restart begins a document.
+        position_ids: (B, S) when the caller gave them and there is no cache: without a mask, a restart begins a
+            document.
 
     Raises:
         InputError: a mask whose shape does not fit.

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from gemmakit.config import GemmaConfig
 from gemmakit.flax.attention import IMPLEMENTATIONS, mix, weights
@@ -32,7 +32,7 @@ from gemmakit.flax.training import causal_loss, check_token_labels, next_tokens
 from gemmakit.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Step:
     """What is the same for every layer of one forward pass: rotary tables, visibility, the cache's first free place."""
 
@@ -42,7 +42,7 @@ class Step:
     index: jax.Array | None = None
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Trace:
     """What a layer leaves behind: its buffers of the cache, its input and its weights, those that are asked for."""
 
@@ -96,9 +96,7 @@ class FlaxGemmaDecoderLayer(nn.Module):
     wanted: Wanted = Wanted()
 
     @nn.compact
-    def __call__(
-        self, hidden: jax.Array, cache: dict[str, jax.Array] | None, step: Step
-    ) -> tuple[jax.Array, Trace]:
+    def __call__(self, hidden: jax.Array, cache: dict[str, jax.Array] | None, step: Step) -> tuple[jax.Array, Trace]:
         """hidden: (B, S, D), same out."""
         c, given = self.config, hidden if self.wanted.hidden_states else None
         attention = FlaxGemmaAttention(c, self.dtype, self.wanted, name="self_attn")

@@ -48,7 +48,7 @@ def _part(i: int, change: Rearrange = _same) -> Rearrange:
 
 
 # What google-deepmind/gemma writes for Gemma 1: our path -> the names it may have there, and how it becomes ours.
-# Einsum weights are q (N, D, H), kv (2, K, D, H), qkv (3, N, D, H), attn_vec (N, H, D), gating (2, D, F), linear (F, D).
+# Shapes there: q (N, D, H), kv (2, K, D, H), qkv (3, N, D, H), attn_vec (N, H, D), gating (2, D, F), linear (F, D).
 # Older releases store the two of the MLP as plain arrays, later ones in a dictionary under "w".
 ORBAX: dict[str, tuple[tuple[str, Rearrange], ...]] = {
     "embed_tokens/embedding": (("embedder/input_embedding", _same),),

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import warnings
-import zlib
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -14,16 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemmakit.checkpoint import LazyTensor, require_memory, save_checkpoint
+from gemmakit.checkpoint import save_checkpoint
 from gemmakit.config import HUB_ARGUMENTS, GemmaConfig
-from gemmakit.errors import CheckpointError, InputError, TokenOutOfRange, UnsafeFile
-from gemmakit.files import write_text
+from gemmakit.errors import InputError, TokenOutOfRange, UnsafeFile
 from gemmakit.flax import cache as caches
 from gemmakit.flax.attention import implementation
-from gemmakit.flax.layers import embedding_init
-from gemmakit.flax.names import PREFIX, flat, nested, pytorch_name, stack_layers, unstack_layers
+from gemmakit.flax.loading import config_of, dtype_of, fresh, load, pytorch_tensor, save_msgpack
+from gemmakit.flax.names import flat, nested, pytorch_name, stack_layers, unstack_layers
 from gemmakit.flax.sharding import Rules
-from gemmakit.flax.sources import MSGPACK, Source, is_head, is_orbax, open_source, orbax_config
+from gemmakit.flax.sources import is_orbax, open_source
 from gemmakit.flax.static import FrozenConfig, Wanted
 from gemmakit.flax.training import known
 from gemmakit.generation import GenerationConfig
@@ -67,7 +64,7 @@ class FlaxGemmaPreTrainedModel:
             raise InputError(f"config is a {type(config).__name__}; give a GemmaConfig, or use from_pretrained.")
         config.attn_implementation = implementation(config.attn_implementation)
         self.config = config
-        self.dtype = _dtype(dtype)
+        self.dtype = dtype_of(dtype)
         self.input_shape = input_shape
         self.scan_layers = scan_layers
         self.gradient_checkpointing = gradient_checkpointing
@@ -132,9 +129,7 @@ class FlaxGemmaPreTrainedModel:
             return self.params_shape_tree
         return jax.eval_shape(stack_layers, self.params_shape_tree)
 
-    def init_weights(
-        self, rng: jax.Array, input_shape: tuple[int, int] = (1, 1), params: Any = None
-    ) -> dict[str, Any]:
+    def init_weights(self, rng: jax.Array, input_shape: tuple[int, int] = (1, 1), params: Any = None) -> dict[str, Any]:
         """Fresh parameters: normal(0, initializer_range) for matrices, zero for biases, norms and the padding row.
 
         params: a tree whose leaves are kept; only what it lacks is made.
@@ -293,17 +288,19 @@ class FlaxGemmaPreTrainedModel:
         kwargs = {k: v for k, v in kwargs.items() if k not in _ALWAYS}
         where = {k: kwargs.pop(k) for k in (*HUB_ARGUMENTS, "variant") if k in kwargs}
         hub = {k: v for k, v in where.items() if k != "variant"}
-        config = _config(name, config, hub, kwargs)
+        config = config_of(name, config, hub, kwargs)
         config.attn_implementation = attn_implementation or config.attn_implementation
         model = cls(config, input_shape, seed, jnp.float32, _do_init=False, scan_layers=scan_layers)
         shapes = flat(model.params_shape_tree)
         source = open_source(name, shapes, config, {**where, "allow_pickle": allow_pickle})
         rules = None if mesh is None else Rules(mesh, config, mesh_axes)
-        params = _load(model, source, shapes, param_dtype, rules, ignore_mismatched_sizes)
+        params = load(model, source, shapes, param_dtype, rules, ignore_mismatched_sizes)
         found = None if is_orbax(name) else find_file(name, "generation_config.json", optional=True, **hub)
         if found is not None:
             model.generation_config = GenerationConfig.from_pretrained(found.parent)
-        model.dtype = _dtype(next(iter(params.values())).dtype if isinstance(dtype, str) and dtype == "auto" else dtype)
+        model.dtype = dtype_of(
+            next(iter(params.values())).dtype if isinstance(dtype, str) and dtype == "auto" else dtype
+        )
         model.rules, model.name_or_path = rules, str(name)
         if not _do_init:
             return model, nested(params)
@@ -342,10 +339,10 @@ class FlaxGemmaPreTrainedModel:
             "generation_config.json": self.generation_config.to_json_string(),
         }
         if safe_serialization:
-            tensors = {pytorch_name(path)[0]: _pytorch_tensor(path, leaf) for path, leaf in leaves.items()}
+            tensors = {pytorch_name(path)[0]: pytorch_tensor(path, leaf) for path, leaf in leaves.items()}
             save_checkpoint(tensors, folder, max_shard_size=max_shard_size, extra_files=files)
         else:
-            _save_msgpack(leaves, folder, files)
+            save_msgpack(leaves, folder, files)
         if push_to_hub:
             push_folder(folder, kwargs.pop("repo_id", folder.name), **kwargs)
         elif kwargs:
@@ -378,107 +375,6 @@ def _shapes(module: nn.Module) -> dict[str, Any]:
     return made["params"]
 
 
-def fresh(path: str, shape: Any, key: jax.Array, config: GemmaConfig) -> jax.Array:
-    """One fresh parameter. Made leaf by leaf: compiled together, the random numbers of all layers take minutes."""
-    last = path.rpartition("/")[2]
-    if last in ("weight", "bias"):
-        return jnp.zeros(shape.shape, shape.dtype)
-    pad = config.pad_token_id if last == "embedding" else None
-    # A path gives the same numbers in every class that has it.
-    return _drawn(key, np.uint32(zlib.crc32(path.removeprefix(PREFIX).encode())), shape.shape, config.initializer_range, pad)
-
-
-@functools.partial(jax.jit, static_argnames=("shape", "std", "pad"))
-def _drawn(key: jax.Array, salt: np.uint32, shape: tuple[int, ...], std: float, pad: int | None) -> jax.Array:
-    return embedding_init(std, pad)(jax.random.fold_in(key, salt), shape)
-
-
-def _config(name: Any, config: GemmaConfig | None, hub: dict[str, Any], overrides: dict[str, Any]) -> GemmaConfig:
-    if config is not None:
-        if overrides:
-            raise InputError(f"config and {', '.join(overrides)} are both given: set the fields in the config.")
-        return config
-    if is_orbax(name):
-        config = orbax_config(Path(name))
-        config.update(overrides)
-        return config
-    config = GemmaConfig.from_pretrained(name, **hub, **overrides)
-    unknown = [k for k in overrides if k in config.extra]
-    if unknown:
-        raise InputError(f"from_pretrained has no argument {', '.join(unknown)}, nor has GemmaConfig such a field.")
-    if "quantization_config" in config.extra:
-        raise CheckpointError(f"{name} holds quantized weights, which the Flax backend cannot read.")
-    return config
-
-
-def _load(
-    model: FlaxGemmaPreTrainedModel,
-    source: Source,
-    shapes: dict[str, Any],
-    dtype: Any,
-    rules: Rules | None,
-    ignore_mismatched: bool,
-) -> dict[str, jax.Array]:
-    """path -> array, every difference between file and model named."""
-    missing = [p for p in shapes if p not in source.held and not is_head(p)]
-    if missing:
-        raise CheckpointError(f"{source.where} lacks {_listed(missing)}, which {type(model).__name__} needs.")
-    unknown = [n for n in source.unused if not is_head(n.replace(".", "/"))]
-    if unknown:
-        raise CheckpointError(
-            f"{source.where} holds {_listed(unknown)}, for which {type(model).__name__} with this config has no place."
-        )
-    dtype = None if dtype is None else _dtype(dtype)
-    sizes = (int(np.prod(s.shape)) * (np.dtype(dtype or s.dtype if "float" in s.dtype else s.dtype)).itemsize
-             for s in source.held.values())  # fmt: skip
-    require_memory(sum(sizes), f"{source.where} as parameters")
-    out: dict[str, jax.Array] = {}
-    for path, shape in shapes.items():
-        stored = source.held.get(path)
-        if stored is not None and stored.shape != tuple(shape.shape):
-            if not (ignore_mismatched and is_head(path)):
-                raise CheckpointError(
-                    f"{path} has shape {stored.shape} in {source.where}, but the config asks for {tuple(shape.shape)}."
-                )
-            stored = None
-        if stored is None:
-            warnings.warn(f"{path} not in the checkpoint: freshly initialised. Train the model before use.", stacklevel=4)
-            value: Any = fresh(path, shape, model.key, model.config)
-        else:
-            value = stored.read()
-        out[path] = _place(value, dtype, None if rules is None else rules.parameter(path, value.shape))
-    return out
-
-
-def _place(array: Any, dtype: Any, sharding: Any) -> jax.Array:
-    """From a mapped view to its devices: each takes only its part, converted on the way."""
-    dtype = array.dtype if dtype is None else dtype
-    if sharding is None:  # on the CPU the mapped bytes themselves, where dtype and order are kept
-        return jax.device_put(array.astype(dtype, copy=False) if isinstance(array, np.ndarray) else array.astype(dtype))
-    return jax.make_array_from_callback(array.shape, sharding, lambda part: np.asarray(array[part]).astype(dtype))
-
-
-def _pytorch_tensor(path: str, leaf: jax.Array) -> LazyTensor:
-    transposed = pytorch_name(path)[1]
-    shape = tuple(leaf.shape[::-1] if transposed else leaf.shape)
-    return LazyTensor(str(leaf.dtype), shape, lambda: np.asarray(leaf).T if transposed else np.asarray(leaf))
-
-
-def _save_msgpack(leaves: dict[str, jax.Array], folder: Path, files: dict[str, str]) -> None:
-    from flax.serialization import msgpack_serialize
-
-    for name, content in files.items():
-        write_text(folder / name, content)
-    staged = folder / f".{MSGPACK}.{os.getpid()}"
-    try:
-        staged.write_bytes(msgpack_serialize(nested({path: np.asarray(leaf) for path, leaf in leaves.items()})))
-        staged.replace(folder / MSGPACK)
-    except OSError as error:
-        raise CheckpointError(f"Saving into {str(folder)!r} failed: {error.strerror or error}.") from error
-    finally:
-        staged.unlink(missing_ok=True)
-
-
 def _cast(params: Any, dtype: Any, mask: Any) -> dict[str, Any]:
     leaves = flat(params)
     chosen = dict.fromkeys(leaves, True) if mask is None else flat(mask)
@@ -488,19 +384,3 @@ def _cast(params: Any, dtype: Any, mask: Any) -> dict[str, Any]:
         path: leaf.astype(dtype) if chosen[path] and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
         for path, leaf in leaves.items()
     })  # fmt: skip
-
-
-def _dtype(dtype: Any) -> Any:
-    """A floating numpy dtype from a jax type, a numpy dtype or a name."""
-    try:
-        found = jnp.dtype(dtype)
-    except TypeError:
-        found = None
-    if found not in (jnp.dtype(n) for n in ("float32", "bfloat16", "float16")):
-        raise InputError(f"dtype is {dtype!r}; it must be float32, bfloat16 or float16.")
-    return found
-
-
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(names[:4])
-    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"

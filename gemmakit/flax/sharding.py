@@ -52,7 +52,9 @@ def make_mesh(data: int = 1, tensor: int | None = None, devices: Sequence[Any] |
     devices = list(jax.devices() if devices is None else devices)
     tensor = len(devices) // data if tensor is None and data > 0 else tensor
     if tensor is None or data < 1 or tensor < 1 or data * tensor > len(devices):
-        raise InputError(f"a mesh of data={data} and tensor={tensor} needs {data} x {tensor} of {len(devices)} devices.")
+        raise InputError(
+            f"a mesh of data={data} and tensor={tensor} needs {data} x {tensor} of {len(devices)} devices."
+        )
     grid = np.asarray(devices[: data * tensor], dtype=object).reshape(data, tensor)
     return Mesh(grid, ("data", "tensor"))
 
@@ -63,7 +65,7 @@ class Rules:
     def __init__(self, mesh: Mesh, config: GemmaConfig, axes: Mapping[str, str | None] | None = None):
         self.mesh = mesh
         self.axes = {**AXES, **(axes or {})}
-        # What cannot be shared out evenly stays whole: a head is never cut, and multi-query's one kv head is everyone's.
+        # What cannot be shared out evenly stays whole: no head is cut, and multi-query's one kv head is everyone's.
         self.counts = {
             "vocab": config.vocab_size,
             "heads": config.num_attention_heads,

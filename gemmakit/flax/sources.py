@@ -29,7 +29,7 @@ COMPUTED = ("rotary_emb.inv_freq",)
 
 @dataclass(frozen=True)
 class Stored:
-    """One parameter in a file: shape and dtype name as the model has them, and how to read it (a view where it can be)."""
+    """One parameter in a file: shape and dtype name as the model has them, and how to read it (as a view if possible)."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -45,7 +45,9 @@ class Source:
     unused: list[str] = field(default_factory=list)
 
 
-def open_source(name: str | os.PathLike[str], paths: Iterable[str], config: GemmaConfig, where: dict[str, Any]) -> Source:
+def open_source(
+    name: str | os.PathLike[str], paths: Iterable[str], config: GemmaConfig, where: dict[str, Any]
+) -> Source:
     """Find the weights of `paths`: safetensors first, then msgpack, then Orbax.
 
     where: what `open_checkpoint` takes besides the name. Raises CheckpointError, UnsafeFile, HubError.
@@ -121,8 +123,6 @@ def _read_msgpack(path: Path) -> dict[str, np.ndarray]:
     except Exception as error:  # a damaged file can raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path} is no Flax msgpack checkpoint: {reason}. Download or save it again.") from error
-    # Large leaves of a sharded file already have their whole path as one key.
-    arrays = {name: value for name, value in arrays.items()}
     if not arrays or not all(isinstance(v, np.ndarray) for v in arrays.values()):
         raise CheckpointError(f"{path} does not hold a tree of arrays. Download or save it again.")
     return arrays
@@ -131,7 +131,9 @@ def _read_msgpack(path: Path) -> dict[str, np.ndarray]:
 def is_orbax(name: str | os.PathLike[str]) -> bool:
     """Whether this is a folder that Orbax wrote."""
     folder = Path(name)
-    return folder.is_dir() and not (folder / "config.json").is_file() and any((folder / m).exists() for m in ORBAX_MARKS)
+    return (
+        folder.is_dir() and not (folder / "config.json").is_file() and any((folder / m).exists() for m in ORBAX_MARKS)
+    )
 
 
 def _read_orbax(folder: Path) -> dict[str, np.ndarray]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 from dataclasses import fields
 
-import flax
 import jax
+from flax import struct
 
 from gemmakit import outputs
 from gemmakit.config import GemmaConfig
@@ -35,13 +35,13 @@ class FrozenConfig(GemmaConfig):
         return f"FrozenConfig({self.num_hidden_layers} layers of {self.hidden_size})"
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Wanted:
     """What a forward pass is to do besides hidden states. All of it is known before tracing."""
 
-    train: bool = flax.struct.field(pytree_node=False, default=False)
-    attentions: bool = flax.struct.field(pytree_node=False, default=False)
-    hidden_states: bool = flax.struct.field(pytree_node=False, default=False)
+    train: bool = struct.field(pytree_node=False, default=False)
+    attentions: bool = struct.field(pytree_node=False, default=False)
+    hidden_states: bool = struct.field(pytree_node=False, default=False)
 
 
 def _register(cls: type) -> None:

@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.core import Tracer
 
 from gemmakit.errors import InputError
+from gemmakit.flax.names import flat, nested
 
 IGNORED_LABEL = -100
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -39,7 +40,7 @@ def next_tokens(labels: jax.Array) -> jax.Array:
 
 def known(*arrays: Any) -> bool:
     """Whether the numbers can be looked at: inside jit, grad and vmap they cannot."""
-    return not any(isinstance(a, jax.core.Tracer) for a in arrays)
+    return not any(isinstance(a, Tracer) for a in arrays)
 
 
 def check_token_labels(labels: Any, input_ids: Any, classes: int) -> Any:
@@ -81,24 +82,24 @@ def init_lora(
             f"LoRA of rank {rank} on {', '.join(targets) or 'nothing'}: the rank must be at least 1 and the targets "
             f"among {', '.join(LORA_TARGETS)}."
         )
-    out: dict[tuple[str, ...], jax.Array] = {}
-    for path, kernel in flatten_dict(params).items():
-        if path[-1] == "kernel" and path[-2] in targets:
+    out: dict[str, jax.Array] = {}
+    for path, kernel in flat(params).items():
+        above, _, last = path.rpartition("/")
+        if last == "kernel" and above.rpartition("/")[2] in targets:
             *stack, wide, narrow = kernel.shape
             rng, key = jax.random.split(rng)
-            drawn = jax.random.normal(key, (*stack, wide, rank), jnp.float32) * wide**-0.5
-            out[(*path[:-1], "a")] = drawn
-            out[(*path[:-1], "b")] = jnp.zeros((*stack, rank, narrow), jnp.float32)
-    return unflatten_dict(out)
+            out[f"{above}/a"] = jax.random.normal(key, (*stack, wide, rank), jnp.float32) * wide**-0.5
+            out[f"{above}/b"] = jnp.zeros((*stack, rank, narrow), jnp.float32)
+    return nested(out)
 
 
 def merge_lora(params: Any, lora: Any) -> dict[str, Any]:
     """The parameters with every adapter's product added to its kernel, in the kernel's dtype."""
-    flat = dict(flatten_dict(params))
-    adapters = flatten_dict(lora)
+    out, adapters = flat(params), flat(lora)
     for path, a in adapters.items():
-        if path[-1] == "a":
-            kernel = flat[(*path[:-1], "kernel")]
-            update = a.astype(jnp.float32) @ adapters[(*path[:-1], "b")].astype(jnp.float32)
-            flat[(*path[:-1], "kernel")] = (kernel.astype(jnp.float32) + update).astype(kernel.dtype)
-    return unflatten_dict(flat)
+        above, _, last = path.rpartition("/")
+        if last == "a":
+            kernel = out[f"{above}/kernel"]
+            update = a.astype(jnp.float32) @ adapters[f"{above}/b"].astype(jnp.float32)
+            out[f"{above}/kernel"] = (kernel.astype(jnp.float32) + update).astype(kernel.dtype)
+    return nested(out)

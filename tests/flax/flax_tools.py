@@ -84,7 +84,7 @@ def apart(ours, theirs, mask=None):
 
 
 def flat(tree):
-    """"a/b/c" -> leaf."""
+    """The leaves by path, "a/b/c"."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {"/".join(str(key.key) for key in path): leaf for path, leaf in leaves}
 

@@ -123,7 +123,14 @@ def test_orbax_checkpoints_of_google_deepmind_gemma_are_read(both, tmp_path, sha
     ours = FlaxGemmaForCausalLM.from_pretrained(tmp_path / "orbax", config=config)
     equal_trees(ours.params, pair.flax.params)
     guessed = FlaxGemmaForCausalLM.from_pretrained(tmp_path / "orbax").config
-    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"):
+    for name in (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+    ):
         assert getattr(guessed, name) == getattr(config, name)
 
 
@@ -201,7 +208,9 @@ def test_saved_generation_settings_come_back(both, tmp_path):
 def test_pickles_are_refused_unless_asked_for(both, tmp_path):
     pair = both("mqa")
     (tmp_path / "config.json").write_text((pair.folder / "config.json").read_text())
-    torch.save({n: t for n, t in pair.torch.state_dict().items() if n != "lm_head.weight"}, tmp_path / "pytorch_model.bin")
+    torch.save(
+        {n: t for n, t in pair.torch.state_dict().items() if n != "lm_head.weight"}, tmp_path / "pytorch_model.bin"
+    )
     with pytest.raises(UnsafeFile, match="allow_pickle"):
         FlaxGemmaForCausalLM.from_pretrained(tmp_path)
     equal_trees(FlaxGemmaForCausalLM.from_pretrained(tmp_path, allow_pickle=True).params, pair.flax.params)

@@ -124,8 +124,8 @@ def test_scores_of_beams_are_pytorchs(pair):
 
 def test_what_forbids_and_shapes_is_pytorchs(pair):
     ids, mask = batch("left")
-    settings = dict(repetition_penalty=1.4, min_new_tokens=6, suppress_tokens=[9, 12, 33], begin_suppress_tokens=[50, 51],
-                    forced_eos_token_id=7, eos_token_id=[*EOS, 7])  # fmt: skip
+    settings = dict(repetition_penalty=1.4, min_new_tokens=6, suppress_tokens=[9, 12, 33],
+                    begin_suppress_tokens=[50, 51], forced_eos_token_id=7, eos_token_id=[*EOS, 7])  # fmt: skip
     same_tokens(pair.flax, pair.torch, ids, mask, max_new_tokens=12, **settings)
 
 
@@ -300,4 +300,13 @@ def test_greedy_tokens_of_the_demo_model_are_pytorchs():
         same_tokens(ours, oracle, *left_padded(rows[at : at + 10]), max_new_tokens=16)
 
 
-WORDS = ("The yield statement", "What is", "A list", "In Python", "Return the", "def main", "3 + 4 =", "Once upon a time,")
+WORDS = (
+    "The yield statement",
+    "What is",
+    "A list",
+    "In Python",
+    "Return the",
+    "def main",
+    "3 + 4 =",
+    "Once upon a time,",
+)

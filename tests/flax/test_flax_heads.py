@@ -70,7 +70,9 @@ def test_dropout_is_drawn_from_the_key_in_training_alone(token):
     ours, _ = token
     ids, mask = batch("left")
     keys = jax.random.split(jax.random.PRNGKey(0))
-    first, again, other = (np.asarray(ours(ids, mask, train=True, dropout_rng=k).logits) for k in (keys[0], keys[0], keys[1]))
+    first, again, other = (
+        np.asarray(ours(ids, mask, train=True, dropout_rng=k).logits) for k in (keys[0], keys[0], keys[1])
+    )
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
     with pytest.raises(InputError, match="dropout_rng"):

@@ -21,7 +21,12 @@ def fresh():
 
 
 def test_names_at_the_top_are_the_classes():
-    for name in ("FlaxGemmaModel", "FlaxGemmaForCausalLM", "FlaxGemmaForSequenceClassification", "FlaxGemmaForTokenClassification"):
+    for name in (
+        "FlaxGemmaModel",
+        "FlaxGemmaForCausalLM",
+        "FlaxGemmaForSequenceClassification",
+        "FlaxGemmaForTokenClassification",
+    ):
         assert getattr(gemmakit, name).__name__ == name
         assert name in gemmakit.__all__
 

@@ -74,7 +74,7 @@ def test_bfloat16_is_close_to_pytorch_in_bfloat16(both, shape):
 
 
 def test_bfloat16_is_as_near_to_float32_as_pytorch(both):
-    """The tolerance above could hide a lost float32 step; the error against float32 may not be larger than PyTorch's."""
+    """The tolerance above could hide a lost float32 step: the error against float32 may not be above PyTorch's."""
     pair = both("mqa")
     half = FlaxGemmaForCausalLM.from_pretrained(pair.folder, jnp.bfloat16, param_dtype=jnp.bfloat16)
     theirs = gemmakit.GemmaForCausalLM.from_pretrained(pair.folder, dtype=torch.bfloat16)
@@ -151,7 +151,9 @@ def test_scanned_layers_compute_the_same_from_the_same_names(both):
     asked = dict(output_hidden_states=True, output_attentions=True)
     ours, theirs = scanned(ids, mask, **asked), pair.flax(ids, mask, **asked)
     assert apart(ours.logits, theirs.logits, mask) < 1e-6
-    for mine, other in zip((*ours.hidden_states, *ours.attentions), (*theirs.hidden_states, *theirs.attentions), strict=True):
+    for mine, other in zip(
+        (*ours.hidden_states, *ours.attentions), (*theirs.hidden_states, *theirs.attentions), strict=True
+    ):
         np.testing.assert_allclose(mine, other, atol=2e-5)
     cache = scanned.init_cache(3, 12)
     assert apart(scanned(ids, mask, past_key_values=cache).logits, theirs.logits, mask) < 1e-6
@@ -183,7 +185,9 @@ ROPES = {
 def test_rotary_tables_equal_pytorch(kind, longest):
     from gemmakit.pytorch.layers import GemmaRotaryEmbedding
 
-    config = gemmakit.GemmaConfig(head_dim=16, max_position_embeddings=96, rope_parameters=dict(rope_type=kind, **ROPES[kind]))
+    config = gemmakit.GemmaConfig(
+        head_dim=16, max_position_embeddings=96, rope_parameters=dict(rope_type=kind, **ROPES[kind])
+    )
     positions = np.stack([np.arange(longest - 12, longest), np.arange(12)])
     theirs = GemmaRotaryEmbedding(config)(torch.tensor(positions), torch.float32)
     ours = rotary_tables(config, jnp.asarray(positions), jnp.float32)
@@ -199,7 +203,10 @@ def test_bidirectional_packed_and_given_masks_equal_pytorch(both):
     cases.append(dict(position_ids=np.tile([0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3], (3, 1))))
     seen = np.random.default_rng(0).random((3, 1, 11, 11)) < 0.6
     seen[1, 0, 4] = False  # this query may look nowhere
-    cases += [dict(attention_mask=seen), dict(attention_mask=np.where(seen, 0.0, np.finfo(np.float32).min).astype(np.float32))]
+    cases += [
+        dict(attention_mask=seen),
+        dict(attention_mask=np.where(seen, 0.0, np.finfo(np.float32).min).astype(np.float32)),
+    ]
     for case in cases:
         theirs = pair.torch(as_torch(ids), **{k: v if isinstance(v, bool) else as_torch(v) for k, v in case.items()})
         assert apart(pair.flax(ids, **case).logits, theirs.logits) < FLOAT32, case.keys()
@@ -242,7 +249,9 @@ def test_a_callable_activation_and_changed_configuration_take_effect(both):
 @pytest.mark.parametrize("layers", [1, 5])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_wider_grid_equals_pytorch(tmp_path, shape, layers, activation):
-    model = make_torch(**SHAPES[shape], num_hidden_layers=layers, hidden_act=activation, tie_word_embeddings=layers == 1)
+    model = make_torch(
+        **SHAPES[shape], num_hidden_layers=layers, hidden_act=activation, tie_word_embeddings=layers == 1
+    )
     model.save_pretrained(tmp_path)
     ours = FlaxGemmaForCausalLM.from_pretrained(tmp_path, scan_layers=layers == 5)
     for padding in PADDING:

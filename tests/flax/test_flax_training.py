@@ -27,7 +27,7 @@ def sorting(rng, rows=32, length=5):
 @pytest.fixture(scope="module")
 def learner():
     config = gemmakit.GemmaConfig(vocab_size=ALPHABET, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                                  num_attention_heads=4, num_key_value_heads=1, head_dim=8, max_position_embeddings=32)  # fmt: skip
+                                  num_attention_heads=4, num_key_value_heads=1, head_dim=8)  # fmt: skip
     return FlaxGemmaForCausalLM(config, seed=0)
 
 

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from gemmakit import DynamicCache, GemmaConfig, GemmaForCausalLM, StaticCache
 from gemmakit.errors import CheckpointError, InputError, PromptTooLong
-from gemmakit.pytorch import cache_files, cache_offloaded
-from gemmakit.pytorch.cache_kinds import KINDS, new_cache
-from gemmakit.pytorch.cache_offloaded import OffloadedCache
-from gemmakit.pytorch.cache_quantized import FEATURES, POSITIONS, QuantizedCache, pack, unpack
+from gemmakit.pytorch.cache import files as cache_files
+from gemmakit.pytorch.cache import offloaded as cache_offloaded
+from gemmakit.pytorch.cache.kinds import KINDS, new_cache
+from gemmakit.pytorch.cache.offloaded import OffloadedCache
+from gemmakit.pytorch.cache.quantized import FEATURES, POSITIONS, QuantizedCache, pack, unpack
 
 LAYERS = 3
 # float32 sums in another order.

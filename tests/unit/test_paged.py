@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from gemmakit import DynamicCache, GemmaConfig, GemmaForCausalLM
 from gemmakit.errors import InputError, NotEnoughMemory
-from gemmakit.pytorch.paged import PagedCache, Span, bytes_per_token
+from gemmakit.pytorch.cache.paged import PagedCache, Span, bytes_per_token
 
 VOCAB = 60
 # float32 sums in another order; logits are of size 1 to 10.

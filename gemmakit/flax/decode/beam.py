@@ -9,9 +9,9 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from gemmakit.flax.cache import Cache, take_rows
 from gemmakit.flax.decode.loop import Rows, is_one_of
@@ -22,10 +22,13 @@ from gemmakit.flax.decode.sampling import Knobs, gumbel, row_keys
 UNLIKELY = -1.0e9
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Hypotheses:
-    """Some continuations of each prompt: tokens (B, n, room), scores float32 (B, n), lengths int32 (B, n), the beam each
-    continues (B, n), and whether it has ended, bool (B, n)."""
+    """Some continuations of each prompt.
+
+    tokens: (B, n, room). scores: float32 (B, n). lengths: int32 (B, n). parents: (B, n), the beam each continues. ended:
+    bool (B, n).
+    """
 
     tokens: jax.Array
     scores: jax.Array
@@ -50,7 +53,7 @@ def _joined(a: Hypotheses, b: Hypotheses) -> Hypotheses:
     return jax.tree_util.tree_map(lambda x, y: jnp.concatenate((x, y), axis=1), a, b)
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Search:
     """step: () new tokens so far. open: bool (B, 1), whether a prompt's running beams may still win. failed as in the
     token loop."""

@@ -56,8 +56,8 @@ class GenerationMixin:
             input_ids: (B, P) prompt ids, padded on the left if they differ in length; without any prompt the row starts
                 from <bos>.
             generation_config: instead of the model's own settings.
-            prng_key: draws the samples; with `seed=` row i depends on the seed and its prompt alone; with neither, every
-                call draws anew.
+            prng_key: draws the samples; with `seed=` row i depends on the seed and its prompt alone; with neither,
+                every call draws anew.
             trace: False runs the steps one by one without compiling them, to look into them.
             params: instead of the model's own.
             logits_processor: traced functions of (ids (R, P + room), scores (R, V), how many ids are there) -> scores.
@@ -111,9 +111,7 @@ class GenerationMixin:
         return found, steps, failed
 
 
-def _seeds(
-    config: GenerationConfig, plan: Plan, prompt: Prompt, prng_key: jax.Array | None
-) -> tuple[np.ndarray, Any]:
+def _seeds(config: GenerationConfig, plan: Plan, prompt: Prompt, prng_key: jax.Array | None) -> tuple[np.ndarray, Any]:
     """uint32 (rows that draw, 3), and the key they are folded into."""
     draws = 1 if "beams" in plan.on else plan.copies
     rows = prompt.ids.shape[0] * draws
@@ -136,8 +134,8 @@ def _trimmed(config: GenerationConfig, prompt: Prompt, plan: Plan, found: Any, s
     """Without the padding of the bucket, and no longer than the longest row."""
     if int(failed):
         raise NumericalError(
-            f"step {int(failed)}: no token has a finite score (NaN or infinity in the weights or logits, or every token "
-            "forbidden). Check weights and processors, or use float32."
+            f"step {int(failed)}: no token has a finite score (NaN or infinity in the weights or logits, or every "
+            "token forbidden). Check weights and processors, or use float32."
         )
     if "beams" not in plan.on:
         tokens = np.asarray(found)[:, : int(steps)]

@@ -8,9 +8,9 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from gemmakit.flax.cache import Cache, new_cache, prefilled
 from gemmakit.flax.decode.plan import Plan
@@ -54,7 +54,7 @@ class Rows:
         return process(self.plan, knobs, scores, step, ids, seen)
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class State:
     """step: () new tokens so far. token: (R,) the newest. tokens: (R, room). done: bool (R,). failed: () the step that
     had no token to choose, counted from 1, or 0."""

@@ -116,7 +116,10 @@ def refuse_unsupported(config: GenerationConfig) -> None:
             f"num_return_sequences is {config.num_return_sequences}, but greedy search has one result a prompt: "
             "set do_sample=True or num_beams."
         )
-    allowed = {"cache_implementation": (None, "static", "dynamic"), "output_scores": (False, *(True,) * (config.num_beams > 1))}
+    allowed = {
+        "cache_implementation": (None, "static", "dynamic"),
+        "output_scores": (False, *(True,) * (config.num_beams > 1)),
+    }
     for field in fields(config):
         value = getattr(config, field.name)
         fine = value in allowed[field.name] if field.name in allowed else (

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from gemmakit.errors import InputError, NumericalError
 from gemmakit.generation.ranges import is_whole
-from gemmakit.pytorch.decode.pages import PagePool
+from gemmakit.pytorch.cache.paged import PagedCache, Span, bytes_per_token
+from gemmakit.pytorch.cache.pages import PagePool
 from gemmakit.pytorch.decode.requests import Request, Row, choose, prepare_row
 from gemmakit.pytorch.decode.sampling import NO_TOKEN
 from gemmakit.pytorch.decode.scheduler import Part, Scheduler
-from gemmakit.pytorch.paged import PagedCache, Span, bytes_per_token
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError, PromptTooLong, TokenOutOfRange
 from gemmakit.generation import GenerationConfig
 from gemmakit.pytorch.cache import Cache, DynamicCache
-from gemmakit.pytorch.cache_kinds import new_cache
+from gemmakit.pytorch.cache.kinds import new_cache
 
 DEFAULT_NEW_TOKENS = 20
 

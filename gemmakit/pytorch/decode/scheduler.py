@@ -12,7 +12,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from gemmakit.errors import InputError, PromptTooLong
-from gemmakit.pytorch.decode.pages import Holding, PagePool
+from gemmakit.pytorch.cache.pages import Holding, PagePool
 
 
 @dataclass(eq=False)

@@ -138,5 +138,3 @@ def _package() -> Any:
             "BitsAndBytesConfig needs the bitsandbytes package: pip install 'gemmakit[quantization]'."
         ) from e
     return bitsandbytes
-
-

@@ -111,7 +111,9 @@ def _require_table(parts: Parts, part: str, dtype: str, count: int, checkpoint: 
     info = checkpoint.info(parts[part])
     if info.dtype != dtype or math.prod(info.shape) != count:
         raise _damaged(
-            parts, checkpoint, f"needs {count} {dtype} numbers of {part}, and the file holds {info.shape} of {info.dtype}"
+            parts,
+            checkpoint,
+            f"needs {count} {dtype} numbers of {part}, and the file holds {info.shape} of {info.dtype}",
         )
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemmakit.errors import InputError, PromptTooLong
-from gemmakit.pytorch.decode.pages import NULL_PAGE, PagePool
+from gemmakit.pytorch.cache.pages import NULL_PAGE, PagePool
 from gemmakit.pytorch.decode.scheduler import Scheduler, Sequence
 
 

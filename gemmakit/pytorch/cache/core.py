@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError, PromptTooLong
-from gemmakit.pytorch.cache_files import load_cache, save_cache
+from gemmakit.pytorch.cache.files import load_cache, save_cache
 from gemmakit.pytorch.pruning import layer_heads
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from torch import Tensor
 from gemmakit.checkpoint.memory import require_memory
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError, NotEnoughMemory
-from gemmakit.pytorch.cache import Cache
-from gemmakit.pytorch.decode.pages import NULL_PAGE
+from gemmakit.pytorch.cache.core import Cache
+from gemmakit.pytorch.cache.pages import NULL_PAGE
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from typing import Any
 
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError
-from gemmakit.pytorch.cache import Cache, DynamicCache, StaticCache
-from gemmakit.pytorch.cache_offloaded import OffloadedCache
-from gemmakit.pytorch.cache_quantized import QuantizedCache
+from gemmakit.pytorch.cache.core import Cache, DynamicCache, StaticCache
+from gemmakit.pytorch.cache.offloaded import OffloadedCache
+from gemmakit.pytorch.cache.quantized import QuantizedCache
 
 # Each is called with the configuration, the number of tokens that will come, and the caller's own settings.
 KINDS: dict[str, Callable[..., Cache]] = {

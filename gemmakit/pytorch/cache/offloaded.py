@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError
-from gemmakit.pytorch.cache import CacheLayer, DynamicCache
+from gemmakit.pytorch.cache.core import CacheLayer, DynamicCache
 
 Pair = tuple[Tensor, Tensor]
 

@@ -1,0 +1,144 @@
+"""From a checkpoint to parameters and back: configuration, every difference named, each tensor straight to its place."""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemmakit.checkpoint import LazyTensor, require_memory
+from gemmakit.config import GemmaConfig
+from gemmakit.errors import CheckpointError, InputError
+from gemmakit.files import write_text
+from gemmakit.flax.layers import embedding_init
+from gemmakit.flax.names import PREFIX, nested, pytorch_name
+from gemmakit.flax.sharding import Rules
+from gemmakit.flax.sources import MSGPACK, Source, is_head, is_orbax, orbax_config
+
+
+def fresh(path: str, shape: Any, key: jax.Array, config: GemmaConfig) -> jax.Array:
+    """One fresh parameter. Made leaf by leaf: compiled together, the random numbers of all layers take minutes."""
+    last = path.rpartition("/")[2]
+    if last in ("weight", "bias"):
+        return jnp.zeros(shape.shape, shape.dtype)
+    pad = config.pad_token_id if last == "embedding" else None
+    # A path gives the same numbers in every class that has it.
+    return _drawn(
+        key, np.uint32(zlib.crc32(path.removeprefix(PREFIX).encode())), shape.shape, config.initializer_range, pad
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "std", "pad"))
+def _drawn(key: jax.Array, salt: np.uint32, shape: tuple[int, ...], std: float, pad: int | None) -> jax.Array:
+    return embedding_init(std, pad)(jax.random.fold_in(key, salt), shape)
+
+
+def config_of(name: Any, config: GemmaConfig | None, hub: dict[str, Any], overrides: dict[str, Any]) -> GemmaConfig:
+    if config is not None:
+        if overrides:
+            raise InputError(f"config and {', '.join(overrides)} are both given: set the fields in the config.")
+        return config
+    if is_orbax(name):
+        config = orbax_config(Path(name))
+        config.update(overrides)
+        return config
+    config = GemmaConfig.from_pretrained(name, **hub, **overrides)
+    unknown = [k for k in overrides if k in config.extra]
+    if unknown:
+        raise InputError(f"from_pretrained has no argument {', '.join(unknown)}, nor has GemmaConfig such a field.")
+    if "quantization_config" in config.extra:
+        raise CheckpointError(f"{name} holds quantized weights, which the Flax backend cannot read.")
+    return config
+
+
+def load(
+    model: Any,
+    source: Source,
+    shapes: dict[str, Any],
+    dtype: Any,
+    rules: Rules | None,
+    ignore_mismatched: bool,
+) -> dict[str, jax.Array]:
+    """path -> array, every difference between file and model named."""
+    missing = [p for p in shapes if p not in source.held and not is_head(p)]
+    if missing:
+        raise CheckpointError(f"{source.where} lacks {_listed(missing)}, which {type(model).__name__} needs.")
+    unknown = [n for n in source.unused if not is_head(n.replace(".", "/"))]
+    if unknown:
+        raise CheckpointError(
+            f"{source.where} holds {_listed(unknown)}, for which {type(model).__name__} with this config has no place."
+        )
+    dtype = None if dtype is None else dtype_of(dtype)
+    sizes = (int(np.prod(s.shape)) * (np.dtype(dtype or s.dtype if "float" in s.dtype else s.dtype)).itemsize
+             for s in source.held.values())  # fmt: skip
+    require_memory(sum(sizes), f"{source.where} as parameters")
+    out: dict[str, jax.Array] = {}
+    for path, shape in shapes.items():
+        stored = source.held.get(path)
+        if stored is not None and stored.shape != tuple(shape.shape):
+            if not (ignore_mismatched and is_head(path)):
+                raise CheckpointError(
+                    f"{path} has shape {stored.shape} in {source.where}, but the config asks for {tuple(shape.shape)}."
+                )
+            stored = None
+        if stored is None:
+            warnings.warn(
+                f"{path} not in the checkpoint: freshly initialised. Train the model before use.", stacklevel=4
+            )
+            value: Any = fresh(path, shape, model.key, model.config)
+        else:
+            value = stored.read()
+        out[path] = _place(value, dtype, None if rules is None else rules.parameter(path, value.shape))
+    return out
+
+
+def _place(array: Any, dtype: Any, sharding: Any) -> jax.Array:
+    """From a mapped view to its devices: each takes only its part, converted on the way."""
+    dtype = array.dtype if dtype is None else dtype
+    if sharding is None:  # on the CPU the mapped bytes themselves, where dtype and order are kept
+        return jax.device_put(array.astype(dtype, copy=False) if isinstance(array, np.ndarray) else array.astype(dtype))
+    return jax.make_array_from_callback(array.shape, sharding, lambda part: np.asarray(array[part]).astype(dtype))
+
+
+def pytorch_tensor(path: str, leaf: jax.Array) -> LazyTensor:
+    transposed = pytorch_name(path)[1]
+    shape = tuple(leaf.shape[::-1] if transposed else leaf.shape)
+    return LazyTensor(str(leaf.dtype), shape, lambda: np.asarray(leaf).T if transposed else np.asarray(leaf))
+
+
+def save_msgpack(leaves: dict[str, jax.Array], folder: Path, files: dict[str, str]) -> None:
+    from flax.serialization import msgpack_serialize
+
+    for name, content in files.items():
+        write_text(folder / name, content)
+    staged = folder / f".{MSGPACK}.{os.getpid()}"
+    try:
+        staged.write_bytes(msgpack_serialize(nested({path: np.asarray(leaf) for path, leaf in leaves.items()})))
+        staged.replace(folder / MSGPACK)
+    except OSError as error:
+        raise CheckpointError(f"Saving into {str(folder)!r} failed: {error.strerror or error}.") from error
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def dtype_of(dtype: Any) -> Any:
+    """A floating numpy dtype from a jax type, a numpy dtype or a name."""
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found not in (jnp.dtype(n) for n in ("float32", "bfloat16", "float16")):
+        raise InputError(f"dtype is {dtype!r}; it must be float32, bfloat16 or float16.")
+    return found
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:4])
+    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
