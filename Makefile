@@ -17,9 +17,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 	@touch $@
 
 demo: .venv/run
-	@echo '$$ gemmakit run --stats "The yield statement"'
-	@$(BIN)/gemmakit run --stats --max-new-tokens 60 "The yield statement"
-	@echo '$$ gemmakit run --stats --chat "What is 34 + 58?"'
+	@echo 'gemmakit run --stats --seed 0 --temperature 0.7 --top-p 0.9 "Return the"'
+	@$(BIN)/gemmakit run --stats --seed 0 --temperature 0.7 --top-p 0.9 "Return the"
+	@echo 'gemmakit run --stats --chat "What is 34 + 58?"'
 	@$(BIN)/gemmakit run --stats --chat "What is 34 + 58?"
 
 test: .venv/test

@@ -224,8 +224,9 @@ def real_tokens(ids: Any, mask: Any, pad: int | None) -> Any:
     ids: (B, S); mask: (B, past + S) of 0 and 1, or anything else, which says nothing here.
     """
     B, S = np.shape(ids)
-    fits = mask is not None and mask.ndim == 2 and mask.shape[0] == B and mask.shape[1] >= S
-    real = mask[:, mask.shape[1] - S :] != 0 if fits else None
+    real = None
+    if mask is not None and mask.ndim == 2 and mask.shape[0] == B and mask.shape[1] >= S:
+        real = mask[:, mask.shape[1] - S :] != 0
     if pad is not None and pad >= 0:
         real = (ids != pad) if real is None else real & (ids != pad)
     return real

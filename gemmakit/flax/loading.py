@@ -1,8 +1,9 @@
-"""From a checkpoint to parameters and back: configuration, every difference named, each tensor straight to its place."""
+"""From a checkpoint to parameters and back: every difference is named, each tensor goes straight to its place."""
 
 from __future__ import annotations
 
 import functools
+import math
 import os
 import warnings
 import zlib
@@ -20,7 +21,7 @@ from gemmakit.files import write_text
 from gemmakit.flax.layers import embedding_init
 from gemmakit.flax.names import PREFIX, nested, pytorch_name
 from gemmakit.flax.sharding import Rules
-from gemmakit.flax.sources import MSGPACK, Source, is_head, is_orbax, orbax_config
+from gemmakit.flax.sources import MSGPACK, Source, Stored, is_head, is_orbax, orbax_config
 
 
 def fresh(path: str, shape: Any, key: jax.Array, config: GemmaConfig) -> jax.Array:
@@ -59,26 +60,15 @@ def config_of(name: Any, config: GemmaConfig | None, hub: dict[str, Any], overri
 
 
 def load(
-    model: Any,
-    source: Source,
-    shapes: dict[str, Any],
-    dtype: Any,
-    rules: Rules | None,
-    ignore_mismatched: bool,
+    model: Any, source: Source, shapes: dict[str, Any], dtype: Any, rules: Rules | None, ignore_mismatched: bool
 ) -> dict[str, jax.Array]:
-    """path -> array, every difference between file and model named."""
-    missing = [p for p in shapes if p not in source.held and not is_head(p)]
-    if missing:
-        raise CheckpointError(f"{source.where} lacks {_listed(missing)}, which {type(model).__name__} needs.")
-    unknown = [n for n in source.unused if not is_head(n.replace(".", "/"))]
-    if unknown:
-        raise CheckpointError(
-            f"{source.where} holds {_listed(unknown)}, for which {type(model).__name__} with this config has no place."
-        )
+    """path -> array for every path of `shapes`. dtype: None keeps what is stored.
+
+    Raises CheckpointError, naming every difference between file and model, and NotEnoughMemory.
+    """
+    _refuse_differences(type(model).__name__, source, shapes)
     dtype = None if dtype is None else dtype_of(dtype)
-    sizes = (int(np.prod(s.shape)) * (np.dtype(dtype or s.dtype if "float" in s.dtype else s.dtype)).itemsize
-             for s in source.held.values())  # fmt: skip
-    require_memory(sum(sizes), f"{source.where} as parameters")
+    _require_room(source, dtype)
     out: dict[str, jax.Array] = {}
     for path, shape in shapes.items():
         stored = source.held.get(path)
@@ -89,14 +79,32 @@ def load(
                 )
             stored = None
         if stored is None:
-            warnings.warn(
-                f"{path} not in the checkpoint: freshly initialised. Train the model before use.", stacklevel=4
-            )
-            value: Any = fresh(path, shape, model.key, model.config)
-        else:
-            value = stored.read()
+            warnings.warn(f"{path} not in the checkpoint: freshly initialised. Train it before use.", stacklevel=4)
+        value = fresh(path, shape, model.key, model.config) if stored is None else stored.read()
         out[path] = _place(value, dtype, None if rules is None else rules.parameter(path, value.shape))
     return out
+
+
+def _refuse_differences(name: str, source: Source, shapes: dict[str, Any]) -> None:
+    missing = [p for p in shapes if p not in source.held and not is_head(p)]
+    if missing:
+        raise CheckpointError(f"{source.where} lacks {_listed(missing)}, which {name} needs.")
+    unknown = [n for n in source.unused if not is_head(n.replace(".", "/"))]
+    if unknown:
+        raise CheckpointError(
+            f"{source.where} holds {_listed(unknown)}, for which {name} with this config has no place."
+        )
+    heads = [n for n in source.unused if n not in unknown and not n.startswith("lm_head")]
+    if heads:
+        warnings.warn(f"{source.where}: {_listed(heads)} not used by {name}.", stacklevel=5)
+
+
+def _require_room(source: Source, dtype: Any) -> None:
+    def size(stored: Stored) -> int:
+        changes = dtype is not None and "float" in stored.dtype
+        return math.prod(stored.shape) * np.dtype(dtype if changes else stored.dtype).itemsize
+
+    require_memory(sum(map(size, source.held.values())), f"{source.where} as parameters")
 
 
 def _place(array: Any, dtype: Any, sharding: Any) -> jax.Array:
@@ -134,7 +142,7 @@ def dtype_of(dtype: Any) -> Any:
         found = jnp.dtype(dtype)
     except TypeError:
         found = None
-    if found not in (jnp.dtype(n) for n in ("float32", "bfloat16", "float16")):
+    if str(found) not in ("float32", "bfloat16", "float16"):
         raise InputError(f"dtype is {dtype!r}; it must be float32, bfloat16 or float16.")
     return found
 

@@ -46,9 +46,9 @@ class Step:
 class Trace:
     """What a layer leaves behind: its buffers of the cache, its input and its weights, those that are asked for."""
 
-    cache: dict[str, jax.Array] | None = None
-    hidden: jax.Array | None = None
-    weights: jax.Array | None = None
+    cache: Any = None
+    hidden: Any = None
+    weights: Any = None
 
 
 class FlaxGemmaAttention(nn.Module):
@@ -74,6 +74,7 @@ class FlaxGemmaAttention(nn.Module):
         q, k, v = project("q_proj", N), project("k_proj", K), project("v_proj", K)
         q, k = rotate(q, step.cos, step.sin), rotate(k, step.cos, step.sin)
         if cache is not None:
+            assert step.index is not None
             k, v, cache = append(cache, k, v, step.index)
             k, v = k.astype(self.dtype), v.astype(self.dtype)
         dropout = c.attention_dropout if self.wanted.train else 0.0
@@ -136,7 +137,7 @@ def _scanned(config: GemmaConfig, dtype: Any, wanted: Wanted, remat: bool) -> nn
         layer,
         variable_axes={"params": 0, "lora": 0},
         split_rngs={"params": True, "dropout": True},
-        in_axes=(0, nn.broadcast),
+        in_axes=(0, nn.broadcast),  # type: ignore[arg-type]
         length=config.num_hidden_layers,
     )
     return scan(config, dtype, wanted, name="layers")
@@ -180,9 +181,9 @@ class FlaxGemmaModule(nn.Module):
             causal=not c.use_bidirectional_attention if is_causal is None else is_causal,
             position_ids=position_ids if cache is None else None,
         )
-        if position_ids is None:
-            position_ids = jnp.arange(S)[None] + (0 if past is None else past)
-        step = Step(*rotary_tables(c, position_ids, self.dtype), visible, past)
+        follow = jnp.arange(S)[None] + (0 if past is None else past)
+        tables = rotary_tables(c, follow if position_ids is None else position_ids, self.dtype)
+        step = Step(*tables, visible, past)
         build = _scanned if self.scan_layers else self._unrolled
         layers = build(c, self.dtype, wanted, self.remat)
         hidden, trace = layers(self.embed_tokens(input_ids), None if cache is None else cache["layers"], step)

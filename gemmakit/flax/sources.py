@@ -29,7 +29,7 @@ COMPUTED = ("rotary_emb.inv_freq",)
 
 @dataclass(frozen=True)
 class Stored:
-    """One parameter in a file: shape and dtype name as the model has them, and how to read it (as a view if possible)."""
+    """One parameter in a file: shape and dtype name as the model has them, and how to read it (a view if it can be)."""
 
     shape: tuple[int, ...]
     dtype: str

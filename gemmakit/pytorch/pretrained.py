@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -314,24 +314,33 @@ def _listed(names: list[str]) -> str:
     return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more tensors"
 
 
-def _size(checkpoint: Checkpoint, dtype: torch.dtype | None) -> int:
-    """Bytes of the checkpoint's tensors as `dtype`; None means as they are stored."""
+def _bytes(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None, quantizer: Quantizer | None) -> int:
+    """Bytes of one tensor once it is loaded as `dtype` (None: as it is stored) or quantized."""
+    info = checkpoint.info(name)
+    stored = getattr(torch, info.dtype, None)
+    if stored is None:
+        return info.nbytes
+    if quantizer is not None and not quantizer.stored and quantizer.takes(name.removesuffix(".weight")):
+        return info.nbytes // stored.itemsize * quantizer.bits // 8
+    return info.nbytes if dtype is None else info.nbytes // stored.itemsize * dtype.itemsize
 
-    def one(name: str) -> int:
-        info = checkpoint.info(name)
-        stored = getattr(torch, info.dtype, None)
-        return info.nbytes if dtype is None or stored is None else info.nbytes // stored.itemsize * dtype.itemsize
 
-    return sum(one(name) for name in checkpoint.names())
+def _size(checkpoint: Checkpoint, dtype: torch.dtype | None, quantizer: Quantizer | None) -> int:
+    """Bytes of all the checkpoint's tensors once they are loaded."""
+    return sum(_bytes(checkpoint, name, dtype, quantizer) for name in checkpoint.names())
 
 
-def _require_room(checkpoint: Checkpoint, names: Any, dtype: torch.dtype | None, device: torch.device) -> None:
+def _require_room(
+    checkpoint: Checkpoint,
+    names: Iterable[str],
+    dtype: torch.dtype | None,
+    device: torch.device,
+    quantizer: Quantizer | None,
+) -> None:
     def size(name: str) -> int:
-        info = checkpoint.info(name)
-        stored = getattr(torch, info.dtype, None)
-        if dtype is None or stored is None or (stored == dtype and device.type == "cpu"):
-            return 0 if device.type == "cpu" else info.nbytes
-        return info.nbytes // stored.itemsize * dtype.itemsize
+        loaded = _bytes(checkpoint, name, dtype, quantizer)
+        mapped = device.type == "cpu" and loaded == checkpoint.info(name).nbytes  # stays in the file
+        return 0 if mapped else loaded
 
     needed = sum(size(n) for n in names)
     if device.type == "cpu":

@@ -55,7 +55,7 @@ def test_ten_lengths_of_one_bucket_compile_once(pair):
     rng = np.random.default_rng(1)
     lengths = range(39, 49)
     assert {bucket(n) for n in lengths} == {48}
-    before = loop.decode._cache_size()
+    before = loop.go_on._cache_size()
     with CountCompilations() as first:
         pair.flax.generate(np.append([[2]], rng.integers(4, 160, (1, 38)), axis=1), max_new_tokens=9)
     assert first.count >= 1
@@ -64,16 +64,16 @@ def test_ten_lengths_of_one_bucket_compile_once(pair):
             new = 9 + length % 7  # another number of new tokens is another number, no other code
             pair.flax.generate(np.append([[2]], rng.integers(4, 160, (1, length - 1)), axis=1), max_new_tokens=new)
     assert rest.count == 0
-    assert loop.decode._cache_size() == before + 1
+    assert loop.go_on._cache_size() == before + 1
 
 
 def test_models_of_one_shape_share_compiled_code(pair):
     twin = FlaxGemmaForCausalLM.from_pretrained(pair.folder)
     ids, mask = batch("left")
     pair.flax.generate(ids, attention_mask=mask, max_new_tokens=5)
-    size = loop.decode._cache_size()
+    size = loop.go_on._cache_size()
     twin.generate(ids, attention_mask=mask, max_new_tokens=6)
-    assert loop.decode._cache_size() == size
+    assert loop.go_on._cache_size() == size
 
 
 @pytest.mark.parametrize("length", [1, 16, 17, 24, 25, 33, 47, 48, 49, 64, 100, 700])
@@ -189,6 +189,37 @@ def test_min_p_and_several_results_a_prompt(pair):
     assert searched.shape == (3, 8)
 
 
+class Listener:
+    def __init__(self, fail_at=None):
+        self.heard, self.ended, self.fail_at = [], False, fail_at
+
+    def put(self, value):
+        if len(self.heard) == self.fail_at:
+            raise KeyboardInterrupt
+        self.heard.append(np.asarray(value).tolist())
+
+    def end(self):
+        self.ended = True
+
+
+def test_a_streamer_hears_every_token_and_stops_the_loop(pair):
+    ids, _ = batch(rows=1)
+    settings = dict(max_new_tokens=9, eos_token_id=EOS)
+    whole = np.asarray(pair.flax.generate(ids, **settings).sequences)
+    listener = Listener()
+    streamed = pair.flax.generate(ids, streamer=listener, **settings).sequences
+    np.testing.assert_array_equal(streamed, whole)
+    assert listener.heard == [ids.tolist(), *([token] for token in whole[0, 11:].tolist())]
+    assert listener.ended
+    stopped = Listener(fail_at=3)
+    with pytest.raises(KeyboardInterrupt):
+        pair.flax.generate(ids, streamer=stopped, **settings)
+    assert stopped.heard == listener.heard[:3]
+    assert stopped.ended
+    with pytest.raises(InputError, match="one row"):
+        pair.flax.generate(np.repeat(ids, 2, axis=0), streamer=Listener())
+
+
 def test_inside_a_callers_jit_nothing_is_trimmed(pair):
     ids, mask = batch("left")
     eager = np.asarray(pair.flax.generate(ids, attention_mask=mask, max_new_tokens=6).sequences)
@@ -200,6 +231,7 @@ def test_inside_a_callers_jit_nothing_is_trimmed(pair):
     np.testing.assert_array_equal(run(pair.flax.params, ids, mask), eager)
 
 
+@pytest.mark.slow
 def test_without_tracing_the_steps_run_one_by_one(pair):
     ids, _ = batch(rows=1)
     eager = np.asarray(pair.flax.generate(ids, max_new_tokens=2).sequences)

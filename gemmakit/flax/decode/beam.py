@@ -7,6 +7,7 @@ Scores are sums of log probabilities; what has ended is compared by sum / length
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -26,8 +27,8 @@ UNLIKELY = -1.0e9
 class Hypotheses:
     """Some continuations of each prompt.
 
-    tokens: (B, n, room). scores: float32 (B, n). lengths: int32 (B, n). parents: (B, n), the beam each continues. ended:
-    bool (B, n).
+    tokens: (B, n, room). scores: float32 (B, n). lengths: int32 (B, n). parents: (B, n), the beam each continues.
+    ended: bool (B, n).
     """
 
     tokens: jax.Array
@@ -73,7 +74,7 @@ def _start(B: int, plan: Plan, cache: Cache) -> Search:
     none = jnp.zeros((B, n), jnp.int32)
     finished = Hypotheses(jnp.full((B, n, plan.room), plan.pad, jnp.int32), scores, none, none, none > 0)
     # All beams begin equal: only the first may speak, or all would say the same.
-    running = finished.replace(scores=scores.at[:, 0].set(0.0))
+    running = replace(finished, scores=scores.at[:, 0].set(0.0))
     return Search(jnp.int32(0), running, finished, jnp.ones((B, 1), bool), jnp.bool_(True), jnp.int32(0), cache)
 
 
@@ -90,7 +91,7 @@ def _extend(plan: Plan, state: Search, logprobs: jax.Array, keys: jax.Array | No
     beam, token = index // V, (index % V).astype(jnp.int32)
     out = state.running.take(beam)
     tokens = jax.lax.dynamic_update_slice(out.tokens, token[..., None], (0, 0, state.step))
-    return out.replace(tokens=tokens, scores=scores, lengths=out.lengths + 1, parents=beam.astype(jnp.int32),
+    return replace(out, tokens=tokens, scores=scores, lengths=out.lengths + 1, parents=beam.astype(jnp.int32),
                        ended=is_one_of(token, plan.eos))  # fmt: skip
 
 
@@ -100,7 +101,7 @@ def _offer(plan: Plan, knobs: Knobs, state: Search, candidates: Hypotheses, leng
     first = jnp.arange(candidates.ended.shape[1]) < plan.copies
     eligible = candidates.ended & first & state.open
     scores = candidates.scores / length ** knobs["length_penalty"]
-    offered = candidates.replace(scores=jnp.where(eligible, scores, -jnp.inf), ended=eligible)
+    offered = replace(candidates, scores=jnp.where(eligible, scores, -jnp.inf), ended=eligible)
     return _joined(state.finished, offered).best(plan.copies)
 
 
@@ -126,15 +127,16 @@ def _advance(plan: Plan, knobs: Knobs, state: Search, logprobs: jax.Array, keys:
     candidates = _extend(plan, state, logprobs, keys)
     step = state.step + 1
     length = step.astype(jnp.float32)
-    candidates = candidates.replace(ended=candidates.ended | (step == knobs["limit"]))
+    candidates = replace(candidates, ended=candidates.ended | (step == knobs["limit"]))
     scores = candidates.scores + candidates.ended * UNLIKELY
     best, index = jax.lax.top_k(scores, plan.copies)
-    running = candidates.take(index).replace(scores=best)
+    running = replace(candidates.take(index), scores=best)
     finished = _offer(plan, knobs, state, candidates, length)
     still = _reconsider(plan, knobs, state.open, finished, best[:, :1], length)
     top = (logprobs + state.running.scores[..., None]).max((-1, -2))
     usable = jnp.isfinite(top) | ((top == -jnp.inf) & state.finished.ended.any(-1))
-    return state.replace(
+    return replace(
+        state,
         step=step,
         running=running,
         finished=finished,
@@ -158,7 +160,7 @@ def search(
 ) -> tuple[Hypotheses, jax.Array, jax.Array, Cache]:
     """The finished hypotheses of each prompt, best first; the steps taken, the failed step or 0, and the cache.
 
-    Arguments as of the token loop's `decode`; seeds: one a prompt.
+    Arguments as of the token loop's `begin`; seeds: one a prompt.
     """
     rows = Rows(module, variables, plan, ids, mask)
     B, n = ids.shape[0], plan.copies
@@ -174,7 +176,7 @@ def search(
         moved = (state.running.parents + jnp.arange(B)[:, None] * n).reshape(B * n)
         newest = jax.lax.dynamic_index_in_dim(state.running.tokens, state.step - 1, axis=2, keepdims=False)
         logits, cache = rows.next(newest.reshape(B * n), state.step, take_rows(state.cache, moved))
-        return choose(state.replace(cache=cache), logits)
+        return choose(replace(state, cache=cache), logits)
 
     def going(state: Search) -> jax.Array:
         return (state.step < knobs["limit"]) & state.going & (state.failed == 0)

@@ -1,11 +1,11 @@
-"""generate(): arguments in, checked and put in order, one compiled call, results trimmed."""
+"""generate(): arguments in, checked and put in order, the compiled loop, results trimmed."""
 
 from __future__ import annotations
 
 import contextlib
 import secrets
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import numpy as np
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError, NumericalError
 from gemmakit.flax.decode.beam import search
-from gemmakit.flax.decode.loop import decode
+from gemmakit.flax.decode.loop import State, begin, go_on
 from gemmakit.flax.decode.plan import Custom, Plan, knobs, make_plan, refuse_unsupported
 from gemmakit.flax.decode.prompt import Prompt, bucket, prepare, traced
 from gemmakit.flax.decode.sampling import row_seeds
@@ -25,6 +25,14 @@ from gemmakit.outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyO
 Output = GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput
 
 
+class Streamer(Protocol):
+    """Takes the prompt's ids once, then each new token, then the end."""
+
+    def put(self, value: Any) -> None: ...
+
+    def end(self) -> None: ...
+
+
 class GenerationMixin:
     """Gives a causal language model its generate()."""
 
@@ -32,6 +40,9 @@ class GenerationMixin:
     generation_config: GenerationConfig
     module: Any
     rules: Any
+    stored_params: Any
+    init_cache: Any
+    _stored_form: Any
 
     def generate(
         self,
@@ -44,13 +55,14 @@ class GenerationMixin:
         *,
         attention_mask: Any = None,
         lora: Any = None,
+        streamer: Streamer | None = None,
+        tokenizer: Any = None,
         **settings: Any,
     ) -> Output:
         """Continue the prompts: greedy, sampled, or by beams.
 
-        The prompt and all steps are one compiled function. Prompt and new tokens are padded to one of a few lengths, so
-        that another length seldom compiles anew; padding changes no token. Inside a caller's jit nothing is padded,
-        checked or trimmed.
+        All steps are one compiled loop. Prompt and new tokens are padded to one of a few lengths, so that another
+        length seldom compiles anew; padding changes no token. Inside a caller's jit nothing is padded, checked or trimmed.
 
         Args:
             input_ids: (B, P) prompt ids, padded on the left if they differ in length; without any prompt the row starts
@@ -63,6 +75,8 @@ class GenerationMixin:
             logits_processor: traced functions of (ids (R, P + room), scores (R, V), how many ids are there) -> scores.
             attention_mask: (B, P), 0 on padding; inferred when the ids begin with the pad token.
             lora: adapters, as `init_lora` makes them.
+            streamer: told of every token as it comes (one row, no beams); the loop then comes back after every step.
+            tokenizer: accepted as by the PyTorch backend; no setting that this backend has needs it.
             settings: any field of GenerationConfig that this backend has, for this call.
 
         Returns:
@@ -83,32 +97,51 @@ class GenerationMixin:
         prompt = (traced if inside else prepare)(self.config, config, input_ids, attention_mask)
         ids, mask = (prompt.ids, prompt.mask) if inside else prompt.padded()
         plan = make_plan(config, prompt.new if inside else bucket(prompt.new), tuple(logits_processor or ()))
-        with contextlib.nullcontext() if trace else jax.disable_jit():
-            found = self._compiled_call(config, plan, prompt, ids, mask, params, lora, prng_key)
-        return _untrimmed(prompt, plan, *found) if inside else _trimmed(config, prompt, plan, *found)
-
-    def _compiled_call(
-        self,
-        config: GenerationConfig,
-        plan: Plan,
-        prompt: Prompt,
-        ids: Any,
-        mask: Any,
-        params: Any,
-        lora: Any,
-        prng_key: jax.Array | None,
-    ) -> tuple[Any, Any, Any]:
-        variables = {"params": self.stored_params if params is None else self._stored_form(params)}  # type: ignore[attr-defined]
+        if streamer is not None and (inside or "beams" in plan.on or ids.shape[0] * plan.copies > 1):
+            raise InputError("a streamer follows one row, outside of jit and without beams: stream rows one at a time.")
+        variables = {"params": self.stored_params if params is None else self._stored_form(params)}
         if lora is not None:
-            variables["lora"] = self._stored_form(lora)  # type: ignore[attr-defined]
-        cache = self.init_cache(ids.shape[0] * plan.copies, ids.shape[1] + plan.room)  # type: ignore[attr-defined]
-        seeds, base = _seeds(config, plan, prompt, prng_key)
-        if self.rules is not None and known(ids, mask):
+            variables["lora"] = self._stored_form(lora)
+        if self.rules is not None and not inside:
             ids, mask = self.rules.batch(ids), self.rules.batch(mask)
-        run = search if "beams" in plan.on else decode
-        numbers = knobs(config, prompt.new, prompt.ids.shape[1])
-        found, steps, failed, _ = run(self.module, plan, variables, cache, ids, mask, numbers, seeds, base)
-        return found, steps, failed
+        cache = self.init_cache(ids.shape[0] * plan.copies, ids.shape[1] + plan.room)
+        first = (self.module, plan, variables, cache, ids, mask, knobs(config, prompt.new, prompt.ids.shape[1]))
+        seeds = _seeds(config, plan, prompt, prng_key)
+        with contextlib.nullcontext() if trace else jax.disable_jit():
+            if "beams" in plan.on:
+                found, steps, failed, _ = search(*first, *seeds)
+            else:
+                found, steps, failed = _decoded(streamer, prompt, first, seeds)
+        return _untrimmed(prompt, plan, found) if inside else _trimmed(config, prompt, plan, found, steps, failed)
+
+
+def _decoded(
+    streamer: Streamer | None, prompt: Prompt, first: tuple[Any, ...], seeds: tuple[Any, Any]
+) -> tuple[Any, Any, Any]:
+    """Tokens (R, room), the steps taken, and the failed one or 0."""
+    module, plan, variables, _, ids, mask, numbers = first
+    state = begin(*first, *seeds)
+    rest = (ids, mask, numbers)
+    if streamer is None:
+        state = go_on(module, plan, variables, state, *rest, numbers["limit"])
+        return state.tokens, state.step, state.failed
+    try:
+        streamer.put(np.asarray(prompt.ids))
+        step = 0
+        while _delivered(streamer, state) and step + 1 < prompt.new:
+            step += 1
+            state = go_on(module, plan, variables, state, *rest, np.int32(step + 1))
+    finally:
+        streamer.end()
+    return state.tokens, state.step, state.failed
+
+
+def _delivered(streamer: Streamer, state: State) -> bool:
+    """Tell of the newest token, if there is one; whether there is more to come."""
+    if int(state.failed):
+        return False
+    streamer.put(np.asarray(state.token))
+    return not bool(state.done.all())
 
 
 def _seeds(config: GenerationConfig, plan: Plan, prompt: Prompt, prng_key: jax.Array | None) -> tuple[np.ndarray, Any]:
@@ -152,7 +185,7 @@ def _after(ids: np.ndarray, tokens: np.ndarray) -> jax.Array:
     return jax.device_put(np.concatenate((np.repeat(ids, copies, axis=0).astype(np.int32), tokens), axis=1))
 
 
-def _untrimmed(prompt: Prompt, plan: Plan, found: Any, steps: Any, failed: Any) -> Output:
+def _untrimmed(prompt: Prompt, plan: Plan, found: Any) -> Output:
     """(R, P + new) with padding after the end, for a caller's own trace."""
     beams = "beams" in plan.on
     tokens = found.tokens.reshape(-1, plan.room) if beams else found

@@ -1,4 +1,4 @@
-"""The token loop, greedy and sampled, prompt and all steps in one compiled function.
+"""The token loop, greedy, sampled and streamed: one compiled function for the prompt, one for all steps.
 
 Axis letters: B prompts, R rows (prompts times their copies), P prompt positions, V vocabulary.
 """
@@ -6,6 +6,7 @@ Axis letters: B prompts, R rows (prompts times their copies), P prompt positions
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -57,18 +58,19 @@ class Rows:
 @struct.dataclass
 class State:
     """step: () new tokens so far. token: (R,) the newest. tokens: (R, room). done: bool (R,). failed: () the step that
-    had no token to choose, counted from 1, or 0."""
+    had no token to choose, counted from 1, or 0. keys: (R, 2), of rows that draw."""
 
     step: jax.Array
     token: jax.Array
     tokens: jax.Array
     done: jax.Array
     failed: jax.Array
+    keys: jax.Array | None
     cache: Cache
 
 
 @functools.partial(jax.jit, static_argnames=("module", "plan"), donate_argnames=("cache",))
-def decode(
+def begin(
     module: Any,
     plan: Plan,
     variables: Any,
@@ -78,13 +80,12 @@ def decode(
     knobs: Knobs,
     seeds: jax.Array,
     base: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array, Cache]:
-    """Tokens (R, room), how many steps were taken, the failed step or 0, and the cache.
+) -> State:
+    """Run the prompts and choose the first token of each row.
 
     ids, mask: (B, P) with P one of a few lengths. cache: empty, R rows of P + room places, given up to this function.
     """
     rows = Rows(module, variables, plan, ids, mask)
-    keys = row_keys(seeds, base) if plan.do_sample else None
     logits, cache = rows.prefill(cache)
     R = logits.shape[0]
     state = State(
@@ -93,31 +94,55 @@ def decode(
         tokens=jnp.full((R, plan.room), plan.pad, jnp.int32),
         done=jnp.zeros(R, bool),
         failed=jnp.int32(0),
+        keys=row_keys(seeds, base) if plan.do_sample else None,
         cache=cache,
     )
+    return _choose(rows, knobs, state, logits)
 
-    def choose(state: State, logits: jax.Array) -> State:
-        scores = rows.process(logits, state.step, state.tokens, knobs)
-        token = greedy(scores) if keys is None else draw(scores, keys, state.step)
-        token = jnp.where(state.done, plan.pad, token)
-        step = state.step + 1
-        return state.replace(
-            step=step,
-            token=jnp.maximum(token, 0),
-            tokens=jax.lax.dynamic_update_slice(state.tokens, token[:, None], (0, state.step)),
-            done=state.done | is_one_of(token, plan.eos),
-            failed=jnp.where((token == NO_TOKEN).any(), step, state.failed),
-        )
+
+@functools.partial(jax.jit, static_argnames=("module", "plan"), donate_argnames=("state",))
+def go_on(
+    module: Any,
+    plan: Plan,
+    variables: Any,
+    state: State,
+    ids: jax.Array,
+    mask: jax.Array,
+    knobs: Knobs,
+    until: jax.Array,
+) -> State:
+    """Token after token, until `until` of them, or every row is done, or none can be chosen.
+
+    With the limit for `until` it is the whole loop; with one more than before, one step of it, for who wants to see
+    every token. The state is given up to this function: its cache is written in place.
+    """
+    rows = Rows(module, variables, plan, ids, mask)
 
     def advance(state: State) -> State:
         logits, cache = rows.next(state.token, state.step, state.cache)
-        return choose(state.replace(cache=cache), logits)
+        return _choose(rows, knobs, replace(state, cache=cache), logits)
 
     def going(state: State) -> jax.Array:
-        return (state.step < knobs["limit"]) & ~state.done.all() & (state.failed == 0)
+        return (state.step < jnp.minimum(until, knobs["limit"])) & ~state.done.all() & (state.failed == 0)
 
-    state = jax.lax.while_loop(going, advance, choose(state, logits))
-    return state.tokens, state.step, state.failed, state.cache
+    return jax.lax.while_loop(going, advance, state)
+
+
+def _choose(rows: Rows, knobs: Knobs, state: State, logits: jax.Array) -> State:
+    """Write down the next token of each row; rows that are done get padding. logits: (R, V)."""
+    plan = rows.plan
+    scores = rows.process(logits, state.step, state.tokens, knobs)
+    token = greedy(scores) if state.keys is None else draw(scores, state.keys, state.step)
+    token = jnp.where(state.done, plan.pad, token)
+    step = state.step + 1
+    return replace(
+        state,
+        step=step,
+        token=jnp.maximum(token, 0),
+        tokens=jax.lax.dynamic_update_slice(state.tokens, token[:, None], (0, state.step)),
+        done=state.done | is_one_of(token, plan.eos),
+        failed=jnp.where((token == NO_TOKEN).any(), step, state.failed),
+    )
 
 
 def is_one_of(token: jax.Array, few: tuple[int, ...]) -> jax.Array:

@@ -61,11 +61,11 @@ def traced(model: GemmaConfig, config: GenerationConfig, ids: Any, mask: Any) ->
 
 
 def _ids(model: GemmaConfig, config: GenerationConfig, ids: Any) -> np.ndarray:
-    if ids is None or np.shape(ids)[-1] == 0:
+    ids = np.zeros((1, 0), np.int32) if ids is None else np.asarray(ids)
+    if ids.size == 0:
         if config.bos_token_id is None or config.bos_token_id < 0:
             raise InputError("there is no prompt and no bos_token_id to start from: give input_ids.")
-        return np.full((1 if np.ndim(ids) < 2 else np.shape(ids)[0], 1), config.bos_token_id, np.int32)
-    ids = np.asarray(ids)
+        return np.full((ids.shape[0] if ids.ndim == 2 else 1, 1), config.bos_token_id, np.int32)
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
         raise InputError(f"input_ids has shape {ids.shape} and dtype {ids.dtype}; give whole numbers (B, P).")
     low, high, size = int(ids.min()), int(ids.max()), model.vocab_size
