@@ -48,6 +48,13 @@ _HOME = {
     "pipeline": "gemmakit.pipelines",
     "Pipeline": "gemmakit.pipelines",
     "TextGenerationPipeline": "gemmakit.pipelines",
+    "TextClassificationPipeline": "gemmakit.pipelines",
+    "TokenClassificationPipeline": "gemmakit.pipelines",
+    "BatchEngine": "gemmakit.pytorch.decode.batch",
+    "BatchResult": "gemmakit.pytorch.decode.batch",
+    "Request": "gemmakit.pytorch.decode.batch",
+    "BatchEncoding": "gemmakit.text",
+    "IncrementalDecoder": "gemmakit.text",
     "BaseStreamer": "gemmakit.streamers",
     "LogitsProcessor": "gemmakit.pytorch.decode.protocols",
     "LogitsProcessorList": "gemmakit.pytorch.decode.protocols",
@@ -101,8 +108,15 @@ if TYPE_CHECKING:
         SequenceClassifierOutputWithPast,
         TokenClassifierOutput,
     )
-    from gemmakit.pipelines import Pipeline, TextGenerationPipeline, pipeline
+    from gemmakit.pipelines import (
+        Pipeline,
+        TextClassificationPipeline,
+        TextGenerationPipeline,
+        TokenClassificationPipeline,
+        pipeline,
+    )
     from gemmakit.pytorch.cache import Cache, DynamicCache, OffloadedCache, QuantizedCache, StaticCache
+    from gemmakit.pytorch.decode.batch import BatchEngine, BatchResult, Request
     from gemmakit.pytorch.decode.protocols import (
         LogitsProcessor,
         LogitsProcessorList,
@@ -114,5 +128,5 @@ if TYPE_CHECKING:
     from gemmakit.pytorch.model import GemmaForCausalLM, GemmaModel
     from gemmakit.pytorch.pretrained import GemmaPreTrainedModel
     from gemmakit.streamers import AsyncTextIteratorStreamer, BaseStreamer, TextIteratorStreamer, TextStreamer
-    from gemmakit.text import GemmaTokenizer, GemmaTokenizerFast
+    from gemmakit.text import BatchEncoding, GemmaTokenizer, GemmaTokenizerFast, IncrementalDecoder
     from gemmakit.utils.grouped_query import to_grouped_query

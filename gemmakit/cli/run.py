@@ -12,6 +12,7 @@ from typer import Argument, Option
 from gemmakit.cli import options as o
 from gemmakit.cli.prompts import given, read_prompt
 from gemmakit.cli.shell import INTERRUPTED, note, show
+from gemmakit.errors import InputError
 
 
 def run(
@@ -21,6 +22,9 @@ def run(
     chat: Annotated[bool, Option("--chat", help="Ask an instruction-tuned model: the text is a user's turn.")] = False,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
+    backend: Annotated[
+        str, Option(metavar="NAME", help="pytorch or flax; the latter needs gemmakit[flax].")
+    ] = "pytorch",
     revision: o.Revision = None,
     max_new_tokens: o.MaxNewTokens = None,
     stop: o.Stop = None,
@@ -65,13 +69,19 @@ def run(
     from gemmakit.pipelines import pipeline
 
     start = time.perf_counter()
-    pipe = pipeline(task, model, device_map=device, dtype=dtype, revision=revision)
+    pipe = pipeline(task, model, framework=_framework(backend), device_map=device, dtype=dtype, revision=revision)
     loaded_s = time.perf_counter() - start
     with sink:
         said = _each(pipe, prompts, chat, settings, sink)
     if stats and said is not None:
         note(f"{said.summary}; loaded in {loaded_s:.2f} s")
     return INTERRUPTED if said is not None and said.finish_reason == "interrupted" else 0
+
+
+def _framework(backend: str) -> str:
+    if backend not in ("pytorch", "flax"):
+        raise InputError(f"--backend is {backend!r}; it must be pytorch or flax.")
+    return "flax" if backend == "flax" else "pt"
 
 
 def _each(pipe: Any, prompts: list[str], chat: bool, settings: dict[str, Any], sink: Any) -> Any:

@@ -12,7 +12,7 @@ import torch
 import gemmakit
 from gemmakit import TextGenerationPipeline, TextIteratorStreamer, pipeline
 from gemmakit.errors import GenerationConfigError, InputError, PromptTooLong
-from gemmakit.pipelines import _with_progress
+from gemmakit.pipelines.progress import with_progress
 
 TEXTS = ["def add(", "class Longer(Base):\n    x = 1", "", "import os"]
 CHAT = [{"role": "user", "content": "What is 1 + 1?"}]
@@ -176,7 +176,7 @@ def test_dtype_has_two_names_and_keeps_the_files_by_default(folder):
 
 def test_a_progress_bar_comes_only_on_a_terminal_and_after_a_while(monkeypatch, capsys):
     ticks = count()
-    assert list(_with_progress(iter("abc"), 3, lambda: next(ticks) * 1.5)) == list("abc")
+    assert list(with_progress(iter("abc"), 3, lambda: next(ticks) * 1.5)) == list("abc")
     assert capsys.readouterr().err == ""
     made = []
 
@@ -184,8 +184,8 @@ def test_a_progress_bar_comes_only_on_a_terminal_and_after_a_while(monkeypatch, 
         add_task = update = stop = lambda *_, **__: None
 
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    monkeypatch.setattr("gemmakit.pipelines._bar", lambda: made.append(1) or Bar())
-    assert list(_with_progress(iter("abc"), 3, lambda: 0.0)) == list("abc")
+    monkeypatch.setattr("gemmakit.pipelines.progress._bar", lambda: made.append(1) or Bar())
+    assert list(with_progress(iter("abc"), 3, lambda: 0.0)) == list("abc")
     assert made == []
-    assert list(_with_progress(iter("abcd"), 4, lambda: next(ticks) * 1.5)) == list("abcd")
+    assert list(with_progress(iter("abcd"), 4, lambda: next(ticks) * 1.5)) == list("abcd")
     assert made == [1]

@@ -224,9 +224,17 @@ def test_contradictions_are_refused_by_name(given, named):
 
 
 @pytest.mark.parametrize("name", [n for n in MANY if settings(n).get("num_beams")])
-def test_a_search_has_no_streamer(name):
+def test_a_search_has_no_streamer_and_tells_it_so(name):
+    class Waiting:
+        told = 0
+
+        def end(self):
+            self.told += 1
+
+    streamer = Waiting()
     with pytest.raises(InputError, match="streamer"):
-        model().generate(torch.tensor(rows(5)), streamer=object(), **settings(name))
+        model().generate(torch.tensor(rows(5)), streamer=streamer, **settings(name))
+    assert streamer.told == 1  # whoever reads it in another thread must not wait forever
 
 
 @pytest.mark.parametrize("name", ONE)

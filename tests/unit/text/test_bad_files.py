@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gemmakit.errors import GemmakitError, TokenizerError
+from gemmakit.errors import GemmakitError, TokenizerError, UnsafeFile
 from gemmakit.text import GemmaTokenizer, GemmaTokenizerFast
 from gemmakit.text.fast import RustEngine
 from gemmakit.text.model_file import ModelFile, Piece
@@ -299,4 +299,6 @@ def test_code_named_by_a_configuration_is_never_run(model_path: Path, tmp_path: 
     (tmp_path / "tokenizer.model").write_bytes(model_path.read_bytes())
     (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
     (tmp_path / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["evil.Evil", null]}}')
-    assert GemmaTokenizer.from_pretrained(tmp_path, trust_remote_code=True)("x").input_ids[0] == 2
+    assert GemmaTokenizer.from_pretrained(tmp_path)("x").input_ids[0] == 2
+    with pytest.raises(UnsafeFile, match="trust_remote_code"):
+        GemmaTokenizer.from_pretrained(tmp_path, trust_remote_code=True)

@@ -1,0 +1,132 @@
+"""What every task shares: inputs in, batches through the model, results out; and where the model runs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, ClassVar
+
+import torch
+
+from gemmakit.errors import InputError
+from gemmakit.pipelines.progress import with_progress
+
+Record = dict[str, Any]
+
+
+class Pipeline:
+    """A model, its tokenizer, and what lies between an input and a result.
+
+    Called with one input it gives one result; with a list, a list; with any other iterable, an iterator that works as
+    it is read. Results do not depend on what else is in the batch.
+
+    Args:
+        model, tokenizer: loaded ones.
+        device: "cpu", "cuda", "cuda:1", a torch.device, or a CUDA index (-1: the CPU). None leaves the model alone.
+        batch_size: inputs a forward pass, unless a call says otherwise.
+        options: defaults of the calls' own arguments.
+    """
+
+    task: ClassVar[str]
+    model_class: ClassVar[Any]
+    flax_class: ClassVar[str | None] = None  # the name in `gemmakit` of the same model in Flax
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        device: int | str | torch.device | None = None,
+        batch_size: int = 1,
+        **options: Any,
+    ):
+        self.model = model if device is None else model.to(find_device(device))
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.options = options
+
+    @property
+    def device(self) -> torch.device:
+        """Where prompts are put; a Flax model takes them from the CPU."""
+        return torch.device("cpu") if is_flax(self.model) else self.model.device
+
+    def __call__(self, inputs: Any, *, batch_size: int | None = None, **options: Any) -> Any:
+        options = {**self.options, **options}
+        self._check_options(options)
+        size = _batch_size(self.batch_size if batch_size is None else batch_size)
+        if self.is_one(inputs):
+            return self.run([inputs], **options)[0]
+        if isinstance(inputs, (list, tuple)):
+            quiet = options.get("streamer") is not None
+            return list(with_progress(self._results(inputs, size, options), 0 if quiet else len(inputs)))
+        if isinstance(inputs, Iterable) and not isinstance(inputs, (Mapping, bytes)):
+            return self._results(inputs, size, options)
+        raise InputError(f"{self.task} takes {self.takes}, or several of them; found {type(inputs).__name__}.")
+
+    def _results(self, inputs: Iterable[Any], size: int, options: dict[str, Any]) -> Iterator[Any]:
+        rest = iter(inputs)
+        while batch := list(islice(rest, size)):
+            for index, item in enumerate(batch):
+                if not self.is_one(item):
+                    raise InputError(f"{self.task} takes {self.takes}; item {index} of a batch is {item!r:.80}.")
+            yield from self.run(batch, **options)
+
+    def _check_options(self, options: Mapping[str, Any]) -> None:
+        known = inspect.signature(self.run).parameters
+        if any(p.kind is p.VAR_KEYWORD for p in known.values()):
+            return  # the model's generate refuses what it does not know
+        names = [name for name, p in known.items() if p.kind is p.KEYWORD_ONLY]
+        for name in options:
+            if name not in names:
+                raise InputError(f"{self.task} has no option {name!r}; it has {', '.join(names)}.")
+
+    # -- what a task defines ---------------------------------------------------------------------------------------
+
+    takes: ClassVar[str]
+
+    def is_one(self, inputs: Any) -> bool:
+        """Whether this is a single input rather than several."""
+        raise NotImplementedError
+
+    # Each task names the options it has, so that others can be refused: a declaration with all of them would hide that.
+    run: Callable[..., list[Any]]
+    """The results of a batch, in its order; its keyword arguments are the options of a call."""
+
+
+def is_flax(model: Any) -> bool:
+    """Whether a loaded model is one of Flax."""
+    return getattr(model, "framework", "pt") == "flax"
+
+
+def find_device(device: int | str | torch.device) -> torch.device:
+    """The torch device of a name or a CUDA index. Raises InputError for one that is not there."""
+    name = str(device)
+    try:
+        found = torch.device("cpu" if name == "-1" else int(name) if name.isdigit() else device)
+    except RuntimeError:
+        raise InputError(f"there is no device {device!r}; give 'cpu', 'cuda', 'cuda:1', 'mps' or a number.") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {device!r} asks for CUDA, and torch sees no CUDA device. Use device 'cpu'.")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device {device!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices.")
+    return found
+
+
+def _batch_size(size: Any) -> int:
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise InputError(f"batch_size is {size!r}; it must be a whole number >= 1.")
+    return size
+
+
+def padded(rows: Sequence[Sequence[int]], pad: int, device: Any, side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids and mask, (B, P), of rows of different lengths; the mask is 0 on padding, which is on `side`."""
+    P = max(map(len, rows))
+
+    def line(row: Sequence[int], filler: int) -> list[int]:
+        fill = [filler] * (P - len(row))
+        return [*fill, *row] if side == "left" else [*row, *fill]
+
+    ids = torch.tensor([line(row, pad) for row in rows], dtype=torch.long, device=device)
+    mask = torch.tensor([line([1] * len(row), 0) for row in rows], device=device)
+    return ids, mask

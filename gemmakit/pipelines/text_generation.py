@@ -1,0 +1,160 @@
+"""text-generation: texts and chats go on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from gemmakit.auto import AutoModelForCausalLM
+from gemmakit.errors import InputError, PromptTooLong
+from gemmakit.pipelines.base import Pipeline, Record, padded
+
+DEFAULT_NEW_TOKENS = 256
+
+Message = Mapping[str, Any]
+
+
+class TextGenerationPipeline(Pipeline):
+    """Continues texts, and answers chats (lists of {"role": ..., "content": ...}).
+
+    A result is a list of `num_return_sequences` dictionaries: {"generated_text": prompt and continuation}; for a chat,
+    all messages with the assistant's new one at the end. Without max_new_tokens or max_length, up to 256 new tokens,
+    fewer where the context ends.
+
+    Arguments of a call:
+        return_full_text: False leaves out the prompt; for a chat "generated_text" is then the answer alone.
+        return_tensors: {"generated_token_ids": [...]} instead, prompt included.
+        clean_up_tokenization_spaces, skip_special_tokens (True): as in `tokenizer.decode`.
+        prefix: put in front of every text prompt.
+        continue_final_message: go on with a chat's last message; None does so where the assistant said it.
+        streamer: told of the tokens as they come; inputs then run one at a time.
+        Everything else goes to `model.generate`, which refuses what it does not know.
+    """
+
+    task = "text-generation"
+    takes = "a text or a chat (a list of {'role': ..., 'content': ...})"
+    model_class = AutoModelForCausalLM
+    flax_class = "FlaxGemmaForCausalLM"
+
+    def is_one(self, inputs: Any) -> bool:
+        return isinstance(inputs, str) or _is_chat(inputs)
+
+    def encode(
+        self, prompt: str | Sequence[Message], *, prefix: str = "", continue_final_message: bool | None = None
+    ) -> list[int]:
+        """The ids of a text or a chat, with exactly one <bos>."""
+        if isinstance(prompt, str):
+            return list(self.tokenizer(prefix + prompt)["input_ids"])
+        goes_on = _goes_on(prompt, continue_final_message)
+        rendered = self.tokenizer.apply_chat_template(
+            list(prompt), add_generation_prompt=not goes_on, continue_final_message=goes_on
+        )
+        return list(rendered["input_ids"])
+
+    def run(
+        self,
+        batch: Sequence[str | Sequence[Message]],
+        *,
+        return_full_text: bool | None = None,
+        return_tensors: bool = False,
+        return_text: bool | None = None,
+        clean_up_tokenization_spaces: bool | None = None,
+        skip_special_tokens: bool = True,
+        prefix: str = "",
+        continue_final_message: bool | None = None,
+        **settings: Any,
+    ) -> list[list[Record]]:
+        if return_tensors and (return_text or return_full_text is not None):
+            raise InputError("return_tensors excludes return_text and return_full_text: choose ids or text.")
+        rows = [self.encode(p, prefix=prefix, continue_final_message=continue_final_message) for p in batch]
+        news = self._continue(rows, settings)
+        if return_tensors:
+            return [[{"generated_token_ids": row + new} for new in many] for row, many in zip(rows, news, strict=True)]
+
+        def record(prompt: Any, new: list[int]) -> Record:
+            text = self.tokenizer.decode(
+                new,
+                skip_special_tokens=skip_special_tokens,
+                clean_up_tokenization_spaces=clean_up_tokenization_spaces,
+            )
+            whole = return_full_text in (None, True)
+            return {"generated_text": _joined(prompt, text, prefix, continue_final_message) if whole else text}
+
+        return [[record(p, new) for new in many] for p, many in zip(batch, news, strict=True)]
+
+    def _continue(self, rows: Sequence[list[int]], settings: dict[str, Any]) -> list[list[list[int]]]:
+        """For each row its `num_return_sequences` continuations, without padding."""
+        if not rows:
+            return []
+        settings = {**settings, "tokenizer": self.tokenizer}
+        config = (settings.get("generation_config") or self.model.generation_config).updated()
+        # Rows with different room run apart, or the longest prompt would shorten the others' answers.
+        groups: dict[int | None, list[int]] = {}
+        for index, row in enumerate(rows):
+            groups.setdefault(self.room(len(row), config, settings), []).append(index)
+        out: list[list[list[int]]] = [[] for _ in rows]
+        for room, members in groups.items():
+            limit = {} if room is None else {"max_new_tokens": room}
+            alone = settings.get("streamer") is not None
+            for group in [[i] for i in members] if alone else [members]:
+                for index, news in zip(
+                    group, self._generate([rows[i] for i in group], {**settings, **limit}), strict=True
+                ):
+                    out[index] = news
+        return out
+
+    def room(self, prompt: int, config: Any, settings: Mapping[str, Any]) -> int | None:
+        """New tokens for a prompt of this length; None where generate() itself knows or has to refuse."""
+
+        def asked(name: str) -> Any:
+            return settings.get(name, getattr(config, name))
+
+        if asked("max_new_tokens") is not None:
+            return None
+        limit = asked("max_length")
+        if limit is not None:
+            return limit - prompt if isinstance(limit, int) and limit > prompt else None
+        context = self.model.config.max_position_embeddings
+        if prompt >= context:
+            raise PromptTooLong(f"prompt has {prompt} tokens, but the context holds {context}. Shorten the prompt.")
+        return min(DEFAULT_NEW_TOKENS, context - prompt)
+
+    def _generate(self, rows: Sequence[list[int]], settings: dict[str, Any]) -> list[list[list[int]]]:
+        ids, mask = padded(rows, self.tokenizer.pad_token_id or 0, self.device, "left")
+        out = self.model.generate(ids, attention_mask=mask, **settings)
+        sequences = out if isinstance(out, torch.Tensor) else out.sequences
+        config = (settings.get("generation_config") or self.model.generation_config).updated(
+            **{k: settings[k] for k in ("eos_token_id", "pad_token_id") if k in settings}
+        )
+        news = [_ended(row, config.eos_token_ids, config.pad_token_id) for row in sequences[:, ids.shape[1] :].tolist()]
+        each = len(news) // len(rows)
+        return [news[i * each : (i + 1) * each] for i in range(len(rows))]
+
+
+def _is_chat(inputs: Any) -> bool:
+    return isinstance(inputs, (list, tuple)) and bool(inputs) and all(isinstance(m, Mapping) for m in inputs)
+
+
+def _goes_on(chat: Sequence[Message], asked: bool | None) -> bool:
+    return chat[-1].get("role") in ("assistant", "model") if asked is None else asked
+
+
+def _joined(prompt: str | Sequence[Message], text: str, prefix: str, goes_on: bool | None) -> Any:
+    if isinstance(prompt, str):
+        return prefix + prompt + text
+    if _goes_on(prompt, goes_on):
+        return [*prompt[:-1], {**prompt[-1], "content": prompt[-1]["content"] + text}]
+    return [*prompt, {"role": "assistant", "content": text}]
+
+
+def _ended(new: list[int], eos: Sequence[int], pad: int | None) -> list[int]:
+    """A row up to its eos, or without the padding that follows another end."""
+    for place, token in enumerate(new):
+        if token in eos:
+            return new[: place + 1]
+    end = len(new)
+    while end and new[end - 1] == pad:
+        end -= 1
+    return new[:end]
