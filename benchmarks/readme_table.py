@@ -20,11 +20,13 @@ def table() -> str:
     result = json.loads((ROOT / "benchmarks/results/cpu_decode_2b_bf16.json").read_text())
     lines = ["| | gemmakit | transformers | |", "|---|---|---|---|"]
     for key, (name, unit, more) in ROWS.items():
-        ours, theirs = (statistics.median(r[side][key] for r in result["rounds"]) for side in ("gemmakit", "transformers"))
+        sides = ("gemmakit", "transformers")
+        ours, theirs = (statistics.median(r[side][key] for r in result["rounds"]) for side in sides)
         ratio = result["median_ratio"][key]
         share = f"{ratio:.2f}x" if more else f"{1 / ratio:.2f}x less"
         lines.append(f"| {name} | {ours:.3g} {unit} | {theirs:.3g} {unit} | {share} |")
-    where = f"{result['machine']}, {result['threads']} threads, {result['rounds'][0]['gemmakit']['torch']}, {result['date']}"
+    torch = result["rounds"][0]["gemmakit"]["torch"]
+    where = f"{result['machine']}, {result['threads']} threads, torch {torch}, {result['date']}"
     return "\n".join([*lines, "", f"Random weights; {where}; `benchmarks/cpu_decode.py`.", ""])
 
 

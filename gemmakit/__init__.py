@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 # public name -> the module that defines it
 _HOME = {
     "GemmaConfig": "gemmakit.config",
+    "BitsAndBytesConfig": "gemmakit.quantization",
     "GenerationConfig": "gemmakit.generation",
     "DisjunctiveConstraint": "gemmakit.generation.constraints",
     "PhrasalConstraint": "gemmakit.generation.constraints",
@@ -66,14 +67,18 @@ _HOME = {
     "AsyncTextIteratorStreamer": "gemmakit.streamers",
 }
 
-__all__ = ["__version__", *_HOME]
+_MODULES = ("errors",)
+
+__all__ = ["__version__", *_MODULES, *_HOME]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in (*_HOME, *_MODULES):
         raise AttributeError(f"module 'gemmakit' has no attribute {name!r}")
     import importlib
 
+    if name in _MODULES:
+        return importlib.import_module(f"gemmakit.{name}")
     value = getattr(importlib.import_module(_HOME[name]), name)
     globals()[name] = value
     return value
@@ -84,6 +89,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from gemmakit import errors
     from gemmakit.auto import (
         AutoConfig,
         AutoModel,
@@ -127,6 +133,7 @@ if TYPE_CHECKING:
     from gemmakit.pytorch.heads import GemmaForSequenceClassification, GemmaForTokenClassification
     from gemmakit.pytorch.model import GemmaForCausalLM, GemmaModel
     from gemmakit.pytorch.pretrained import GemmaPreTrainedModel
+    from gemmakit.quantization import BitsAndBytesConfig
     from gemmakit.streamers import AsyncTextIteratorStreamer, BaseStreamer, TextIteratorStreamer, TextStreamer
     from gemmakit.text import BatchEncoding, GemmaTokenizer, GemmaTokenizerFast, IncrementalDecoder
     from gemmakit.utils.grouped_query import to_grouped_query

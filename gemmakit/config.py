@@ -9,7 +9,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from gemmakit.errors import ConfigError
 from gemmakit.files import read_json_object, write_text
@@ -27,7 +27,6 @@ _ROPE_REQUIRED = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "longrope": ("short_factor", "long_factor"),
 }
-
 _ROPE_LIMITS: dict[str, dict[str, float]] = {
     "factor": {"low": 1.0}, "original_max_position_embeddings": {"low": 2.0}, "attention_factor": {"above": 0.0},
     "beta_fast": {"above": 0.0}, "beta_slow": {"above": 0.0}, "mscale": {"low": 0.0}, "mscale_all_dim": {"low": 0.0},
@@ -35,7 +34,7 @@ _ROPE_LIMITS: dict[str, dict[str, float]] = {
 }  # fmt: skip
 
 # Source: arXiv:2403.08295, table 1; the released config.json files.
-PRESETS: dict[str, dict[str, int]] = {
+PRESETS: dict[str, dict[str, Any]] = {
     "2b": dict(hidden_size=2048, intermediate_size=16384, num_hidden_layers=18, num_attention_heads=8,
                num_key_value_heads=1),
     "7b": dict(hidden_size=3072, intermediate_size=24576, num_hidden_layers=28, num_attention_heads=16,
@@ -227,18 +226,18 @@ class GemmaConfig:
             return ()
         return tuple(self.eos_token_id) if isinstance(self.eos_token_id, (list, tuple)) else (self.eos_token_id,)
 
-    def _set_labels(self, num: int | None, id2label: dict | None, label2id: dict | None) -> None:
+    def _set_labels(self, num: int | None, id2label: dict[Any, str] | None, label2id: dict[str, int] | None) -> None:
         if num is not None:
             _whole_number("num_labels", num, low=1)
         if id2label is None:
             id2label = {i: f"LABEL_{i}" for i in range(2 if num is None else num)}
         try:
-            self.id2label = {int(i): label for i, label in id2label.items()}
+            self.id2label: dict[int, str] = {int(i): label for i, label in id2label.items()}
         except (AttributeError, TypeError, ValueError):
             raise ConfigError(f"id2label is {id2label!r}; it must map whole numbers to names.") from None
         if num is not None and num != len(self.id2label):
             raise ConfigError(f"num_labels is {num}, but id2label names {len(self.id2label)} labels: give one of them.")
-        self.label2id = label2id or {label: i for i, label in self.id2label.items()}
+        self.label2id: dict[str, int] = label2id or {label: i for i, label in self.id2label.items()}
 
     # -- validation ------------------------------------------------------------------------------------------------
 
@@ -344,6 +343,7 @@ class GemmaConfig:
         return out
 
     def to_json_string(self) -> str:
+        """`to_dict` as indented JSON, with sorted keys and a line end."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True, default=str) + "\n"
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
@@ -410,7 +410,7 @@ def _merged(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]
     old = _rope(*(values.pop(name, None) for name in _ROPE_SPELLINGS))
     theta, parameters, scaling = (overrides.get(name) for name in _ROPE_SPELLINGS)
     if "rope_parameters" in overrides or "rope_scaling" in overrides:
-        inside = {**(scaling or {}), **(parameters or {})}
+        inside: dict[str, Any] = {**(scaling or {}), **(parameters or {})}
         theta = old["rope_theta"] if theta is None and inside.get("rope_theta") is None else theta
         old = _rope(theta, parameters, scaling)
     elif theta is not None:
@@ -422,13 +422,13 @@ def _merged(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]
     return {**values, **overrides, "rope_parameters": old}
 
 
-def _rope(theta: float | None, parameters: dict | None, scaling: dict | None) -> dict[str, Any]:
+def _rope(theta: float | None, parameters: dict[str, Any] | None, scaling: dict[str, Any] | None) -> dict[str, Any]:
     """Merge the three spellings into one dictionary; a contradiction is refused."""
     merged: dict[str, Any] = {}
     for spelling in (scaling, parameters):
         if spelling is None:
             continue
-        if not isinstance(spelling, dict):
+        if not isinstance(spelling, dict):  # pyright: ignore[reportUnnecessaryIsInstance] - a file can hold anything
             raise ConfigError(f"rope settings are {spelling!r}; they must be a dictionary with a rope_type.")
         merged.update({("rope_type" if k == "type" else k): v for k, v in spelling.items()})
     inside = merged.get("rope_theta")
@@ -463,9 +463,9 @@ def _check_rope(rope: dict[str, Any], head_dim: int) -> None:
 
 
 def _check_factors(name: str, factors: Any, count: int) -> None:
-    if not isinstance(factors, (list, tuple)) or len(factors) != count:
+    if not isinstance(factors, (list, tuple)) or len(cast("list[Any]", factors)) != count:
         raise ConfigError(f"rope {name} is {factors!r}; head_dim {2 * count} needs a list of {count} numbers.")
-    for factor in factors:
+    for factor in cast("list[Any]", factors):
         _number(f"rope {name}", factor, above=0.0)
 
 

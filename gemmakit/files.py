@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from gemmakit.errors import CheckpointError
 
@@ -18,7 +18,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not valid JSON ({error}). Download or export it again.") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} holds a JSON {type(values).__name__}; it must be an object.")
-    return values
+    return cast("dict[str, Any]", values)
 
 
 def write_text(path: Path, content: str) -> None:

@@ -105,6 +105,7 @@ class BitsAndBytesConfig:
         return cls(**known, extra={k: copy.deepcopy(v) for k, v in values.items() if k not in written})
 
     def to_json_string(self) -> str:
+        """`to_dict` as indented JSON, with sorted keys and a line end."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
 
@@ -124,7 +125,11 @@ def _check_skipped(names: Any) -> None:
     if names is not None and not (isinstance(names, (list, tuple)) and all(isinstance(n, str) and n for n in names)):
         raise ConfigError(f"llm_int8_skip_modules is {names!r}; it must be a list of module names.")
     for name in names or ():
-        try:
-            re.compile(name)
-        except re.error as e:
-            raise ConfigError(f"llm_int8_skip_modules holds {name!r}, which is no regular expression: {e}.") from None
+        _check_pattern(name)
+
+
+def _check_pattern(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as e:
+        raise ConfigError(f"llm_int8_skip_modules holds {pattern!r}, which is no regular expression: {e}.") from None

@@ -23,9 +23,11 @@ class BaseStreamer:
     """What generate() tells: the prompt's ids (1, P), then every new id (1,), then the end."""
 
     def put(self, value: Any) -> None:
+        """Called with the prompt's ids, (1, P), and then with each new id, (1,)."""
         raise NotImplementedError
 
     def end(self) -> None:
+        """Called once when nothing more comes, also after an error."""
         raise NotImplementedError
 
 
@@ -69,6 +71,7 @@ class TextStreamer(BaseStreamer):
         self.on_finalized_text(text, stream_end=True)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Print text that is certain; override it to do something else."""
         print(text, flush=True, end="\n" if stream_end else "")
 
 
@@ -89,6 +92,7 @@ class TextIteratorStreamer(TextStreamer):
         self.timeout = timeout
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Put text that is certain into the queue, and the stop signal at the end."""
         if text:
             self.text_queue.put(text)
         if stream_end:
@@ -121,6 +125,7 @@ class AsyncTextIteratorStreamer(TextStreamer):
         self.timeout = timeout
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Put text that is certain into the queue of the event loop, and the stop signal at the end."""
         if text:
             self.loop.call_soon_threadsafe(self.text_queue.put_nowait, text)
         if stream_end:

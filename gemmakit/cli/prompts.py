@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from gemmakit.errors import InputError
@@ -22,6 +23,14 @@ def read_prompt(argument: str | None) -> str:
     if not text:
         raise InputError('standard input is empty: give a prompt, or start from nothing with gemmakit run "".')
     return text
+
+
+def stdin_lines() -> Iterator[str]:
+    """The lines of standard input, each as soon as it is there."""
+    if sys.stdin is None:
+        raise InputError("standard input is closed, so there are no lines to read.")
+    for number, line in enumerate(sys.stdin.buffer, 1):
+        yield decode(line, f"line {number} of standard input").removesuffix("\n").removesuffix("\r")
 
 
 def decode(data: bytes, what: str) -> str:

@@ -6,31 +6,46 @@ import csv
 import io
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from gemmakit.cli.prompts import decode
+from gemmakit.cli.prompts import decode, read_prompt, stdin_lines
 from gemmakit.errors import InputError
 
 KINDS = {".jsonl": "jsonl", ".json": "json", ".csv": "csv"}
 
 
-def read(path: Path, kind: str, column: str) -> list[str]:
-    """The prompts of a file; objects give their field `column`. Raises InputError naming the line or item at fault."""
+def texts(argument: str | None, path: Path | None, kind: str, column: str) -> Iterable[str]:
+    """What is to be worked on: the argument, a file, all of standard input, or (kind "pipe") its lines as they come."""
+    if kind not in ("infer", "pipe", "text", *KINDS.values()):
+        raise InputError(f"--format is {kind!r}; it must be infer, text, {', '.join(KINDS.values())} or pipe.")
+    if argument is not None and (path is not None or kind != "infer"):
+        option = "--input" if path is not None else f"--format {kind}"
+        raise InputError(f"the text {argument!r:.40} and {option} are both given: give one of them.")
+    if kind == "pipe":
+        if path is not None:
+            raise InputError("--format pipe reads standard input: leave --input out.")
+        return stdin_lines()
+    if path is None:
+        return [read_prompt(argument)] if kind == "infer" else _read(read_prompt(None), kind, column, "standard input")
     kind = KINDS.get(path.suffix.lower(), "text") if kind == "infer" else kind
-    if kind not in ("text", *KINDS.values()):
-        raise InputError(f"--format is {kind!r}; it must be infer, text, {', '.join(KINDS.values())}.")
     try:
         text = decode(path.read_bytes(), str(path))
     except OSError as error:
         raise InputError(f"--input {path} cannot be read: {error.strerror}.") from None
-    items = _items(text, kind, path)
+    return _read(text, kind, column, f"--input {path}")
+
+
+def _read(text: str, kind: str, column: str, where: str) -> list[str]:
+    """The texts of a file; objects give their field `column`. Raises InputError naming the line or item at fault."""
+    items = _items(text, kind, where)
     if not items:
-        raise InputError(f"--input {path} holds no prompts.")
-    return [_field(item, column, f"{path}, item {i}") for i, item in enumerate(items, 1)]
+        raise InputError(f"{where} holds no prompts.")
+    return [_field(item, column, f"{where}, item {i}") for i, item in enumerate(items, 1)]
 
 
-def _items(text: str, kind: str, path: Path) -> list[Any]:
+def _items(text: str, kind: str, where: str) -> list[Any]:
     lines = text.splitlines() if kind == "text" else [line for line in text.split("\n") if line.strip()]
     if kind == "text":
         return lines
@@ -39,7 +54,7 @@ def _items(text: str, kind: str, path: Path) -> list[Any]:
     try:
         found = json.loads(text) if kind == "json" else [json.loads(line) for line in lines]
     except (ValueError, RecursionError) as error:
-        raise InputError(f"--input {path} is not valid {kind}: {error}.") from None
+        raise InputError(f"{where} is not valid {kind}: {error}.") from None
     return found if isinstance(found, list) else [found]
 
 
@@ -52,6 +67,10 @@ def _field(item: Any, column: str, where: str) -> str:
     if not isinstance(item, str):
         raise InputError(f"{where} is {item!r:.40}; it must be a text, or an object with {column!r}.")
     return item
+
+
+def _cell(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value
 
 
 class Sink:
@@ -92,6 +111,6 @@ class Sink:
             out = io.StringIO()
             table = csv.DictWriter(out, list(self.records[0]))
             table.writeheader()
-            table.writerows(self.records)
+            table.writerows({k: _cell(v) for k, v in record.items()} for record in self.records)
             return out.getvalue()
         return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in self.records)

@@ -1,24 +1,30 @@
-"""gemmakit run: continue a prompt, or a file of them."""
+"""gemmakit run: a task on a text, on a file of them, or on lines as they come."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Argument, Option
 
 from gemmakit.cli import options as o
-from gemmakit.cli.prompts import given, read_prompt
+from gemmakit.cli.classify import Screen, classify, refuse_generation_options
+from gemmakit.cli.prompts import given
 from gemmakit.cli.shell import INTERRUPTED, note, show
 from gemmakit.errors import InputError
+
+BATCH = 8  # texts that are classified together; their results do not depend on it
 
 
 def run(
     prompt: Annotated[str | None, Argument(help="The text to continue; standard input if left out.")] = None,
     model: o.Model = None,
-    task: Annotated[str, Option(metavar="TASK", help="What to do with the text.")] = "text-generation",
+    task: Annotated[
+        str, Option(metavar="TASK", help="text-generation, text-classification, token-classification.")
+    ] = "text-generation",
     chat: Annotated[bool, Option("--chat", help="Ask an instruction-tuned model: the text is a user's turn.")] = False,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
@@ -35,6 +41,10 @@ def run(
     min_p: o.MinP = None,
     repetition_penalty: o.RepetitionPenalty = None,
     seed: o.Seed = None,
+    aggregation: Annotated[
+        str | None,
+        Option(metavar="HOW", help="Tokens to entities: none, simple (if left out), first, average, max."),
+    ] = None,
     json_: Annotated[bool, Option("--json", help="A JSON object a prompt, instead of the text.")] = False,
     stats: Annotated[bool, Option("--stats", help="Counts and tokens/s on stderr at the end.")] = False,
     input_: Annotated[
@@ -44,15 +54,26 @@ def run(
         Path | None, Option(metavar="FILE", help="Results as JSON lines, .json or .csv, instead of standard output.")
     ] = None,
     format_: Annotated[
-        str, Option("--format", metavar="KIND", help="Of --input: infer (from its name), text, jsonl, json, csv.")
+        str,
+        Option(
+            "--format",
+            metavar="KIND",
+            help="Of the input: infer (from its name), text, jsonl, json, csv; or pipe: each line of standard input "
+            "is a prompt, answered in a line before the next is read.",
+        ),
     ] = "infer",
-    column: Annotated[str, Option(metavar="NAME", help="The field of --input that is the prompt.")] = "prompt",
+    column: Annotated[
+        str | None, Option(metavar="NAME", help="The field of the input that is the text: prompt, or text to classify.")
+    ] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace an --output that exists.")] = False,
 ) -> int:
-    """Continue a text or answer a question.
+    """Continue a text, answer a question, or classify.
 
     The text comes as it is generated, on a terminal and in a pipe alike. Without --model, the small demo model
     that gemmakit carries is run. Ctrl-C ends the text and keeps what there is.
+
+    Classification prints a label and its score a line; token-classification an entity a line: label, score, where
+    it starts and ends, and its text.
     """
     from gemmakit.cli import records
 
@@ -60,11 +81,21 @@ def run(
         max_new_tokens=max_new_tokens, stop_strings=stop, do_sample=sample, temperature=temperature, top_k=top_k,
         top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed,
     )  # fmt: skip
-    if input_ is None and output is None:
-        prompts, sink = [read_prompt(prompt)], _Screen(plain=not json_)
+    generates = task == "text-generation"
+    several = input_ is not None or format_ != "infer"
+    if not generates:
+        task = _classification(task, aggregation, {
+            "--chat": chat, "--max-new-tokens": max_new_tokens, "--stop": stop, "--sample": sample is True,
+            "--greedy": sample is False, "--temperature": temperature, "--top-k": top_k, "--top-p": top_p,
+            "--min-p": min_p, "--repetition-penalty": repetition_penalty, "--seed": seed, "--stats": stats,
+        })  # fmt: skip
+    elif aggregation is not None:
+        raise InputError("--aggregation is of --task token-classification only.")
+    prompts = records.texts(prompt, input_, format_, column or ("prompt" if generates else "text"))
+    if output is not None:
+        sink: Any = records.Sink(output, overwrite)
     else:
-        prompts = [read_prompt(prompt)] if input_ is None else records.read(input_, format_, column)
-        sink = _Screen(plain=False) if output is None else records.Sink(output, overwrite)
+        sink = _Screen(plain=not json_ and not several) if generates else Screen(not json_, several)
 
     from gemmakit.pipelines import pipeline
 
@@ -72,6 +103,10 @@ def run(
     pipe = pipeline(task, model, framework=_framework(backend), device_map=device, dtype=dtype, revision=revision)
     loaded_s = time.perf_counter() - start
     with sink:
+        if not generates:
+            options = {"aggregation_strategy": aggregation or "simple"} if task == "token-classification" else {}
+            classify(pipe, prompts, sink, 1 if format_ == "pipe" else BATCH, **options)
+            return 0
         said = _each(pipe, prompts, chat, settings, sink)
     if stats and said is not None:
         note(f"{said.summary}; loaded in {loaded_s:.2f} s")
@@ -84,7 +119,18 @@ def _framework(backend: str) -> str:
     return "flax" if backend == "flax" else "pt"
 
 
-def _each(pipe: Any, prompts: list[str], chat: bool, settings: dict[str, Any], sink: Any) -> Any:
+def _classification(task: str, aggregation: str | None, generating: dict[str, Any]) -> str:
+    """The task's own name. Raises InputError for one that there is not, and for options that are not its."""
+    from gemmakit.pipelines import find_task
+
+    name = find_task(task).task
+    if aggregation is not None and name != "token-classification":
+        raise InputError("--aggregation is of --task token-classification only.")
+    refuse_generation_options(task, generating)
+    return name
+
+
+def _each(pipe: Any, prompts: Iterable[str], chat: bool, settings: dict[str, Any], sink: Any) -> Any:
     """Answer the prompts one after another, until one is interrupted; the last answer."""
     from gemmakit.cli.answer import answer, ask
 

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import CheckpointError, GenerationConfigError
@@ -154,7 +154,7 @@ class GenerationConfig:
     eos_token_id: int | list[int] | None = None
 
     # Keys of a file that this version does not read; kept and written back.
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def __post_init__(self) -> None:
         self.validate()
@@ -213,7 +213,7 @@ class GenerationConfig:
             for token in sequence:
                 ranges.check_token("sequence_bias", token, vocab_size)
         for text in self.stop_texts:
-            if not isinstance(text, str) or not text:
+            if not isinstance(cast(Any, text), str) or not text:  # a file can hold anything
                 raise GenerationConfigError(
                     f"stop_strings holds {text!r}; each must be a text of at least 1 character."
                 )
@@ -289,7 +289,7 @@ class GenerationConfig:
             raise CheckpointError(f"{path} is not valid JSON ({e}). Download or export it again.") from e
         if not isinstance(values, dict):
             raise CheckpointError(f"{path} holds a {type(values).__name__}; a {FILE} is an object.")
-        return cls.from_dict(values, **kwargs)
+        return cls.from_dict(cast("dict[str, Any]", values), **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """What differs from the defaults, and what was kept from a file; as a file holds it."""
@@ -301,6 +301,7 @@ class GenerationConfig:
         return out
 
     def to_json_string(self) -> str:
+        """`to_dict` as indented JSON, with sorted keys and a line end."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True, default=_plain) + "\n"
 
     def save_pretrained(self, directory: str | os.PathLike[str], config_file_name: str = FILE) -> None:
@@ -332,9 +333,9 @@ def _refuse_unknown(given: Collection[str], names: Collection[str]) -> None:
 
 def _biases(value: Any) -> dict[tuple[int, ...], float]:
     """From {(ids): bias}, or the [[ids, bias], ...] of a file, or the "(1, 2)" keys that JSON makes of tuples."""
-    pairs = list(value.items()) if isinstance(value, dict) else value
+    pairs: Any = cast("dict[Any, Any]", value).items() if isinstance(value, dict) else value
     try:
-        out = {_sequence(ids): bias for ids, bias in pairs}
+        out: dict[tuple[Any, ...], Any] = {_sequence(ids): bias for ids, bias in pairs}
     except (TypeError, ValueError):
         out = {}
     if (
@@ -355,8 +356,8 @@ def _sequence(ids: Any) -> tuple[Any, ...]:
 
 
 def _decay(value: Any) -> tuple[int, float]:
-    if isinstance(value, list | tuple) and len(value) == 2:
-        start, factor = value
+    if isinstance(value, list | tuple) and len(cast("list[Any]", value)) == 2:
+        start, factor = cast("tuple[Any, Any]", value)
         if ranges.Whole(0).holds(start) and ranges.Real(0, above=True).holds(factor):
             return start, factor
     raise GenerationConfigError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from gemmakit.errors import GenerationConfigError
 
@@ -75,10 +75,10 @@ class DisjunctiveConstraint(Constraint):
 
 
 def _phrase(name: str, ids: Any) -> tuple[int, ...]:
-    ok = isinstance(ids, list | tuple) and ids
-    if not ok or any(isinstance(t, bool) or not isinstance(t, int) or t < 0 for t in ids):
+    tokens = tuple(cast("list[Any]", ids)) if isinstance(ids, list | tuple) else ()
+    if not tokens or any(isinstance(t, bool) or not isinstance(t, int) or t < 0 for t in tokens):
         raise GenerationConfigError(f"{name} holds {ids!r}; it must be a list of at least 1 token id >= 0.")
-    return tuple(ids)
+    return tokens
 
 
 def from_words(force_words_ids: Iterable[Any]) -> list[Constraint]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 from gemmakit.errors import GenerationConfigError
 from gemmakit.generation.ranges import FLAG, OneOf, Real, Whole
@@ -112,7 +112,7 @@ def watermark_of(value: Any) -> BaseWatermarkingConfig:
         return value
     if isinstance(value, dict):
         kind = SynthIDTextWatermarkingConfig if "ngram_len" in value or "keys" in value else WatermarkingConfig
-        return kind.from_dict(value)
+        return kind.from_dict(cast("dict[str, Any]", value))
     raise GenerationConfigError(
         f"watermarking_config is {value!r}; it must be a WatermarkingConfig, a SynthIDTextWatermarkingConfig or a "
         "dictionary of one's fields."

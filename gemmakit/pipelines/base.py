@@ -57,12 +57,13 @@ class Pipeline:
         size = _batch_size(self.batch_size if batch_size is None else batch_size)
         if self.is_one(inputs):
             return self.run([inputs], **options)[0]
+        several: Any = inputs  # narrowed, it would lose the type of its items
         if isinstance(inputs, (list, tuple)):
             quiet = options.get("streamer") is not None
-            return list(with_progress(self._results(inputs, size, options), 0 if quiet else len(inputs)))
+            return list(with_progress(self._results(several, size, options), 0 if quiet else len(several)))
         if isinstance(inputs, Iterable) and not isinstance(inputs, (Mapping, bytes)):
-            return self._results(inputs, size, options)
-        raise InputError(f"{self.task} takes {self.takes}, or several of them; found {type(inputs).__name__}.")
+            return self._results(several, size, options)
+        raise InputError(f"{self.task} takes {self.takes}, or several of them; found {type(several).__name__}.")
 
     def _results(self, inputs: Iterable[Any], size: int, options: dict[str, Any]) -> Iterator[Any]:
         rest = iter(inputs)

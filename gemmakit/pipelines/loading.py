@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -96,9 +97,8 @@ def _load_flax(made: type[Pipeline], name: str | Path, dtype: Any, device: Any, 
         raise InputError(f"{made.task} has no Flax model: leave framework out.")
     if device not in (None, "auto"):
         raise InputError(f"device is {device!r}; with framework='flax' JAX chooses it: set JAX_PLATFORMS instead.")
-    import gemmakit
-
-    return getattr(gemmakit, made.flax_class).from_pretrained(name, dtype or "auto", **loading)
+    home = importlib.import_module("gemmakit.flax")  # by name: the layers below need not have jax
+    return getattr(home, made.flax_class).from_pretrained(name, dtype or "auto", **loading)
 
 
 def find_task(name: str | None) -> type[Pipeline]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -62,6 +62,7 @@ class TextClassificationPipeline(ClassificationPipeline):
         max_length: int | None = None,
         padding: bool | str | None = None,
     ) -> list[Any]:
+        """The results of a batch, in its order; the options are described at the class."""
         _check_top_k(top_k)
         function = self._function(function_to_apply)
         found = self.logits(self._rows(batch, truncation, max_length))
@@ -91,14 +92,16 @@ class TextClassificationPipeline(ClassificationPipeline):
             config = self.model.config
             several = config.problem_type == "multi_label_classification" or config.num_labels == 1
             name = "none" if config.problem_type == "regression" else "sigmoid" if several else "softmax"
-        function = FUNCTIONS.get(name.lower()) if isinstance(name, str) else None
+        function = FUNCTIONS.get(str(name).lower())
         if function is None:
             raise InputError(f"function_to_apply is {name!r}; it must be {', '.join(map(repr, FUNCTIONS))} or None.")
         return function
 
     def _ranked(self, scores: torch.Tensor) -> list[Record]:
         """Every label, the best first. scores: (C,)."""
-        labels = [{"label": self.label(i), "score": score} for i, score in enumerate(scores.tolist())]
+        labels: list[Record] = [
+            {"label": self.label(i), "score": score} for i, score in enumerate(cast("list[float]", scores.tolist()))
+        ]
         return sorted(labels, key=lambda label: -label["score"])
 
 

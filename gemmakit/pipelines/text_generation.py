@@ -66,6 +66,7 @@ class TextGenerationPipeline(Pipeline):
         continue_final_message: bool | None = None,
         **settings: Any,
     ) -> list[list[Record]]:
+        """The results of a batch, in its order; the options are described at the class."""
         if return_tensors and (return_text or return_full_text is not None):
             raise InputError("return_tensors excludes return_text and return_full_text: choose ids or text.")
         rows = [self.encode(p, prefix=prefix, continue_final_message=continue_final_message) for p in batch]

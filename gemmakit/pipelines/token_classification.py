@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -49,6 +49,7 @@ class TokenClassificationPipeline(ClassificationPipeline):
         stride: int | None = None,
         truncation: bool | None = None,
     ) -> list[list[Record]]:
+        """The results of a batch, in its order; the options are described at the class."""
         strategy = self._strategy(aggregation_strategy, stride)
         ignored = {"O"} if ignore_labels is None else set(ignore_labels)
         encoded = self._encode(batch, stride, truncation)
@@ -108,7 +109,13 @@ class TokenClassificationPipeline(ClassificationPipeline):
         for index, (token, special) in enumerate(zip(row["input_ids"], row["special_tokens_mask"], strict=True)):
             if special:
                 continue
-            piece = Piece(self.tokenizer.convert_ids_to_tokens(token), scores[index].tolist(), index, None, None)
+            piece = Piece(
+                self.tokenizer.convert_ids_to_tokens(token),
+                cast("list[float]", scores[index].tolist()),
+                index,
+                None,
+                None,
+            )
             if self.tokenizer.is_fast:
                 piece.start, piece.stop = row["offset_mapping"][index]
                 piece.continues = continues_word(text, row["offset_mapping"][index][0])

@@ -320,9 +320,12 @@ def _bytes(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None, quantiz
     stored = getattr(torch, info.dtype, None)
     if stored is None:
         return info.nbytes
-    if quantizer is not None and not quantizer.stored and quantizer.takes(name.removesuffix(".weight")):
+    packed = quantizer is not None and len(info.shape) == 2 and "embed_tokens" not in name
+    if quantizer is not None and packed and quantizer.takes(name.removesuffix(".weight")):
         return info.nbytes // stored.itemsize * quantizer.bits // 8
-    return info.nbytes if dtype is None else info.nbytes // stored.itemsize * dtype.itemsize
+    if dtype is None or not stored.is_floating_point:
+        return info.nbytes
+    return info.nbytes // stored.itemsize * dtype.itemsize
 
 
 def _size(checkpoint: Checkpoint, dtype: torch.dtype | None, quantizer: Quantizer | None) -> int:

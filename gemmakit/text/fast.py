@@ -237,4 +237,5 @@ class GemmaTokenizerFast(TokenizerBase):
         return self._engine.tokenizer
 
     def train_new_from_iterator(self, *_: Any, **__: Any) -> None:
+        """Refused: raises InputError, saying where training is shown."""
         raise InputError("training a vocabulary is not offered here; scripts/demo_vocabulary.py shows how it is done.")

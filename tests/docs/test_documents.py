@@ -1,4 +1,4 @@
-"""Every code block of the README and of docs/ runs: a page's python blocks in one namespace, bash blocks line by line."""
+"""Every code block of the README and of docs/ runs: a page's python in one namespace, its bash line by line."""
 
 import os
 import re
@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-# What sets up the machine, needs a terminal or a download is not repeated here; `make demo` and the tests run it elsewhere.
+# What sets up the machine, needs a terminal or a download is not repeated here; other tests and `make demo` run it.
 NOT_HERE = ("make ", "pip ", "git ", "cd ", "gemmakit chat", "python -m venv")
 
 
@@ -37,7 +37,6 @@ def test_commands_on_the_page_run(page, tmp_path):
         command = line.removeprefix("$ ").partition("  #")[0].strip()
         if not command or command.startswith(NOT_HERE):
             continue
-        done = subprocess.run(
-            command, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=300, env={**os.environ, "PATH": path}
-        )
+        env = {**os.environ, "PATH": path}
+        done = subprocess.run(command, shell=True, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"{command}: {done.stderr}"

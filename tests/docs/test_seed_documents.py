@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SEEDS = ROOT.parent / "shared" / "seeds"
 DEMO = ROOT / "gemmakit" / "demo"
 
-pytestmark = pytest.mark.skipif(not SEEDS.is_dir(), reason="runs where the documents lie beside the checkout (../shared)")
+pytestmark = pytest.mark.skipif(not SEEDS.is_dir(), reason="runs where the documents lie beside the checkout")
 
 FENCE = re.compile(r"^```(py|python|bash)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PROMPTED = re.compile(r"(?:^>>> .*\n?(?:^\s*\n)?)+", re.MULTILINE)

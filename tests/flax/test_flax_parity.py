@@ -161,6 +161,18 @@ def test_scanned_layers_compute_the_same_from_the_same_names(both):
         assert apart(pair.flax(ids, mask, params=stacked).logits, theirs.logits, mask) < 1e-6
 
 
+def test_the_scanned_program_does_not_grow_with_depth():
+    def size(layers, scan):
+        config = gemmakit.GemmaConfig(vocab_size=8, intermediate_size=8, num_hidden_layers=layers, **SHAPES["mqa"])
+        model = FlaxGemmaForCausalLM(config, _do_init=False, scan_layers=scan)
+        shapes = jax.eval_shape(stack_layers, model.params_shape_tree) if scan else model.params_shape_tree
+        lowered = jax.jit(lambda p, ids: model(ids, params=p).logits).lower(shapes, jnp.zeros((1, 4), jnp.int32))
+        return lowered.as_text().count("\n")
+
+    assert size(12, scan=True) == size(3, scan=True)
+    assert size(12, scan=False) > 2 * size(3, scan=False)
+
+
 def test_stacking_and_unstacking_are_inverse(both):
     params = both("gqa", attention_bias=True).flax.params
     again = flat(unstack_layers(stack_layers(params)))

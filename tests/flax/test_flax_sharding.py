@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).with_name("on_eight_devices.py")
 @pytest.fixture(scope="module")
 def report(both, tmp_path_factory):
     folders = [str(both(shape, max_position_embeddings=256).folder) for shape in ("mqa", "mha")]
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     done = subprocess.run(
         [sys.executable, str(SCRIPT), *folders],
         env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},

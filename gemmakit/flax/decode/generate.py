@@ -62,7 +62,8 @@ class GenerationMixin:
         """Continue the prompts: greedy, sampled, or by beams.
 
         All steps are one compiled loop. Prompt and new tokens are padded to one of a few lengths, so that another
-        length seldom compiles anew; padding changes no token. Inside a caller's jit nothing is padded, checked or trimmed.
+        length seldom compiles anew; padding changes no token. Inside a caller's jit nothing is padded, checked or
+        trimmed.
 
         Args:
             input_ids: (B, P) prompt ids, padded on the left if they differ in length; without any prompt the row starts

@@ -214,10 +214,12 @@ class Cache:
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows, in this order; indices: (B',), a row may come several times."""
         for layer in self.layers:
             layer.rebatch(lambda x: x.index_select(0, indices.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times, its copies side by side: (B, ...) becomes (B * repeats, ...)."""
         for layer in self.layers:
             layer.rebatch(lambda x: x.repeat_interleave(repeats, dim=0))
 

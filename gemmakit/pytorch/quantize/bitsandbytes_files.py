@@ -1,6 +1,6 @@
 """The tensors in which bitsandbytes layers are stored, checked before native code reads them.
 
-4 bits: `weight`, `weight.absmax`, `weight.quant_map`, `weight.quant_state.bitsandbytes__nf4` (a JSON text as bytes), and
+4 bits: `weight`, `weight.absmax`, `weight.quant_map`, `weight.quant_state.bitsandbytes__nf4` (JSON text as bytes), and
 with double quantization `weight.nested_absmax`, `weight.nested_quant_map`. 8 bits: `weight`, `SCB`, `weight_format`.
 """
 
@@ -91,7 +91,7 @@ def _plausible(state: dict[str, Any], kind: str, nested: bool) -> bool:
         and state["blocksize"] in _BLOCK_SIZES
         and state["dtype"] in COMPUTE_DTYPES
         and (not nested or (state["nested_blocksize"] in _BLOCK_SIZES and state["nested_dtype"] in COMPUTE_DTYPES))
-        and (not nested or (type(offset) in (int, float) and math.isfinite(offset)))
+        and (not nested or (isinstance(offset, (int, float)) and math.isfinite(offset)))
     )
 
 

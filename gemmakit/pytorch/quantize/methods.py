@@ -43,7 +43,7 @@ class QuantizedMethods(nn.Module):
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """As of torch; InputError for another dtype if the model is quantized."""
         if self.is_quantized:
-            dtype = torch._C._nn._parse_to(*args, **kwargs)[1]
+            dtype = torch._C._nn._parse_to(*args, **kwargs)[1]  # type: ignore[attr-defined]
             if dtype is not None:
                 self._refuse_cast(str(dtype).removeprefix("torch."))
         return super().to(*args, **kwargs)

@@ -1,0 +1,133 @@
+"""What gemmakit exports is what the reference lists, and every part of it is typed and described."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gemmakit
+
+PAGES = sorted((Path(__file__).resolve().parents[2] / "docs" / "reference").glob("*.md"))
+# Public by their module, as the documents import them.
+BY_MODULE = {"gemmakit.utils.attention_visualizer": ["AttentionMaskVisualizer"], "gemmakit.flax": None}
+NAMES = [name for name in gemmakit.__all__ if name != "__version__"]
+SHAPED = [
+    "GemmaModel.forward",
+    "GemmaForCausalLM.forward",
+    "GemmaForSequenceClassification.forward",
+    "GemmaForTokenClassification.forward",
+    "GemmaForCausalLM.generate",
+    "GemmaTokenizer.__call__",
+    "GemmaTokenizerFast.__call__",
+    "BatchEncoding",
+]
+
+
+def needs_flax(name: str) -> None:
+    if "flax" in name.lower():
+        pytest.importorskip("flax")
+        pytest.importorskip("jax")
+
+
+def found(path: str) -> Any:
+    """The module or object of a dotted name."""
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError:
+        module, _, name = path.rpartition(".")
+        return getattr(found(module), name)
+
+
+def documented() -> list[str]:
+    return [
+        path for page in PAGES for path in re.findall(r"^::: (\S+)", page.read_text(encoding="utf-8"), re.MULTILINE)
+    ]
+
+
+def test_the_reference_lists_exactly_what_is_public():
+    needs_flax("flax")
+    public = {id(getattr(gemmakit, name)): name for name in NAMES}
+    for module, names in BY_MODULE.items():
+        home = importlib.import_module(module)
+        public |= {id(getattr(home, name)): name for name in names or home.__all__}
+    listed = {id(found(path)): path for path in documented()}
+    assert sorted(public[i] for i in public.keys() - listed.keys()) == [], "public, and not in docs/reference"
+    assert sorted(listed[i] for i in listed.keys() - public.keys()) == [], "in docs/reference, and not public"
+    assert len(documented()) == len(set(documented())) == len(listed), "listed twice"
+
+
+def test_every_error_is_reachable_and_described():
+    errors = gemmakit.errors
+    kinds = [e for e in vars(errors).values() if inspect.isclass(e) and e.__module__ == errors.__name__]
+    assert len(kinds) >= 14
+    assert all(
+        e.__doc__ and issubclass(e, errors.GemmakitError) and e.__name__ in (errors.__doc__ or "") for e in kinds
+    )
+
+
+def functions(name: str) -> Iterator[tuple[str, Any]]:
+    """A public function; or a class's own constructor, __call__ and public methods."""
+    value = getattr(gemmakit, name)
+    if not inspect.isclass(value):
+        if inspect.isfunction(value):
+            yield name, value
+        return
+    for key, member in vars(value).items():
+        function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+        if inspect.isfunction(function) and (key in ("__init__", "__call__") or not key.startswith("_")):
+            yield f"{name}.{key}", function
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_public_name_is_described(name):
+    needs_flax(name)
+    assert inspect.getdoc(getattr(gemmakit, name))
+    # A property's name says what it is; a method also does something.
+    undescribed = [
+        where
+        for where, function in functions(name)
+        if not where.endswith((".__init__", ".__call__")) and not described(name, where) and not is_property(where)
+    ]
+    assert undescribed == []
+
+
+def is_property(where: str) -> bool:
+    name, _, key = where.partition(".")
+    return bool(key) and isinstance(inspect.getattr_static(getattr(gemmakit, name), key), property)
+
+
+def described(name: str, where: str) -> bool:
+    """By its own docstring, or by that of the method it overrides."""
+    value = getattr(gemmakit, name)
+    return bool(inspect.getdoc(getattr(value, where.partition(".")[2]) if "." in where else value))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_public_callable_is_fully_annotated(name):
+    needs_flax(name)
+    missing: list[str] = []
+    for where, function in functions(name):
+        signature = inspect.signature(function)
+        parameters = list(signature.parameters.values())[int("." in where and not static(where)) :]
+        missing += [f"{where}({p.name})" for p in parameters if p.annotation is p.empty]
+        if signature.return_annotation is signature.empty and not where.endswith(".__init__"):
+            missing.append(f"{where} -> ?")
+    assert missing == []
+
+
+def static(where: str) -> bool:
+    name, _, key = where.partition(".")
+    return isinstance(inspect.getattr_static(getattr(gemmakit, name), key), staticmethod)
+
+
+@pytest.mark.parametrize("where", SHAPED)
+def test_what_takes_and_gives_tensors_says_their_shapes(where):
+    name, _, key = where.partition(".")
+    value = getattr(gemmakit, name)
+    assert "(B" in (inspect.getdoc(getattr(value, key) if key else value) or "")
