@@ -1,8 +1,13 @@
 """What every test relies on."""
 
 import os
+import signal
 
 import pytest
+
+# A background job of a shell starts with Ctrl-C ignored, and so would every command that the tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")
