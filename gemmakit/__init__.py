@@ -3,6 +3,9 @@
 Names load when they are first used: importing the package loads neither torch nor jax.
 """
 
+# pyright: reportUnusedImport=false
+# (the imports at the end are for type checkers and editors)
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any

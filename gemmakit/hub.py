@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from gemmakit.errors import CheckpointError, HubError, UnsafeFile
 
@@ -89,7 +90,7 @@ def find_file(
     directory = local_directory(name_or_path)
     if directory is not None:
         return _find_local(directory, filename, optional)
-    where = {"revision": revision, "cache_dir": cache_dir}
+    where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
     try:
         return _download(str(name_or_path), filename, token=token, local_files_only=local_files_only, **where)
     except Exception as error:
@@ -216,7 +217,15 @@ def _find_local(directory: Path, filename: str, optional: bool) -> Path | None:
     )
 
 
-def _download(repo_id: str, filename: str, *, revision, token, cache_dir, local_files_only: bool) -> Path:
+def _download(
+    repo_id: str,
+    filename: str,
+    *,
+    revision: str | None,
+    token: Token,
+    cache_dir: Any,
+    local_files_only: bool,
+) -> Path:
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     if local_files_only:
@@ -236,7 +245,15 @@ def _download(repo_id: str, filename: str, *, revision, token, cache_dir, local_
     return Path(path)
 
 
-def _known_absent(error, repo_id: str, filename: str, local_files_only: bool, *, revision, cache_dir) -> bool:
+def _known_absent(
+    error: BaseException,
+    repo_id: str,
+    filename: str,
+    local_files_only: bool,
+    *,
+    revision: str | None,
+    cache_dir: Any,
+) -> bool:
     if not isinstance(error, _hub_error("EntryNotFoundError")):
         return False
     if not isinstance(error, _hub_error("LocalEntryNotFoundError")):
@@ -249,7 +266,7 @@ def _known_absent(error, repo_id: str, filename: str, local_files_only: bool, *,
     return (local_files_only or _offline_on_request()) and _has_snapshot(repo_id, revision, cache_dir)
 
 
-def _has_snapshot(repo_id: str, revision: str | None, cache_dir) -> bool:
+def _has_snapshot(repo_id: str, revision: str | None, cache_dir: Any) -> bool:
     """Whether anything of this repository at this revision is cached: then the cache is what the user chose to use."""
     from huggingface_hub import constants
 

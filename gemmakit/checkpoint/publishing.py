@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -84,7 +84,7 @@ def clean(staging: Path) -> None:
 
 
 @contextmanager
-def saving_into(directory: Path) -> Iterator[Path]:
+def saving_into(directory: Path) -> Generator[Path, None, None]:
     """A staging folder inside `directory`; one save at a time a directory, so that all ranks may save to the same one.
 
     What killed saves left behind is cleaned on the way in, what this one leaves on the way out.
@@ -152,7 +152,7 @@ def _read_journal(staging: Path) -> list[str]:
 
 
 @contextmanager
-def _locked(directory: Path) -> Iterator[bool]:
+def _locked(directory: Path) -> Generator[bool, None, None]:
     """Hold the directory's lock; False where the system has none, and savers cannot tell each other apart."""
     try:
         import fcntl
@@ -169,7 +169,7 @@ def _locked(directory: Path) -> Iterator[bool]:
 
 
 @contextmanager
-def _descriptor(directory: Path) -> Iterator[int]:
+def _descriptor(directory: Path) -> Generator[int, None, None]:
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         yield descriptor

@@ -161,7 +161,8 @@ def _open_layout(
         return None
     weight_map, names = _read_weight_map(path, allow_pickle)
     # Shards of the very commit the index came from, even if the branch moves on meanwhile.
-    shards = find_files(name_or_path, names, **{**where, "revision": commit_of(path) or where["revision"]})
+    same: dict[str, Any] = {**where, "revision": commit_of(path) or where["revision"]}
+    shards = find_files(name_or_path, names, **same)
     return _open_shards(path, weight_map, names, shards)
 
 

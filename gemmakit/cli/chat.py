@@ -78,7 +78,7 @@ def _name(pipe: Any) -> str:
 def _typed() -> Iterator[str]:
     """Lines from a person, with history and editing where the system has readline."""
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (input() uses it once it is imported)
+        import readline  # noqa: F401  # pyright: ignore[reportUnusedImport]  (input() uses it once it is imported)
     while True:
         try:
             line = input("> ")

@@ -6,8 +6,8 @@ Importing this package needs jax and flax; `import gemmakit` alone does not.
 from gemmakit.errors import MissingDependency
 
 try:
-    import flax.linen  # noqa: F401
-    import jax  # noqa: F401
+    import flax.linen  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    import jax  # noqa: F401  # pyright: ignore[reportUnusedImport]
 except ImportError as error:
     raise MissingDependency(
         f"the Flax backend needs jax and flax ({error.name} is not installed): pip install 'gemmakit[flax]'."

@@ -234,7 +234,7 @@ def _load(
             if not adopt(quantizer, model, name, tensor, device):
                 assign(model, name, nn.Parameter(tensor.to(device)))
     model._set_quantizer(quantizer)
-    _finish(model, [n for n, p in wanted.items() if model.get_parameter(n).is_meta], dtype, device)
+    _finish(model, [n for n in wanted if model.get_parameter(n).is_meta], dtype, device)
 
 
 def _saved(model: GemmaPreTrainedModel) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from gemmakit.errors import InputError, TokenizerError
@@ -135,7 +136,7 @@ class TokenizerBase(Calling, Chat, Saving):
 
     def _add_special(self, value: Any) -> int:
         token = AddedToken.of(value, special=True)
-        return self._engine.add([AddedToken(**{**token.to_dict(), "normalized": False})])
+        return self._engine.add([replace(token, normalized=False)])
 
     def _set_named(self, name: str, value: Any) -> None:
         if value is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ class SentencePieceEngine:
 
 
 def _with_spaces(token: AddedToken) -> AddedToken:
-    return AddedToken(**{**token.to_dict(), "content": token.content.replace(" ", SPACE)})
+    return replace(token, content=token.content.replace(" ", SPACE))
 
 
 def _split(text: str, pattern: re.Pattern[str] | None, ids: Mapping[str, int]) -> Iterator[str | int]:

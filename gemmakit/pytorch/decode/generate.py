@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -181,7 +181,7 @@ def _context(model: Any, config: GenerationConfig, prompt: Prompt, **given: Any)
 
 
 @contextmanager
-def _ended(streamer: Streamer | None) -> Iterator[None]:
+def _ended(streamer: Streamer | None) -> Generator[None, None, None]:
     """Tell the streamer that nothing more comes, however generate() ends: whoever reads it must not wait forever."""
     try:
         yield

@@ -79,6 +79,8 @@ _ops.define("linear_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _ops.impl("linear_rows", _linear_rows, "CPU")
 
 
-@torch.library.register_fake("gemmakit::linear_rows")
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _linear_rows_shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+torch.library.register_fake("gemmakit::linear_rows", _linear_rows_shape)
