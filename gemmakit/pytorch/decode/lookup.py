@@ -24,7 +24,7 @@ from gemmakit.pytorch.decode.sampling import Noise, greedy, sampler
 
 DEFAULT_NGRAM = 2
 # Share of the time that fruitless proposals may take; with the bookkeeping it stays under 5 %.
-LOSS = 0.04
+LOSS = 0.03
 # What a proposed token adds to a pass, as a share of a pass over one token, until it has been measured here.
 WIDTH_COST = {"cuda": 0.02, "cpu": 0.25}
 REMEMBERED = 15
