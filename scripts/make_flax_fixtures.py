@@ -82,6 +82,7 @@ def main():
     twin = transformers.GemmaForCausalLM.from_pretrained(
         FOLDER / "as_flax", from_flax=True, attn_implementation="eager"
     )
+    twin.config._name_or_path = "as_flax"  # not where this ran
     twin.save_pretrained(FOLDER / "as_pytorch")
     ids, mask = batch()
     with torch.no_grad():
