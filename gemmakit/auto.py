@@ -8,8 +8,8 @@ import os
 from typing import Any, ClassVar
 
 from gemmakit.config import HUB_ARGUMENTS, GemmaConfig
-from gemmakit.errors import ConfigError, InputError, UnsafeFile
-from gemmakit.hub import find_file
+from gemmakit.errors import ConfigError, InputError
+from gemmakit.hub import find_file, refuse_code
 
 Name = str | os.PathLike[str]
 
@@ -25,7 +25,7 @@ class AutoConfig(_Auto):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Name, **kwargs: Any) -> GemmaConfig:
         """As `GemmaConfig.from_pretrained`. Raises ConfigError for another model_type than Gemma's."""
-        _refuse_code(kwargs)
+        refuse_code(kwargs)
         return GemmaConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
@@ -47,7 +47,7 @@ class AutoTokenizer(_Auto):
         """
         from gemmakit.text import GemmaTokenizer, GemmaTokenizerFast
 
-        _refuse_code(kwargs)
+        refuse_code(kwargs)
         _check_model_type(pretrained_model_name_or_path, {k: v for k, v in kwargs.items() if k in HUB_ARGUMENTS})
         chosen = GemmaTokenizerFast if use_fast else GemmaTokenizer
         return chosen.from_pretrained(pretrained_model_name_or_path, *inputs, **kwargs)
@@ -73,7 +73,7 @@ class _AutoModel(_Auto):
     @classmethod
     def from_config(cls, config: GemmaConfig, *, dtype: Any = None, torch_dtype: Any = None, **kwargs: Any) -> Any:
         """A model with fresh weights. kwargs: attn_implementation."""
-        _refuse_code(kwargs)
+        refuse_code(kwargs)
         attention = kwargs.pop("attn_implementation", None)
         if kwargs:
             raise InputError(f"from_config has no argument {', '.join(kwargs)}: set fields in the configuration.")
@@ -108,11 +108,6 @@ class AutoModelForTokenClassification(_AutoModel):
 
     _home = "gemmakit.pytorch.heads"
     _class_name = "GemmaForTokenClassification"
-
-
-def _refuse_code(kwargs: dict[str, Any]) -> None:
-    if kwargs.pop("trust_remote_code", False):
-        raise UnsafeFile("trust_remote_code=True: gemmakit never runs code from a checkpoint. Leave the argument out.")
 
 
 def _check_model_type(name: Name, where: dict[str, Any]) -> None:

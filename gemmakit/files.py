@@ -1,9 +1,11 @@
-"""Small text files, read with a clear error and written so that a reader finds the old or the new content, whole."""
+"""Small files, read with a clear error; files of any size, written so that a reader finds the old or the new, whole."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,12 +23,24 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", values)
 
 
-def write_text(path: Path, content: str) -> None:
-    """Write `content` to `path`, its folder made if absent, by replacing the file in one step."""
+@contextmanager
+def replacing(path: Path) -> Generator[Path, None, None]:
+    """A path beside `path` to write to; what is there at the end takes its place in one step, after it is on disk.
+
+    After an exception `path` is as it was. The folder is made if absent.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        staged.write_text(content, encoding="utf-8")
+        yield staged
+        with staged.open("rb+") as file:
+            os.fsync(file.fileno())
         staged.replace(path)
     finally:
         staged.unlink(missing_ok=True)
+
+
+def write_text(path: Path, content: str) -> None:
+    """Replace the content of `path`, in UTF-8 with line ends as they are."""
+    with replacing(path) as staged:
+        staged.write_text(content, encoding="utf-8", newline="")

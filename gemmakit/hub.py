@@ -59,6 +59,12 @@ def local_directory(name_or_path: Name) -> Path | None:
     raise CheckpointError(f"{str(path)!r} {found}. Give a directory, or a Hub id such as 'google/gemma-2b'.")
 
 
+def refuse_code(settings: dict[str, Any]) -> None:
+    """Take `trust_remote_code` out of a call's settings; a checkpoint's code never runs. Raises UnsafeFile if it is set."""
+    if settings.pop("trust_remote_code", False):
+        raise UnsafeFile("trust_remote_code=True: gemmakit never runs code from a checkpoint. Leave the argument out.")
+
+
 def demo_model() -> Path:
     """The folder of the small model that gemmakit carries, to try things without a download. Raises CheckpointError."""
     folder = Path(__file__).with_name("demo")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from gemmakit.cli.prompts import decode, read_prompt, stdin_lines
 from gemmakit.errors import InputError
+from gemmakit.files import write_text
 
 KINDS = {".jsonl": "jsonl", ".json": "json", ".csv": "csv"}
 
@@ -95,14 +95,10 @@ class Sink:
     def __exit__(self, error: object, *_: object) -> None:
         if error is not None and not self.records:
             return
-        part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
         try:
-            part.write_text(self._text(), encoding="utf-8", newline="")
-            part.replace(self.path)
+            write_text(self.path, self._text())
         except OSError as error:
             raise InputError(f"--output {self.path} cannot be written: {error.strerror}.") from None
-        finally:
-            part.unlink(missing_ok=True)
 
     def _text(self) -> str:
         if self.path.suffix.lower() == ".json":

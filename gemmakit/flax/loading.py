@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import warnings
 import zlib
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 from gemmakit.checkpoint import LazyTensor, require_memory
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import CheckpointError, InputError
-from gemmakit.files import write_text
+from gemmakit.files import replacing, write_text
 from gemmakit.flax.layers import embedding_init
 from gemmakit.flax.names import PREFIX, nested, pytorch_name
 from gemmakit.flax.sharding import Rules
@@ -126,14 +125,11 @@ def save_msgpack(leaves: dict[str, jax.Array], folder: Path, files: dict[str, st
 
     for name, content in files.items():
         write_text(folder / name, content)
-    staged = folder / f".{MSGPACK}.{os.getpid()}"
     try:
-        staged.write_bytes(msgpack_serialize(nested({path: np.asarray(leaf) for path, leaf in leaves.items()})))
-        staged.replace(folder / MSGPACK)
+        with replacing(folder / MSGPACK) as staged:
+            staged.write_bytes(msgpack_serialize(nested({path: np.asarray(leaf) for path, leaf in leaves.items()})))
     except OSError as error:
         raise CheckpointError(f"Saving into {str(folder)!r} failed: {error.strerror or error}.") from error
-    finally:
-        staged.unlink(missing_ok=True)
 
 
 def dtype_of(dtype: Any) -> Any:

@@ -14,7 +14,7 @@ import numpy as np
 
 from gemmakit.checkpoint import save_checkpoint
 from gemmakit.config import HUB_ARGUMENTS, GemmaConfig
-from gemmakit.errors import InputError, TokenOutOfRange, UnsafeFile
+from gemmakit.errors import InputError, TokenOutOfRange
 from gemmakit.flax import cache as caches
 from gemmakit.flax.attention import implementation
 from gemmakit.flax.loading import config_of, dtype_of, fresh, load, pytorch_tensor, save_msgpack
@@ -24,7 +24,7 @@ from gemmakit.flax.sources import is_orbax, open_source
 from gemmakit.flax.static import FrozenConfig, Wanted
 from gemmakit.flax.training import known
 from gemmakit.generation import GenerationConfig
-from gemmakit.hub import find_file, push_folder
+from gemmakit.hub import find_file, push_folder, refuse_code
 
 Model = TypeVar("Model", bound="FlaxGemmaPreTrainedModel")
 # Arguments that old code passes and that ask for what is always so.
@@ -283,8 +283,7 @@ class FlaxGemmaPreTrainedModel:
             UnsafeFile, HubError, NotEnoughMemory, ConfigError, MissingDependency.
         """
         name = pretrained_model_name_or_path
-        if kwargs.pop("trust_remote_code", False):
-            raise UnsafeFile("trust_remote_code=True: gemmakit never runs code from a checkpoint.")
+        refuse_code(kwargs)
         kwargs = {k: v for k, v in kwargs.items() if k not in _ALWAYS}
         where = {k: kwargs.pop(k) for k in (*HUB_ARGUMENTS, "variant") if k in kwargs}
         hub = {k: v for k, v in where.items() if k != "variant"}

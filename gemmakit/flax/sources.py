@@ -5,7 +5,6 @@ Safetensors as PyTorch or Flax names them, Flax msgpack as transformers wrote it
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from gemmakit.checkpoint import Checkpoint, open_checkpoint
+from gemmakit.checkpoint.index import read_index
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import CheckpointError
 from gemmakit.flax.names import HEADS, flat, orbax_names, other_spelling, pytorch_name
-from gemmakit.hub import check_relative, find_file, find_files
+from gemmakit.hub import find_file, find_files
 
 MSGPACK = "flax_model.msgpack"
 MSGPACK_INDEX = "flax_model.msgpack.index.json"
@@ -92,12 +92,7 @@ def _tensor(checkpoint: Checkpoint, name: str, transposed: bool) -> Stored:
 def _from_msgpack(name: str | os.PathLike[str], found: Path, paths: list[str], hub: dict[str, Any]) -> Source:
     files = [found]
     if found.suffix == ".json":
-        try:
-            shards = sorted(set(json.loads(found.read_bytes())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{found} is not a checkpoint index. Download or save it again.") from error
-        for shard in shards:
-            check_relative(shard)
+        shards = sorted(set(read_index(found).values()))
         files = find_files(name, shards, **hub)
     arrays: dict[str, np.ndarray] = {}
     for file in files:

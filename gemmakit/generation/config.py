@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from gemmakit.config import GemmaConfig
-from gemmakit.errors import CheckpointError, GenerationConfigError
+from gemmakit.errors import GenerationConfigError
+from gemmakit.files import read_json_object, write_text
 from gemmakit.generation import ranges, rules
 from gemmakit.generation.watermarking import BaseWatermarkingConfig, watermark_of
 from gemmakit.hub import find_file
@@ -283,13 +284,7 @@ class GenerationConfig:
         where = {k: kwargs.pop(k) for k in HUB_ARGUMENTS if k in kwargs}
         path = find_file(name_or_path, config_file_name, **where)
         assert path is not None
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as e:
-            raise CheckpointError(f"{path} is not valid JSON ({e}). Download or export it again.") from e
-        if not isinstance(values, dict):
-            raise CheckpointError(f"{path} holds a {type(values).__name__}; a {FILE} is an object.")
-        return cls.from_dict(cast("dict[str, Any]", values), **kwargs)
+        return cls.from_dict(read_json_object(path), **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """What differs from the defaults, and what was kept from a file; as a file holds it."""
@@ -306,12 +301,7 @@ class GenerationConfig:
 
     def save_pretrained(self, directory: str | os.PathLike[str], config_file_name: str = FILE) -> None:
         """Write generation_config.json into `directory`."""
-        text = self.to_json_string()
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        staged = folder / f".{config_file_name}.{os.getpid()}"
-        staged.write_text(text, encoding="utf-8")
-        staged.replace(folder / config_file_name)
+        write_text(Path(directory) / config_file_name, self.to_json_string())
 
     def __repr__(self) -> str:
         return f"GenerationConfig {json.dumps(self.to_dict(), indent=2, sort_keys=True, default=repr)}"

@@ -13,9 +13,9 @@ from torch import nn
 
 from gemmakit.checkpoint import Checkpoint, open_checkpoint, require_memory, save_checkpoint
 from gemmakit.config import HUB_ARGUMENTS, GemmaConfig
-from gemmakit.errors import CheckpointError, InputError, NotEnoughMemory, UnsafeFile
+from gemmakit.errors import CheckpointError, InputError, NotEnoughMemory
 from gemmakit.generation import GenerationConfig
-from gemmakit.hub import find_file, push_folder
+from gemmakit.hub import find_file, push_folder, refuse_code
 from gemmakit.pytorch.attention import implementation
 from gemmakit.pytorch.methods import ModelMethods, assign
 from gemmakit.pytorch.placement import DeviceMap, MaxMemory, one_device, spread
@@ -107,7 +107,7 @@ class GemmaPreTrainedModel(QuantizedMethods, ModelMethods):
         """
         name = pretrained_model_name_or_path
         where = {k: kwargs.pop(k) for k in (*HUB_ARGUMENTS, "variant") if k in kwargs}
-        _refuse_code(kwargs)
+        _settle(kwargs)
         hub = {k: v for k, v in where.items() if k != "variant"}
         if config is None:
             config = GemmaConfig.from_pretrained(name, **hub, **kwargs)
@@ -189,10 +189,9 @@ def _init_module(module: nn.Module, std: float, only: str | None = None) -> None
         module.weight[module.padding_idx].zero_()
 
 
-def _refuse_code(kwargs: dict[str, Any]) -> None:
+def _settle(kwargs: dict[str, Any]) -> None:
     """Take out the arguments that ask for what is always so; refuse the one that asks for code to run."""
-    if kwargs.pop("trust_remote_code", False):
-        raise UnsafeFile("trust_remote_code=True: gemmakit never runs code from a checkpoint. Leave the argument out.")
+    refuse_code(kwargs)
     for name in ("low_cpu_mem_usage", "use_safetensors"):
         kwargs.pop(name, None)
 

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from gemmakit.errors import GemmakitError, InputError, TokenizerError, UnsafeFile
-from gemmakit.hub import find_file, push_folder
+from gemmakit.errors import GemmakitError, InputError, TokenizerError
+from gemmakit.files import replacing
+from gemmakit.hub import find_file, push_folder, refuse_code
 from gemmakit.text.tokenizer_json import read_json
 from gemmakit.text.vocabulary import AddedToken, Engine
 
@@ -52,8 +53,7 @@ class Saving:
         TokenizerError for malformed files, CheckpointError or HubError where they cannot be had.
         """
         name = os.fspath(pretrained_model_name_or_path)
-        if settings.pop("trust_remote_code", False):
-            raise UnsafeFile("trust_remote_code=True: gemmakit never runs code from a checkpoint. Leave it out.")
+        refuse_code(settings)
         for key in ("use_fast", "force_download", "resume_download", "proxies", "legacy"):
             settings.pop(key, None)
 
@@ -251,13 +251,6 @@ def _prefixed(name: str, prefix: str | None) -> str:
 
 
 def _write(path: Path, data: bytes) -> Path:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path) as staged:
+        staged.write_bytes(data)
     return path

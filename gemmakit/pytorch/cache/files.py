@@ -5,7 +5,6 @@ Axis letters: B batch, K kv heads, T positions, H head_dim.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from gemmakit.checkpoint import open_checkpoint
 from gemmakit.errors import CheckpointError, InputError
+from gemmakit.files import replacing
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
 _KIND = {"format": "pt", "kind": "gemmakit-cache"}
@@ -29,14 +29,10 @@ def save_cache(pairs: Pairs, path: Path) -> None:
         for i, pair in enumerate(pairs)
         for name, t in zip(("keys", "values"), pair, strict=True)
     }
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(tensors, staged, metadata=_KIND)
-        with staged.open("rb+") as file:
-            os.fsync(file.fileno())
-        staged.replace(path)
+        with replacing(path) as staged:
+            save_file(tensors, staged, metadata=_KIND)
     except Exception as e:
-        staged.unlink(missing_ok=True)
         raise CheckpointError(f"{path} could not be written ({e}); an older file there is untouched.") from e
 
 

@@ -1,8 +1,8 @@
 """x @ weight.T + bias, the seam through which every projection and the head go.
 
 The reference is torch's linear. On the CPU, a few rows against a large 16-bit weight, which is what a decoding step is,
-go through the native kernel: it reads the weight once at the memory's speed, where torch's own reaches about half of it
-at one row and falls to emulation at two. Axis letters: M rows, O outputs, I inputs.
+go through the native kernel, which reads the weight once, in its own format, for all rows. Axis letters: M rows, O
+outputs, I inputs.
 """
 
 from __future__ import annotations
