@@ -60,7 +60,7 @@ def local_directory(name_or_path: Name) -> Path | None:
 
 
 def refuse_code(settings: dict[str, Any]) -> None:
-    """Take `trust_remote_code` out of a call's settings; a checkpoint's code never runs. Raises UnsafeFile if it is set."""
+    """Take `trust_remote_code` out of a call's settings: no code from a checkpoint runs. UnsafeFile if it is set."""
     if settings.pop("trust_remote_code", False):
         raise UnsafeFile("trust_remote_code=True: gemmakit never runs code from a checkpoint. Leave the argument out.")
 
