@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import json
 import os
+from pathlib import Path
 from typing import Any, ClassVar
 
+from gemmakit.checkpoint.readahead import read_ahead, weights_at
 from gemmakit.config import HUB_ARGUMENTS, GemmaConfig
 from gemmakit.errors import ConfigError, InputError
 from gemmakit.hub import find_file, refuse_code
@@ -48,7 +50,8 @@ class AutoTokenizer(_Auto):
         from gemmakit.text import GemmaTokenizer, GemmaTokenizerFast
 
         refuse_code(kwargs)
-        _check_model_type(pretrained_model_name_or_path, {k: v for k, v in kwargs.items() if k in HUB_ARGUMENTS})
+        if "gguf_file" not in kwargs and not Path(pretrained_model_name_or_path).is_file():
+            _check_model_type(pretrained_model_name_or_path, {k: v for k, v in kwargs.items() if k in HUB_ARGUMENTS})
         chosen = GemmaTokenizerFast if use_fast else GemmaTokenizer
         return chosen.from_pretrained(pretrained_model_name_or_path, *inputs, **kwargs)
 
@@ -68,6 +71,7 @@ class _AutoModel(_Auto):
 
         Raises ConfigError for another model_type than Gemma's, before any weight is read.
         """
+        read_ahead(weights_at(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))  # while torch is imported
         return cls._class().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod

@@ -9,29 +9,17 @@ import os
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from gemmakit.errors import ConfigError
 from gemmakit.files import read_json_object, write_text
-from gemmakit.hub import find_file
+from gemmakit.gguf import read_gguf_header
+from gemmakit.gguf.settings import config_values
+from gemmakit.hub import find_file, find_gguf
+from gemmakit.rotary import check_rope, merged_rope, number, whole_number
 
 # "gelu" is absent on purpose: in Gemma configurations it means the tanh form (see _activation).
 ACTIVATIONS = ("gelu_pytorch_tanh", "gelu_erf", "relu", "silu")
-
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
-_ROPE_REQUIRED = {
-    "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "yarn": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "longrope": ("short_factor", "long_factor"),
-}
-_ROPE_LIMITS: dict[str, dict[str, float]] = {
-    "factor": {"low": 1.0}, "original_max_position_embeddings": {"low": 2.0}, "attention_factor": {"above": 0.0},
-    "beta_fast": {"above": 0.0}, "beta_slow": {"above": 0.0}, "mscale": {"low": 0.0}, "mscale_all_dim": {"low": 0.0},
-    "low_freq_factor": {"above": 0.0}, "high_freq_factor": {"above": 0.0},
-}  # fmt: skip
 
 # Source: arXiv:2403.08295, table 1; the released config.json files.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -79,7 +67,7 @@ class GemmaConfig:
         rope_theta: base of the rotary frequencies; the same number as `rope_parameters["rope_theta"]`.
         attention_bias: whether q, k, v and o projections carry a bias.
         attention_dropout: dropout on attention probabilities in training, in [0, 1).
-        rope_parameters: `{"rope_type": ..., "rope_theta": ..., ...}` with a type of `ROPE_TYPES`.
+        rope_parameters: `{"rope_type": ..., "rope_theta": ..., ...}` with a type of `gemmakit.rotary.ROPE_TYPES`.
         rope_scaling: the older spelling of the same without theta (`{"type": ..., "factor": ...}`).
         use_bidirectional_attention: every token sees every non-padding token.
         num_labels, id2label, label2id, problem_type, classifier_dropout: for the classification heads.
@@ -150,7 +138,7 @@ class GemmaConfig:
         self.eos_token_id = eos_token_id
         self.bos_token_id = bos_token_id
         self.tie_word_embeddings = tie_word_embeddings
-        self.rope_parameters = _rope(rope_theta, rope_parameters, rope_scaling)
+        self.rope_parameters = merged_rope(rope_theta, rope_parameters, rope_scaling)
         self.attention_bias = attention_bias
         self.attention_dropout = attention_dropout
         self.use_bidirectional_attention = use_bidirectional_attention
@@ -193,7 +181,7 @@ class GemmaConfig:
 
     @rope_scaling.setter
     def rope_scaling(self, value: dict[str, Any] | None) -> None:
-        self.rope_parameters = _rope(self.rope_theta, None, value)
+        self.rope_parameters = merged_rope(self.rope_theta, None, value)
 
     @property
     def hidden_activation(self) -> str | Callable[[Any], Any]:
@@ -228,7 +216,7 @@ class GemmaConfig:
 
     def _set_labels(self, num: int | None, id2label: dict[Any, str] | None, label2id: dict[str, int] | None) -> None:
         if num is not None:
-            _whole_number("num_labels", num, low=1)
+            whole_number("num_labels", num, low=1)
         if id2label is None:
             id2label = {i: f"LABEL_{i}" for i in range(2 if num is None else num)}
         try:
@@ -245,7 +233,7 @@ class GemmaConfig:
         """Refuse what no model can be built from. Raises ConfigError."""
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                      "num_key_value_heads", "head_dim", "max_position_embeddings"):  # fmt: skip
-            _whole_number(name, getattr(self, name), low=1)
+            whole_number(name, getattr(self, name), low=1)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_key_value_heads is {self.num_key_value_heads}, which does not divide num_attention_heads = "
@@ -253,9 +241,9 @@ class GemmaConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim is {self.head_dim}; rotary embeddings rotate halves, so it must be even.")
-        _number("rms_norm_eps", self.rms_norm_eps, low=0.0)
-        _number("initializer_range", self.initializer_range, low=0.0)
-        _number("attention_dropout", self.attention_dropout, low=0.0, below=1.0)
+        number("rms_norm_eps", self.rms_norm_eps, low=0.0)
+        number("initializer_range", self.initializer_range, low=0.0)
+        number("attention_dropout", self.attention_dropout, low=0.0, below=1.0)
         for name in ("pad_token_id", "bos_token_id"):
             self._check_token(name, getattr(self, name))
         for token in self.eos_token_ids:
@@ -263,12 +251,12 @@ class GemmaConfig:
         for name in ("use_cache", "tie_word_embeddings", "attention_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be true or false.")
-        _check_rope(self.rope_parameters, self.head_dim)
+        check_rope(self.rope_parameters, self.head_dim)
 
     def _check_token(self, name: str, token: int | None) -> None:
         # Released files hold -1 for "there is no such token".
         if token is not None and token != -1:
-            _whole_number(name, token, low=0, high=self.vocab_size - 1)
+            whole_number(name, token, low=0, high=self.vocab_size - 1)
 
     # -- in and out ------------------------------------------------------------------------------------------------
 
@@ -303,25 +291,27 @@ class GemmaConfig:
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike[str], **kwargs: Any) -> GemmaConfig:
-        """Read config.json of a folder, a file or a Hub id.
+        """Read config.json of a folder, a file or a Hub id, or what a GGUF file says of its model.
 
         Args:
-            name_or_path: folder, path of a config.json, or "owner/name" on the Hub.
-            kwargs: revision, token, cache_dir, local_files_only, subfolder; everything else overrides a field.
+            name_or_path: folder, path of a config.json or a .gguf file, or "owner/name" on the Hub.
+            kwargs: revision, token, cache_dir, local_files_only, subfolder; gguf_file, the name of a GGUF file of that
+                folder or id; everything else overrides a field.
 
         Raises:
-            CheckpointError: no such file, or it is not a JSON object.
+            CheckpointError: no such file, or it is not a JSON object; a GGUF that is damaged or no Gemma.
             ConfigError: a value is impossible.
         """
         where = {k: kwargs.pop(k) for k in HUB_ARGUMENTS if k in kwargs}
+        gguf = find_gguf(name_or_path, kwargs.pop("gguf_file", None), **where)
         path = Path(name_or_path)
-        if not path.is_file():
+        if gguf is None and not path.is_file():
             found = find_file(name_or_path, "config.json", **where)
             assert found is not None
             path = found
-        values = read_json_object(path)
+        values = read_json_object(path) if gguf is None else config_values(read_gguf_header(gguf))
         config = cls.from_dict(values, **kwargs)
-        config.name_or_path = str(name_or_path)
+        config.name_or_path = str(gguf or name_or_path)
         return config
 
     def to_dict(self) -> dict[str, Any]:
@@ -407,12 +397,12 @@ def _head_dim(hidden_size: Any, heads: Any) -> int:
 def _merged(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     """A file's values with those of a call over them, whatever spelling each uses for the same thing."""
     values = dict(values)
-    old = _rope(*(values.pop(name, None) for name in _ROPE_SPELLINGS))
+    old = merged_rope(*(values.pop(name, None) for name in _ROPE_SPELLINGS))
     theta, parameters, scaling = (overrides.get(name) for name in _ROPE_SPELLINGS)
     if "rope_parameters" in overrides or "rope_scaling" in overrides:
         inside: dict[str, Any] = {**(scaling or {}), **(parameters or {})}
         theta = old["rope_theta"] if theta is None and inside.get("rope_theta") is None else theta
-        old = _rope(theta, parameters, scaling)
+        old = merged_rope(theta, parameters, scaling)
     elif theta is not None:
         old = {**old, "rope_theta": theta}
     for name, other in (("hidden_act", "hidden_activation"), ("torch_dtype", "dtype")):
@@ -420,53 +410,6 @@ def _merged(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]
             values.pop(other, None)
     overrides = {k: v for k, v in overrides.items() if k not in _ROPE_SPELLINGS}
     return {**values, **overrides, "rope_parameters": old}
-
-
-def _rope(theta: float | None, parameters: dict[str, Any] | None, scaling: dict[str, Any] | None) -> dict[str, Any]:
-    """Merge the three spellings into one dictionary; a contradiction is refused."""
-    merged: dict[str, Any] = {}
-    for spelling in (scaling, parameters):
-        if spelling is None:
-            continue
-        if not isinstance(spelling, dict):  # pyright: ignore[reportUnnecessaryIsInstance] - a file can hold anything
-            raise ConfigError(f"rope settings are {spelling!r}; they must be a dictionary with a rope_type.")
-        merged.update({("rope_type" if k == "type" else k): v for k, v in spelling.items()})
-    inside = merged.get("rope_theta")
-    if theta is not None and inside is not None and theta != inside:
-        raise ConfigError(f"rope_theta is {theta}, but rope_parameters says {inside}: give one of them.")
-    merged["rope_theta"] = inside if inside is not None else 10000.0 if theta is None else theta
-    merged.setdefault("rope_type", "default")
-    return merged
-
-
-def _check_rope(rope: dict[str, Any], head_dim: int) -> None:
-    kind = rope["rope_type"]
-    if kind not in ROPE_TYPES:
-        raise ConfigError(f"rope_type is {kind!r}; it must be one of {', '.join(ROPE_TYPES)}.")
-    for name in _ROPE_REQUIRED[kind]:
-        if name not in rope or (rope[name] is None and kind != "yarn"):
-            raise ConfigError(f"rope_type {kind!r} needs {name!r} in rope_parameters; got {sorted(rope)}.")
-    _number("rope_theta", rope["rope_theta"], above=1.0 if kind == "yarn" else 0.0)
-    for name, limit in _ROPE_LIMITS.items():
-        if rope.get(name) is not None:
-            _number(f"rope {name}", rope[name], **limit)
-    if kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
-        raise ConfigError(
-            f"rope high_freq_factor is {rope['high_freq_factor']}; it must be above low_freq_factor, "
-            f"{rope['low_freq_factor']}."
-        )
-    if kind == "dynamic" and head_dim < 4:
-        raise ConfigError(f"head_dim is {head_dim}; rope_type 'dynamic' needs at least 4.")
-    for name in ("short_factor", "long_factor"):
-        if rope.get(name) is not None:
-            _check_factors(name, rope[name], head_dim // 2)
-
-
-def _check_factors(name: str, factors: Any, count: int) -> None:
-    if not isinstance(factors, (list, tuple)) or len(cast("list[Any]", factors)) != count:
-        raise ConfigError(f"rope {name} is {factors!r}; head_dim {2 * count} needs a list of {count} numbers.")
-    for factor in cast("list[Any]", factors):
-        _number(f"rope {name}", factor, above=0.0)
 
 
 def _refuse_misspelled(names: Iterable[str]) -> None:
@@ -477,23 +420,6 @@ def _refuse_misspelled(names: Iterable[str]) -> None:
             meant = close[0] if close else None
         if meant is not None:
             raise ConfigError(f"GemmaConfig has no field {name!r}: did you mean {meant!r}?")
-
-
-def _whole_number(name: str, value: Any, low: int, high: int | None = None) -> None:
-    limit = f"a whole number of at least {low}" + ("" if high is None else f" and at most {high}")
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-        raise ConfigError(f"{name} is {value!r}; it must be {limit}.")
-
-
-def _number(name: str, value: Any, *, low: float | None = None, above: float | None = None,
-            below: float | None = None) -> None:  # fmt: skip
-    limits = [f"{sign} {x}" for sign, x in ((">=", low), (">", above), ("<", below)) if x is not None]
-    # A comparison instead of isfinite, which raises OverflowError for whole numbers that no float holds.
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e308
-    if not ok or (low is not None and value < low) or (above is not None and value <= above) or (
-        below is not None and value >= below
-    ):  # fmt: skip
-        raise ConfigError(f"{name} is {value!r}; it must be a finite number {' and '.join(limits)}.")
 
 
 def _dtype_name(dtype: Any) -> str | None:

@@ -140,6 +140,19 @@ def find_files(
         pool.shutdown(cancel_futures=True)
 
 
+def find_gguf(name_or_path: Name, gguf_file: str | None, **where: Any) -> Path | None:
+    """The GGUF file that is meant: `name_or_path` itself, or `gguf_file` of that directory or id; None if neither.
+
+    where: as in `find_file`. Raises as `find_file`, and CheckpointError where both are files.
+    """
+    path = Path(name_or_path).expanduser()
+    if gguf_file is None:
+        return path if path.suffix == ".gguf" and path.is_file() else None
+    if path.is_file():
+        raise CheckpointError(f"{str(path)!r} is a file, and gguf_file={gguf_file!r} names another: give one of them.")
+    return find_file(name_or_path, gguf_file, **where)
+
+
 def list_files(
     name_or_path: Name, *, revision: str | None = None, token: Token = None, local_files_only: bool = False
 ) -> list[str]:

@@ -57,13 +57,15 @@ BITS = dict(DTYPES.values())
 class TensorInfo:
     """One tensor as its file declares it: dtype name ("bfloat16"), shape, and the byte range [begin, end) in the file.
 
-    Tensors of a pickle file have no known place: begin is 0 and end is the number of bytes.
+    Tensors of a pickle file have no known place: begin is 0 and end is the number of bytes. So have those that are not
+    `mapped`: they are made from other bytes when asked for, and then take memory.
     """
 
     dtype: str
     shape: tuple[int, ...]
     begin: int
     end: int
+    mapped: bool = True
 
     @property
     def nbytes(self) -> int:

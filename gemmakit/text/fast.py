@@ -163,12 +163,12 @@ def _build(parts: BpeFile) -> Tokenizer:
     return tokenizer
 
 
-def _from_model_file(path: Path) -> RustEngine:
-    """The engine for a `.model`; a large one's tokenizer.json is kept in the cache folder under the file's hash."""
-    model = ModelFile.read(path)
+def _from_model(model: ModelFile, path: Path | None = None) -> RustEngine:
+    """The engine for a `.model`; a large one's tokenizer.json is kept in the cache folder under its hash."""
     if len(model.pieces) < WORTH_CACHING:
         return RustEngine.from_model(model)
-    kept = cache_folder() / hashlib.sha256(path.read_bytes()).hexdigest() / "tokenizer.json"
+    digest = hashlib.sha256(model.to_bytes() if path is None else path.read_bytes()).hexdigest()
+    kept = cache_folder() / digest / "tokenizer.json"
     with suppress(TokenizerError, OSError):  # absent, or damaged: made anew
         return RustEngine.from_json_file(kept)
     engine = RustEngine.from_model(model)
@@ -196,7 +196,7 @@ class GemmaTokenizerFast(TokenizerBase):
 
     def __init__(
         self,
-        vocab_file: str | Path | None = None,
+        vocab_file: str | Path | ModelFile | None = None,
         tokenizer_file: str | Path | None = None,
         clean_up_tokenization_spaces: bool = False,
         unk_token: Any = "<unk>",
@@ -211,13 +211,15 @@ class GemmaTokenizerFast(TokenizerBase):
         merges: Sequence[Any] | str | Path | None = None,
         **settings: Any,
     ) -> None:
-        self.vocab_file = None if vocab_file is None else str(vocab_file)
+        self.vocab_file = str(vocab_file) if isinstance(vocab_file, (str, Path)) else None
         names = {"unk_token": unk_token, "bos_token": bos_token, "eos_token": eos_token, "pad_token": pad_token}
         names["mask_token"] = mask_token
         if tokenizer_file is not None:
             engine: Engine = RustEngine.from_json_file(tokenizer_file)
+        elif isinstance(vocab_file, ModelFile):
+            engine = _from_model(vocab_file)
         elif self.vocab_file is not None:
-            engine = _from_model_file(Path(self.vocab_file))
+            engine = _from_model(ModelFile.read(self.vocab_file), Path(self.vocab_file))
         else:
             engine = RustEngine.from_vocab(vocab, merges, names)
         super().__init__(

@@ -223,22 +223,32 @@ def _parse_piece(data: bytes, index: int) -> Piece:
             kind = int(value)  # type: ignore[arg-type]
         elif number in (1, 2, 3):
             raise TokenizerError(f"piece {index}: field {number} has the wrong wire type {wire}.")
-    if text is None or not text:
+    return check_piece(Piece(text or "", score, kind), index)
+
+
+def check_piece(piece: Piece, index: int) -> Piece:
+    """`piece` unchanged, or TokenizerError: no text, a score that is no number, an unknown type."""
+    if not piece.text:
         raise TokenizerError(f"piece {index} is empty.")
-    if not math.isfinite(score):
-        raise TokenizerError(f"piece {index} has the score {score}.")
-    if not NORMAL <= kind <= BYTE:
-        raise TokenizerError(f"piece {index} has the unknown type {kind}.")
-    return Piece(text, score, kind)
+    if not math.isfinite(piece.score):
+        raise TokenizerError(f"piece {index} has the score {piece.score}.")
+    if not NORMAL <= piece.type <= BYTE:
+        raise TokenizerError(f"piece {index} has the unknown type {piece.type}.")
+    return piece
 
 
 def _piece_text(data: bytes, index: int) -> str:
-    if len(data) > MAX_PIECE_BYTES:
-        raise TokenizerError(f"piece {index} has {len(data)} bytes; at most {MAX_PIECE_BYTES} are allowed.")
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise TokenizerError(f"piece {index} is not UTF-8 ({error.reason} at byte {error.start}).") from error
+    return check_text_of(text, len(data), index)
+
+
+def check_text_of(text: str, nbytes: int, index: int) -> str:
+    """`text` unchanged, or TokenizerError: a piece that is too long, or that holds NUL."""
+    if nbytes > MAX_PIECE_BYTES:
+        raise TokenizerError(f"piece {index} has {nbytes} bytes; at most {MAX_PIECE_BYTES} are allowed.")
     if "\0" in text:
         raise TokenizerError(f"piece {index} ({text!r}) holds a NUL character.")
     return text
@@ -247,6 +257,16 @@ def _piece_text(data: bytes, index: int) -> str:
 def _dump_piece(piece: Piece) -> bytes:
     data = _length_delimited(1, piece.text.encode()) + b"\x15" + struct.pack("<f", piece.score)
     return data if piece.type == NORMAL else data + b"\x18" + _dump_varint(piece.type)
+
+
+def number_field(number: int, value: int) -> bytes:
+    """A field of a message that holds a whole number."""
+    return _dump_varint(number << 3 | _VARINT) + _dump_varint(value)
+
+
+def text_field(number: int, text: str) -> bytes:
+    """A field of a message that holds text."""
+    return _length_delimited(number, text.encode())
 
 
 def _length_delimited(number: int, data: bytes) -> bytes:

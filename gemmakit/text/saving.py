@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from gemmakit.errors import GemmakitError, InputError, TokenizerError
 from gemmakit.files import replacing
-from gemmakit.hub import find_file, push_folder, refuse_code
+from gemmakit.hub import find_file, find_gguf, push_folder, refuse_code
 from gemmakit.text.tokenizer_json import read_json
 from gemmakit.text.vocabulary import AddedToken, Engine
 
@@ -45,11 +45,13 @@ class Saving:
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
         subfolder: str = "",
+        gguf_file: str | None = None,
         **settings: Any,
     ) -> Self:
-        """Load from a directory or a Hub id; `settings` override what the files say.
+        """Load from a directory, a Hub id or a GGUF file; `settings` override what the files say.
 
-        GemmaTokenizer prefers `tokenizer.model`, GemmaTokenizerFast `tokenizer.json`; either takes the other. Raises
+        gguf_file: the name of a GGUF file of that directory or id, which holds the tokenizer. Otherwise GemmaTokenizer
+        prefers `tokenizer.model`, GemmaTokenizerFast `tokenizer.json`; either takes the other. Raises
         TokenizerError for malformed files, CheckpointError or HubError where they cannot be had.
         """
         name = os.fspath(pretrained_model_name_or_path)
@@ -57,17 +59,21 @@ class Saving:
         for key in ("use_fast", "force_download", "resume_download", "proxies", "legacy"):
             settings.pop(key, None)
 
+        where: dict[str, Any] = {
+            "revision": revision,
+            "token": token,
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+            "subfolder": subfolder,
+        }
+        gguf = find_gguf(name, gguf_file, **where)
+        if gguf is not None:
+            from gemmakit.text.gguf import gguf_settings
+
+            return _made(cls, inputs, {**gguf_settings(gguf), "name_or_path": str(gguf), **settings})
+
         def find(filename: str) -> Path | None:
-            return find_file(
-                name,
-                filename,
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                subfolder=subfolder,
-                optional=True,
-            )
+            return find_file(name, filename, **where, optional=True)
 
         config = {**_config(find), "name_or_path": name}
         order = (JSON, MODEL) if cls.is_fast else (MODEL, JSON)

@@ -153,8 +153,9 @@ def _split(text: str, pattern: re.Pattern[str] | None, ids: Mapping[str, int]) -
 class GemmaTokenizer(TokenizerBase):
     """Gemma's tokenizer. With a SentencePiece `vocab_file` it is SentencePiece that encodes; else the Rust backend.
 
-    vocab_file: path of a `.model` file. tokenizer_file: path of a `tokenizer.json`. vocab, merges: a dictionary of
-    pieces to ids and a list of (left, right) pairs (or "left right"), or paths of JSON and text files that hold them.
+    vocab_file: path of a `.model` file, or a ModelFile. tokenizer_file: path of a `tokenizer.json`. vocab, merges: a
+    dictionary of pieces to ids and a list of (left, right) pairs (or "left right"), or paths of JSON and text files
+    that hold them.
     With none of them: a vocabulary of the five special tokens alone.
     sp_model_kwargs: settings for SentencePiece: `enable_sampling`, `nbest_size`, `alpha`, `num_threads`.
     The rest is described at `TokenizerBase`. Raises TokenizerError for files that are missing or malformed.
@@ -162,7 +163,7 @@ class GemmaTokenizer(TokenizerBase):
 
     def __init__(
         self,
-        vocab_file: str | Path | None = None,
+        vocab_file: str | Path | ModelFile | None = None,
         unk_token: Any = "<unk>",
         bos_token: Any = "<bos>",
         eos_token: Any = "<eos>",
@@ -180,12 +181,13 @@ class GemmaTokenizer(TokenizerBase):
         tokenizer_file: str | Path | None = None,
         **settings: Any,
     ) -> None:
-        self.vocab_file = None if vocab_file is None else str(vocab_file)
+        model = vocab_file if isinstance(vocab_file, ModelFile) else None
+        self.vocab_file = None if vocab_file is None or model is not None else str(vocab_file)
         self.sp_model_kwargs = dict(sp_model_kwargs or {})
         names = {"unk_token": unk_token, "bos_token": bos_token, "eos_token": eos_token, "pad_token": pad_token}
         names["mask_token"] = mask_token
         super().__init__(
-            self._engine_for(vocab, merges, tokenizer_file, names),
+            self._engine_for(model, vocab, merges, tokenizer_file, names),
             **names,
             add_bos_token=add_bos_token,
             add_eos_token=add_eos_token,
@@ -195,9 +197,13 @@ class GemmaTokenizer(TokenizerBase):
             **settings,
         )
 
-    def _engine_for(self, vocab: Any, merges: Any, tokenizer_file: Any, names: Mapping[str, Any]) -> Engine:
+    def _engine_for(
+        self, model: ModelFile | None, vocab: Any, merges: Any, tokenizer_file: Any, names: Mapping[str, Any]
+    ) -> Engine:
         if self.vocab_file is not None:
-            return SentencePieceEngine(ModelFile.read(self.vocab_file), self.sp_model_kwargs)
+            model = ModelFile.read(self.vocab_file)
+        if model is not None:
+            return SentencePieceEngine(model, self.sp_model_kwargs)
         if self.sp_model_kwargs:
             raise InputError("sp_model_kwargs needs vocab_file, the SentencePiece model it is meant for.")
         if tokenizer_file is not None:

@@ -1,0 +1,92 @@
+"""The rotary settings of a configuration: the three spellings merged into one, and what each type needs."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from gemmakit.errors import ConfigError
+
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+_ROPE_REQUIRED = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "longrope": ("short_factor", "long_factor"),
+}
+_ROPE_LIMITS: dict[str, dict[str, float]] = {
+    "factor": {"low": 1.0}, "original_max_position_embeddings": {"low": 2.0}, "attention_factor": {"above": 0.0},
+    "beta_fast": {"above": 0.0}, "beta_slow": {"above": 0.0}, "mscale": {"low": 0.0}, "mscale_all_dim": {"low": 0.0},
+    "low_freq_factor": {"above": 0.0}, "high_freq_factor": {"above": 0.0},
+}  # fmt: skip
+
+
+def merged_rope(
+    theta: float | None, parameters: dict[str, Any] | None, scaling: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Merge the three spellings into one dictionary; a contradiction is refused."""
+    merged: dict[str, Any] = {}
+    for spelling in (scaling, parameters):
+        if spelling is None:
+            continue
+        if not isinstance(spelling, dict):  # pyright: ignore[reportUnnecessaryIsInstance] - a file can hold anything
+            raise ConfigError(f"rope settings are {spelling!r}; they must be a dictionary with a rope_type.")
+        merged.update({("rope_type" if k == "type" else k): v for k, v in spelling.items()})
+    inside = merged.get("rope_theta")
+    if theta is not None and inside is not None and theta != inside:
+        raise ConfigError(f"rope_theta is {theta}, but rope_parameters says {inside}: give one of them.")
+    merged["rope_theta"] = inside if inside is not None else 10000.0 if theta is None else theta
+    merged.setdefault("rope_type", "default")
+    return merged
+
+
+def check_rope(rope: dict[str, Any], head_dim: int) -> None:
+    """ConfigError unless merged settings are a type's own, and in their ranges."""
+    kind = rope["rope_type"]
+    if kind not in ROPE_TYPES:
+        raise ConfigError(f"rope_type is {kind!r}; it must be one of {', '.join(ROPE_TYPES)}.")
+    for name in _ROPE_REQUIRED[kind]:
+        if name not in rope or (rope[name] is None and kind != "yarn"):
+            raise ConfigError(f"rope_type {kind!r} needs {name!r} in rope_parameters; got {sorted(rope)}.")
+    number("rope_theta", rope["rope_theta"], above=1.0 if kind == "yarn" else 0.0)
+    for name, limit in _ROPE_LIMITS.items():
+        if rope.get(name) is not None:
+            number(f"rope {name}", rope[name], **limit)
+    if kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
+        raise ConfigError(
+            f"rope high_freq_factor is {rope['high_freq_factor']}; it must be above low_freq_factor, "
+            f"{rope['low_freq_factor']}."
+        )
+    if kind == "dynamic" and head_dim < 4:
+        raise ConfigError(f"head_dim is {head_dim}; rope_type 'dynamic' needs at least 4.")
+    for name in ("short_factor", "long_factor"):
+        if rope.get(name) is not None:
+            _check_factors(name, rope[name], head_dim // 2)
+
+
+def _check_factors(name: str, factors: Any, count: int) -> None:
+    if not isinstance(factors, (list, tuple)) or len(cast("list[Any]", factors)) != count:
+        raise ConfigError(f"rope {name} is {factors!r}; head_dim {2 * count} needs a list of {count} numbers.")
+    for factor in cast("list[Any]", factors):
+        number(f"rope {name}", factor, above=0.0)
+
+
+def whole_number(name: str, value: Any, low: int, high: int | None = None) -> None:
+    """ConfigError unless `value` is a whole number from `low` to `high`."""
+    limit = f"a whole number of at least {low}" + ("" if high is None else f" and at most {high}")
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        raise ConfigError(f"{name} is {value!r}; it must be {limit}.")
+
+
+def number(
+    name: str, value: Any, *, low: float | None = None, above: float | None = None, below: float | None = None
+) -> None:
+    """ConfigError unless `value` is a finite number within the limits."""
+    limits = [f"{sign} {x}" for sign, x in ((">=", low), (">", above), ("<", below)) if x is not None]
+    # A comparison instead of isfinite, which raises OverflowError for whole numbers that no float holds.
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e308
+    if not ok or (low is not None and value < low) or (above is not None and value <= above) or (
+        below is not None and value >= below
+    ):  # fmt: skip
+        raise ConfigError(f"{name} is {value!r}; it must be a finite number {' and '.join(limits)}.")

@@ -1,0 +1,192 @@
+"""Tokenizers and the vocabulary of a GGUF file, both ways.
+
+GGUF holds the pieces of a SentencePiece model with their scores and types, which is all that decides ids. Two things
+are spelled otherwise there: user-defined pieces have spaces where SentencePiece has U+2581, because llama.cpp looks for
+them before it escapes spaces; and tokens that only programs should write are control pieces, which llama.cpp finds in
+text only when asked to.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gemmakit.errors import CheckpointError, TokenizerError
+from gemmakit.gguf import Entry, Vocabulary, read_gguf_header
+from gemmakit.text.base import TokenizerBase
+from gemmakit.text.fast import RustEngine
+from gemmakit.text.model_file import (
+    BYTE,
+    CONTROL,
+    MAX_PIECE_BYTES,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    ModelFile,
+    Piece,
+    check_piece,
+    check_text_of,
+    number_field,
+    text_field,
+)
+from gemmakit.text.slow import GemmaTokenizer, SentencePieceEngine
+from gemmakit.text.vocabulary import SPACE, TURN_TOKENS, AddedToken
+
+# Identity, no dummy prefix, nothing trimmed, spaces as U+2581.
+_NORMALIZER = b"\x0a\x08identity" + b"\x18\x00\x20\x00\x28\x01"
+# Fields of SentencePiece's TrainerSpec: model_type (2 is BPE), vocab_size, byte_fallback; ids and pieces by name.
+_MODEL_TYPE, _VOCAB_SIZE, _BYTE_FALLBACK = 3, 4, 35
+_IDS, _PIECES = {"unk": 40, "bos": 41, "eos": 42, "pad": 43}, {"unk": 45, "bos": 46, "eos": 47, "pad": 48}
+_ADDED_SCORE = -1000.0  # of tokens that are not the vocabulary's own, as llama.cpp's converter has it
+_NAMED = ("bos", "eos", "pad", "unk", "mask")
+
+
+def vocabulary_of(source: str | os.PathLike[str] | TokenizerBase | ModelFile, **where: Any) -> Vocabulary:
+    """The vocabulary to write into a GGUF file.
+
+    source: a tokenizer, a SentencePiece model, or the folder, GGUF file or Hub id of a checkpoint; of a folder,
+    tokenizer.model is preferred and tokenizer.json does. where: revision, token, ... as in `from_pretrained`.
+    Raises TokenizerError for a vocabulary that GGUF cannot hold, and what loading raises.
+    """
+    if isinstance(source, ModelFile):
+        source = GemmaTokenizer(source)
+    tokenizer = source if isinstance(source, TokenizerBase) else GemmaTokenizer.from_pretrained(source, **where)
+    engine = tokenizer._engine
+    model = engine.model if isinstance(engine, SentencePieceEngine) else model_of_engine(engine)  # type: ignore[arg-type]
+    pieces = [*model.pieces, *_beyond(engine.added, len(model.pieces))]
+    template: Any = tokenizer.get_chat_template() if tokenizer.chat_template is None else tokenizer.chat_template
+    templates = dict(template) if isinstance(template, Mapping) else {"default": template} if template else {}
+    named = {name: getattr(tokenizer, f"{name}_token_id") for name in _NAMED}
+    turn = engine.token_to_id(TURN_TOKENS[1])
+    return Vocabulary(
+        [_entry(piece, engine.added.get(index)) for index, piece in enumerate(pieces)],
+        {name: index for name, index in {**named, "eot": turn}.items() if index is not None},
+        tokenizer.add_bos_token,
+        tokenizer.add_eos_token,
+        templates,
+    )
+
+
+def _beyond(added: Mapping[int, AddedToken], size: int) -> list[Piece]:
+    """Tokens that were added behind the vocabulary."""
+    extra = [added[index] for index in sorted(added) if index >= size]
+    return [Piece(token.content, _ADDED_SCORE, CONTROL if token.special else USER_DEFINED) for token in extra]
+
+
+def _entry(piece: Piece, added: AddedToken | None) -> Entry:
+    text, kind = piece.text, piece.type
+    if added is not None:
+        if added.single_word or added.lstrip or added.rstrip:
+            raise TokenizerError(
+                f"added token {added.content!r} is matched as a single word or with the spaces beside it, which GGUF "
+                "cannot say. Add it without single_word, lstrip and rstrip."
+            )
+        kind = CONTROL if added.special and kind in (NORMAL, USER_DEFINED) else kind
+        kind = USER_DEFINED if kind == NORMAL else kind
+    return Entry(text.replace(SPACE, " ") if kind == USER_DEFINED else text, piece.score, kind)
+
+
+def model_of_engine(engine: RustEngine) -> ModelFile:
+    """The SentencePiece model that gives a tokenizer.json's ids: scores from the order of its merges.
+
+    Raises TokenizerError where ids have holes.
+    """
+    model = json.loads(engine.to_json())["model"]
+    vocab: dict[str, int] = model["vocab"]
+    texts: list[str | None] = [None] * len(vocab)
+    for text, index in vocab.items():
+        if index >= len(texts):
+            raise TokenizerError(
+                f"piece {text!r} has the id {index}, and there are {len(texts)} pieces: ids have holes."
+            )
+        texts[index] = text
+    rank: dict[str, int] = {}
+    for left, right in (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]):
+        rank.setdefault(left + right, len(rank))
+    fallback, unknown = bool(model.get("byte_fallback")), model.get("unk_token")
+    pieces = []
+    for index, text in enumerate(texts):
+        assert text is not None
+        byte = f"<0x{ord(text):02X}>" if fallback and len(text) == 1 and text.isascii() else ""
+        if byte and byte not in vocab:  # the fast tokenizer's own spelling of a byte that merges join
+            pieces.append(Piece(byte, 0.0, BYTE))
+        else:
+            kind = _kind(text, text == unknown, fallback, engine.added.get(index))
+            pieces.append(Piece(text, -float(rank.get(text, len(rank) + index)) if kind == NORMAL else 0.0, kind))
+    return _model(pieces, {"unk": vocab[unknown]} if unknown in vocab else {})
+
+
+def _kind(text: str, unknown: bool, fallback: bool, added: AddedToken | None) -> int:
+    if unknown:
+        return UNKNOWN
+    if added is not None:
+        return CONTROL if added.special else USER_DEFINED
+    return BYTE if fallback and len(text) == 6 and text.startswith("<0x") and text.endswith(">") else NORMAL
+
+
+def _model(pieces: list[Piece], special: Mapping[str, int]) -> ModelFile:
+    numbers = {_MODEL_TYPE: 2, _VOCAB_SIZE: len(pieces), _BYTE_FALLBACK: int(any(p.type == BYTE for p in pieces))}
+    texts: dict[int, str] = {}
+    for name, index in special.items():
+        if name in _IDS and index < len(pieces):
+            numbers[_IDS[name]], texts[_PIECES[name]] = index, pieces[index].text
+    trainer = b"".join(number_field(field, value) for field, value in numbers.items())
+    return ModelFile(pieces, trainer + b"".join(text_field(f, text) for f, text in texts.items()), _NORMALIZER)
+
+
+# -- out of a file -----------------------------------------------------------------------------------------------------
+
+
+def gguf_settings(path: Path) -> dict[str, Any]:
+    """What makes a tokenizer of a GGUF file: constructor arguments, the SentencePiece model as `vocab_file`.
+
+    Raises CheckpointError (a damaged header, no tokenizer) or TokenizerError (pieces that no Gemma tokenizer has).
+    """
+    vocabulary = Vocabulary.of(read_gguf_header(path))
+    try:
+        model = model_of(vocabulary)
+        model.validate()
+    except TokenizerError as error:
+        raise TokenizerError(f"{path} holds no usable vocabulary: {error}") from error
+    pieces = model.pieces
+    named = {name: vocabulary.special.get(name) for name in _NAMED}
+    if any(index is not None and index >= len(pieces) for index in named.values()):
+        raise CheckpointError(f"{path}: a special token is among the unused ids at the end of the vocabulary.")
+    templates = vocabulary.templates
+    return {
+        "vocab_file": model,
+        **{f"{name}_token": None if index is None else pieces[index].text for name, index in named.items()},
+        "add_bos_token": vocabulary.add_bos,
+        "add_eos_token": vocabulary.add_eos,
+        "chat_template": templates.get("default")
+        if len(templates) < 2 and "default" in templates
+        else templates or None,
+    }
+
+
+def model_of(vocabulary: Vocabulary) -> ModelFile:
+    """The SentencePiece model of these entries, without the unused ids that fill up the embedding at the end.
+
+    Raises TokenizerError for a piece that no model may have.
+    """
+    entries = list(vocabulary.entries)
+    while entries and entries[-1].type == UNUSED:
+        entries.pop()
+    control = {index for name, index in vocabulary.special.items() if name in ("bos", "eos", "pad", "unk")}
+    pieces = [_piece(entry, index, index in control) for index, entry in enumerate(entries)]
+    return _model(pieces, vocabulary.special)
+
+
+def _piece(entry: Entry, index: int, control: bool) -> Piece:
+    text, score, kind = entry
+    if len(text) > MAX_PIECE_BYTES // 4 or "\0" in text:
+        check_text_of(text, len(text.encode()), index)
+    if kind == CONTROL and not control:
+        kind = USER_DEFINED  # as Google's own vocabulary has turns, <mask> and <unused0> to <unused98>
+    if kind == USER_DEFINED:
+        text = text.replace(" ", SPACE)
+    return check_piece(Piece(text, score, kind), index)
