@@ -16,6 +16,8 @@ __version__ = "0.1.0"
 _HOME = {
     "GemmaConfig": "gemmakit.config",
     "BitsAndBytesConfig": "gemmakit.quantization",
+    "WeightOnlyConfig": "gemmakit.quantization",
+    "quantize_checkpoint": "gemmakit.pytorch.quantize.checkpoints",
     "GenerationConfig": "gemmakit.generation",
     "DisjunctiveConstraint": "gemmakit.generation.constraints",
     "PhrasalConstraint": "gemmakit.generation.constraints",
@@ -42,6 +44,8 @@ _HOME = {
     "SequenceClassifierOutputWithPast": "gemmakit.outputs",
     "TokenClassifierOutput": "gemmakit.outputs",
     "to_grouped_query": "gemmakit.utils.grouped_query",
+    "convert_checkpoint": "gemmakit.conversion",
+    "convert_tokenizer": "gemmakit.conversion",
     "demo_model": "gemmakit.hub",
     "AutoConfig": "gemmakit.auto",
     "AutoTokenizer": "gemmakit.auto",
@@ -102,6 +106,7 @@ if TYPE_CHECKING:
         AutoTokenizer,
     )
     from gemmakit.config import GemmaConfig
+    from gemmakit.conversion import convert_checkpoint, convert_tokenizer
     from gemmakit.flax import (
         FlaxGemmaForCausalLM,
         FlaxGemmaForSequenceClassification,
@@ -136,7 +141,8 @@ if TYPE_CHECKING:
     from gemmakit.pytorch.heads import GemmaForSequenceClassification, GemmaForTokenClassification
     from gemmakit.pytorch.model import GemmaForCausalLM, GemmaModel
     from gemmakit.pytorch.pretrained import GemmaPreTrainedModel
-    from gemmakit.quantization import BitsAndBytesConfig
+    from gemmakit.pytorch.quantize.checkpoints import quantize_checkpoint
+    from gemmakit.quantization import BitsAndBytesConfig, WeightOnlyConfig
     from gemmakit.streamers import AsyncTextIteratorStreamer, BaseStreamer, TextIteratorStreamer, TextStreamer
     from gemmakit.text import BatchEncoding, GemmaTokenizer, GemmaTokenizerFast, IncrementalDecoder
     from gemmakit.utils.grouped_query import to_grouped_query

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any, Protocol
 
 from gemmakit.checkpoint.header import TensorInfo, scan
 from gemmakit.checkpoint.index import check_index, read_index
-from gemmakit.errors import CheckpointError, HubError, MissingDependency, UnsafeFile
+from gemmakit.checkpoint.memory import require_memory
+from gemmakit.errors import CheckpointError, HubError, MissingDependency, NotEnoughMemory, UnsafeFile
+from gemmakit.gguf import is_gguf
 from gemmakit.hub import Name, Token, check_relative, commit_of, find_file, find_files, list_files, local_directory
 
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")
@@ -119,8 +122,10 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open the checkpoint in a directory, in one file or behind a Hub id; check headers and index; read no tensor.
 
-    Looked for in this order: model.safetensors, model.safetensors.index.json and its shards, and with `allow_pickle`
-    pytorch_model.bin and its index (read by torch with weights_only). `variant="fp16"` means model.fp16.safetensors.
+    A GGUF file is opened where it is named itself; its blocks are then given as float32. In a directory or behind an id
+    are looked for, in this order: model.safetensors, model.safetensors.index.json and its shards, and where pickles are
+    allowed pytorch_model.bin and its index (read by torch with weights_only). `variant="fp16"` means
+    model.fp16.safetensors.
     Raises UnsafeFile (pickles not asked for, shard names that leave the folder), CheckpointError (missing, truncated or
     inconsistent files), HubError.
     """
@@ -194,7 +199,13 @@ def _open_file(path: Path, allow_pickle: bool) -> Checkpoint:
 
 
 def _open_one(path: Path) -> _File:
-    return PickleFile(path) if path.name.endswith(PICKLE_SUFFIXES) else SafetensorsFile(path)
+    if path.name.endswith(PICKLE_SUFFIXES):
+        return PickleFile(path)
+    if path.suffix == ".gguf" or is_gguf(path):
+        from gemmakit.checkpoint.gguf.reading import GgufFile
+
+        return GgufFile(path)
+    return SafetensorsFile(path)
 
 
 def _nothing_found(name_or_path: Name, looked_for: tuple[str, str], where: dict[str, Any]) -> CheckpointError:
@@ -245,7 +256,7 @@ class SafetensorsFile:
         if framework == "pt":
             return self._handle(device).get_tensor(name)
         array = _map_array(self.path, name, self.tensors[name])
-        return array if framework == "np" else _to_jax(array)
+        return array if framework == "np" else to_jax(array)
 
     def close(self) -> None:
         self._handles.clear()
@@ -266,49 +277,66 @@ class SafetensorsFile:
 
 
 class PickleFile:
-    """One file of torch.save, read with weights_only: plain tensors, no code."""
+    """One file of torch.save, read with weights_only: plain tensors, no code. `held` is name -> torch.Tensor."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, content: Any = None):
         self.path = path
         self.metadata: Mapping[str, str] = {}
-        self._held = _load_pickle(path)
+        self.held = _tensors_only(path, unpickle(path) if content is None else content)
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(str(t.dtype).removeprefix("torch."), tuple(t.shape), 0, t.numel() * t.element_size())
-            for name, t in self._held.items()
+            for name, t in self.held.items()
         }
 
     def tensor(self, name: str, framework: str, device: Any) -> Any:
-        held = self._held[name]
+        held = self.held[name]
         if framework == "pt":
             return held.to(device)
         info = self.tensors[name]
         import torch
 
         flat = held.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-        array = flat.view(_numpy_dtype(name, info.dtype)).reshape(info.shape)
-        return array if framework == "np" else _to_jax(array)
+        array = flat.view(numpy_dtype(name, info.dtype)).reshape(info.shape)
+        return array if framework == "np" else to_jax(array)
 
     def close(self) -> None:
-        self._held = dict(self._held)
+        self.held = dict(self.held)
 
 
-def _load_pickle(path: Path) -> dict[str, Any]:
+def unpickle(path: Path) -> Any:
+    """What torch.save wrote, tensors mapped from the file where they can be. Raises UnsafeFile, CheckpointError."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's on what it then refuses
+        return _unpickle(path)
+
+
+def _unpickle(path: Path) -> Any:
     import pickle
 
     import torch
 
     try:
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # torch before 1.6 did not write zip archives, which alone can be mapped
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            remedy = "Save it again with a newer torch, then it is mapped."
+            require_memory(path.stat().st_size, str(path), remedy=remedy)
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except NotEnoughMemory:
+        raise
     except pickle.UnpicklingError as error:
         raise UnsafeFile(f"{path} holds more than tensors and is refused: {_first_line(error)}") from error
     except Exception as error:  # a damaged pickle can raise anything
         raise CheckpointError(f"{path} cannot be read: {_first_line(error)}. Download it again.") from error
-    if not isinstance(content, dict) or not all(
-        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items()
-    ):
+
+
+def _tensors_only(path: Path, content: Any) -> dict[str, Any]:
+    import torch
+
+    def plain(value: Any) -> bool:
+        return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+
+    if not isinstance(content, dict) or not all(isinstance(n, str) and plain(value) for n, value in content.items()):
         raise CheckpointError(f"{path} does not hold a plain mapping of names to tensors.")
     return content
 
@@ -320,14 +348,14 @@ def _first_line(error: Exception) -> str:
 def _map_array(path: Path, name: str, info: TensorInfo) -> Any:
     import numpy as np
 
-    dtype = _numpy_dtype(name, info.dtype)
+    dtype = numpy_dtype(name, info.dtype)
     if info.nbytes == 0:
         return np.empty(info.shape, dtype)
     flat = np.memmap(path, np.uint8, mode="c", offset=info.begin, shape=(info.nbytes,))
     return np.asarray(flat).view(dtype).reshape(info.shape)
 
 
-def _numpy_dtype(name: str, dtype: str) -> Any:
+def numpy_dtype(name: str, dtype: str) -> Any:
     import numpy as np
 
     try:
@@ -346,7 +374,7 @@ def _numpy_dtype(name: str, dtype: str) -> Any:
     return np.dtype(kind)
 
 
-def _to_jax(array: Any) -> Any:
+def to_jax(array: Any) -> Any:
     try:
         jnp = import_module("jax.numpy")
     except ImportError as error:

@@ -187,7 +187,7 @@ class _Data:
         return _as_bytes(made)
 
 
-def _write(path: Path, parts: Iterable[bytes | _Data]) -> None:
+def _write(path: Path, parts: Iterable[bytes | memoryview | _Data]) -> None:
     with path.open("xb", buffering=0) as file:
         for part in parts:
             data = part.bytes() if isinstance(part, _Data) else memoryview(part)

@@ -9,7 +9,10 @@ from collections.abc import Sequence
 VERBS = {
     "run": "Continue a text or answer a question, streaming as it goes",
     "chat": "Talk with a model in the terminal",
-    "doctor": "Say what this machine can run, how fast a path, and what is missing",
+    "convert": "Turn a checkpoint of any origin into safetensors, msgpack or GGUF",
+    "doctor": "Say what this machine can run, or whether a checkpoint is whole",
+    "bench": "Measure speed: of the limit, and beside other programs",
+    "quantize": "Write a model in 8 or 4 bits a weight",
     "env": "List versions, for bug reports",
 }
 

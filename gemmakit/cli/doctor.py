@@ -1,10 +1,11 @@
-"""gemmakit doctor: what this machine can run, by which path, and what is missing."""
+"""gemmakit doctor: what this machine can run and by which path; or what a checkpoint is and whether it is whole."""
 
 from __future__ import annotations
 
 import json
 import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Argument, Option
@@ -12,25 +13,49 @@ from typer import Argument, Option
 from gemmakit.auto import AutoConfig
 from gemmakit.cli import machine
 from gemmakit.cli import options as o
+from gemmakit.cli.inspection import memory
+from gemmakit.cli.shell import FAILED
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
 
 def doctor(
-    model: Annotated[str | None, Argument(help="Folder or Hub id; if left out, the demo model.")] = None,
+    model: Annotated[
+        str | None, Argument(help="File or folder to look into; a Hub id, or nothing, for what this machine can run.")
+    ] = None,
     revision: o.Revision = None,
+    tensors: Annotated[bool, Option("--tensors", help="List every tensor of the checkpoint.")] = False,
+    deep: Annotated[
+        bool, Option("--deep", help="Read every number of the checkpoint: none may be NaN or infinite.")
+    ] = False,
+    allow_pickle: Annotated[
+        bool, Option("--allow-pickle", help="Look into a pickle that is found in a folder; nothing in it runs.")
+    ] = False,
     json_: Annotated[bool, Option("--json", help="As a JSON object.")] = False,
 ) -> int:
-    """Say what this machine can run.
+    """Say what this machine can run, or whether a checkpoint is whole.
 
-    Devices and their memory, what the model needs of it in each dtype, which attention and decoding path is taken
-    and why, packages and what is missing. Of the model only its configuration is read, no weights.
+    Of a file or folder: what it is and holds, what it needs in memory, and every tensor that is missing, left over,
+    misshapen or damaged, a line each; exit code 2 if there is any. Otherwise: devices and their memory, what the model
+    needs of it in each dtype, which attention and decoding path is taken and why, and which packages are missing.
     """
+    path = None if model is None else Path(model).expanduser()
+    if path is not None and path.exists():
+        return _checkpoint(path, tensors, deep, allow_pickle, json_)
+    if tensors or deep or allow_pickle:
+        raise InputError("--tensors, --deep and --allow-pickle look into a file or folder: name one.")
     found = examine(model, revision)
     print(json.dumps(found, indent=2) if json_ else "\n".join(report(found)))
     return 0
+
+
+def _checkpoint(path: Path, tensors: bool, deep: bool, allow_pickle: bool, json_: bool) -> int:
+    from gemmakit.cli.inspection import inspect
+    from gemmakit.cli.inspection_report import lines
+
+    found = inspect(path, deep=deep, allow_pickle=allow_pickle)
+    print(json.dumps(found.to_dict(tensors), indent=2) if json_ else "\n".join(lines(found, tensors)))
+    return FAILED if found.problems else 0
 
 
 def examine(model: str | None, revision: str | None) -> dict[str, Any]:
@@ -59,15 +84,13 @@ def read_config(name: str | None, revision: str | None) -> tuple[str, GemmaConfi
 
 def needs(name: str, config: GemmaConfig) -> dict[str, Any]:
     """What a model of this configuration takes, in bytes a dtype."""
-    parameters = _hollow(config).num_parameters()
-    kv = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 1000
     return {
         "name": name,
-        "parameters": parameters,
+        "parameters": _hollow(config).num_parameters(),
         "layers": config.num_hidden_layers,
         "context": config.max_position_embeddings,
         "stored_dtype": config.dtype,
-        "bytes": {d: {"weights": parameters * n, "kv_per_1000_tokens": kv * n} for d, n in BYTES.items()},
+        "bytes": memory(config),
     }
 
 

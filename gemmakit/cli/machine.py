@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 from collections.abc import Iterator
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from gemmakit import __version__
+from gemmakit.bench.facts import available_cores, cpu_name, cpuinfo
 from gemmakit.checkpoint.memory import free_memory_bytes
 
 # Instructions that multiply bfloat16 directly; without one of them it is emulated, slower than float32.
@@ -71,31 +70,11 @@ def cpu() -> dict[str, Any]:
     }
 
 
-def available_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def cpu_name() -> str:
-    for line in _cpuinfo():
-        if line.startswith(("model name", "Model")):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def cpu_flags() -> set[str]:
-    for line in _cpuinfo():
+    for line in cpuinfo():
         if line.startswith(("flags", "Features")):
             return set(line.partition(":")[2].split())
     return set()
-
-
-def _cpuinfo() -> list[str]:
-    try:
-        return Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        return []
 
 
 def accelerators() -> list[dict[str, Any]]:

@@ -14,13 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemmakit.checkpoint import LazyTensor, require_memory
+from gemmakit.checkpoint.formats import OrbaxFile, is_orbax
+from gemmakit.checkpoint.formats.msgpack import SINGLE, Leaf, encode
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import CheckpointError, InputError
 from gemmakit.files import replacing, write_text
 from gemmakit.flax.layers import embedding_init
-from gemmakit.flax.names import PREFIX, nested, pytorch_name
+from gemmakit.flax.names import PREFIX, pytorch_name
 from gemmakit.flax.sharding import Rules
-from gemmakit.flax.sources import MSGPACK, Source, Stored, is_head, is_orbax, orbax_config
+from gemmakit.flax.sources import Source, Stored, is_head
 
 
 def fresh(path: str, shape: Any, key: jax.Array, config: GemmaConfig) -> jax.Array:
@@ -46,7 +48,7 @@ def config_of(name: Any, config: GemmaConfig | None, hub: dict[str, Any], overri
             raise InputError(f"config and {', '.join(overrides)} are both given: set the fields in the config.")
         return config
     if is_orbax(name):
-        config = orbax_config(Path(name))
+        config = OrbaxFile(Path(name)).config()
         config.update(overrides)
         return config
     config = GemmaConfig.from_pretrained(name, **hub, **overrides)
@@ -121,15 +123,22 @@ def pytorch_tensor(path: str, leaf: jax.Array) -> LazyTensor:
 
 
 def save_msgpack(leaves: dict[str, jax.Array], folder: Path, files: dict[str, str]) -> None:
-    from flax.serialization import msgpack_serialize
-
+    """flax_model.msgpack and the small files beside it, a leaf at a time."""
     for name, content in files.items():
         write_text(folder / name, content)
+    held = {
+        path: Leaf(str(leaf.dtype), tuple(leaf.shape), functools.partial(_bytes, leaf)) for path, leaf in leaves.items()
+    }
     try:
-        with replacing(folder / MSGPACK) as staged:
-            staged.write_bytes(msgpack_serialize(nested({path: np.asarray(leaf) for path, leaf in leaves.items()})))
+        with replacing(folder / SINGLE) as staged, staged.open("wb") as file:
+            for part in encode(held):
+                file.write(part)
     except OSError as error:
         raise CheckpointError(f"Saving into {str(folder)!r} failed: {error.strerror or error}.") from error
+
+
+def _bytes(leaf: jax.Array) -> memoryview:
+    return np.ascontiguousarray(np.asarray(leaf)).reshape(-1).view(np.uint8).data
 
 
 def dtype_of(dtype: Any) -> Any:

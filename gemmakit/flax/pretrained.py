@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemmakit.checkpoint import save_checkpoint
+from gemmakit.checkpoint.formats import is_orbax
 from gemmakit.config import HUB_ARGUMENTS, GemmaConfig
 from gemmakit.errors import InputError, TokenOutOfRange
 from gemmakit.flax import cache as caches
@@ -20,11 +21,11 @@ from gemmakit.flax.attention import implementation
 from gemmakit.flax.loading import config_of, dtype_of, fresh, load, pytorch_tensor, save_msgpack
 from gemmakit.flax.names import flat, nested, pytorch_name, stack_layers, unstack_layers
 from gemmakit.flax.sharding import Rules
-from gemmakit.flax.sources import is_orbax, open_source
+from gemmakit.flax.sources import open_source
 from gemmakit.flax.static import FrozenConfig, Wanted
 from gemmakit.flax.training import known
 from gemmakit.generation import GenerationConfig
-from gemmakit.hub import find_file, push_folder, refuse_code
+from gemmakit.hub import find_file, find_gguf, push_folder, refuse_code
 
 Model = TypeVar("Model", bound="FlaxGemmaPreTrainedModel")
 # Arguments that old code passes and that ask for what is always so.
@@ -262,10 +263,10 @@ class FlaxGemmaPreTrainedModel:
         ignore_mismatched_sizes: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Load a model from a folder or the Hub: safetensors, Flax msgpack, or a folder that Orbax wrote.
+        """Load a model from a folder or the Hub: safetensors, Flax msgpack, GGUF, or a folder that Orbax wrote.
 
         Args:
-            pretrained_model_name_or_path: a folder, or "owner/name" on the Hub.
+            pretrained_model_name_or_path: a folder, a .gguf file, or "owner/name" on the Hub.
             dtype: of the computation; "auto" takes the one of the weights.
             config: instead of the config.json found there; Orbax folders have none, and their shapes tell enough.
             param_dtype: of the parameters; None keeps what is stored. Each tensor goes from the mapped file straight to
@@ -275,8 +276,8 @@ class FlaxGemmaPreTrainedModel:
             mesh, mesh_axes: lay the model out on these devices; see `gemmakit.flax.sharding`.
             allow_pickle: read pytorch_model.bin, with torch's restricted unpickler, when there is nothing better.
             ignore_mismatched_sizes: start a head of another shape afresh, with a warning, instead of refusing.
-            kwargs: revision, token, cache_dir, local_files_only, subfolder, variant; anything else overrides a field
-                of the configuration.
+            kwargs: revision, token, cache_dir, local_files_only, subfolder, variant; gguf_file, the name of a GGUF file
+                of that folder or id; anything else overrides a field of the configuration.
 
         Raises:
             CheckpointError: files missing, damaged, or with tensors this model lacks, misses or shapes otherwise.
@@ -287,14 +288,20 @@ class FlaxGemmaPreTrainedModel:
         kwargs = {k: v for k, v in kwargs.items() if k not in _ALWAYS}
         where = {k: kwargs.pop(k) for k in (*HUB_ARGUMENTS, "variant") if k in kwargs}
         hub = {k: v for k, v in where.items() if k != "variant"}
+        gguf = find_gguf(name, kwargs.pop("gguf_file", None), **hub)
+        if gguf is not None:
+            name, where, hub = gguf, {}, {}
         config = config_of(name, config, hub, kwargs)
+        if gguf is not None and param_dtype is None:
+            param_dtype = config.dtype
         config.attn_implementation = attn_implementation or config.attn_implementation
         model = cls(config, input_shape, seed, jnp.float32, _do_init=False, scan_layers=scan_layers)
         shapes = flat(model.params_shape_tree)
         source = open_source(name, shapes, config, {**where, "allow_pickle": allow_pickle})
         rules = None if mesh is None else Rules(mesh, config, mesh_axes)
         params = load(model, source, shapes, param_dtype, rules, ignore_mismatched_sizes)
-        found = None if is_orbax(name) else find_file(name, "generation_config.json", optional=True, **hub)
+        alone = gguf is not None or is_orbax(name)
+        found = None if alone else find_file(name, "generation_config.json", optional=True, **hub)
         if found is not None:
             model.generation_config = GenerationConfig.from_pretrained(found.parent)
         model.dtype = dtype_of(

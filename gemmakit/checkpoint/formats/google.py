@@ -1,0 +1,103 @@
+"""Google's released PyTorch checkpoint: `{"model_state_dict": {...}}` in one pickle, q, k and v in one matrix.
+
+Source of the names: google/gemma_pytorch, and the conversion script that the documents of Gemma name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gemmakit.checkpoint.header import TensorInfo
+from gemmakit.checkpoint.reading import PickleFile, unpickle
+from gemmakit.errors import CheckpointError
+
+STATE = "model_state_dict"
+EMBEDDER = "embedder.weight"
+QKV = "self_attn.qkv_proj.weight"
+# name there -> name here; the embedder is the tied head too, which is stored once
+NAMES = {EMBEDDER: "model.embed_tokens.weight", "model.norm.weight": "model.norm.weight"}
+# names within a layer that are the same there and here
+SAME_IN_LAYER = (
+    "self_attn.o_proj.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight",
+    "input_layernorm.weight", "post_attention_layernorm.weight",
+)  # fmt: skip
+# The rotary table, which every model computes.
+DROPPED = ("freqs_cis",)
+_LAYER = re.compile(r"(?:model\.)?layers\.(\d{1,4})\.(.+)")
+
+
+def is_google(names: Mapping[str, Any]) -> bool:
+    """Whether these are Google's names for tensors."""
+    return EMBEDDER in names or any(name.endswith(QKV) for name in names)
+
+
+class GoogleFile:
+    """Google's file as one of the PyTorch layout: the same bytes, q, k and v as views of their rows.
+
+    Rows of the joint matrix: N * H of q, then K * H of k and K * H of v; with one kv head (N + 2) * H, with as many as
+    query heads three equal parts. N * H are the columns of o_proj. Raises CheckpointError for an unknown name.
+    """
+
+    def __init__(self, path: Path, held: Mapping[str, Any]):
+        self.path = path
+        self.metadata: Mapping[str, str] = {}
+        self._held = _renamed(path, held)
+        self.tensors: Mapping[str, TensorInfo] = PickleFile(path, self._held).tensors
+
+    def tensor(self, name: str, framework: str, device: Any) -> Any:
+        return PickleFile(self.path, {name: self._held[name]}).tensor(name, framework, device)
+
+    def close(self) -> None:
+        """Nothing to let go of: the tensors hold their own mapping."""
+
+
+def open_pickle(path: Path) -> PickleFile | GoogleFile:
+    """A file of torch.save, in Google's names or in those of the PyTorch layout. Raises UnsafeFile, CheckpointError."""
+    content = unpickle(path)
+    if isinstance(content, dict) and STATE in content:
+        content = content[STATE]
+    file = PickleFile(path, content)
+    return GoogleFile(path, file.held) if is_google(file.tensors) else file
+
+
+def _renamed(path: Path, held: Mapping[str, Any]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, tensor in held.items():
+        if name not in DROPPED:
+            for new, part in _parts(path, name, tensor, held).items():
+                if new in out:
+                    raise CheckpointError(f"{path}: two tensors are called {new!r}, the second is {name!r}.")
+                out[new] = part
+    return out
+
+
+def _parts(path: Path, name: str, tensor: Any, held: Mapping[str, Any]) -> dict[str, Any]:
+    """What one tensor of the file becomes."""
+    if name in NAMES:
+        return {NAMES[name]: tensor}
+    layer = _LAYER.fullmatch(name)
+    if layer is None or layer[2] not in (*SAME_IN_LAYER, QKV):
+        advice = " It is quantized: convert the checkpoint it was made from." if "scaler" in name else ""
+        raise CheckpointError(f"{path} holds {name!r}, which no Gemma of Google's PyTorch releases has.{advice}")
+    if layer[2] != QKV:
+        return {f"model.layers.{layer[1]}.{layer[2]}": tensor}
+    return _split(path, name, tensor, held.get(name.replace("qkv_proj", "o_proj")), f"model.layers.{layer[1]}")
+
+
+def _split(path: Path, name: str, qkv: Any, o: Any, layer: str) -> dict[str, Any]:
+    """(N * H + 2 * K * H, D) -> q (N * H, D), k and v (K * H, D)."""
+    rows = qkv.shape[0] if qkv.ndim == 2 else 0
+    query = o.shape[1] if o is not None and o.ndim == 2 else 0
+    rest = rows - query
+    if o is None:
+        raise CheckpointError(f"{path} lacks {name.replace('qkv_proj', 'o_proj')!r}, beside {name!r}.")
+    if query < 1 or rest < 2 or rest % 2:
+        raise CheckpointError(
+            f"{path}: {name} has shape {tuple(qkv.shape)}; beside o_proj of shape {tuple(o.shape)} it needs that one's "
+            "columns as rows of q, and as many rows of k as of v."
+        )
+    q, k, v = qkv[:query], qkv[query : query + rest // 2], qkv[query + rest // 2 :]
+    return {f"{layer}.self_attn.{p}_proj.weight": part for p, part in (("q", q), ("k", k), ("v", v))}

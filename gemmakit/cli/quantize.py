@@ -1,0 +1,131 @@
+"""gemmakit quantize: a model in, the same model in 8 or 4 bits a weight out."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Argument, Option
+
+from gemmakit.cli import options as o
+from gemmakit.cli.prompts import decode
+from gemmakit.errors import InputError
+
+# A text for calibration is cut into pieces of this many tokens at most, and so many pieces are used, evenly spread.
+PIECE, PIECES = 512, 128
+
+
+def quantize(
+    model: Annotated[str, Argument(metavar="IN", help="Folder or Hub id of a model with plain weights.")],
+    output: Annotated[Path, Argument(metavar="OUT", help="Folder for the quantized model.")],
+    int4: Annotated[bool, Option("--int4", help="4 bits a weight, a scale and a zero a group.")] = False,
+    int8: Annotated[bool, Option("--int8", help="8 bits a weight, a scale a row.")] = False,
+    group_size: Annotated[
+        int | None, Option(metavar="N", help="Weights that share a scale: 32 (if left out, with 4 bits) or 128.")
+    ] = None,
+    head_bits: Annotated[
+        str, Option(metavar="N", help="Of the embedding and the head: 8, 4, or none to keep them.")
+    ] = "8",
+    keep: Annotated[list[str] | None, Option(metavar="NAME", help="A module to keep; may be repeated.")] = None,
+    calibrate: Annotated[
+        list[Path] | None,
+        Option(metavar="FILE", help="A text like those the model is for: choose codes by their effect on it. Slower."),
+    ] = None,
+    revision: o.Revision = None,
+    max_shard_size: Annotated[str, Option(metavar="SIZE", help="Of each file.")] = "5GB",
+    allow_pickle: Annotated[
+        bool, Option("--allow-pickle", help="Read .bin files, which only their author vouches for.")
+    ] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace what is in OUT.")] = False,
+) -> int:
+    """Quantize a model's weights.
+
+    Weights are read, rounded and written one at a time, so the model may be larger than memory. OUT is a model like
+    any other: gemmakit run --model OUT. With --calibrate a layer at a time is held in float32.
+    """
+    if int4 == int8:
+        raise InputError("--int4 and --int8: give one of them.")
+    if head_bits not in ("8", "4", "none"):
+        raise InputError(f"--head-bits is {head_bits!r}; it must be 8, 4 or none.")
+    from gemmakit.quantization import WeightOnlyConfig
+
+    config = WeightOnlyConfig(
+        bits=4 if int4 else 8,
+        group_size=group_size,
+        head_bits=None if head_bits == "none" else int(head_bits),
+        modules_to_not_convert=keep or None,
+    )
+    from gemmakit.pytorch.quantize.checkpoints import quantize_checkpoint
+
+    ids = None if not calibrate else calibration_ids(model, calibrate, revision)
+    start = time.perf_counter()
+    with progress() as report:
+        quantize_checkpoint(
+            model,
+            output,
+            config,
+            calibration_ids=ids,
+            overwrite=overwrite,
+            max_shard_size=max_shard_size,
+            allow_pickle=allow_pickle,
+            progress=report,
+            revision=revision,
+        )
+    size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
+    print(f"{output}: {size / 1e6:,.1f} MB of weights, {time.perf_counter() - start:.1f} s")
+    return 0
+
+
+def calibration_ids(model: str, files: list[Path], revision: str | None) -> Any:
+    """The texts as ids (R, S): pieces of one length behind <bos>, evenly spread over all that is there."""
+    import torch
+
+    from gemmakit.auto import AutoConfig, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
+    config = AutoConfig.from_pretrained(model, revision=revision)
+    ids = [i for file in files for i in tokenizer(_text(file), add_special_tokens=False)["input_ids"]]
+    step = min(PIECE, config.max_position_embeddings, len(ids) + 1) - 1
+    if step < 1:
+        raise InputError(f"--calibrate {files[0]} holds no text.")
+    rows = torch.tensor(ids[: len(ids) // step * step]).view(-1, step)
+    if len(rows) > PIECES:
+        rows = rows[torch.linspace(0, len(rows) - 1, PIECES).long()]
+    return torch.cat((torch.full((len(rows), 1), tokenizer.bos_token_id), rows), dim=1)
+
+
+def _text(file: Path) -> str:
+    try:
+        return decode(file.read_bytes(), f"--calibrate {file}")
+    except OSError as error:
+        raise InputError(f"--calibrate {file} cannot be read: {error.strerror}.") from None
+
+
+@contextmanager
+def progress() -> Generator[Any]:
+    """A bar on a terminal once the work has taken a second; nothing elsewhere."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f} %"),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    start = time.perf_counter()
+    with Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False) as bar:
+        task = bar.add_task("", total=None, visible=False)
+
+        def report(name: str, done: int, total: int) -> None:
+            visible = time.perf_counter() - start > 1
+            bar.update(task, completed=done, total=total, description=name, visible=visible, refresh=visible)
+
+        yield report

@@ -1,0 +1,212 @@
+"""What is converted: weights of any kind with their configuration, checked against each other, and the small files."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from gemmakit.checkpoint import Checkpoint
+from gemmakit.checkpoint.formats import (
+    OrbaxFile,
+    Weights,
+    architecture_of,
+    config_from_shapes,
+    differences,
+    open_weights,
+    tensor_shapes,
+)
+from gemmakit.checkpoint.formats.layout import BARE, released_size
+from gemmakit.checkpoint.formats.opening import GGUF, GOOGLE, ORBAX
+from gemmakit.config import PRESETS, GemmaConfig
+from gemmakit.conversion.tokenizers import TokenizerFiles, read_tokenizer
+from gemmakit.errors import CheckpointError, InputError
+from gemmakit.generation import GenerationConfig
+from gemmakit.hub import Name, check_relative, find_file
+from gemmakit.text.saving import MODEL
+
+GENERATION = "generation_config.json"
+
+
+@dataclass
+class Source:
+    """A checkpoint that is whole: `names` are its tensors in the order to write them, all of the right shape."""
+
+    where: str
+    kind: str
+    checkpoint: Checkpoint
+    config: GemmaConfig
+    names: list[str]
+    tokenizer: TokenizerFiles | None = None
+    files: dict[str, bytes] = field(default_factory=dict)
+
+    @property
+    def quantized(self) -> str | None:
+        """How the stored weights are quantized, by name; None where they are numbers."""
+        settings = self.config.extra.get("quantization_config")
+        return str(settings.get("quant_method", "unknown")) if isinstance(settings, dict) else None
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the tensors that are converted."""
+        return sum(prod(self.checkpoint.info(name).shape) for name in self.names)
+
+
+def open_source(
+    name: Name,
+    *,
+    config: GemmaConfig | Name | None = None,
+    model_size: str | None = None,
+    tokenizer: Name | None = None,
+    dtype: str | None = None,
+    keep_quantized: bool = False,
+    allow_pickle: bool = False,
+    where: Mapping[str, Any],
+) -> Source:
+    """Open, find the configuration, and refuse what is missing, left over or wrongly shaped; no tensor is read.
+
+    A pickle is read when `name` is that very file, or with `allow_pickle`. where: revision, token and the like.
+    dtype: that of tensors a GGUF file holds in fewer bits; keep_quantized: instead keep what gemmakit has a layout for.
+    Raises CheckpointError, ConfigError, InputError and others.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        name = path = path / check_relative(where["subfolder"]) if where.get("subfolder") else path
+        where = {}
+    given = _given(config)
+    vocab_size = None if given is None else given.vocab_size
+    weights = open_weights(name, allow_pickle=allow_pickle or path.is_file(), vocab_size=vocab_size, **where)
+    beside: Name = path.parent if path.is_file() else name
+    where = {} if path.exists() else where
+    if weights.kind == GGUF:
+        beside = path = weights.checkpoint.files[0]
+        weights, given = _gguf(path, dtype, given, keep_quantized)
+    elif keep_quantized:
+        raise InputError(f"keep_quantized is for GGUF files, and {name} is none: leave it out.")
+    config = given or _config(weights, str(name), beside, model_size, where)
+    if model_size is not None:
+        _check_size(str(name), config, weights.checkpoint, model_size)
+    source = Source(str(name), weights.kind, weights.checkpoint, config, [])
+    source.names = weights.checkpoint.names() if source.quantized else check_whole(source.where, weights, config)
+    config.architectures = config.architectures or [architecture_of(config, source.names)]
+    if tokenizer is None and weights.kind == ORBAX and not (path / MODEL).exists() and (path.parent / MODEL).is_file():
+        tokenizer = path.parent / MODEL  # as Google's releases have it
+    source.tokenizer = read_tokenizer(beside if tokenizer is None else tokenizer, where if tokenizer is None else {})
+    if tokenizer is not None and source.tokenizer is None:
+        raise CheckpointError(f"{tokenizer} holds neither tokenizer.model nor tokenizer.json.")
+    source.files[GENERATION] = _generation(beside, config, where)
+    if source.tokenizer is not None:
+        source.files.update(source.tokenizer.files)
+        if source.tokenizer.size > config.vocab_size:
+            warnings.warn(
+                f"the tokenizer has {source.tokenizer.size} ids, the model {config.vocab_size}: are both of one model?",
+                stacklevel=4,
+            )
+    return source
+
+
+def check_whole(where: str, weights: Weights, config: GemmaConfig) -> list[str]:
+    """The names to convert, in the customary order. Raises CheckpointError for what is missing, over or misshapen."""
+    checkpoint = weights.checkpoint
+    shapes = {name: tuple(checkpoint.info(name).shape) for name in checkpoint.names()}
+    wanted = tensor_shapes(config, architecture_of(config, shapes))
+    missing, extra, other = differences(shapes, wanted)
+    if other:
+        raise CheckpointError(
+            f"{where}: {other[0]} has shape {shapes[other[0]]}, expected {wanted[other[0]]}{_more(other)}. "
+            "Is the configuration (or --model_size) that of another model?"
+        )
+    if missing:
+        raise CheckpointError(f"{where} lacks {missing[0]}{_more(missing)}: it is no whole Gemma of this size.")
+    if extra:
+        raise CheckpointError(f"{where} holds {extra[0]}{_more(extra)}, for which a Gemma of this size has no place.")
+    _compare_head(where, checkpoint, wanted)
+    return list(wanted)
+
+
+def _compare_head(where: str, checkpoint: Checkpoint, wanted: Mapping[str, Any]) -> None:
+    """A stored copy of the tied head is not converted: the loader ties it again. Say so where it is no copy."""
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if head not in checkpoint or head in wanted or embedding not in checkpoint:
+        return
+    import torch
+
+    if not torch.equal(checkpoint.tensor(head), checkpoint.tensor(embedding)):
+        warnings.warn(
+            f"{where}: {head} differs from {embedding}, but the configuration ties them; {embedding} is used. "
+            "Set tie_word_embeddings to false in config.json to keep both.",
+            stacklevel=5,
+        )
+
+
+def _more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+# -- configuration -----------------------------------------------------------------------------------------------------
+
+
+def _given(config: GemmaConfig | Name | None) -> GemmaConfig | None:
+    if config is None or isinstance(config, GemmaConfig):
+        return config
+    return GemmaConfig.from_pretrained(config)
+
+
+def _config(weights: Weights, where: str, beside: Name, size: str | None, hub: Mapping[str, Any]) -> GemmaConfig:
+    """The configuration beside the weights, within them, or of the released model of that size."""
+    found = find_file(beside, "config.json", optional=True, **hub)
+    if found is not None:
+        return GemmaConfig.from_pretrained(found)
+    file = weights.checkpoint._files[0]
+    if isinstance(file, OrbaxFile):
+        return file.config()
+    if size is not None and weights.kind == GOOGLE:
+        return GemmaConfig.preset(size.lower())
+    checkpoint = weights.checkpoint
+    shapes = {name: tuple(checkpoint.info(name).shape) for name in checkpoint.names()}
+    if architecture_of(None, shapes) == BARE:
+        shapes = {f"model.{name}": shape for name, shape in shapes.items()}
+    return config_from_shapes(shapes, where)
+
+
+def _check_size(where: str, config: GemmaConfig, checkpoint: Checkpoint, size: str) -> None:
+    """InputError unless the checkpoint is of the released size that was said."""
+    if size.lower() not in PRESETS:
+        raise InputError(f"model_size is {size!r}; it must be one of {', '.join(s.upper() for s in PRESETS)}.")
+    found = released_size({name: tuple(checkpoint.info(name).shape) for name in checkpoint.names()})
+    wrong = [n for n, value in PRESETS[size.lower()].items() if getattr(config, n) != value]
+    if found is not None and found != size.lower():
+        raise InputError(f"{where} is a {found.upper()} model by its shapes, but model_size is {size}.")
+    if wrong:
+        name = wrong[0]
+        raise InputError(
+            f"{where} has {name} = {getattr(config, name)}, but a {size} model has {PRESETS[size.lower()][name]}: "
+            "leave model_size out."
+        )
+
+
+def _generation(beside: Name, config: GemmaConfig, hub: Mapping[str, Any]) -> bytes:
+    alone = Path(beside).is_file()  # a GGUF file says all itself
+    found = None if alone else find_file(beside, GENERATION, optional=True, **hub)
+    if found is not None:
+        GenerationConfig.from_pretrained(found.parent)  # refuses what is impossible
+        return found.read_bytes()
+    return GenerationConfig.from_model_config(config).to_json_string().encode()
+
+
+def _gguf(path: Path, dtype: str | None, config: GemmaConfig | None, keep: bool) -> tuple[Weights, GemmaConfig]:
+    """A GGUF file's weights, its blocks in `dtype` or kept as codes, and the configuration that it holds itself."""
+    from gemmakit.checkpoint.gguf import open_gguf
+    from gemmakit.gguf import read_gguf_header
+    from gemmakit.gguf.settings import config_values
+
+    found = GemmaConfig.from_dict(config_values(read_gguf_header(path)))
+    config = config or found
+    if keep:
+        from gemmakit.pytorch.quantize.gguf import open_gguf_for
+
+        return Weights(GGUF, open_gguf_for(path, config, None, None)[0]), config
+    return Weights(GGUF, open_gguf(path, dtype=dtype or found.dtype or "bfloat16")), config
