@@ -1,5 +1,7 @@
 """Where speed plugs in beneath the one model: each seam is one function, with the plain torch form as its reference."""
 
 from gemmakit.pytorch.kernels.linear import linear, linear_plan
+from gemmakit.pytorch.kernels.packed import Packed
+from gemmakit.pytorch.kernels.quantized import linear_packed
 
-__all__ = ["linear", "linear_plan"]
+__all__ = ["Packed", "linear", "linear_packed", "linear_plan"]

@@ -1,8 +1,8 @@
 """x @ weight.T + bias, the seam through which every projection and the head go.
 
-The reference is torch's linear. On the CPU, a few rows against a large 16-bit weight, which is what a decoding step is,
-go through the native kernel, which reads the weight once, in its own format, for all rows. Axis letters: M rows, O
-outputs, I inputs.
+The reference is torch's linear. On the CPU, a few rows against a large weight, which is what a decoding step is, go
+through the native kernel, which reads the weight once, in its own format, for all rows; many rows go through panels in
+float32 where the processor only emulates 16-bit products. Axis letters: M rows, O outputs, I inputs.
 """
 
 from __future__ import annotations
@@ -12,23 +12,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemmakit.pytorch.kernels import cpu
+from gemmakit.pytorch.kernels.cpu import MAX_ROWS
+from gemmakit.pytorch.kernels.packed import Packed
+from gemmakit.pytorch.kernels.panels import multiply, product_dtype
+from gemmakit.pytorch.kernels.quantized import few_rows, packed_plan
 
-MAX_ROWS = 8
 # Smaller weights stay in the processor's caches, where torch is as good and the call costs more than it saves.
 MIN_WEIGHT = 1 << 20
-_FORMATS = {torch.bfloat16: 0, torch.float16: 1}
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x: (..., I), weight: (O, I), bias: (O,) or None -> (..., O), in x's dtype, summed in float32."""
     if (
-        weight.dtype in _FORMATS
+        weight.dtype in cpu.FORMATS
         and not torch.is_grad_enabled()
         and weight.device.type == "cpu"
         and weight.numel() >= MIN_WEIGHT
         and x.dtype == weight.dtype
         and not torch.compiler.is_compiling()  # before the row count, on which a compiled graph would depend
-        and x.numel() <= MAX_ROWS * weight.shape[1]
+        and (x.numel() <= MAX_ROWS * weight.shape[1] or product_dtype(x.dtype) != x.dtype)
         and weight.is_contiguous()
         and cpu.library() is not None
     ):
@@ -36,11 +38,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def linear_plan(weight: Tensor) -> str:
+def linear_plan(weight: Tensor | Packed) -> str:
     """Which form a decoding step takes for this weight, and why, in words."""
+    if isinstance(weight, Packed):
+        return packed_plan(weight)
     if weight.device.type != "cpu":
         return f"torch on {weight.device.type}"
-    if weight.dtype not in _FORMATS:
+    if weight.dtype not in cpu.FORMATS:
         return f"torch ({str(weight.dtype).removeprefix('torch.')} has no native kernel)"
     if weight.numel() < MIN_WEIGHT:
         return f"torch ({weight.numel():,} weights fit the caches)"
@@ -48,33 +52,17 @@ def linear_plan(weight: Tensor) -> str:
 
 
 def _linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    library = cpu.library()
-    assert library is not None
-    O, I = weight.shape
-    M = x.numel() // I
-    if M == 0:
-        return x.new_empty(*x.shape[:-1], O)
-    x = x.contiguous()
-    y = torch.empty(*x.shape[:-1], O, dtype=x.dtype)
-    wide = torch.empty(M * I, dtype=torch.float32)
-    failed = library.gemmakit_linear_rows(
-        _FORMATS[x.dtype],
-        weight.data_ptr(),
-        x.data_ptr(),
-        wide.data_ptr(),
-        None if bias is None else bias.contiguous().data_ptr(),
-        y.data_ptr(),
-        M,
-        O,
-        I,
-        torch.get_num_threads(),
-    )
-    assert not failed, f"linear_rows takes 1 to {MAX_ROWS} rows, got {M}"
-    return y
+    shape = (*x.shape[:-1], weight.shape[0])
+    if x.numel() == 0:
+        return x.new_empty(shape)
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    # Emulated products lose to a second reading of the weight.
+    few = len(flat) <= (MAX_ROWS if product_dtype(x.dtype) == x.dtype else 2 * MAX_ROWS)
+    return (few_rows if few else multiply)(flat, weight, bias).view(shape)
 
 
 # A torch operator rather than a bare call, so that dispatch modes, fake tensors and profilers see it.
-_ops = torch.library.Library("gemmakit", "DEF")
+_ops = torch.library.Library("gemmakit", "FRAGMENT")
 _ops.define("linear_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _ops.impl("linear_rows", _linear_rows, "CPU")
 

@@ -1,13 +1,41 @@
-"""The native CPU kernels: native.so, compiled from the C++ beside this file when the package was installed."""
+"""The native CPU kernels: native.so, compiled from the C++ beside this file when the package was installed.
+
+native.h says what each takes. Nothing here copies or repacks: a `Matrix` points into the tensors it was made of, which
+must outlive it.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
-_POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+import torch
+from torch import Tensor
+
+from gemmakit.pytorch.kernels.packed import Packed
+
+MAX_ROWS = 8
+FORMATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_INT8, _INT8_GROUPS, _INT4 = 3, 4, 5
+_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+
+
+class Matrix(ctypes.Structure):
+    """native.h's Matrix."""
+
+    _fields_ = (
+        ("format", ctypes.c_int32),
+        ("group", ctypes.c_int32),
+        ("out", _LONG),
+        ("in_", _LONG),
+        ("codes", _POINTER),
+        ("scale", _POINTER),
+        ("zero", _POINTER),
+        ("bias", _POINTER),
+    )
 
 
 @lru_cache(maxsize=1)
@@ -21,13 +49,28 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
     try:
         # torch is imported by now, so the library finds torch's own OpenMP threads instead of starting others.
         library = ctypes.CDLL(str(path))
-    except OSError as error:
+        _declare(library)
+    except (OSError, AttributeError) as error:
         return None, f"{path.name} does not load: {error}"
-    library.gemmakit_isa.restype = ctypes.c_char_p
-    library.gemmakit_linear_rows.argtypes = [_INT, *[_POINTER] * 5, _INT, _LONG, _LONG, _INT]
     if library.gemmakit_isa() is None:
-        return None, "this processor has none of AVX2, AVX-512, NEON"
+        wanted = os.environ.get("GEMMAKIT_ISA")
+        sort = f"the instruction set GEMMAKIT_ISA={wanted}" if wanted else "none of AVX2, AVX-512, NEON"
+        return None, f"has {sort} neither compiled nor in this processor" if wanted else f"this processor has {sort}"
     return library, ""
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    library.gemmakit_isa.restype = ctypes.c_char_p
+    library.gemmakit_choose.argtypes = [ctypes.c_char_p]
+    library.gemmakit_project.argtypes = [_POINTER, _INT, _INT, _POINTER, _INT, _POINTER, _POINTER, _INT]
+    library.gemmakit_expand.argtypes = [_POINTER, _LONG, _LONG, _INT, _POINTER, _INT]
+    library.gemmakit_norm.argtypes = [_INT, _POINTER, _LONG, _LONG, _INT, _POINTER, _FLOAT, _POINTER]
+    library.gemmakit_gate.argtypes = [_INT, _INT, *[_POINTER] * 3, _LONG, _INT]
+    normed = [_INT, _POINTER, _INT, _INT, _POINTER, _FLOAT]
+    library.gemmakit_norm_project.argtypes = [_POINTER, _INT, *normed, _POINTER, _INT]
+    library.gemmakit_norm_gate.argtypes = [_POINTER, *normed, _INT, _POINTER, _INT]
+    library.gemmakit_attend.argtypes = [_POINTER]
+    library.gemmakit_read.argtypes = [_POINTER, _LONG, _POINTER, _INT]
 
 
 def library() -> ctypes.CDLL | None:
@@ -40,6 +83,77 @@ def why_not() -> str:
 
 
 def instruction_set() -> str | None:
-    """The instruction set in use: avx512bf16, avx512, avx2, neon; None without the library."""
+    """The instruction set in use: avx512bf16, avx512vnni, avx512, avxvnni, avx2, neon; None without the library."""
     found = library()
     return None if found is None else found.gemmakit_isa().decode()
+
+
+def choose(isa: str | None) -> bool:
+    """Use this instruction set from now on (None: the best); False when it was not compiled or does not run here."""
+    found = library()
+    return found is not None and not found.gemmakit_choose(None if isa is None else isa.encode())
+
+
+def reads(weight: Tensor | Packed) -> bool:
+    """Whether the kernels take this weight: what packed.py says of its parts, on the CPU, without gaps."""
+    if isinstance(weight, Tensor):
+        return weight.dtype in FORMATS and weight.device.type == "cpu" and weight.is_contiguous()
+    codes, scale, zero, _, _ = weight
+    by_row = codes.dtype == torch.int8 and scale.dtype == torch.float32 and scale.shape[1] == 1
+    parts = (codes, scale) if zero is None else (codes, scale, zero)
+    return (by_row or scale.dtype == torch.float16) and all(t.device.type == "cpu" and t.is_contiguous() for t in parts)
+
+
+def matrix(weight: Tensor | Packed, bias: Tensor | None = None) -> Matrix:
+    """What the kernels know of a weight (O, I) and its bias (O,): contiguous tensors on the CPU, bias in x's dtype."""
+    bias_at = None if bias is None else bias.data_ptr()
+    O, I = weight.shape
+    if isinstance(weight, Tensor):
+        return Matrix(FORMATS[weight.dtype], 0, O, I, weight.data_ptr(), None, None, bias_at)
+    kind = _INT4 if weight.bits == 4 else _INT8 if weight.scale.dtype == torch.float32 else _INT8_GROUPS
+    zero_at = None if weight.zero is None else weight.zero.data_ptr()
+    group = min(weight.group_size, 2**31 - 1)
+    return Matrix(kind, group, O, I, weight.codes.data_ptr(), weight.scale.data_ptr(), zero_at, bias_at)
+
+
+def project(x: Tensor, matrices: Sequence[Matrix], residual: Tensor | None = None) -> list[Tensor]:
+    """x (..., I), contiguous, 1 to 8 rows -> each matrix's (..., O) in x's dtype; to a single one residual is added."""
+    found = library()
+    assert found is not None
+    count = len(matrices)
+    ys = [x.new_empty(*x.shape[:-1], m.out) for m in matrices]
+    failed = found.gemmakit_project(
+        (Matrix * count)(*matrices),
+        count,
+        FORMATS[x.dtype],
+        x.data_ptr(),
+        x.numel() // x.shape[-1],
+        (_POINTER * count)(*(y.data_ptr() for y in ys)),
+        None if residual is None else residual.data_ptr(),
+        torch.get_num_threads(),
+    )
+    assert not failed, f"project takes 1 to {MAX_ROWS} rows of 1 to 16 weights' common input, got {tuple(x.shape)}"
+    return ys
+
+
+def expand(m: Matrix, rows: range, to: Tensor) -> None:
+    """Some rows of a weight, dequantized into `to` (len(rows), I), contiguous, each number rounded once."""
+    found = library()
+    assert found is not None
+    failed = found.gemmakit_expand(
+        ctypes.byref(m), rows.start, rows.stop, FORMATS[to.dtype], to.data_ptr(), torch.get_num_threads()
+    )
+    assert not failed, f"expand takes rows within 0 to {m.out}, got {rows}"
+
+
+def touch(buffer: Tensor) -> int:
+    """Read every byte once, as fast as the memory (or, the first time, the disk behind a mapped file) gives them.
+
+    Returns their sum as 64-bit words, so that nothing can leave the reading out.
+    """
+    found = library()
+    if found is None:
+        return int(buffer.view(torch.uint8).sum())
+    total = ctypes.c_uint64()
+    found.gemmakit_read(buffer.data_ptr(), buffer.nbytes, ctypes.byref(total), torch.get_num_threads())
+    return total.value

@@ -1,57 +1,62 @@
-// Which of the compiled instruction sets this processor runs, decided once when the library is loaded.
+// Which of the compiled instruction sets is used: the best that this processor runs, decided when the library is
+// loaded; GEMMAKIT_ISA or gemmakit_choose asks for another.
 
-#include <cstdint>
+#include <cstdlib>
+#include <cstring>
 
-#define FOR_EACH_ISA(DO) GEMMAKIT_ISAS(DO)
+#include "native.h"
 
-using LinearRows = int (*)(int, const uint16_t*, const uint16_t*, float*, const uint16_t*, uint16_t*, int, int64_t,
-                           int64_t, int);
-
-#define DECLARE(isa)                                                                                            \
-  extern "C" int linear_rows_##isa(int, const uint16_t*, const uint16_t*, float*, const uint16_t*, uint16_t*, int, \
-                                   int64_t, int64_t, int);
-FOR_EACH_ISA(DECLARE)
+// GEMMAKIT_ISAS(DO) is DO(name) for each instruction set that was compiled, best first.
+#define DECLARE_TABLE(isa) extern "C" const Kernels kernels_##isa;
+GEMMAKIT_ISAS(DECLARE_TABLE)
 
 namespace {
 
 #if defined(__x86_64__)
-bool runs_avx512bf16() {
-  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("f16c");
-}
-bool runs_avx512() { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("f16c"); }
 bool runs_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
+bool runs_avxvnni() { return runs_avx2() && __builtin_cpu_supports("avxvnni"); }
+bool runs_avx512() {
+  return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+bool runs_avx512vnni() { return runs_avx512() && __builtin_cpu_supports("avx512vnni"); }
+bool runs_avx512bf16() { return runs_avx512vnni() && __builtin_cpu_supports("avx512bf16"); }
 #else
 bool runs_neon() { return true; }
 #endif
 
-struct Choice {
-  const char* name;
-  LinearRows linear_rows;
-};
-
-Choice choose() {
+const Kernels* find(const char* name) {
 #define TRY(isa) \
-  if (runs_##isa()) return {#isa, linear_rows_##isa};
-  FOR_EACH_ISA(TRY)
-  return {nullptr, nullptr};
+  if ((!name || !std::strcmp(name, #isa)) && runs_##isa()) return &kernels_##isa;
+  GEMMAKIT_ISAS(TRY)
+  return nullptr;
 }
 
-const Choice chosen = choose();
+const Kernels* first() {
+  const char* wanted = std::getenv("GEMMAKIT_ISA");
+  return find(wanted && *wanted ? wanted : nullptr);
+}
+
+const Kernels* chosen = first();
 
 }  // namespace
 
 extern "C" {
 
-// The instruction set in use, or null when this processor has none of those compiled.
-const char* gemmakit_isa() { return chosen.name; }
+// The instruction set in use, or null when this processor has none of those compiled (or not the one asked for).
+const char* gemmakit_isa() { return chosen ? chosen->isa : nullptr; }
 
-// format: 0 bfloat16, 1 float16. w (out, in), x (m, in), bias (out) or null, y (m, out), wide_x room for m * in floats.
-// Gives 0, or 1 when m is not in 1..8.
-int gemmakit_linear_rows(int format, const uint16_t* w, const uint16_t* x, float* wide_x, const uint16_t* bias,
-                         uint16_t* y, int m, int64_t out, int64_t in, int threads) {
-  return chosen.linear_rows(format, w, x, wide_x, bias, y, m, out, in, threads);
+// Use another from now on, or the best where name is null: 0, or 1 when it was not compiled or does not run here.
+// Not while kernels run.
+int gemmakit_choose(const char* name) {
+  const Kernels* found = find(name);
+  if (found) chosen = found;
+  return !found;
 }
+
+#define EXPORT(name, parameters, arguments) \
+  int gemmakit_##name parameters { return chosen->name arguments; }
+GEMMAKIT_FUNCTIONS(EXPORT)
 }

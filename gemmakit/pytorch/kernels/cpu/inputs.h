@@ -1,0 +1,151 @@
+// x in the forms that the kernels read, made once a call and shared by every weight row.
+//
+// Against whole-number weights x is rounded to 16 bits in blocks of 32 inputs: x ~ scale * q with |q| <= 32767 and
+// scale = max|x| / 32767 of the block, so each x is off by max|x| of its block / 65534 at most: less than bfloat16's
+// own rounding of any number above 1/256 of the largest. A block that holds NaN or infinity gets scale NaN, which
+// makes the whole row of y NaN; one whose largest number is below 1e-30 counts as zeros.
+
+#pragma once
+
+#include <cstdlib>
+
+#include "integers.h"
+
+#define INLINE __attribute__((always_inline)) inline
+#define UNROLL _Pragma("GCC unroll 8")
+
+namespace {
+
+struct Inputs {
+  const uint16_t* pairs = nullptr;  // (M, in) bfloat16 as it came, where the processor multiplies it
+  const float* wide = nullptr;      // (M, in)
+  const int16_t* q = nullptr;       // (M, blocks * 32) in order, for INT8
+  const int16_t* planes = nullptr;  // the same in the order in which nibble<0..3> gives a vector's codes, for INT4
+  const float* scale = nullptr;     // (M, blocks)
+  const float* minus = nullptr;     // (M, blocks), minus the block's sum of scale * q
+  int64_t blocks = 0;               // of x, filled up with zeros to a whole number of L
+  int64_t pairs_next = 0, next = 0, q_next = 0;  // from row to row of pairs, of wide, of q and planes
+};
+
+// Rows a power of two apart would meet in the same few places of a cache.
+constexpr int64_t APART = 64;
+
+// Room for n numbers that is kept from call to call, one for each thread, type and Which. No std::vector: its code
+// would be shared by the instruction sets.
+template <class T, int Which>
+inline T* scratch(size_t n) {
+  static thread_local T* room = nullptr;
+  static thread_local size_t size = 0;
+  if (size < n) {
+    std::free(room);
+    size = (n * sizeof(T) + 4095) / 4096 * 4096 / sizeof(T);
+    room = (T*)std::aligned_alloc(64, size * sizeof(T));
+    if (!room) std::abort();
+  }
+  return room;
+}
+
+inline void quantize_block(const float* x, int16_t* q, float* scale, float* minus) {
+  V most = zero(), poison = zero(), total = zero();
+  for (int i = 0; i < BLOCK; i += L) {
+    most = larger(most, magnitude(load(x + i)));
+    poison = fma(load(x + i), zero(), poison);  // not zero where x is NaN or infinite
+  }
+  float top = largest(most);
+  bool finite = sum(poison) == 0.0f;
+  V by = splat(finite && top > 1e-30f ? 32767.0f / top : 0.0f);
+  for (int i = 0; i < BLOCK; i += L) {
+    V whole = round_to_whole(mul(load(x + i), by));
+    total = add(total, whole);
+    store_whole(q + i, whole);
+  }
+  *scale = finite ? top / 32767.0f : __builtin_nanf("");
+  *minus = -*scale * sum(total);
+}
+
+// A block's 32 numbers to where nibble<0..3> of its 16 bytes of codes meets them: byte 2t holds inputs 2t and 2t + 16,
+// byte 2t + 1 holds 2t + 1 and 2t + 17.
+inline void to_planes(const int16_t* q, int16_t* plane) {
+  constexpr int NEXT = 8 * CHUNK;
+  for (int t = 0; t < 8; t++) {
+    plane[t] = q[2 * t];
+    plane[NEXT + t] = q[2 * t + 16];
+    plane[2 * NEXT + t] = q[2 * t + 1];
+    plane[3 * NEXT + t] = q[2 * t + 17];
+  }
+}
+
+template <int F>
+void quantize(const void* x, int64_t in, int64_t blocks, int16_t* q, int16_t* planes, float* scale, float* minus) {
+  for (int64_t b = 0; b < blocks; b++) {
+    float wide[BLOCK] = {};
+    int16_t local[BLOCK];
+    int64_t left = in - b * BLOCK;
+    if (left > 0) widen_all<F>(at<F>(x, b * BLOCK), wide, left < BLOCK ? left : BLOCK);
+    quantize_block(wide, local, scale + b, minus + b);
+    if (q) std::memcpy(q + b * BLOCK, local, sizeof local);
+    if (planes) to_planes(local, planes + b / CHUNK * CHUNK * BLOCK + b % CHUNK * 8);
+  }
+}
+
+// Where a stream of weight rows will be read soon: AHEAD bytes on in the same row, or in the row that takes its place.
+// Without it a processor that is busy with arithmetic has too few reads under way to use the memory.
+constexpr int64_t AHEAD = 2048;
+
+template <int BYTES>
+INLINE void prefetch(const void* row, int64_t at, int64_t row_bytes, int rows) {
+  int64_t to = at + AHEAD;
+  if (to >= row_bytes) to += (rows - 1) * row_bytes;
+  for (int i = 0; i < BYTES; i += 64) __builtin_prefetch((const char*)row + to + i, 0, 3);
+}
+
+template <int F>
+void prepare_wide(const void* x, int64_t in, int rows, Inputs& made) {
+  made.next = in + APART;
+  float* room = scratch<float, 0>(rows * made.next);
+  for (int m = 0; m < rows; m++) widen_all<F>(at<F>(x, m * in), room + m * made.next, in);
+  made.wide = room;
+}
+
+inline void prepare_pairs(const void* x, int64_t in, int rows, Inputs& made) {
+  made.pairs = (const uint16_t*)x;
+  made.pairs_next = in;
+  if (rows == 1) return;
+  made.pairs_next = in + APART;
+  uint16_t* room = scratch<uint16_t, 0>(rows * made.pairs_next);
+  for (int m = 0; m < rows; m++) std::memcpy(room + m * made.pairs_next, made.pairs + m * in, 2 * in);
+  made.pairs = room;
+}
+
+template <int F>
+void prepare_packed(const void* x, int64_t in, int rows, bool bytes, bool nibbles, Inputs& made) {
+  int64_t blocks = made.blocks = (in + BLOCK * L - 1) / (BLOCK * L) * L;
+  int64_t next = made.q_next = blocks * BLOCK + APART;
+  int16_t* q = bytes ? scratch<int16_t, 0>(rows * next) : nullptr;
+  int16_t* planes = nibbles ? scratch<int16_t, 1>(rows * next) : nullptr;
+  float *scale = scratch<float, 1>(rows * blocks), *minus = scratch<float, 2>(rows * blocks);
+  for (int m = 0; m < rows; m++)
+    quantize<F>(at<F>(x, m * in), in, blocks, q ? q + m * next : q, planes ? planes + m * next : planes,
+                scale + m * blocks, minus + m * blocks);
+  made.q = q, made.planes = planes, made.scale = scale, made.minus = minus;
+}
+
+template <int F>
+void prepare(const Matrix* w, int count, const void* x, int rows, Inputs& made) {
+  bool pairs = false, wide = false, bytes = false, nibbles = false;
+  for (int i = 0; i < count; i++) {
+    bool paired = false;
+#if defined(__AVX512BF16__)
+    paired = F == BF16 && w[i].format == BF16;
+#endif
+    pairs |= paired;
+    wide |= w[i].format <= F32 && !paired;
+    bytes |= w[i].format == INT8 || w[i].format == INT8_GROUPS;
+    nibbles |= w[i].format == INT4;
+  }
+  if (pairs) prepare_pairs(x, w->in, rows, made);
+  if (wide) prepare_wide<F>(x, w->in, rows, made);
+  if (bytes || nibbles) prepare_packed<F>(x, w->in, rows, bytes, nibbles, made);
+}
+
+}  // namespace

@@ -1,0 +1,194 @@
+// Vectors of whole numbers (I, 4 * L bytes): codes of 4 and 8 bits against 16-bit activations, summed in int32.
+
+#pragma once
+
+#include "vectors.h"
+
+namespace {
+
+constexpr int BLOCK = 32;         // inputs that share an activation scale; also the block of 4-bit codes
+constexpr int WIDTH = 4 * L;      // bytes in a vector
+constexpr int CHUNK = WIDTH / 16;  // blocks of 4-bit codes in a vector
+
+#if defined(__AVX512F__)
+using I = __m512i;
+inline I load_bytes(const void* p) { return _mm512_loadu_si512(p); }
+inline I none() { return _mm512_setzero_si512(); }
+// Lane t: acc + a[2t] * b[2t] + a[2t + 1] * b[2t + 1] of 16-bit numbers.
+inline I madd(I acc, I a, I b) {
+#if defined(__AVX512VNNI__)
+  return _mm512_dpwssd_epi32(acc, a, b);
+#else
+  return _mm512_add_epi32(acc, _mm512_madd_epi16(a, b));
+#endif
+}
+inline V to_float(I a) { return _mm512_cvtepi32_ps(a); }
+// 4 bits of each 16, as 16-bit numbers.
+template <int K>
+inline I nibble(I v) {
+  if (K == 3) return _mm512_srli_epi16(v, 12);
+  return _mm512_and_si512(_mm512_srli_epi16(v, 4 * K), _mm512_set1_epi16(15));
+}
+// Lane j: number CHUNK * K + j / 4 of s.
+template <int K>
+inline V spread(V s) {
+  const __m512i at = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  return _mm512_permutexvar_ps(_mm512_add_epi32(at, _mm512_set1_epi32(4 * K)), s);
+}
+inline I dot_block(const int8_t* w, const int16_t* x) {
+  return madd(none(), _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)w)), load_bytes(x));
+}
+inline V round_to_whole(V v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// L numbers as 16-bit whole numbers; what lies outside comes to the nearest end.
+inline void store_whole(int16_t* p, V v) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(v)));
+}
+inline V widen_u8(const uint8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
+inline V widen_s8(const int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
+// Rounded to nearest even; finite numbers only.
+inline void store_bf16(uint16_t* p, V v) {
+  __m512i u = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  u = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(u));
+}
+inline void store_f16(uint16_t* p, V v) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+// The first L / 4 lanes only; the others hold anything.
+inline V quarter_f16(const uint16_t* p) {
+  return _mm512_castps128_ps512(_mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)p)));
+}
+inline V quarter_u8(const uint8_t* p) {
+  int32_t four;
+  std::memcpy(&four, p, 4);
+  return _mm512_castps128_ps512(_mm_cvtepi32_ps(_mm_cvtepu8_epi32(_mm_cvtsi32_si128(four))));
+}
+#elif defined(__AVX2__)
+using I = __m256i;
+inline I load_bytes(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
+inline I none() { return _mm256_setzero_si256(); }
+inline I madd(I acc, I a, I b) {
+#if defined(__AVXVNNI__)
+  return _mm256_dpwssd_avx_epi32(acc, a, b);
+#else
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b));
+#endif
+}
+inline V to_float(I a) { return _mm256_cvtepi32_ps(a); }
+template <int K>
+inline I nibble(I v) {
+  if (K == 3) return _mm256_srli_epi16(v, 12);
+  return _mm256_and_si256(_mm256_srli_epi16(v, 4 * K), _mm256_set1_epi16(15));
+}
+template <int K>
+inline V spread(V s) {
+  return _mm256_permutevar8x32_ps(s, _mm256_setr_epi32(2 * K, 2 * K, 2 * K, 2 * K, 2 * K + 1, 2 * K + 1, 2 * K + 1, 2 * K + 1));
+}
+inline I dot_block(const int8_t* w, const int16_t* x) {
+  I first = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)w));
+  I second = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(w + 16)));
+  return madd(madd(none(), first, load_bytes(x)), second, load_bytes(x + 16));
+}
+inline V round_to_whole(V v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline void store_whole(int16_t* p, V v) {
+  __m256i whole = _mm256_cvtps_epi32(v);
+  __m128i both = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+  _mm_storeu_si128((__m128i*)p, both);
+}
+inline V widen_u8(const uint8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
+inline V widen_s8(const int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
+inline void store_bf16(uint16_t* p, V v) {
+  __m256i u = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  u = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  __m128i both = _mm_packus_epi32(_mm256_castsi256_si128(u), _mm256_extracti128_si256(u, 1));
+  _mm_storeu_si128((__m128i*)p, both);
+}
+inline void store_f16(uint16_t* p, V v) {
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+inline V quarter_f16(const uint16_t* p) {
+  int32_t two;
+  std::memcpy(&two, p, 4);
+  return _mm256_castps128_ps256(_mm_cvtph_ps(_mm_cvtsi32_si128(two)));
+}
+inline V quarter_u8(const uint8_t* p) {
+  uint16_t two;
+  std::memcpy(&two, p, 2);
+  return _mm256_castps128_ps256(_mm_cvtepi32_ps(_mm_cvtepu8_epi32(_mm_cvtsi32_si128(two))));
+}
+#elif defined(__ARM_NEON)
+using I = int32x4_t;
+inline I load_bytes(const void* p) { return vreinterpretq_s32_u8(vld1q_u8((const uint8_t*)p)); }
+inline I none() { return vdupq_n_s32(0); }
+// The pairs are (t, t + 4) here: only sums over a whole block are used.
+inline I madd(I acc, I a, I b) {
+  int16x8_t left = vreinterpretq_s16_s32(a), right = vreinterpretq_s16_s32(b);
+  acc = vmlal_s16(acc, vget_low_s16(left), vget_low_s16(right));
+  return vmlal_high_s16(acc, left, right);
+}
+inline V to_float(I a) { return vcvtq_f32_s32(a); }
+template <int K>
+inline I nibble(I v) {
+  uint16x8_t u = vreinterpretq_u16_s32(v);
+  if constexpr (K == 0) return vreinterpretq_s32_u16(vandq_u16(u, vdupq_n_u16(15)));
+  else if constexpr (K == 3) return vreinterpretq_s32_u16(vshrq_n_u16(u, 12));
+  else return vreinterpretq_s32_u16(vandq_u16(vshrq_n_u16(u, 4 * K), vdupq_n_u16(15)));
+}
+template <int K>
+inline V spread(V s) {
+  return vdupq_laneq_f32(s, K);
+}
+inline I dot_block(const int8_t* w, const int16_t* x) {
+  I acc = none();
+  for (int half = 0; half < 2; half++) {
+    int8x16_t bytes = vld1q_s8(w + 16 * half);
+    acc = madd(acc, vreinterpretq_s32_s16(vmovl_s8(vget_low_s8(bytes))), load_bytes(x + 16 * half));
+    acc = madd(acc, vreinterpretq_s32_s16(vmovl_high_s8(bytes)), load_bytes(x + 16 * half + 8));
+  }
+  return acc;
+}
+inline V round_to_whole(V v) { return vrndnq_f32(v); }
+inline void store_whole(int16_t* p, V v) { vst1_s16(p, vqmovn_s32(vcvtnq_s32_f32(v))); }
+inline V widen_u8(const uint8_t* p) {
+  uint32_t four;
+  std::memcpy(&four, p, 4);
+  uint16x8_t wide = vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(four)));
+  return vcvtq_f32_u32(vmovl_u16(vget_low_u16(wide)));
+}
+inline V widen_s8(const int8_t* p) {
+  uint32_t four;
+  std::memcpy(&four, p, 4);
+  int16x8_t wide = vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(four)));
+  return vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)));
+}
+inline void store_bf16(uint16_t* p, V v) {
+  uint32x4_t u = vreinterpretq_u32_f32(v), odd = vandq_u32(vshrq_n_u32(u, 16), vdupq_n_u32(1));
+  vst1_u16(p, vshrn_n_u32(vaddq_u32(u, vaddq_u32(odd, vdupq_n_u32(0x7fff))), 16));
+}
+inline void store_f16(uint16_t* p, V v) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(v))); }
+inline V quarter_f16(const uint16_t* p) { return vdupq_n_f32(widen_one_f16(*p)); }
+inline V quarter_u8(const uint8_t* p) { return vdupq_n_f32(*p); }
+#endif
+
+// The 32 codes of a block's 16 bytes, in order.
+inline void nibbles_of(const uint8_t* p, uint8_t* codes) {
+#if defined(__AVX2__)
+  __m128i v = _mm_loadu_si128((const __m128i*)p), low = _mm_set1_epi8(15);
+  _mm_storeu_si128((__m128i*)codes, _mm_and_si128(v, low));
+  _mm_storeu_si128((__m128i*)(codes + 16), _mm_and_si128(_mm_srli_epi16(v, 4), low));
+#else
+  uint8x16_t v = vld1q_u8(p);
+  vst1q_u8(codes, vandq_u8(v, vdupq_n_u8(15)));
+  vst1q_u8(codes + 16, vshrq_n_u8(v, 4));
+#endif
+}
+
+}  // namespace

@@ -1,0 +1,174 @@
+// Sums of a few rows of x against rows of a weight in 8 or 4 bits. Products and the sums of a block of 32 are exact
+// (int32); a block's scale times x's scale multiplies them, and blocks are summed in float32.
+//
+// L blocks at a time, so that their scales are one vector.
+
+#pragma once
+
+#include "inputs.h"
+
+namespace {
+
+constexpr int64_t SPAN = BLOCK * L;  // inputs in a step
+
+// The scales of a weight row. GROUP: 32, 128, or 0 for any other multiple of 32.
+struct Groups {
+  const uint16_t* scale;
+  const uint8_t* zero;
+  int64_t count, blocks_each;
+};
+
+inline int64_t groups_of(const Matrix& w) { return (w.in + w.group - 1) / w.group; }
+
+inline Groups groups(const Matrix& w, int64_t row) {
+  int64_t count = groups_of(w);
+  return {(const uint16_t*)w.scale + row * count, w.zero ? (const uint8_t*)w.zero + row * count : nullptr, count,
+          w.group / BLOCK + (w.group % BLOCK != 0)};
+}
+
+// Any groups and any end of the row, one by one: kept apart, so that the usual case keeps its registers.
+__attribute__((noinline, cold)) void gather(const Groups& g, int64_t b, float* scale, float* zero) {
+  for (int j = 0; j < L; j++) {
+    int64_t k = (b + j) / g.blocks_each;
+    k = k < g.count ? k : g.count - 1;  // past the end x is 0
+    scale[j] = widen_one_f16(g.scale[k]);
+    zero[j] = g.zero ? g.zero[k] : 0;
+  }
+}
+
+struct Scales {
+  V scale, zero;
+};
+
+// The scales and zeros of blocks b..b + L. WHOLE: all of them are in the row.
+template <int GROUP, bool WHOLE>
+INLINE Scales scales(const Groups& g, int64_t b) {
+  if (GROUP == 32 && WHOLE) return {widen_f16(g.scale + b), g.zero ? widen_u8(g.zero + b) : ::zero()};
+  if (GROUP == 128 && WHOLE)
+    return {spread<0>(quarter_f16(g.scale + b / 4)), g.zero ? spread<0>(quarter_u8(g.zero + b / 4)) : ::zero()};
+  float scale[L], zero[L];
+  gather(g, b, scale, zero);
+  return {load(scale), load(zero)};
+}
+
+// Vector K of a step's four: CHUNK blocks of 4-bit codes.
+template <int K, int M>
+INLINE void nibbles(const uint8_t* codes, const int16_t* planes, int64_t next, const V* by, V* acc) {
+  I v = load_bytes(codes + K * WIDTH);
+  I p0 = nibble<0>(v), p1 = nibble<1>(v), p2 = nibble<2>(v), p3 = nibble<3>(v);
+  constexpr int PLANE = WIDTH / 2;
+  for (int m = 0; m < M; m++) {
+    const int16_t* x = planes + m * next + K * CHUNK * BLOCK;
+    I dot = madd(none(), p0, load_bytes(x));
+    dot = madd(dot, p1, load_bytes(x + PLANE));
+    dot = madd(dot, p2, load_bytes(x + 2 * PLANE));
+    dot = madd(dot, p3, load_bytes(x + 3 * PLANE));
+    acc[m] = fma(to_float(dot), spread<K>(by[m]), acc[m]);
+  }
+}
+
+// Blocks b..b + L of one weight row.
+template <int GROUP, bool WHOLE, int M>
+INLINE void step4(const uint8_t* codes, const Groups& g, const Inputs& x, int64_t b, V* acc) {
+  Scales s = scales<GROUP, WHOLE>(g, b);
+  V offset = mul(s.scale, s.zero), by[M];
+  for (int m = 0; m < M; m++) {
+    by[m] = mul(s.scale, load(x.scale + m * x.blocks + b));
+    acc[m] = fma(offset, load(x.minus + m * x.blocks + b), acc[m]);
+  }
+  const int16_t* planes = x.planes + b * BLOCK;
+  nibbles<0, M>(codes, planes, x.q_next, by, acc);
+  nibbles<1, M>(codes, planes, x.q_next, by, acc);
+  nibbles<2, M>(codes, planes, x.q_next, by, acc);
+  nibbles<3, M>(codes, planes, x.q_next, by, acc);
+}
+
+template <int GROUP, int M, int R>
+inline void rows4(const Matrix& w, const Inputs& given, int64_t o, float* out) {
+  const Inputs x = given;  // a copy of our own, which no store can change
+  V acc[R][M];
+  Groups g[R];
+  int64_t blocks = (w.in + BLOCK - 1) / BLOCK, b = 0;
+  const uint8_t* codes = (const uint8_t*)w.codes + o * blocks * 16;
+  for (int r = 0; r < R; r++) {
+    g[r] = groups(w, o + r);
+    for (int m = 0; m < M; m++) acc[r][m] = zero();
+  }
+  for (; b + L <= blocks; b += L)
+    UNROLL for (int r = 0; r < R; r++) {
+      prefetch<L * 16>(codes + r * blocks * 16, b * 16, blocks * 16, R);
+      step4<GROUP, true, M>(codes + (r * blocks + b) * 16, g[r], x, b, acc[r]);
+    }
+  for (int r = 0; r < R && b < blocks; r++) {
+    uint8_t rest[L * 16] = {};
+    std::memcpy(rest, codes + (r * blocks + b) * 16, (blocks - b) * 16);
+    step4<GROUP, false, M>(rest, g[r], x, b, acc[r]);
+  }
+  for (int r = 0; r < R; r++)
+    for (int m = 0; m < M; m++) out[r * M + m] = sum(acc[r][m]);
+}
+
+// Inputs b * 32 up to L blocks on, of one weight row of bytes. GROUP < 0: the row has one scale, applied at the end.
+template <int GROUP, bool WHOLE, int M>
+INLINE void step8(const int8_t* codes, const Groups& g, const Inputs& x, int64_t b, V* acc) {
+  float scaled[M][L];
+  const float* by[M];
+  for (int m = 0; m < M; m++) {
+    by[m] = GROUP < 0 ? x.scale + m * x.blocks + b : scaled[m];
+    if (GROUP >= 0) store(scaled[m], mul(load(x.scale + m * x.blocks + b), scales<GROUP, WHOLE>(g, b).scale));
+  }
+  for (int j = 0; j < L; j++)
+    for (int m = 0; m < M; m++) {
+      I dot = dot_block(codes + j * BLOCK, x.q + m * x.q_next + (b + j) * BLOCK);
+      acc[m] = fma(to_float(dot), splat(by[m][j]), acc[m]);
+    }
+}
+
+template <int GROUP, int M, int R>
+inline void rows8(const Matrix& w, const Inputs& given, int64_t o, float* out) {
+  const Inputs x = given;
+  V acc[R][M];
+  Groups g[R] = {};
+  int64_t i = 0;
+  const int8_t* codes = (const int8_t*)w.codes + o * w.in;
+  for (int r = 0; r < R; r++) {
+    if (GROUP >= 0) g[r] = groups(w, o + r);
+    for (int m = 0; m < M; m++) acc[r][m] = zero();
+  }
+  for (; i + SPAN <= w.in; i += SPAN)
+    UNROLL for (int r = 0; r < R; r++) {
+      prefetch<SPAN>(codes + r * w.in, i, w.in, R);
+      step8<GROUP, true, M>(codes + r * w.in + i, g[r], x, i / BLOCK, acc[r]);
+    }
+  for (int r = 0; r < R && i < w.in; r++) {
+    int8_t rest[SPAN] = {};
+    std::memcpy(rest, codes + r * w.in + i, w.in - i);
+    step8<GROUP, false, M>(rest, g[r], x, i / BLOCK, acc[r]);
+  }
+  for (int r = 0; r < R; r++)
+    for (int m = 0; m < M; m++)
+      out[r * M + m] = sum(acc[r][m]) * (GROUP < 0 ? number<F32>(w.scale, o + r) : 1.0f);
+}
+
+template <int FORMAT, int GROUP, int M, int R>
+inline int64_t packed_rows(const Matrix& w, const Inputs& x, int64_t from, int64_t to, float* sums) {
+  int64_t o = from;
+  for (; o + R <= to; o += R, sums += R * M) {
+    if constexpr (FORMAT == INT4)
+      rows4<GROUP, M, R>(w, x, o, sums);
+    else
+      rows8<GROUP, M, R>(w, x, o, sums);
+  }
+  return o;
+}
+
+// sums (to - from, M) of weight rows from..to.
+template <int FORMAT, int GROUP, int M>
+void packed(const Matrix& w, const Inputs& x, int64_t from, int64_t to, float* sums) {
+  // Four weight streams for a few rows; for more, one weight row's sums are what the registers hold.
+  constexpr int R = M <= 2 ? 4 : 1;
+  int64_t done = packed_rows<FORMAT, GROUP, M, R>(w, x, from, to, sums);
+  packed_rows<FORMAT, GROUP, M, 1>(w, x, done, to, sums + (done - from) * M);
+}
+
+}  // namespace

@@ -1,0 +1,124 @@
+// y = x @ W^T + bias for 1 to 8 rows of x and one or several weights in any format.
+
+#include <utility>
+
+#include "packed.h"
+#include "plain.h"
+
+namespace {
+
+constexpr int64_t PIECE_BYTES = 1 << 17;
+constexpr int64_t PIECE_ROWS = 128;
+
+using Sums = void (*)(const Matrix&, const Inputs&, int64_t from, int64_t to, float* sums);
+
+template <int FORMAT, int M>
+Sums packed_sums(int group) {
+  return group == 32 ? packed<FORMAT, 32, M> : group == 128 ? packed<FORMAT, 128, M> : packed<FORMAT, 0, M>;
+}
+
+template <int M>
+Sums sums_of(const Matrix& w) {
+  switch (w.format) {
+    case BF16: return plain<BF16, M>;
+    case F16: return plain<F16, M>;
+    case F32: return plain<F32, M>;
+    case INT8: return packed<INT8, -1, M>;
+    case INT8_GROUPS: return packed_sums<INT8_GROUPS, M>(w.group);
+    case INT4: return packed_sums<INT4, M>(w.group);
+  }
+  return nullptr;
+}
+
+template <int... M>
+Sums sums_of(const Matrix& w, int rows, std::integer_sequence<int, M...>) {
+  Sums found = nullptr;
+  ((rows == M + 1 ? (void)(found = sums_of<M + 1>(w)) : (void)0), ...);
+  return found;
+}
+
+int64_t row_bytes(const Matrix& w) {
+  switch (w.format) {
+    case F32: return w.in * 4;
+    case INT8: case INT8_GROUPS: return w.in;
+    case INT4: return (w.in + 31) / 32 * 16;
+  }
+  return w.in * 2;
+}
+
+struct Piece {
+  int matrix;
+  int64_t from, to;
+};
+
+// Small pieces handed out as threads ask: a thread that the system pauses holds up one piece, not half the matrix.
+struct Pieces {
+  const Matrix* w;
+  int count;
+  int64_t rows_each[16], ends[16], total = 0;
+
+  Pieces(const Matrix* w, int count) : w(w), count(count) {
+    for (int i = 0; i < count; i++) {
+      int64_t each = PIECE_BYTES / row_bytes(w[i]) / 4 * 4;
+      each = each < 4 ? 4 : each > PIECE_ROWS ? PIECE_ROWS : each;
+      rows_each[i] = each;
+      ends[i] = total += (w[i].out + each - 1) / each;
+    }
+  }
+
+  Piece operator[](int64_t p) const {
+    int i = 0;
+    while (p >= ends[i]) i++;
+    int64_t from = (p - (i ? ends[i - 1] : 0)) * rows_each[i];
+    int64_t to = from + rows_each[i];
+    return {i, from, to < w[i].out ? to : w[i].out};
+  }
+};
+
+// Bias, rounding and residual, as the modules do it one after the other.
+template <int F>
+void finish(const Matrix& w, const Piece& piece, const float* sums, int rows, void* y, const void* residual) {
+  for (int64_t o = piece.from; o < piece.to; o++) {
+    float b = w.bias ? number<F>(w.bias, o) : 0.0f;
+    for (int m = 0; m < rows; m++) {
+      int64_t to = m * w.out + o;
+      put<F>(y, to, sums[(o - piece.from) * rows + m] + b);
+      if (residual) put<F>(y, to, number<F>(y, to) + number<F>(residual, to));
+    }
+  }
+}
+
+template <int F>
+int run(const Matrix* w, int count, const void* x, int rows, void* const* y, const void* residual, int threads) {
+  Inputs inputs;
+  prepare<F>(w, count, x, rows, inputs);
+  Pieces pieces(w, count);
+  Sums sums_by[16];
+  for (int i = 0; i < count; i++) {
+    sums_by[i] = sums_of(w[i], rows, std::make_integer_sequence<int, MAX_ROWS>());
+    if (!sums_by[i]) return 1;
+  }
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (pieces.total > 1)
+  for (int64_t p = 0; p < pieces.total; p++) {
+    float sums[PIECE_ROWS * MAX_ROWS];
+    Piece piece = pieces[p];
+    sums_by[piece.matrix](w[piece.matrix], inputs, piece.from, piece.to, sums);
+    finish<F>(w[piece.matrix], piece, sums, rows, y[piece.matrix], residual);
+  }
+  return 0;
+}
+
+}  // namespace
+
+extern "C" int NATIVE(project)(const Matrix* m, int count, int x_format, const void* x, int rows, void* const* y,
+                               const void* residual, int threads) {
+  if (m->in < 1 || rows < 1 || rows > MAX_ROWS || count < 1 || count > 16 || (residual && count > 1)) return 1;
+  for (int i = 1; i < count; i++)
+    if (m[i].in != m[0].in) return 1;
+  switch (x_format) {
+    case BF16: return run<BF16>(m, count, x, rows, y, residual, threads);
+    case F16: return run<F16>(m, count, x, rows, y, residual, threads);
+    case F32: return run<F32>(m, count, x, rows, y, residual, threads);
+  }
+  return 1;
+}

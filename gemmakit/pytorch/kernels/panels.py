@@ -1,0 +1,74 @@
+"""Many rows against a weight that the library's matrix product cannot read as it lies, or reads slowly.
+
+Some of the weight's rows at a time are expanded into a panel that stays in the processor's cache, and multiplied there.
+Axis letters: M rows, O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gemmakit.pytorch.kernels import cpu
+from gemmakit.pytorch.kernels.packed import Packed, dequantize
+
+# A share of a large cache; smaller panels would make more, less efficient, products.
+PANEL_BYTES = 4 << 20
+
+Panels = Iterator[tuple[slice, Tensor]]
+
+
+@lru_cache(maxsize=4)
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What x of this dtype is multiplied in on the CPU: itself where the processor can, else float32."""
+    known = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    if dtype not in known:
+        return dtype
+    # Emulated 16-bit products are about half as fast as float32.
+    asked: Callable[[], bool] | None = getattr(torch.ops.mkldnn, known[dtype], None)
+    return dtype if torch.backends.mkldnn.is_available() and asked is not None and asked() else torch.float32
+
+
+def panels(weight: Tensor | Packed, dtype: torch.dtype) -> Panels:
+    """(which rows, they as (rows, I) of dtype) on the weight's device, one panel after the other in the same memory."""
+    O, I = weight.shape
+    rows = max(64, PANEL_BYTES // (I * dtype.itemsize) // 64 * 64)
+    parts = [slice(start, min(start + rows, O)) for start in range(0, O, rows)]
+    if cpu.library() is None or dtype not in cpu.FORMATS or not cpu.reads(weight):
+        for part in parts:
+            yield part, weight[part].to(dtype) if isinstance(weight, Tensor) else dequantize(weight.rows(part), dtype)
+        return
+    room = torch.empty(min(rows, O), I, dtype=dtype)
+    matrix = cpu.matrix(weight)
+    for part in parts:
+        panel = room[: part.stop - part.start]
+        cpu.expand(matrix, range(part.start, part.stop), panel)
+        yield part, panel
+
+
+def multiply(x: Tensor, weight: Tensor | Packed, bias: Tensor | None) -> Tensor:
+    """x: (M, I) -> (M, O) in x's dtype."""
+    dtype = product_dtype(x.dtype) if x.device.type == "cpu" else x.dtype
+    y = x.new_empty(len(x), weight.shape[0])
+    wide = x.to(dtype)
+    for part, panel in panels(weight, dtype):
+        if bias is None and dtype == x.dtype:
+            torch.mm(wide, panel.T, out=y[:, part])
+        else:
+            y[:, part] = F.linear(wide, panel, None if bias is None else bias[part].to(dtype))
+    return y
+
+
+def multiply_back(gradient: Tensor, weight: Tensor | Packed) -> Tensor:
+    """gradient: (M, O) -> gradient @ weight: (M, I), in its dtype, summed over the panels in float32."""
+    dtype = product_dtype(gradient.dtype) if gradient.device.type == "cpu" else gradient.dtype
+    total: Tensor | None = None
+    for part, panel in panels(weight, dtype):
+        term = (gradient[:, part].to(dtype) @ panel).to(torch.promote_types(dtype, torch.float32))
+        total = term if total is None else total.add_(term)
+    assert total is not None
+    return total.to(gradient.dtype)

@@ -1,0 +1,281 @@
+"""Torch tensors in, kernels started, torch tensors out. Their plain forms are in reference.
+
+Axis letters: M rows (B * S), O outputs, I inputs, G groups a row, B batch, S new positions, N heads, K kv heads,
+H head_dim, T key positions.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gemmakit.errors import InputError
+from gemmakit.pytorch.kernels.packed import Packed
+from gemmakit.pytorch.kernels.triton import attention, dequantize, gemv, interpreted, tuning
+
+MAX_ROWS = 8  # one block of rows; `linear` and `linear_packed` take several
+MAX_POSITIONS = 16  # S of `attend`
+MAX_HEAD_DIM = 256
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@functools.cache
+def constants(device: torch.device) -> tuning.Tuning:
+    return tuning.tuning(None if interpreted() else torch.cuda.get_device_capability(device))
+
+
+class Operand(NamedTuple):
+    """A weight as a kernel takes it."""
+
+    codes: Tensor
+    scale: Tensor | None
+    zero: Tensor | None
+    O: int
+    I: int
+    form: int
+    group: int
+
+
+class Shape(NamedTuple):
+    """What `block_constants` reads of an Operand."""
+
+    I: int
+    form: int
+    group: int = 1
+
+
+def operand(weight: Tensor | Packed) -> Operand:
+    """Raises InputError for a packed weight that no kernel reads."""
+    O, I = weight.shape
+    if isinstance(weight, Tensor):
+        return Operand(weight.contiguous(), None, None, O, I, gemv.PLAIN, 1)
+    if (weight.bits == 4) != (weight.zero is not None):
+        raise InputError(
+            f"a weight of {weight.bits} bits comes {'with' if weight.bits == 8 else 'without'} zeros: "
+            "4 bits have zeros, 8 bits have none; use packed.dequantize."
+        )
+    scale, zero = weight.scale.contiguous(), None if weight.zero is None else weight.zero.contiguous()
+    one = scale.shape[1] == 1
+    if weight.bits == 4:
+        words = weight.codes.contiguous().view(torch.int32)
+        return Operand(words, scale, zero, O, I, gemv.INT4, I if one else weight.group_size)
+    form = gemv.INT8_ROWS if one else gemv.INT8_GROUPS
+    return Operand(weight.codes.contiguous(), scale, None, O, I, form, 1 if one else weight.group_size)
+
+
+def alike(operands: Sequence[Operand]) -> bool:
+    """Whether one launch takes them all."""
+    return len({(w.form, w.group, w.I, w.codes.dtype) for w in operands}) == 1
+
+
+def _start(kernel: Any, grid: tuple[int, ...], x: Tensor, *arguments: Any, **named: Any) -> None:
+    """Run a kernel on x's device. x is its first argument."""
+    with torch.cuda.device_of(x):  # Triton takes the current one
+        kernel[grid](x, *arguments, **named)
+
+
+class Norm(NamedTuple):
+    weight: Tensor
+    eps: float
+
+
+def block_constants(
+    table: tuning.Tuning, w: Operand | Shape, rows: int, itemsize: int, share: int = 1
+) -> dict[str, int]:
+    """The constants of a launch: block sizes, cut down to what the matrix has.
+
+    rows: of x; itemsize: bytes of an element of x; share: weights that a program reads side by side.
+    """
+    R = min(1 << (rows - 1).bit_length(), MAX_ROWS)
+    blocks = {gemv.PLAIN: table.plain, gemv.INT4: table.int4}.get(w.form, table.int8)[R]
+    most = blocks.inputs * 2 // itemsize  # the tables are for 16 bits
+    BI = min(most, max(1 << (w.I - 1).bit_length(), 32))
+    run = 16 if w.form else 16 // itemsize
+    return dict(I=w.I, R=R, BO=max(blocks.outputs // share, 1), BI=BI, C=run, FORM=w.form, GROUP=w.group,
+                STAGES=blocks.stages, num_warps=blocks.warps)  # fmt: skip
+
+
+def project(
+    x: Tensor,
+    weights: Sequence[Operand],
+    biases: Sequence[Tensor | None],
+    norm: Norm | None = None,
+    residual: Tensor | None = None,
+) -> list[Tensor]:
+    """(residual +) norm(x) @ weight.T + bias for each of up to three weights alike. x: (M, I) -> (M, O) each.
+
+    The norm is rounded to x's dtype, then the projection, then the sum with the residual (M, O).
+    """
+    M, x, one = len(x), x.contiguous(), weights[0]
+    ys = [x.new_empty(M, w.O) for w in weights]
+    if not M:
+        return ys
+    bias = any(b is not None for b in biases)
+    if bias:
+        biases = [x.new_zeros(w.O) if b is None else b for b, w in zip(biases, weights, strict=True)]
+    three = [*range(len(weights)), *[0] * (3 - len(weights))]
+    shape = block_constants(constants(x.device), one, M, x.element_size())
+    grid = (sum(-(-w.O // shape["BO"]) for w in weights), -(-M // shape["R"]))
+    _start(
+        gemv.project,
+        grid,
+        x,
+        x if norm is None else norm.weight,
+        x if residual is None else residual.contiguous(),
+        0.0 if norm is None else norm.eps,
+        M,
+        *[weights[i].codes for i in three],
+        *[_or(weights[i].scale, x) for i in three],
+        *[_or(weights[i].zero, x) for i in three],
+        *[_or(biases[i], x) for i in three],
+        *[ys[i] for i in three],
+        *[weights[i].O for i in three],
+        NORM=norm is not None,
+        RESIDUAL=residual is not None,
+        BIAS=bias,
+        WEIGHTS=len(weights),
+        **shape,
+    )
+    return ys
+
+
+def _or(t: Tensor | None, other: Tensor) -> Tensor:
+    return other if t is None else t
+
+
+def gate_up(
+    x: Tensor, norm: Norm, gate: Operand, up: Operand, biases: tuple[Tensor | None, Tensor | None], act: int
+) -> Tensor:
+    """act(norm(x) @ gate.T) * (norm(x) @ up.T), each step rounded to x's dtype. x: (M, I), M <= MAX_ROWS -> (M, O)."""
+    M, x = len(x), x.contiguous()
+    y = x.new_empty(M, gate.O)
+    if not M:
+        return y
+    shape = block_constants(constants(x.device), gate, M, x.element_size(), share=2)
+    bias = any(b is not None for b in biases)
+    b0, b1 = (x if not bias else x.new_zeros(gate.O) if b is None else b for b in biases)
+    _start(
+        gemv.gate_up, (-(-gate.O // shape["BO"]),), x, norm.weight, norm.eps, M, gate.codes, up.codes,
+        _or(gate.scale, x), _or(up.scale, x), _or(gate.zero, x), _or(up.zero, x), b0, b1, y, gate.O, BIAS=bias,
+        ACT=act, **shape,
+    )  # fmt: skip
+    return y
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias for a few rows: the head of a decoding step. x: (..., I), weight: (O, I) -> (..., O)."""
+    flat = x.reshape(-1, x.shape[-1])
+    return project(flat, [operand(weight)], [bias])[0].view(*x.shape[:-1], len(weight))
+
+
+def linear_packed(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+    """The same for a weight in 8 or 4 bits. x: (..., I) -> (..., O) in x's dtype; not differentiable.
+
+    Up to `dequantize_above` rows the weight is read as it is; more take it written out in x's dtype.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    if len(flat) > constants(x.device).dequantize_above:
+        return F.linear(x, expand(packed, x.dtype), bias)
+    return project(flat, [operand(packed)], [bias])[0].view(*x.shape[:-1], packed.shape[0])
+
+
+def expand(packed: Packed, dtype: torch.dtype) -> Tensor:
+    """packed.dequantize on the device: (O, I), computed in float32, rounded once."""
+    w = operand(packed)
+    y = torch.empty(w.O, w.I, dtype=dtype, device=w.codes.device)
+    G, BO, BI = packed.scale.shape[1], 4, 1024
+    group = packed.group_size if G > 1 else w.I
+    sizes = dict(I=w.I, G=G, GROUP=group, BO=BO, BI=BI)
+    grid = (-(-w.O // BO), -(-w.I // BI))
+    assert w.scale is not None
+    if w.zero is None:
+        _start(dequantize.expand8, grid, w.codes, w.scale, y, w.O, **sizes)
+    else:
+        _start(dequantize.expand4, grid, w.codes.view(torch.uint8), w.scale, w.zero, y, w.O, **sizes)
+    return y
+
+
+class Room(NamedTuple):
+    """Where keys and values lie, and where the new ones go.
+
+    keys, values: (B, K, capacity, H) with H contiguous, or with a table (B, P) of pages (pages, page_size, K, H).
+    start: the first new place, for rows alike; or places: int64 on the device, its first element (with a table: a
+    number a row, tokens with the new ones). most: keys there can be before the new ones, as far as the host knows.
+    """
+
+    keys: Tensor
+    values: Tensor
+    start: int = 0
+    places: Tensor | None = None
+    table: Tensor | None = None
+    most: int = 0
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tables: tuple[Tensor, Tensor],
+    room: Room,
+    head_dim: int,
+    scale: float,
+    mask: Tensor | None = None,
+    blind: Tensor | None = None,
+    causal: bool = False,
+) -> Tensor:
+    """Rotate q and k, write k and v to their places, attend to all up to there. q: (B, S, N * H) -> (B, S, N * H).
+
+    k, v: (B, S, K * H). tables: cos and sin (B or 1, 1, S, H). The S new places follow each other. mask: bool (B or 1,
+    1, S or 1, T); blind: bool (B or 1, 1, S or 1, 1), queries that get zeros. causal: without a mask, whether a new
+    position sees no later one.
+    """
+    (B, S, width), H = q.shape, head_dim
+    N, K = width // H, k.shape[2] // H
+    q, k, v, (cos, sin) = q.contiguous(), k.contiguous(), v.contiguous(), (t.contiguous() for t in tables)
+    out, fixed = torch.empty_like(q), attention_constants(constants(q.device), S, N, K, H, q.element_size())
+    tile = fixed["BT"]
+    parts = tuning.splits(constants(q.device).attention_programs, B * K, tile, max(room.most, 1))
+    partial = q.new_empty(B * S * N * parts * (H + 2) if parts > 1 else 0, dtype=torch.float32)
+    acc, top, total = partial.split([B * S * N * parts * H, *[B * S * N * parts] * 2]) if parts > 1 else [partial] * 3
+    page = 0 if room.table is None else room.keys.shape[1]
+    places = _or(room.places, q)
+    flags = dict(BLIND=blind is not None, PLACED=room.places is not None, PAGE=page, SPLITS=parts)
+    grid = (B * K, parts, -(-(N // K * S) // fixed["BR"]))
+    _start(
+        attention.attend, grid, q, k, v, cos, sin, room.keys, room.values, _bytes(mask, q), _bytes(blind, q), places,
+        _or(room.table, q), out, acc, top, total,
+        room.start, scale * math.log2(math.e), S * H if cos.shape[0] > 1 else 0, *room.keys.stride()[:2],
+        0 if room.table is None else room.table.stride(0), *_steps(mask), *_steps(blind),
+        MASK=mask is not None, CAUSAL=causal and mask is None, **fixed, **flags,
+    )  # fmt: skip
+    if parts > 1:
+        shared = {name: fixed[name] for name in ("S", "N", "H", "HP", "BT")}
+        _start(
+            attention.join, (B * S * N,), acc, top, total, out, _bytes(blind, q), places, room.start, *_steps(blind),
+            BS=min(parts, 16), **shared, **flags,
+        )  # fmt: skip
+    return out
+
+
+def attention_constants(table: tuning.Tuning, S: int, N: int, K: int, H: int, itemsize: int) -> dict[str, int]:
+    """The constants of an attention launch. More rows than 32 to a program would not fit its registers."""
+    HP, BR = max(1 << (H - 1).bit_length(), 16), 16 if N // K * S <= 16 else 32
+    return dict(S=S, N=N, K=K, H=H, HP=HP, BR=BR, BT=table.key_tile * 2 // itemsize, STAGES=table.key_stages,
+                num_warps=BR // 4)  # fmt: skip
+
+
+def _bytes(mask: Tensor | None, other: Tensor) -> Tensor:
+    return other if mask is None else mask.view(torch.int8)
+
+
+def _steps(mask: Tensor | None) -> tuple[int, int]:
+    """From row to row and from query to query of a mask (B or 1, 1, S or 1, ...), in elements."""
+    if mask is None:
+        return 0, 0
+    return mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(2) if mask.shape[2] > 1 else 0

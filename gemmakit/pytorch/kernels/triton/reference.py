@@ -1,0 +1,56 @@
+"""What the kernels compute, in plain torch: the same roundings, sums in float32. Names as in launch.
+
+Each step that a module rounds to its dtype is rounded here; what lies between is float32. Axis letters as in launch.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gemmakit.pytorch.kernels.packed import Packed, dequantize
+
+ACTIVATIONS = {
+    0: lambda x: F.gelu(x, approximate="tanh"),
+    1: F.gelu,
+    2: F.relu,
+    3: F.silu,
+}
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x * rsqrt(mean(x^2) + eps) * (1 + weight) in float32, then rounded to x's dtype."""
+    y = x.float()
+    y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
+    return (y * (1.0 + weight.float())).to(x.dtype)
+
+
+def linear(x: Tensor, weight: Tensor | Packed, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias in float32 from the weight's exact values, rounded once to x's dtype."""
+    exact = weight.float() if isinstance(weight, Tensor) else dequantize(weight)
+    return F.linear(x.float(), exact, None if bias is None else bias.float()).to(x.dtype)
+
+
+def gate_up(x: Tensor, gate: Tensor | Packed, up: Tensor | Packed, act: int) -> Tensor:
+    """act(x @ gate.T) * (x @ up.T), both projections, the activation and the product rounded. x is normalised."""
+    activated = ACTIVATIONS[act](linear(x, gate).float()).to(x.dtype)
+    return activated * linear(x, up)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """layers.rotate: x (B, S, heads, H); cos, sin (B or 1, S, 1, H)."""
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scale: float) -> Tensor:
+    """q (B, S, N, H), rotated; keys, values (B, T, K, H); seen: bool (B or 1, S, T). Softmax in float32 -> q's shape.
+
+    A query that sees nothing gets zeros.
+    """
+    groups = q.shape[2] // keys.shape[2]
+    k, v = (x.float().repeat_interleave(groups, 2) for x in (keys, values))
+    scores = torch.einsum("bsnh,btnh->bnst", q.float(), k) * scale
+    weights = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1).nan_to_num(0.0)
+    return torch.einsum("bnst,btnh->bsnh", weights, v).to(q.dtype)

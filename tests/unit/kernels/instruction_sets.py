@@ -1,0 +1,37 @@
+"""Which instruction sets the tests go through, and how they use one."""
+
+from contextlib import contextmanager
+
+import torch
+
+from gemmakit.pytorch.kernels import cpu
+
+BEST_FIRST = ["avx512bf16", "avx512vnni", "avx512", "avxvnni", "avx2", "neon"]
+FORMATS = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def runnable():
+    """What was compiled and this processor runs; empty without the library."""
+    found = [isa for isa in BEST_FIRST if cpu.choose(isa)]
+    cpu.choose(None)
+    return found
+
+
+@contextmanager
+def using(isa, threads):
+    """One instruction set's kernels, whichever the dispatcher would take."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    assert cpu.choose(isa)
+    try:
+        yield
+    finally:
+        cpu.choose(None)
+        torch.set_num_threads(before)
+
+
+def shifted(t):
+    """The same numbers one element further, so that no vector load is aligned."""
+    flat = torch.empty(t.numel() + 1, dtype=t.dtype)
+    flat[1:] = t.flatten()
+    return flat[1:].view(t.shape)

@@ -1,0 +1,52 @@
+"""Packed weights with any codes, and how far a product with 16-bit activations may be from the exact one."""
+
+import torch
+import torch.nn.functional as F
+
+from gemmakit.pytorch.kernels.packed import Packed, dequantize, pack, unpack
+
+# name -> (bits, group size; None: one float32 scale a row)
+SCHEMES = {"int8": (8, None), "int8-32": (8, 32), "int8-96": (8, 96), "int4-32": (4, 32), "int4-128": (4, 128),
+           "int4-64": (4, 64), "int4-row": (4, 1 << 20)}  # fmt: skip
+
+
+def random_packed(scheme, O, I, seed=0):
+    """Every code, zero and a wide range of scales occur."""
+    bits, group = SCHEMES[scheme]
+    g = torch.Generator().manual_seed(seed)
+    group = I if group is None or group > I else group
+    G = -(-I // group)
+    scale = torch.exp(torch.randn(O, G, generator=g) * 2) * 0.01
+    if bits == 8:
+        codes = torch.randint(-128, 128, (O, I), generator=g, dtype=torch.int8)
+        by_row = SCHEMES[scheme][1] is None
+        return Packed(codes, scale if by_row else scale.half(), None, I, group)
+    codes = torch.randint(0, 16, (O, I), generator=g)
+    zero = torch.randint(0, 16, (O, G), generator=g, dtype=torch.uint8)
+    return Packed(pack(codes), scale.half(), zero, I, group)
+
+
+def exact(x, packed, bias=None):
+    return F.linear(x.double(), dequantize(packed, torch.float64).double(), None if bias is None else bias.double())
+
+
+def room(x, packed, dtype):
+    """The largest error stated, (M, O).
+
+    Half a step of a block's 16-bit activations for each weight, float32 sums of the codes' and the zeros' parts, and
+    half a unit of the output format.
+    """
+    x = x.double()
+    M, I = x.shape
+    blocks = F.pad(x.abs(), (0, -I % 32)).view(M, -1, 32)
+    step = blocks.amax(-1, keepdim=True) / 65534
+    step = step.expand_as(blocks).reshape(M, -1)[:, :I]
+    parts = packed._replace(zero=None) if packed.zero is not None else packed
+    codes = F.linear(x.abs() + step, dequantize(parts).double().abs())
+    if packed.zero is not None:
+        zeros = packed._replace(codes=pack(torch.zeros_like(unpack(packed))))
+        codes = codes + F.linear(x.abs() + step, dequantize(zeros).double().abs())
+    quantized = F.linear(step, dequantize(packed).double().abs())
+    rounding = exact(x, packed).abs() * torch.finfo(dtype).eps / 2
+    # Twenty float32 roundings on the way to a block's term, one a block in the sum.
+    return quantized * 1.001 + codes * (I / 32 + 20) * 2.0**-24 + rounding * 1.01 + 1e-30
