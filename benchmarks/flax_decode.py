@@ -10,17 +10,21 @@ the median. Compile time is apart: what the first call of a shape takes longer t
 """
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
+
+from output import finish
 
 SIDES = ("flax", "pytorch", "old_flax")
+
+
+class Command(NamedTuple):
+    label: str
+    command: list[str]
 
 
 def prompt_of(args, vocabulary):
@@ -113,64 +117,38 @@ def command_of(args, side):
 
 def compare(args):
     """The sides in turn; the ratios are of tokens/s, the Flax backend's over the other's."""
-    sides = [s for s in SIDES if s in args.sides and (s != "old_flax" or args.old_python)]
-    rounds = []
-    for number in range(args.rounds):
-        found = {}
-        for side in sides:
-            done = subprocess.run(command_of(args, side), capture_output=True, text=True, env=os.environ, check=False)
-            if done.returncode:
-                sys.exit(f"{side} failed:\n{done.stderr[-2000:]}")
-            found[side] = json.loads(done.stdout.splitlines()[-1])
-            print(f"round {number + 1}, {side}: {json.dumps(found[side])}", flush=True)
-        rounds.append(found)
-    rates = {side: [found[side]["tokens_per_s"] for found in rounds] for side in sides}
-    ratios = {
-        f"flax over {side}": round(statistics.median(a / b for a, b in zip(rates["flax"], rates[side], strict=True)), 3)
-        for side in sides
-        if side != "flax"
-    }
-    config = json.loads((args.checkpoint / "config.json").read_text())
-    width = {k: config[k] for k in ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")}
+    # Here and not above: the old side's interpreter, which runs this file too, has no gemmakit.
+    from gemmakit import GemmaConfig
+    from gemmakit.bench.counting import linear_weights
+    from gemmakit.bench.facts import machine
+    from gemmakit.bench.rounds import interleave
+
+    sides = [Command(s, command_of(args, s)) for s in SIDES if s in args.sides and (s != "old_flax" or args.old_python)]
+    done = interleave(sides, args.rounds, say=lambda message: print(message, file=sys.stderr))
+    if done.failed:
+        sys.exit("; ".join(f"{side} failed: {why}" for side, why in done.failed.items()))
+    medians = {side: done.medians(side) for side in done.labels()}
+    ratios = {f"flax over {side}": done.ratios("flax", side)["tokens_per_s"] for side in medians if side != "flax"}
+    config = GemmaConfig.from_pretrained(args.checkpoint)
+    names = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
     return {
         "what": "greedy decode on the CPU, float32 weights and head, batch 1, random weights, after compilation",
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {cpu_name()}, {len(os.sched_getaffinity(0))} cores",
-        "model": width,
-        "bytes_a_token": bytes_a_token(config),
+        **machine(args.threads),
+        "model": {name: getattr(config, name) for name in names},
+        "bytes_a_token": 4 * (linear_weights(config) + config.vocab_size * config.hidden_size),
         "prompt": args.prompt,
         "new": [args.few, args.many],
         "median_ratio": ratios,
-        "compile_s": {side: statistics.median(r[side]["compile_s"] for r in rounds) for side in sides},
-        "tokens_per_s": {side: statistics.median(rates[side]) for side in sides},
-        "rounds": rounds,
+        "compile_s": {side: found["compile_s"] for side, found in medians.items()},
+        "tokens_per_s": {side: found["tokens_per_s"] for side, found in medians.items()},
+        "rounds": done.rounds,
     }
 
 
-def bytes_a_token(config):
-    """Weights read for one token in float32: every projection, and the tied head."""
-    D, F = config["hidden_size"], config["intermediate_size"]
-    N, K, H = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
-    layer = D * H * (2 * N + 2 * K) + 3 * D * F
-    return 4 * (config["num_hidden_layers"] * layer + config["vocab_size"] * D)
-
-
-def cpu_name():
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
-
-
 def make(args):
-    import torch
+    from gemmakit.bench.models import size_config, write_random
 
-    from gemmakit import GemmaConfig, GemmaForCausalLM
-
-    torch.manual_seed(0)
-    config = GemmaConfig.preset("2b", num_hidden_layers=args.layers, vocab_size=args.vocab)
-    GemmaForCausalLM(config).save_pretrained(args.checkpoint)
+    write_random(args.checkpoint, size_config("2b", num_hidden_layers=args.layers, vocab_size=args.vocab), "float32")
 
 
 def main():
@@ -195,10 +173,7 @@ def main():
     if args.side:
         return print(json.dumps(measure(args)))
     result = compare(args)
-    print(json.dumps({k: result[k] for k in ("median_ratio", "tokens_per_s", "compile_s")}, indent=1))
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
-    return None
+    return finish(result, args.out, ("median_ratio", "tokens_per_s", "compile_s"))
 
 
 if __name__ == "__main__":

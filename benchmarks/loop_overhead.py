@@ -5,15 +5,15 @@ and sampling, plain and with prompt lookup, of text that gives it nothing to cop
 """
 
 import argparse
-import datetime
-import json
 import statistics
 import time
 from pathlib import Path
 
 import torch
+from output import finish
 
 import gemmakit
+from gemmakit.bench.facts import machine
 
 
 def bare(model: gemmakit.GemmaForCausalLM, ids: torch.Tensor, new: int) -> torch.Tensor:
@@ -60,17 +60,14 @@ def main() -> None:
 
     result = {
         "what": "decoding with the demo model, seconds for the whole run; medians of the rounds' ratios",
-        "date": datetime.date.today().isoformat(),
-        "torch": torch.__version__,
+        **machine(1),
         "new_tokens": n,
         "rounds": args.rounds,
         "tokens_per_s": {name: round(n / statistics.median(values), 1) for name, values in times.items()},
         "generate_over_bare": ratio("generate", "bare loop"),
         "lookup_over_sampled": ratio("sampled, prompt lookup", "sampled"),
     }
-    print(json.dumps(result, indent=1))
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    finish(result, args.out)
 
 
 if __name__ == "__main__":

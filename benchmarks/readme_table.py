@@ -1,33 +1,115 @@
-"""Writes the README's speed table from benchmarks/results/: python benchmarks/readme_table.py [--check]"""
+"""Writes the README's speed tables from benchmarks/results/: python benchmarks/readme_table.py [--check]
+
+A row whose result is not there is left out, and so is a quantized speed without the quality measured beside it.
+"""
 
 import argparse
 import json
-import statistics
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from gemmakit.bench.report import plain_notes, recipe_table
+from gemmakit.bench.rounds import Rounds
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- cpu table: made by benchmarks/readme_table.py -->\n", "<!-- end -->"
-ROWS = {  # key of a measurement -> what it is called, its unit, and whether more is better
-    "decode_tokens_per_s": ("decode", "tokens/s", True),
-    "prefill_tokens_per_s": ("prefill, 64 tokens", "tokens/s", True),
-    "first_token_s": ("start to first token, imports included", "s", False),
-    "anonymous_gb": ("memory beside the mapped file", "GB", False),
-}
+RESULTS = ROOT / "benchmarks" / "results"
+END = "<!-- end -->"
+BLOCKS = ("cpu", "gpu")
+HEADINGS = ("", "gemmakit", "of the limit", "transformers", "llama.cpp", "quality")
+RATES = {"decode_tokens_per_s", "prefill_tokens_per_s"}  # of which more is better
+
+# what a row is called, file in results/, key of the measurement, unit
+ROWS = [
+    ("decode, bf16", "cpu_decode_2b_bf16", "decode_tokens_per_s", "tok/s"),
+    ("decode, int8", "cpu_decode_2b_int8", "decode_tokens_per_s", "tok/s"),
+    ("decode, int4 in groups of 32", "cpu_decode_2b_int4", "decode_tokens_per_s", "tok/s"),
+    ("decode, int4 in groups of 128", "cpu_decode_2b_int4-g128", "decode_tokens_per_s", "tok/s"),
+    ("decode, bf16, after 4,096 tokens", "cpu_context_2b", "decode_tokens_per_s_after_4096", "tok/s"),
+    ("prefill, 256 tokens", "cpu_prefill_2b_256", "prefill_tokens_per_s", "tok/s"),
+    ("prefill, 64 tokens", "cpu_decode_2b_bf16", "prefill_tokens_per_s", "tok/s"),
+    ("start to first token, imports included", "cpu_decode_2b_bf16", "first_token_s", "s"),
+    ("memory beside the mapped file", "cpu_decode_2b_bf16", "anonymous_gb", "GB"),
+    ("decode of the 7B shape, int4", "cpu_decode_7b_int4", "decode_tokens_per_s", "tok/s"),
+    ("its peak memory", "cpu_decode_7b_int4", "peak_rss_gb", "GB"),
+]
 
 
-def table() -> str:
-    result = json.loads((ROOT / "benchmarks/results/cpu_decode_2b_bf16.json").read_text())
-    lines = ["| | gemmakit | transformers | |", "|---|---|---|---|"]
-    for key, (name, unit, more) in ROWS.items():
-        sides = ("gemmakit", "transformers")
-        ours, theirs = (statistics.median(r[side][key] for r in result["rounds"]) for side in sides)
-        ratio = result["median_ratio"][key]
-        share = f"{ratio:.2f}x" if more else f"{1 / ratio:.2f}x less"
-        lines.append(f"| {name} | {ours:.3g} {unit} | {theirs:.3g} {unit} | {share} |")
-    torch = result["rounds"][0]["gemmakit"]["torch"]
-    where = f"{result['machine']}, {result['threads']} threads, torch {torch}, {result['date']}"
-    return "\n".join([*lines, "", f"Random weights; {where}; `benchmarks/cpu_decode.py`.", ""])
+def read(name: str) -> dict[str, Any] | None:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def cpu_block() -> str:
+    found = [(row, result) for row in ROWS if (result := read(row[1])) is not None]
+    rows = [cells for (name, _, key, unit), result in found if (cells := row_of(name, key, unit, result))]
+    if not rows:
+        return "Not measured yet: `python benchmarks/cpu_peers.py` does.\n"
+    return "\n".join([*markdown(HEADINGS, rows), "", *under(found), ""])
+
+
+def row_of(name: str, key: str, unit: str, result: dict[str, Any]) -> list[str] | None:
+    """The cells of a row; None where the result has no such number, or a quantized one no quality."""
+    rounds = Rounds(result["rounds"])
+    ours = result.get("ours") or next((label for label in rounds.labels() if label.startswith("gemmakit")), "")
+    scheme = result.get("settings", {}).get("quantize")
+    quality = result.get("quality", {}).get(scheme, {})
+    if key not in (rounds.medians(ours) if ours in rounds.labels() else {}):
+        return None
+    if scheme is not None and "perplexity_ratio" not in quality:
+        return None
+    said = f"perplexity {quality['perplexity_ratio']:.3f}x" if scheme is not None else ""
+    peers = [beside(rounds, ours, program, key, unit) for program in ("transformers", "llama.cpp")]
+    return [name, f"{rounds.medians(ours)[key]:.3g} {unit}", share_of(key, result), *peers, said]
+
+
+def beside(rounds: Rounds, ours: str, program: str, key: str, unit: str) -> str:
+    """A program's sides: their numbers, and by how much ours is better (the median of the rounds' ratios)."""
+    cells: list[str] = []
+    labels = [label for label in rounds.labels() if label.startswith(program)]
+    for label in labels:
+        theirs, ratio = rounds.medians(label), rounds.ratios(ours, label).get(key)
+        if key in theirs and ratio:
+            kind = label.removeprefix(program).strip()
+            better = f"{ratio:.2f}x" if key in RATES else f"{1 / ratio:.2f}x less"
+            cells.append(f"{kind + ' ' if kind else ''}{theirs[key]:.3g} {unit} ({better})")
+    return ", ".join(cells)
+
+
+def share_of(key: str, result: dict[str, Any]) -> str:
+    shares = result.get("shares", {})
+    if key == "prefill_tokens_per_s" and "prefill_of_matmul" in shares:
+        return f"{shares['prefill_of_matmul']:.0%} of matmul"
+    context = key.partition("_after_")[2] or "0"
+    share = shares.get("decode_of_bandwidth", {}).get(context) if key.startswith("decode") else None
+    return "" if share is None else f"{share:.0%} of bandwidth"
+
+
+def under(found: list[tuple[Any, dict[str, Any]]]) -> Iterator[str]:
+    """What the table's numbers were measured with, a line a kind of run."""
+    lines: dict[str, None] = {}
+    for _, result in found:
+        torch = (result.get("versions") or next(iter(result["rounds"][0].values())))["torch"]
+        lines[f"{result['machine']}, {result['threads']} threads, torch {torch}, {result['date']}"] = None
+    heads = {r["sides"][r["ours"]]["head_dtype"] for _, r in found if r.get("ours") in r.get("sides", {})}
+    head = f" The head is in {' or '.join(sorted(heads))}." if heads else ""
+    yield f"Random weights; {'; '.join(lines)}.{head}"
+
+
+def gpu_block() -> str:
+    result = read("gpu_recipe")
+    if result is None:
+        return "Not measured yet on an accelerator: `gemmakit bench --device cuda` does, in under ten minutes.\n"
+    table = recipe_table(result)
+    return "\n".join([f"{table.title}:", "", *markdown(table.headings, table.rows), "", *plain_notes(table), ""])
+
+
+def markdown(headings: Any, rows: list[list[str]]) -> list[str]:
+    """A table without the columns that are empty in every row."""
+    kept = [i for i in range(len(headings)) if i == 0 or any(row[i] not in ("", "-") for row in rows)]
+    lines = [[headings[i] for i in kept], ["---"] * len(kept), *([row[i] for i in kept] for row in rows)]
+    return [f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in lines]
 
 
 def main() -> int:
@@ -35,9 +117,11 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="only say whether the README is up to date")
     check = parser.parse_args().check
     readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    new = before + BEGIN + table() + END + rest.split(END, 1)[1]
+    text = new = readme.read_text(encoding="utf-8")
+    for name, block in zip(BLOCKS, (cpu_block(), gpu_block()), strict=True):
+        begin = f"<!-- {name} table: made by benchmarks/readme_table.py -->\n"
+        before, rest = new.split(begin)
+        new = before + begin + block + END + rest.split(END, 1)[1]
     if not check:
         readme.write_text(new, encoding="utf-8")
     return int(check and new != text)

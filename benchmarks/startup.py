@@ -4,14 +4,15 @@ The commands run in turn, so that whatever else the machine does falls on all of
 """
 
 import argparse
-import datetime
-import json
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from output import finish
+
+from gemmakit.bench.facts import machine
 
 COMMANDS = {
     "bare": [sys.executable, "-c", "pass"],
@@ -34,16 +35,12 @@ def main() -> None:
     medians = {name: statistics.median(values) * 1000 for name, values in times.items()}
     result = {
         "what": "process start to end, milliseconds, medians",
-        "date": datetime.date.today().isoformat(),
-        "python": platform.python_version(),
-        "machine": platform.machine(),
+        **machine(1),
         "rounds": args.rounds,
         "ms": {name: round(value, 1) for name, value in medians.items()},
         "ms_over_bare": {n: round(v - medians["bare"], 1) for n, v in medians.items() if n != "bare"},
     }
-    print(json.dumps(result, indent=1))
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    finish(result, args.out)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
 """Tables in the documentation say what the code does and what was measured."""
 
+import importlib.util
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from gemmakit.generation import PROCESSOR_ORDER
 
@@ -19,4 +23,50 @@ def test_the_documented_order_of_processors_is_the_one_that_runs():
 
 def test_the_speed_table_in_the_readme_is_the_measured_one():
     script = ROOT / "benchmarks" / "readme_table.py"
+    assert subprocess.run([sys.executable, script, "--check"], check=False).returncode == 0
+
+
+@pytest.fixture
+def tables(monkeypatch, tmp_path):
+    """readme_table.py with results of its own."""
+    spec = importlib.util.spec_from_file_location("readme_table", ROOT / "benchmarks" / "readme_table.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+
+    def write(name, **changes):
+        ours, theirs = ({"decode_tokens_per_s": rate, "head_dtype": "int8"} for rate in (4.0, 2.0))
+        result = {
+            "machine": "a machine", "threads": 2, "versions": {"torch": "2"}, "date": "today", "ours": "gemmakit int4",
+            "settings": {"quantize": "int4"}, "quality": {"int4": {"perplexity_ratio": 1.0123}},
+            "shares": {"decode_of_bandwidth": {"0": 0.7}}, "sides": {"gemmakit int4": ours},
+            "rounds": [{"gemmakit int4": ours, "llama.cpp Q4_0": theirs}],
+        }  # fmt: skip
+        (tmp_path / f"{name}.json").write_text(json.dumps({**result, **changes}))
+
+    module.write = write
+    return module
+
+
+def test_results_that_are_not_there_leave_no_row(tables):
+    assert tables.cpu_block().startswith("Not measured yet")
+    assert tables.gpu_block().startswith("Not measured yet")
+
+
+def test_a_row_has_the_share_the_ratio_and_the_quality(tables):
+    tables.write("cpu_decode_2b_int4")
+    lines = tables.cpu_block().splitlines()
+    assert lines[0] == "| | gemmakit | of the limit | llama.cpp | quality |"
+    cells = "4 tok/s | 70% of bandwidth | Q4_0 2 tok/s (2.00x) | perplexity 1.012x"
+    assert lines[2] == f"| decode, int4 in groups of 32 | {cells} |"
+    assert "The head is in int8." in lines[-1]
+
+
+def test_a_quantized_speed_without_quality_is_left_out(tables):
+    tables.write("cpu_decode_2b_int4", quality={"int4": {"error": "no demo model"}})
+    assert "decode" not in tables.cpu_block()
+
+
+def test_the_quality_table_of_quantization_is_the_measured_one():
+    script = ROOT / "benchmarks" / "quality_table.py"
     assert subprocess.run([sys.executable, script, "--check"], check=False).returncode == 0

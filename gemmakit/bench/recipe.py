@@ -1,0 +1,187 @@
+"""What an accelerator has to show, in one command of under ten minutes: weights are made there, nothing is downloaded.
+
+Every part is a process of its own: what fails, runs out of memory or out of time costs its own row and no other.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from gemmakit.bench.facts import machine
+from gemmakit.bench.rounds import Found, Side, SideFailed, run_command
+from gemmakit.files import write_text
+
+WHAT = "random weights made on the device; batch 1 unless said; rates are differences of runs of two lengths"
+BUDGET_S = 570.0
+LEAST_S = 15.0  # a part that has less than this left is not begun
+SCHEMES = ("int8", "int4", "int4-g128")
+# Published dense bfloat16 rates, operations a second. Source: NVIDIA's data sheets.
+PEAKS = {"H100 PCIe": 756e12, "H100": 989.4e12, "H200": 989.4e12, "A100": 312e12, "L4": 121e12, "L40S": 362e12}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of everything: tokens and rows. The default is what PERFORMANCE goals are stated for."""
+
+    new: int = 64
+    prompt: int = 16
+    context: int = 8000  # 8,192 less room for the new tokens
+    prefill: int = 2048
+    batches: tuple[int, ...] = (64, 256)
+    batch_prompt: int = 512
+    batch_new: int = 48
+    train: int = 2048
+    repeats: int = 3
+    limit_s: float = 1.5
+
+    def settings(self) -> dict[str, Any]:
+        return {**vars(self), "batches": list(self.batches)}
+
+
+SMALL = Scale(new=24, prompt=4, context=64, prefill=32, batches=(2, 3), batch_prompt=8, batch_new=24, train=32,
+              repeats=1, limit_s=0.05)  # fmt: skip
+
+
+@dataclass
+class Recipe:
+    """Runs the parts, most telling first, and saves after each.
+
+    Args:
+        sizes: of models.SIZES, in their order: the first gets everything, the others decoding and prefill.
+        peers: measure transformers too, where it is installed.
+    """
+
+    sizes: Sequence[str] = ("2b", "7b")
+    device: str = "cuda"
+    dtype: str = "bfloat16"
+    threads: int = 1
+    scale: Scale = field(default_factory=Scale)
+    peers: bool = True
+    budget_s: float = BUDGET_S
+    save: Path | None = None
+    say: Callable[[str], None] = lambda _: None
+    run_command: Callable[[Sequence[str], float], Found] = run_command
+
+    def run(self) -> dict[str, Any]:
+        """What the JSON holds. Ctrl-C gives what there is, `interrupted` true."""
+        begun, parts, interrupted = time.monotonic(), dict[str, Found](), False
+        try:
+            for side in self.sides():
+                left = self.budget_s - (time.monotonic() - begun)
+                self.say(f"{side.label} ({left:.0f} s left)")
+                parts[side.label] = self._part(side, left)
+                self._keep(parts, interrupted)
+        except KeyboardInterrupt:
+            interrupted = True
+        self._keep(parts, interrupted)
+        return self.result(parts, interrupted)
+
+    def _part(self, side: Side, left_s: float) -> Found:
+        if left_s < LEAST_S:
+            return {"error": f"not begun: the {self.budget_s:.0f} s were used up"}
+        begun = time.monotonic()
+        try:
+            found = self.run_command(side.command, left_s)
+        except SideFailed as error:
+            found = {"error": str(error)}
+        return {**found, "took_s": round(time.monotonic() - begun, 1)}
+
+    def _keep(self, parts: dict[str, Found], interrupted: bool) -> None:
+        if self.save is not None:
+            write_text(self.save, json.dumps(self.result(parts, interrupted), indent=1) + "\n")
+
+    def result(self, parts: dict[str, Found], interrupted: bool) -> dict[str, Any]:
+        return {
+            "what": WHAT,
+            **machine(self.threads),
+            "settings": {
+                "device": self.device,
+                "dtype": self.dtype,
+                "sizes": list(self.sizes),
+                **self.scale.settings(),
+            },
+            "limits": parts.get("limits", {}),
+            "quality": {s: parts[key] for s in SCHEMES if (key := f"quality {s}") in parts},
+            "parts": {label: found for label, found in parts.items() if not label.startswith(("limits", "quality"))},
+            "peer": "transformers is not installed" if self.peers and not _installed() else None,
+            "interrupted": interrupted,
+        }
+
+    # -- the parts -------------------------------------------------------------------------------------------------
+
+    def sides(self) -> Iterator[Side]:
+        """All there is to measure, in order. Labels are "size side what"."""
+        limits = {"part": "limits", "device": self.device, "threads": self.threads, "limit_s": self.scale.limit_s}
+        if self.scale is SMALL:
+            limits["limit_bytes"] = 1 << 20
+        yield Side("limits", "ours", limits)
+        yield from self._main(self.sizes[0])
+        for size in self.sizes[1:]:
+            yield from self._decoding(size)
+
+    def _main(self, size: str) -> Iterator[Side]:
+        first, *others = self._decoding(size)
+        yield first
+        if self._peer:
+            yield self._side(size, "transformers eager", "generate")
+            yield self._side(size, "transformers static", "generate", static=True)
+        for scheme in SCHEMES:
+            spec = {"part": "quality", "quantize": scheme, "threads": self.threads}
+            yield Side(f"quality {scheme}", "ours", {**spec, **({"tokens": 256} if self.scale is SMALL else {})})
+        yield from others
+        sides = ["gemmakit", *(["transformers"] if self._peer else [])]
+        for side in sides:
+            yield self._side(size, side, "train", tokens=self.scale.train)
+        for rows in self.scale.batches:
+            for side in sides:
+                yield self._side(size, side, f"batch {rows}", **self._batch(rows))
+
+    def _decoding(self, size: str) -> Iterator[Side]:
+        for scheme in (None, *SCHEMES):
+            yield self._side(size, f"gemmakit {scheme or 'plain'}", "generate", quantize=scheme)
+
+    def _batch(self, rows: int) -> dict[str, Any]:
+        """The shorter run outlasts the reading of the prompts, which is done a few at a time: both end with all."""
+        few = 8 + rows * self.scale.batch_prompt // 4096
+        return {"rows": rows, "prompt": self.scale.batch_prompt, "few": few, "new": self.scale.batch_new}
+
+    @property
+    def _peer(self) -> bool:
+        return self.peers and _installed()
+
+    def _side(self, size: str, side: str, what: str, **spec: Any) -> Side:
+        scale, ours = self.scale, side.startswith("gemmakit")
+        part = what.split()[0]
+        base: dict[str, Any] = {
+            "part": part, "config": fields(size), "dtype": self.dtype, "device": self.device, "threads": self.threads,
+            "repeats": scale.repeats, "new": scale.new, "prompt": scale.prompt, "contexts": [0, scale.context],
+            "prefill": scale.prefill, "fill": "prompt", "stream": False,
+        }  # fmt: skip
+        return Side(f"{size} {side} {what}", "ours" if ours else "transformers_side", {**base, **spec})
+
+
+def fields(size: str) -> dict[str, Any]:
+    """The fields of a size that any library's GemmaConfig takes."""
+    from gemmakit.bench.models import size_config
+
+    config = size_config(size)
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "head_dim", "max_position_embeddings")  # fmt: skip
+    return {name: getattr(config, name) for name in names}
+
+
+def _installed() -> bool:
+    return find_spec("transformers") is not None
+
+
+def peak_flops(device: str) -> float | None:
+    """The data sheet's dense bfloat16 rate; None for a device that is not in the table."""
+    words = set(re.findall(r"\w+", device))
+    return next((rate for name, rate in PEAKS.items() if words.issuperset(name.split())), None)

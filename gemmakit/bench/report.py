@@ -1,0 +1,241 @@
+"""Results as tables: what was reached, of what is possible, and beside what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from gemmakit.bench.compare import decode_key
+from gemmakit.bench.recipe import peak_flops
+
+NOTHING = "-"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, headings and rows of texts; lines to read below it."""
+
+    title: str
+    headings: list[str]
+    rows: list[list[str]]
+    notes: list[str]
+
+
+def plain_lines(table: Table) -> Iterator[str]:
+    """The table as aligned text, numbers to the right."""
+    rows = [table.headings, *table.rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(table.headings))]
+    yield table.title
+    for row in rows:
+        cells = [c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        yield "  ".join(cells).rstrip()
+    yield from table.notes
+
+
+def plain_notes(table: Table) -> list[str]:
+    """The notes as a list in Markdown."""
+    return [f"- {note}" for note in table.notes]
+
+
+# -- a comparison ------------------------------------------------------------------------------------------------------
+
+
+def comparison_table(result: dict[str, Any]) -> Table:
+    sides: dict[str, Any] = result["sides"]
+    rows = [[name, *(text(side) for side in sides.values()), *limit] for name, text, limit in _measures(result)]
+    model, settings = result["model"], result["settings"]
+    random = ", random weights" if model["random_weights"] else ""
+    title = (
+        f"{model['name']}{random}: prompt {settings['prompt']}, new {settings['new']}, "
+        f"{result['threads']} threads, {len(result['rounds'])} rounds"
+    )
+    return Table(title, ["", *sides, "of the limit"], rows, list(_notes(result)))
+
+
+def _measures(result: dict[str, Any]) -> Iterator[tuple[str, Any, list[str]]]:
+    """(name, side -> text, what share of the limit it is)."""
+    shares = result["shares"]
+    for name, key, unit in (("load", "load_s", "s"), ("start to first token", "first_token_s", "s")):
+        yield name, _cell(key, unit), [NOTHING]
+    yield (
+        f"prefill, {result['settings']['prompt']} tokens",
+        _cell("prefill_tokens_per_s", "tok/s"),
+        [f"{_percent(shares.get('prefill_of_matmul'))} matmul"],
+    )
+    for context in result["settings"]["contexts"]:
+        name = "decode" if context == 0 else f"decode after {context:,} tokens"
+        share = shares.get("decode_of_bandwidth", {}).get(str(context))
+        yield name, _cell(decode_key(context), "tok/s"), [f"{_percent(share)} bandwidth"]
+    yield "memory, anonymous", _cell("anonymous_gb", "GB"), [NOTHING]
+    yield "memory, peak", _cell("peak_rss_gb", "GB"), [NOTHING]
+
+
+def _cell(key: str, unit: str) -> Any:
+    return lambda side: f"{side[key]:.3g} {unit}" if key in side else NOTHING
+
+
+def _percent(share: float | None) -> str:
+    return NOTHING if share is None else f"{share:.0%}"
+
+
+def _notes(result: dict[str, Any]) -> Iterator[str]:
+    ours = result["sides"].get(result["ours"])
+    if ours is not None:
+        read = ", ".join(f"{b / 1e9:.3g} GB after {c}" for c, b in ours["bytes_a_token"].items())
+        yield f"Bytes a token: {read}; the head, in {ours['head_dtype']}, is {ours['head_bytes'] / 1e9:.3g} GB of them."
+    yield from limit_notes(result["limits"], result["shares"].get("matmul_dtype"))
+    if any(share > 1 for share in result["shares"].get("decode_of_bandwidth", {}).values()):
+        yield "A share above 100 % cannot be: the machine was busier while its limits were measured. Measure again."
+    for label, side in result["sides"].items():
+        for context in result["settings"]["contexts"][1:]:
+            after = side.get(f"decode_after_{context}_over_first")
+            if after is not None:
+                yield f"{label} after {context:,} tokens: {after - 1:+.1%}, median of the repeats' ratios."
+    for label, ratios in result["ratios"].items():
+        rates = (
+            (k, ratios[k]) for k in ("decode_tokens_per_s", "prefill_tokens_per_s", "first_token_s") if k in ratios
+        )
+        said = ", ".join(f"{k.removesuffix('_tokens_per_s').removesuffix('_s')} {v:.2f}x" for k, v in rates)
+        yield f"{result['ours']} / {label}, median of the rounds' ratios: {said}."
+    for scheme, quality in result["quality"].items():
+        yield quality_note(scheme, quality)
+    for label, why in result["failed"].items():
+        yield f"{label} failed: {why}"
+    if result["interrupted"]:
+        yield "Interrupted: this is what was measured until then."
+
+
+def limit_notes(limits: dict[str, Any], used: str | None = None) -> Iterator[str]:
+    if "bandwidth_gb_per_s" not in limits:
+        return
+    rates = ", ".join(f"{rate / 1e3:.3g} in {dtype}" for dtype, rate in limits["matmul_gflop_per_s"].items())
+    said = f" (shares are of {used})" if used else ""
+    yield (
+        f"Limits in this run: {limits['bandwidth_gb_per_s']:.4g} GB/s read ({limits['bandwidth_by']}); "
+        f"matmul {rates} TFLOP/s{said}."
+    )
+
+
+def quality_note(scheme: str, quality: dict[str, Any] | None) -> str:
+    """A quantized speed without its quality says nothing."""
+    if not quality or "error" in quality:
+        why = f" ({quality['error']})" if quality else ""
+        return f"No quality of {scheme} was measured{why}: without it these speeds say nothing."
+    return (
+        f"Quality of {scheme}, demo model: perplexity {quality['perplexity_ratio']:.4f}x, likeliest token the same "
+        f"{quality['top1_agreement']:.1%}, KL {quality['kl_nats']:.2g} nats."
+    )
+
+
+# -- the recipe of an accelerator --------------------------------------------------------------------------------------
+
+
+def recipe_table(result: dict[str, Any]) -> Table:
+    limits, settings = result["limits"], result["settings"]
+    rows = [_recipe_row(label, part, result) for label, part in result["parts"].items()]
+    device = limits.get("device", result["machine"])
+    title = f"{device}, {settings['dtype']}, torch {result['versions'].get('torch')}, {result['date']}"
+    headings = ["", "tokens/s", "of the limit", f"after {settings['context']:,}", f"prefill {settings['prefill']:,}",
+                "of matmul", "warm-up s", "peak GB"]  # fmt: skip
+    return Table(title, headings, rows, list(_recipe_notes(result)))
+
+
+def _recipe_row(label: str, part: dict[str, Any], result: dict[str, Any]) -> list[str]:
+    if "error" in part:
+        return [label, "failed", *[NOTHING] * 6]
+    limits = result["limits"]
+    value = next(
+        (part[k] for k in ("decode_tokens_per_s", "batch_tokens_per_s", "train_tokens_per_s") if k in part), None
+    )
+    after, prefill = part.get(f"decode_after_{result['settings']['context']}_over_first"), "prefill_tokens_per_s"
+    peak = part.get("peak_device_gb")
+    return [
+        label,
+        NOTHING if value is None else f"{value:.4g}",
+        _percent(limit_share(part, limits)),
+        NOTHING if after is None else f"{after - 1:+.1%}",
+        f"{part[prefill]:.4g}" if prefill in part else NOTHING,
+        _percent(prefill_share(part, limits)),
+        f"{part['warm_up_s']:.1f}" if "warm_up_s" in part else NOTHING,
+        NOTHING if peak is None else f"{peak:.3g}",
+    ]
+
+
+def limit_share(part: dict[str, Any], limits: dict[str, Any]) -> float | None:
+    """Of the bandwidth for decoding, one row or a batch; of the matmul rate for training. 0 to 1; None if unknown."""
+    if "bandwidth_gb_per_s" not in limits:
+        return None
+    bandwidth, matmul = limits["bandwidth_gb_per_s"] * 1e9, _matmul(part, limits)
+    if "train_flops_a_token" in part:
+        return part["train_flops_a_token"] * part["train_tokens_per_s"] / matmul
+    if "batch_bytes_a_step" in part:
+        return part["batch_bytes_a_step"] * part["batch_tokens_per_s"] / part["rows"] / bandwidth
+    if "bytes_a_token" in part:
+        return part["bytes_a_token"]["0"] * part["decode_tokens_per_s"] / bandwidth
+    return None
+
+
+def prefill_share(part: dict[str, Any], limits: dict[str, Any]) -> float | None:
+    if (
+        "prefill_tokens_per_s" not in part
+        or "prefill_flops_a_token" not in part
+        or not limits.get("matmul_gflop_per_s")
+    ):
+        return None
+    done = part["prefill_flops_a_token"] * part["prefill_tokens_per_s"]
+    return done / _matmul(part, limits)
+
+
+def _matmul(part: dict[str, Any], limits: dict[str, Any]) -> float:
+    """Operations a second in the part's own dtype, bfloat16 where that was not measured."""
+    rates = limits["matmul_gflop_per_s"]
+    return rates.get(part.get("dtype"), rates["bfloat16"]) * 1e9
+
+
+def _recipe_notes(result: dict[str, Any]) -> Iterator[str]:
+    yield from limit_notes(result["limits"], result["settings"]["dtype"])
+    yield from _heads(result["parts"])
+    yield from _mfu(result)
+    yield from _peer_ratios(result["parts"])
+    for scheme, quality in result["quality"].items():
+        yield quality_note(scheme, quality)
+    for label, part in result["parts"].items():
+        if "error" in part:
+            yield f"{label}: {part['error']}"
+    if result["peer"]:
+        yield f"No peer: {result['peer']}."
+    if result["interrupted"]:
+        yield "Interrupted: this is what was measured until then."
+
+
+def _heads(parts: dict[str, Any]) -> Iterator[str]:
+    for label, part in parts.items():
+        if label.endswith("generate") and "head_dtype" in part:
+            read, head = part["bytes_a_token"]["0"] / 1e9, part["head_bytes"] / 1e9
+            yield f"{label}: {read:.3g} GB a token, {head:.3g} of them the head in {part['head_dtype']}."
+
+
+def _mfu(result: dict[str, Any]) -> Iterator[str]:
+    peak = peak_flops(result["limits"].get("device", ""))
+    for label, part in result["parts"].items():
+        if peak is not None and "train_flops_a_token" in part:
+            share = part["train_flops_a_token"] * part["train_tokens_per_s"] / peak
+            yield f"{label}: {share:.1%} of the data sheet's {peak / 1e12:.0f} TFLOP/s (MFU)."
+
+
+def _peer_ratios(parts: dict[str, Any]) -> Iterator[str]:
+    """gemmakit's rate over each peer's, and each quantization's over the plain one's."""
+    keys = ("decode_tokens_per_s", "batch_tokens_per_s", "train_tokens_per_s", "prefill_tokens_per_s")
+    for label, part in parts.items():
+        size, _, rest = label.partition(" ")
+        what = rest.split(" ", 2)[-1] if rest.endswith("generate") else rest.split(" ", 1)[-1]
+        plain = f"{size} gemmakit plain generate" if rest.endswith("generate") else f"{size} gemmakit {what}"
+        ours = parts.get(plain, {})
+        if label == plain or "error" in part or "error" in ours:
+            continue
+        a, b = (part, ours) if "gemmakit" in label else (ours, part)
+        said = [f"{k.split('_')[0]} {a[k] / b[k]:.2f}x" for k in keys if k in a and b.get(k)]
+        first, second = (label, plain) if "gemmakit" in label else (plain, label)
+        if said:
+            yield f"{first} / {second}: {', '.join(said)}."

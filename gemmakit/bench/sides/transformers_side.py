@@ -1,0 +1,133 @@
+"""transformers, measured as gemmakit is. A script of its own: nothing of gemmakit imports it, nor it gemmakit.
+
+Fields of a spec besides those in common.py: model (a folder) or config (fields, for random weights made on the device),
+dtype, device, static (a static cache, which transformers compiles on a GPU), and for batches and training as in ours.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import common
+
+
+def load(spec: dict[str, Any]) -> tuple[Any, Any, dict[str, float]]:
+    """torch, the model in evaluation mode, and seconds of import and load."""
+    started = time.perf_counter()
+    import torch
+    from transformers import GemmaConfig, GemmaForCausalLM
+
+    torch.set_num_threads(spec["threads"])
+    imported = time.perf_counter() - started
+    spec["bare"] = common.anonymous_bytes()
+    started, device = time.perf_counter(), torch.device(spec["device"])
+    if "config" in spec:
+        with device:
+            model: Any = GemmaForCausalLM(GemmaConfig(**spec["config"])).to(getattr(torch, spec["dtype"]))
+    else:
+        model = GemmaForCausalLM.from_pretrained(spec["model"], dtype=spec["dtype"])
+        model = model.to(device) if device.type != "cpu" else model
+    model.eval()
+    model.generation_config.eos_token_id = None  # the number of tokens is what is asked for, without a rule for it
+    return torch, model, {"import_s": imported, "load_s": time.perf_counter() - started}
+
+
+def about(torch: Any, static: bool = False) -> dict[str, Any]:
+    import transformers
+
+    return {"side": f"transformers {transformers.__version__}" + (", static" * static), "torch": torch.__version__}
+
+
+def device_memory(torch: Any, device: str) -> dict[str, float]:
+    return {} if device == "cpu" else {"peak_device_gb": torch.cuda.max_memory_allocated() / 1e9}
+
+
+def filled(torch: Any, model: Any, context: int) -> Any:
+    """A cache of random keys and values for `context` tokens."""
+    from transformers import DynamicCache
+
+    cache, c = DynamicCache(), model.config
+    for layer in range(c.num_hidden_layers):
+        shape = (1, c.num_key_value_heads, context, c.head_dim)
+        k, v = (torch.randn(shape, dtype=model.dtype, device=model.device) for _ in "kv")
+        cache.update(k, v, layer)
+    return cache
+
+
+def generate(spec: dict[str, Any]) -> dict[str, Any]:
+    torch, model, times = load(spec)
+    device, static = spec["device"], spec.get("static", False)
+    ids = torch.tensor([common.prompt_ids(spec["prompt"], model.config.vocab_size)], device=device)
+    extra = {"cache_implementation": "static"} if static else {}
+    caches: dict[int, Any] = {}
+
+    def run(context: int, new: int, streamer: Any) -> None:
+        if context and (static or spec.get("fill") != "random"):  # a static cache is generate()'s own
+            long = torch.tensor([common.prompt_ids(context, model.config.vocab_size, seed=1)], device=device)
+            model.generate(long, max_new_tokens=new, do_sample=False, streamer=streamer, **extra)
+        elif context:
+            if context not in caches:
+                caches[context] = filled(torch, model, context)
+            cache = caches[context]
+            if cache.get_seq_length() > context:
+                cache.crop(context - cache.get_seq_length())
+            long = torch.full((1, context + 1), 5, device=device)
+            model.generate(long, past_key_values=cache, max_new_tokens=new, do_sample=False, streamer=streamer)
+        else:
+            model.generate(ids, max_new_tokens=new, do_sample=False, streamer=streamer, **extra)
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    with torch.inference_mode():
+        first = common.seconds(lambda: run(0, 1, None))
+        run(0, 3, None)
+        used = common.memory(spec["bare"])
+        found = common.rates(run, spec)
+    total = times["import_s"] + times["load_s"] + first
+    peak = {k: v for k, v in common.memory(spec["bare"]).items() if k == "peak_rss_gb"}
+    kept = {**about(torch, static), **times, "first_token_s": total, **found, **used, **peak}
+    return {**kept, **device_memory(torch, device)}
+
+
+def batch(spec: dict[str, Any]) -> dict[str, Any]:
+    """Tokens/s of `rows` prompts decoded together by generate_batch: runs of two lengths, subtracted."""
+    torch, model, times = load(spec)
+    from transformers import GenerationConfig
+
+    prompts = [common.prompt_ids(spec["prompt"], model.config.vocab_size, seed=i) for i in range(spec["rows"])]
+
+    def run(new: int) -> float:
+        config = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        return common.seconds(lambda: model.generate_batch(inputs=prompts, generation_config=config))
+
+    few, many = spec["few"], spec["few"] + spec["new"]
+    run(few)
+    took = common.above_zero(statistics.median(run(many) - run(few) for _ in range(spec["repeats"])))
+    found = {"batch_tokens_per_s": spec["rows"] * spec["new"] / took}
+    return {**about(torch), **times, **found, **device_memory(torch, spec["device"])}
+
+
+def train(spec: dict[str, Any]) -> dict[str, Any]:
+    """Tokens/s of a training step: forward, loss, backward, AdamW."""
+    torch, model, times = load(spec)
+    model.train()
+    ids = torch.tensor([common.prompt_ids(spec["tokens"], model.config.vocab_size)], device=spec["device"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=spec["device"] != "cpu")
+
+    def step() -> None:
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if spec["device"] != "cpu":
+            torch.cuda.synchronize()
+
+    step()
+    took = statistics.median(common.seconds(step) for _ in range(spec["repeats"]))
+    found = {"train_tokens_per_s": spec["tokens"] / took}
+    return {**about(torch), **times, **found, **device_memory(torch, spec["device"])}
+
+
+if __name__ == "__main__":
+    common.main({"generate": generate, "batch": batch, "train": train})

@@ -1,0 +1,56 @@
+"""What a token costs is what the model's own tensors hold."""
+
+import pytest
+import torch
+
+import gemmakit
+from gemmakit.bench.counting import kv_bytes, linear_weights, prefill_flops, training_flops, weights_read
+from gemmakit.bench.models import random_model, scheme_config, size_config
+from gemmakit.pytorch.quantize import QuantizedWeight
+
+
+def hollow(size, **changes):
+    with torch.device("meta"):
+        return gemmakit.GemmaForCausalLM(size_config(size, **changes)).to(torch.bfloat16)
+
+
+# Norms are the part in a thousand that the stated figures leave out.
+@pytest.mark.parametrize(("size", "gb", "gflop", "kv"), [("2b", 5.01, 3.96, 18432), ("7b", 17.08, 15.5, 458752)])
+def test_the_released_shapes_cost_what_is_published_of_them(size, gb, gflop, kv):
+    model = hollow(size)
+    assert weights_read(model).total / 1e9 == pytest.approx(gb, rel=1e-3)
+    assert prefill_flops(model.config) / 1e9 == pytest.approx(gflop, rel=2e-3)
+    assert kv_bytes(model.config, 2) == kv
+
+
+def test_a_tied_table_counts_once_and_an_untied_embedding_not_at_all():
+    tied, untied = hollow("tiny"), hollow("tiny", tie_word_embeddings=False)
+    assert weights_read(tied) == weights_read(untied)
+    head = tied.config.vocab_size * tied.config.hidden_size * 2
+    assert (weights_read(tied).head, weights_read(tied).head_dtype) == (head, "bfloat16")
+    assert weights_read(tied).total == sum(p.nbytes for p in tied.parameters())
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "int4-g128"])
+def test_packed_weights_count_with_their_scales(scheme):
+    config = size_config("tiny")
+    model = random_model(config, torch.bfloat16, torch.device("cpu"), scheme_config(scheme))
+    packed = {id(m.weight): m.packed for m in model.modules() if isinstance(m, QuantizedWeight)}
+    norms = sum(p.nbytes for name, p in model.named_parameters() if "norm" in name)
+    read = weights_read(model)
+    assert read.total == sum(p.nbytes for p in packed.values()) + norms
+    assert read.head == model.lm_head.packed.nbytes
+    assert read.head_dtype == "int8"
+
+
+def test_linear_weights_are_those_of_the_projections():
+    model = hollow("tiny")
+    found = sum(p.numel() for name, p in model.named_parameters() if "_proj" in name)
+    assert linear_weights(model.config) == found
+
+
+def test_training_costs_six_operations_a_weight_and_token_besides_attention():
+    config = size_config("2b")
+    weights = linear_weights(config) + config.vocab_size * config.hidden_size
+    attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * 2048 / 2
+    assert training_flops(config, 2048) == 2048 * (6 * weights + attention)

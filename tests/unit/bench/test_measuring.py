@@ -1,0 +1,104 @@
+"""Limits, quality and random models."""
+
+import pytest
+import torch
+
+import gemmakit
+from gemmakit.bench.limits import best_s, measure_limits, read_bandwidth
+from gemmakit.bench.models import STD, cached_random, obtain, random_model, scheme_config, size_config, write_random
+from gemmakit.bench.quality import compare, held_out, pieces
+from gemmakit.errors import InputError
+from gemmakit.pytorch.quantize import QuantizedLinear
+
+CPU = torch.device("cpu")
+
+
+def test_limits_are_measured_in_both_dtypes_and_say_how():
+    found = measure_limits({"device": "cpu", "threads": 1, "limit_s": 0.01, "limit_bytes": 1 << 16})
+    assert found["bandwidth_gb_per_s"] > 0
+    assert found["bandwidth_by"] in ("torch sum", "native read")
+    assert set(found["matmul_gflop_per_s"]) == {"float32", "bfloat16"}
+
+
+def test_the_fastest_way_of_reading_counts(monkeypatch):
+    times = {"torch sum": 2.0, "native read": 1.0}
+    monkeypatch.setattr("gemmakit.bench.limits.native_read", lambda: lambda buffer: None)
+    monkeypatch.setattr("gemmakit.bench.limits.best_s", lambda calls, *_: times.popitem()[1])
+    assert read_bandwidth(CPU, 1 << 12, 0.0) == ("torch sum", 1024.0)
+
+
+def test_buffers_are_read_in_turn():
+    order = []
+    best_s([lambda i=i: order.append(i) for i in range(4)], CPU, 0.0)
+    assert order == [0, 1, 2, 3] * 2
+
+
+def test_random_weights_load_in_the_released_layout(tmp_path):
+    write_random(tmp_path, size_config("tiny"))
+    model = gemmakit.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert model.dtype == torch.bfloat16
+    weight = model.model.layers[1].mlp.up_proj.weight.float()
+    # 30,720 draws: their standard deviation is within 2 % of the true one but once in a million times.
+    assert weight.std().item() == pytest.approx(STD, rel=0.02)
+    assert not model.model.norm.weight.any()
+
+
+def test_the_same_seed_writes_the_same_file(tmp_path):
+    for name in "ab":
+        write_random(tmp_path / name, size_config("tiny"))
+    a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in "ab")
+    assert a == b
+
+
+def test_a_checkpoint_is_written_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("GEMMAKIT_BENCH_CACHE", str(tmp_path))
+    said = []
+    assert cached_random("tiny", say=said.append) == cached_random("tiny", say=said.append)
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("scheme", [None, "int8", "int4", "int4-g128"])
+def test_weights_made_on_the_device_generate(scheme):
+    model = random_model(size_config("tiny"), torch.float32, CPU, scheme_config(scheme))
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert isinstance(model.model.layers[0].mlp.up_proj, QuantizedLinear) == (scheme is not None)
+    out = model.generate(torch.tensor([[2, 5, 9]]), max_new_tokens=3, eos_token_id=[])
+    assert out.shape == (1, 6)
+
+
+@pytest.mark.parametrize("call", [lambda: size_config("3b"), lambda: scheme_config("int3")])
+def test_sizes_and_schemes_that_there_are_not_name_those_there_are(call):
+    with pytest.raises(InputError, match=r"2b|int8"):
+        call()
+
+
+# -- quality -----------------------------------------------------------------------------------------------------------
+
+IDS = list(range(300, 900))
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return obtain({"model": str(gemmakit.demo_model()), "dtype": "float32", "device": "cpu"})
+
+
+def test_a_model_has_the_quality_of_itself(demo):
+    assert compare(demo, demo, IDS) == {"perplexity_ratio": 1.0, "top1_agreement": 1.0, "kl_nats": 0.0}
+
+
+def test_fewer_bits_are_farther_away(demo):
+    plain = {"model": str(gemmakit.demo_model()), "dtype": "float32", "device": "cpu"}
+    eight, four = (compare(demo, obtain({**plain, "quantize": q}), IDS) for q in ("int8", "int4"))
+    assert 0 < eight["kl_nats"] < four["kl_nats"]
+    assert 1 >= eight["top1_agreement"] > four["top1_agreement"] > 0.5
+
+
+def test_every_token_is_predicted_once():
+    found = list(pieces(IDS))
+    assert [token for piece in found for token in piece[1:]] == IDS
+    assert {piece[0] for piece in found} == {2}
+
+
+def test_the_text_is_named():
+    name, text = held_out()
+    assert name and len(text) > 1000

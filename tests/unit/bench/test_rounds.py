@@ -1,0 +1,96 @@
+"""Sides take turns, each in its own process; what is quoted is the median of the rounds' ratios."""
+
+import statistics
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gemmakit.bench.rounds import Rounds, Side, SideFailed, interleave, run_command
+
+A, B = (Side(label, "ours", {}) for label in "AB")
+
+
+def by_label(answers):
+    """run() that gives each side its next answer."""
+    left = {label: iter(values) for label, values in answers.items()}
+    labels = iter([])
+
+    def say(message):
+        nonlocal labels
+        labels = message.rpartition(" ")[2]
+
+    def run(command):
+        value = next(left[labels])
+        if isinstance(value, BaseException):
+            raise value
+        return value
+
+    return say, run
+
+
+def test_sides_alternate_and_everything_is_kept_at_once():
+    said, kept = [], []
+    interleave([A, B], 2, say=said.append, keep=lambda r: kept.append(sum(map(len, r.rounds))), run=lambda c: {"x": 1})
+    assert [s.rpartition(" ")[2] for s in said] == ["A", "B", "A", "B"]
+    assert kept == [1, 2, 3, 4, 4]
+
+
+rates = st.floats(0.1, 1e6)
+
+
+@given(st.lists(st.tuples(rates, rates), min_size=1, max_size=7))
+def test_a_ratio_is_the_median_of_the_rounds_ratios(pairs):
+    done = Rounds([{"A": {"x": a}, "B": {"x": b}} for a, b in pairs])
+    # Ratios are kept to four decimals.
+    assert done.ratios("A", "B")["x"] == pytest.approx(statistics.median(a / b for a, b in pairs), abs=6e-5)
+    assert done.medians("A")["x"] == statistics.median(a for a, _ in pairs)
+
+
+def test_a_ratio_of_medians_would_be_another_number():
+    done = Rounds([{"A": {"x": a}, "B": {"x": b}} for a, b in [(1, 1), (10, 5), (4, 8)]])
+    assert done.ratios("A", "B")["x"] == 1.0 != statistics.median([1, 10, 4]) / statistics.median([1, 5, 8])
+
+
+def test_a_round_without_one_of_the_sides_has_no_ratio():
+    done = Rounds([{"A": {"x": 6.0}, "B": {"x": 2.0}}, {"A": {"x": 100.0}}])
+    assert done.ratios("A", "B") == {"x": 3.0}
+    assert done.ratios("A", "C") == {}
+
+
+def test_a_side_that_fails_is_left_out_and_says_why():
+    say, run = by_label({"A": [{"x": 1}, {"x": 3}], "B": [SideFailed("no such file")]})
+    done = interleave([A, B], 2, say=say, run=run)
+    assert done.failed == {"B": "no such file"}
+    assert done.medians("A") == {"x": 2}
+    assert not done.interrupted
+
+
+def test_an_interrupted_run_keeps_what_there_is():
+    say, run = by_label({"A": [{"x": 1}, {"x": 3}], "B": [{"x": 2}, KeyboardInterrupt()]})
+    done = interleave([A, B], 3, say=say, run=run)
+    assert done.interrupted
+    assert done.rounds == [{"A": {"x": 1}, "B": {"x": 2}}, {"A": {"x": 3}}]
+
+
+def python(code):
+    return [sys.executable, "-c", code]
+
+
+def test_the_last_line_is_the_result():
+    assert run_command(python("print('noise'); print('{\"x\": 1}')")) == {"x": 1}
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("raise ValueError('no room')", "ValueError: no room"),
+        ("import sys; sys.exit(3)", "ended with code 3"),
+        ("print('text')", "printed no result"),
+        ("import time; time.sleep(60)", "longer than"),
+    ],
+)
+def test_a_process_without_a_result_says_why(code, said):
+    with pytest.raises(SideFailed, match=said):
+        run_command(python(code), timeout_s=20 if "sleep" not in code else 0.3)
