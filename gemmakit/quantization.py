@@ -15,6 +15,7 @@ from gemmakit.errors import ConfigError
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 STORAGE_DTYPES = ("uint8", "int8", "float16", "bfloat16", "float32", "float64")
 QUANT_TYPES = ("fp4", "nf4")
+GROUP_SIZES = (32, 128)
 
 
 @dataclass
@@ -71,7 +72,7 @@ class BitsAndBytesConfig:
         threshold = self.llm_int8_threshold
         if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < math.inf:
             raise ConfigError(f"llm_int8_threshold is {threshold!r}; it must be a finite number of at least 0.")
-        _check_skipped(self.llm_int8_skip_modules)
+        _check_names("llm_int8_skip_modules", self.llm_int8_skip_modules)
 
     @property
     def is_quantizable(self) -> bool:
@@ -80,10 +81,7 @@ class BitsAndBytesConfig:
 
     def keeps(self, module: str) -> bool:
         """Whether `llm_int8_skip_modules` names this module."""
-        return any(
-            module.endswith(skipped) or re.match(rf"(?:{skipped})(?:(?<=\.)|(?=\.|$))", module) is not None
-            for skipped in self.llm_int8_skip_modules or ()
-        )
+        return _named(module, self.llm_int8_skip_modules)
 
     def to_dict(self) -> dict[str, Any]:
         """`quantization_config` of config.json, in the layout of transformers."""
@@ -109,6 +107,121 @@ class BitsAndBytesConfig:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
 
+@dataclass
+class WeightOnlyConfig:
+    """Weights in 8 or 4 bits beside a scale, multiplied by gemmakit's own kernels; activations keep their dtype.
+
+    w[o, i] = scale * (code - zero): 8 bits with a scale a row, 4 bits with a scale and a zero a group of inputs.
+
+    Args:
+        bits: 8 or 4, of the projections.
+        group_size: inputs that share a scale: 32 or 128. By default 32 with 4 bits; with 8 bits None, a scale a row.
+        head_bits: of the embedding and the head, which are one matrix if the model ties them: 8, 4, or None, which
+            keeps their dtype.
+        modules_to_not_convert: modules to keep as they are: the end of a name ("q_proj"), its beginning up to a dot
+            ("model.layers.0"), or a regular expression for the beginning. Classification heads are always kept.
+        calibration: how the codes were chosen: None, each weight by itself, or "gptq", by their effect on a text.
+            Written by `quantize_checkpoint`, which takes the text.
+        head_group_size: of a head in 8 bits beside projections in 4: None, a scale a row, or 32, as in GGUF files.
+
+    Keys of a file that mean nothing here are kept in `extra` and written back.
+
+    Raises:
+        ConfigError: a value is impossible; names the field, the value and the limit.
+    """
+
+    bits: int = 8
+    group_size: int | None = None
+    head_bits: int | None = 8
+    modules_to_not_convert: list[str] | None = None
+    calibration: str | None = None
+    head_group_size: int | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    quant_method = "gemmakit"  # not annotated: the same for every instance
+
+    def __post_init__(self) -> None:
+        if self.bits == 4 and self.group_size is None:
+            self.group_size = GROUP_SIZES[0]
+        self.validate()
+
+    def validate(self) -> None:
+        """Refuse what there is no layout for. Raises ConfigError."""
+        _one_of("bits", self.bits, (4, 8))
+        _one_of("group_size", self.group_size, GROUP_SIZES if self.bits == 4 else (None, *GROUP_SIZES))
+        _one_of("head_bits", self.head_bits, (8, 4, None))
+        _one_of("head_group_size", self.head_group_size, (None, *GROUP_SIZES))
+        _one_of("calibration", self.calibration, (None, "gptq"))
+        _check_names("modules_to_not_convert", self.modules_to_not_convert)
+
+    def layout(self, head: bool) -> tuple[int, int | None] | None:
+        """(bits, group size or None for a row) of the head and embedding, or of the projections; None: kept."""
+        if not head or self.head_bits == self.bits:
+            return self.bits, self.group_size
+        if self.head_bits is None:
+            return None
+        return self.head_bits, GROUP_SIZES[0] if self.head_bits == 4 else self.head_group_size
+
+    def keeps(self, module: str) -> bool:
+        """Whether `modules_to_not_convert` names this module."""
+        return _named(module, self.modules_to_not_convert)
+
+    def to_dict(self) -> dict[str, Any]:
+        """`quantization_config` of config.json."""
+        own = {f.name: copy.deepcopy(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "extra"}
+        return copy.deepcopy(self.extra) | own | {"quant_method": self.quant_method}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> WeightOnlyConfig:
+        """From what `to_dict` wrote. Raises ConfigError, for another method's settings too."""
+        if not isinstance(values, dict):
+            raise ConfigError(f"quantization_config is {values!r}; it must be a WeightOnlyConfig or its dictionary.")
+        if values.get("quant_method", cls.quant_method) != cls.quant_method:
+            raise ConfigError(
+                f"quant_method is {values['quant_method']!r}; a WeightOnlyConfig is {cls.quant_method!r}."
+            )
+        names = {f.name for f in dataclasses.fields(cls)} - {"extra"}
+        known = {name: copy.deepcopy(values[name]) for name in names if name in values}
+        extra = {k: copy.deepcopy(v) for k, v in values.items() if k not in {*names, "quant_method"}}
+        return cls(**known, extra=extra)
+
+    def to_json_string(self) -> str:
+        """`to_dict` as indented JSON, with sorted keys and a line end."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+# What may be written instead of a configuration.
+SHORT_NAMES: dict[str, dict[str, Any]] = {
+    "int8": {"bits": 8},
+    "int4": {"bits": 4},
+    "int4-g32": {"bits": 4, "group_size": 32},
+    "int4-g128": {"bits": 4, "group_size": 128},
+}
+
+
+def parse_quantization(value: Any) -> BitsAndBytesConfig | WeightOnlyConfig:
+    """A copy of a configuration, whether it is ours, a dictionary, a short name ("int4"), or has `to_dict`.
+
+    A dictionary without quant_method is a WeightOnlyConfig's if it has `bits`. Raises ConfigError for other methods.
+    """
+    if isinstance(value, str):
+        _one_of("quantization_config", value, tuple(SHORT_NAMES))
+        return WeightOnlyConfig(**SHORT_NAMES[value])
+    to_dict = getattr(value, "to_dict", None)
+    values = value if to_dict is None else to_dict()
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"quantization_config is {value!r}; it must be a WeightOnlyConfig, a BitsAndBytesConfig, the dictionary of "
+            f"one, or one of {', '.join(map(repr, SHORT_NAMES))}."
+        )
+    method = values.get("quant_method", "gemmakit" if "bits" in values else "bitsandbytes")
+    if method not in ("gemmakit", "bitsandbytes"):
+        raise ConfigError(
+            f"quant_method is {method!r}; gemmakit reads weights that bitsandbytes or gemmakit itself quantized."
+        )
+    return (WeightOnlyConfig if method == "gemmakit" else BitsAndBytesConfig).from_dict(values)
+
+
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(BitsAndBytesConfig) if f.name != "extra"}
 
 
@@ -116,20 +229,29 @@ def _dtype_name(dtype: Any, default: str) -> str:
     return default if dtype is None else str(dtype).removeprefix("torch.")
 
 
-def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
+def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    # 8.0 and True are not the numbers that they equal.
+    if value not in allowed or type(value) not in map(type, allowed):
         raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}.")
 
 
-def _check_skipped(names: Any) -> None:
+def _named(module: str, names: list[str] | None) -> bool:
+    """Whether one of `names` is the module's end, its beginning up to a dot, or a regular expression for that."""
+    return any(
+        module.endswith(name) or re.match(rf"(?:{name})(?:(?<=\.)|(?=\.|$))", module) is not None
+        for name in names or ()
+    )
+
+
+def _check_names(field: str, names: Any) -> None:
     if names is not None and not (isinstance(names, (list, tuple)) and all(isinstance(n, str) and n for n in names)):
-        raise ConfigError(f"llm_int8_skip_modules is {names!r}; it must be a list of module names.")
+        raise ConfigError(f"{field} is {names!r}; it must be a list of module names.")
     for name in names or ():
-        _check_pattern(name)
+        _check_pattern(field, name)
 
 
-def _check_pattern(pattern: str) -> None:
+def _check_pattern(field: str, pattern: str) -> None:
     try:
         re.compile(pattern)
     except re.error as e:
-        raise ConfigError(f"llm_int8_skip_modules holds {pattern!r}, which is no regular expression: {e}.") from None
+        raise ConfigError(f"{field} holds {pattern!r}, which is no regular expression: {e}.") from None

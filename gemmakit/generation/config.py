@@ -73,6 +73,7 @@ class GenerationConfig:
         last token. json_schema, regex (Rust's syntax), grammar (Lark): the shape of the new text (needs `tokenizer=`).
     Work
         use_cache; cache_implementation with cache_config and max_cache_len; prefill_chunk_size: prompt tokens a pass.
+        cuda_graphs: replay a step instead of starting its kernels one by one, where a GPU and the settings allow it.
     Outputs
         num_return_sequences; return_dict_in_generate with output_scores (after processing), output_logits (before),
         output_attentions, output_hidden_states.
@@ -142,6 +143,7 @@ class GenerationConfig:
     cache_config: dict[str, Any] | None = None
     max_cache_len: int | None = None
     prefill_chunk_size: int | None = None
+    cuda_graphs: bool = True
 
     num_return_sequences: int = 1
     return_dict_in_generate: bool = False

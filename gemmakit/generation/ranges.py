@@ -118,6 +118,7 @@ RANGES: dict[str, Whole | Real | OneOf | Kind] = {
     "cache_config": Kind((dict,), "a dictionary of the cache's own arguments"),
     "max_cache_len": Whole(1),
     "prefill_chunk_size": Whole(1),
+    "cuda_graphs": FLAG,
     "temperature": Real(0, above=True, remedy="; for the likeliest token always, set do_sample=False"),
     "top_k": Whole(0),
     "top_p": _SHARE,
@@ -179,7 +180,7 @@ REFUSED: dict[str, str] = {
     "target_lookbehind": "the assistant must share the tokenizer",
     "assistant_ensemble_weight": "assisted decoding here never changes the distribution",
     "compile_config": "compile the model itself, with torch.compile",
-    "disable_compile": "generate() compiles nothing of its own accord",
+    "disable_compile": "generate() compiles nothing of its own accord (cuda_graphs=False turns captured steps off)",
     "continuous_batching_config": "give its settings to generate_batch()",
 }
 

@@ -54,6 +54,11 @@ def sdpa(
     q: Tensor, k: Tensor, v: Tensor, visible: Visibility, *, scale: float, dropout: float = 0.0
 ) -> tuple[Tensor, None]:
     """The same through torch's fused kernels; no weights come back."""
+    if visible.segments is not None:
+        alone, lengths = visible._replace(segments=None), list(visible.segments)
+        parts = zip(q.split(lengths, dim=2), k.split(lengths, dim=2), v.split(lengths, dim=2), strict=True)
+        outs = [sdpa(a, b, c, alone, scale=scale, dropout=dropout)[0] for a, b, c in parts]
+        return torch.cat(outs, dim=2), None
     B, N, S, H = q.shape
     K = k.shape[1]
     mask = visible.mask if visible.mask is None or visible.mask.dtype == torch.bool else visible.mask.to(q.dtype)
@@ -207,6 +212,8 @@ IMPLEMENTATIONS: dict[str, Attend] = {
 }
 # These read a Rule: for them no mask of S x T is made.
 MASKLESS = ("flash_attention_2", "flex_attention")
+# These attend to the documents of a packed row one by one.
+SEGMENTED = (None, "sdpa")
 
 
 def implementation(name: str | None) -> str:

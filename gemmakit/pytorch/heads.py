@@ -15,7 +15,8 @@ from gemmakit.config import GemmaConfig
 from gemmakit.errors import ConfigError, InputError
 from gemmakit.outputs import BaseModelOutputWithPast, SequenceClassifierOutputWithPast, TokenClassifierOutput
 from gemmakit.pytorch.cache import Cache
-from gemmakit.pytorch.model import IGNORED_LABEL, GemmaModel
+from gemmakit.pytorch.loss import IGNORED_LABEL
+from gemmakit.pytorch.model import GemmaModel
 from gemmakit.pytorch.pretrained import GemmaPreTrainedModel
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")

@@ -127,7 +127,10 @@ class GemmaRotaryEmbedding(nn.Module):
             inv_freq, scaling = rope_frequencies(self.config, length, inv_freq.device)
         angles = position_ids[:, None, :, None].float() * inv_freq
         angles = torch.cat((angles, angles), dim=-1)
-        return (angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)
+        cos, sin = angles.cos(), angles.sin()
+        if scaling != 1.0:
+            cos, sin = cos * scaling, sin * scaling
+        return cos.to(dtype), sin.to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -70,6 +70,8 @@ class Visibility(NamedTuple):
     mask: bool (B or 1, 1, S, T), True where a query may look; or the caller's own 4-D additive mask; or None.
     causal: with mask None, whether queries see only keys up to their own place (S == T); otherwise they see all.
     blind: bool (B or 1, 1, S, 1), True for queries that may look nowhere and must give zeros; None if there are none.
+    segments: lengths of the documents of the one row that there is, each to be attended to by itself, causally; None
+        where the row is one document.
     rule: all of it in terms, where the kernel asked for no mask; the three above then say nothing.
     """
 
@@ -77,6 +79,15 @@ class Visibility(NamedTuple):
     causal: bool = False
     blind: Tensor | None = None
     rule: Rule | None = None
+    segments: tuple[int, ...] | None = None
+
+
+# Documents this long are better attended to one by one than all together under a mask.
+MIN_SEGMENT = 16
+
+
+def segments_pay(documents: int, tokens: int) -> bool:
+    return tokens >= MIN_SEGMENT * documents
 
 
 def visibility(
@@ -90,6 +101,7 @@ def visibility(
     position_ids: Tensor | None,
     device: torch.device,
     dense: bool = True,
+    segmented: bool = False,
 ) -> Visibility:
     """Decide the cheapest true description of who sees whom.
 
@@ -100,6 +112,7 @@ def visibility(
         causal: False lets every token see every other that is not padding.
         position_ids: (B, S) when the caller gave them and there is no cache and no mask: a restart begins a document.
         dense: False for kernels that read a Rule and want no mask of S x T.
+        segmented: whether the kernel takes `segments`.
 
     Raises:
         InputError: a mask whose shape does not fit.
@@ -114,6 +127,10 @@ def visibility(
             return Visibility(None)
         if past == 0:
             return Visibility(None, causal=True)
+    if segmented and dense and causal and padding is None and documents is not None:
+        found = _segments(documents)
+        if found is not None:
+            return Visibility(None, causal=True, segments=found)
     if not causal and not places_known:  # nothing hides what is not written yet
         written = (torch.arange(keys, device=device) <= past[-1]).expand(batch, -1)  # type: ignore[index]
         padding = written if padding is None else written & padding.to(device)
@@ -158,7 +175,8 @@ def _padding(attention_mask: Tensor | None, batch: int, keys: int, whole_buffer:
             "give one 0 or 1 for each token in the cache and in this call."
         )
     padding = attention_mask.to(torch.bool)
-    if padding.device.type == "cpu" and not torch.compiler.is_compiling() and bool(padding.all()):
+    waits = whole_buffer or padding.device.type != "cpu"  # whoever gives places by a tensor wants nothing read
+    if not waits and not torch.compiler.is_compiling() and bool(padding.all()):
         return None
     return padding
 
@@ -171,3 +189,11 @@ def _documents(position_ids: Tensor | None) -> Tensor | None:
     if not torch.compiler.is_compiling() and not bool(starts.any()):
         return None
     return torch.nn.functional.pad(starts.cumsum(-1), (1, 0))
+
+
+def _segments(documents: Tensor) -> tuple[int, ...] | None:
+    """The lengths of one row's documents (1, S), where they are long enough; None otherwise."""
+    if documents.shape[0] != 1 or torch.compiler.is_compiling():
+        return None
+    _, lengths = torch.unique_consecutive(documents[0], return_counts=True)
+    return tuple(lengths.tolist()) if segments_pay(len(lengths), documents.shape[1]) else None

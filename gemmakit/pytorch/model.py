@@ -9,23 +9,23 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError, TokenOutOfRange
 from gemmakit.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from gemmakit.pytorch.attention import IMPLEMENTATIONS, MASKLESS, eager
+from gemmakit.pytorch.attention import IMPLEMENTATIONS, MASKLESS, SEGMENTED, eager
 from gemmakit.pytorch.cache import Cache, DynamicCache
 from gemmakit.pytorch.decode.generate import GenerationMixin
 from gemmakit.pytorch.kernels import linear_plan
+from gemmakit.pytorch.kernels.seams import choose, seams_plan
 from gemmakit.pytorch.layers import GemmaMLP, GemmaRMSNorm, GemmaRotaryEmbedding, GemmaScaledEmbedding, Linear, rotate
+from gemmakit.pytorch.loss import causal_loss, check_labels, chunked_loss, next_labels
 from gemmakit.pytorch.masks import Visibility, visibility
 from gemmakit.pytorch.pretrained import GemmaPreTrainedModel
 from gemmakit.pytorch.pruning import layer_heads
-
-IGNORED_LABEL = -100
+from gemmakit.pytorch.quantize import QuantizedLinear
 
 
 class GemmaAttention(nn.Module):
@@ -55,11 +55,25 @@ class GemmaAttention(nn.Module):
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states: (B, S, D). Returns (B, S, D) and, when asked, the weights (B, N, S, T)."""
-        B, S, _ = hidden_states.shape
-        q, k, v = (
-            project(hidden_states).view(B, S, -1, self.head_dim).transpose(1, 2)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = (project(hidden_states) for project in (self.q_proj, self.k_proj, self.v_proj))
+        arguments = (position_embeddings, visible, past_key_values, cache_position, output_attentions)
+        out, weights = self.attend(q, k, v, *arguments)
+        return self.o_proj(out), weights
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        visible: Visibility,
+        past_key_values: Cache | None = None,
+        cache_position: Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What happens between the projections. q: (B, S, N * H); k, v: (B, S, K * H). Returns (B, S, N * H)."""
+        B, S, _ = q.shape
+        q, k, v = (x.view(B, S, -1, self.head_dim).transpose(1, 2) for x in (q, k, v))
         cos, sin = position_embeddings
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if past_key_values is not None:
@@ -68,7 +82,7 @@ class GemmaAttention(nn.Module):
         attend = eager if output_attentions else IMPLEMENTATIONS[self.config.attn_implementation or "sdpa"]
         dropout = self.attention_dropout if self.training else 0.0
         out, weights = attend(q, k, v, visible, scale=self.scaling, dropout=dropout)
-        return self.o_proj(out.transpose(1, 2).reshape(B, S, -1)), weights
+        return out.transpose(1, 2).reshape(B, S, -1), weights
 
 
 class GemmaDecoderLayer(nn.Module):
@@ -90,8 +104,23 @@ class GemmaDecoderLayer(nn.Module):
         cache_position: Tensor | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states: (B, S, D), same out; the attention weights when asked."""
-        attended, weights = self.self_attn(
+        """hidden_states: (B, S, D), same out; the attention weights when asked.
+
+        A decoding step takes the fused forms of these modules where there are any: see `kernels.seams`.
+        """
+        attention, mlp = self.self_attn, self.mlp
+        seams = choose(self, hidden_states, visible, past_key_values, output_attentions)
+        if seams is not None:
+            q, k, v = seams.norm_qkv(
+                hidden_states, self.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj
+            )
+            out = seams.attend(q, k, v, position_embeddings, visible, past_key_values, cache_position, attention)
+            hidden_states = seams.project_add(out, attention.o_proj, hidden_states)
+            gated = seams.norm_gate_up(
+                hidden_states, self.post_attention_layernorm, mlp.gate_proj, mlp.up_proj, mlp.act_fn
+            )
+            return seams.project_add(gated, mlp.down_proj, hidden_states), None
+        attended, weights = attention(
             self.input_layernorm(hidden_states),
             position_embeddings,
             visible,
@@ -100,7 +129,7 @@ class GemmaDecoderLayer(nn.Module):
             output_attentions,
         )
         hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), weights
+        return hidden_states + mlp(self.post_attention_layernorm(hidden_states)), weights
 
 
 class GemmaModel(GemmaPreTrainedModel):
@@ -169,7 +198,7 @@ class GemmaModel(GemmaPreTrainedModel):
         B, S, _ = inputs_embeds.shape
         device = inputs_embeds.device
         past, keys = (0, S) if cache is None else cache.span(S, cache_position)
-        packed = cache is None or (past_key_values is None and past == 0)
+        packed = cache is None or cache.packs or (past_key_values is None and past == 0)
         visible = visibility(
             attention_mask,
             batch=B,
@@ -180,6 +209,7 @@ class GemmaModel(GemmaPreTrainedModel):
             position_ids=position_ids if packed else None,
             device=device,
             dense=output_attentions or config.attn_implementation not in MASKLESS,
+            segmented=not output_attentions and config.attn_implementation in SEGMENTED,
         )
         if position_ids is None:
             position_ids = (torch.arange(past, past + S, device=device) if isinstance(past, int) else past)[None]
@@ -248,13 +278,17 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def decode_plan(self) -> dict[str, str]:
-        """How a decoding step runs and why, in words: attention, each projection of a layer, the head."""
-        plan = {"attention": self.config.attn_implementation or "sdpa"}
+        """How a decoding step runs and why, in words: the loop, attention, each projection of a layer, the head."""
+        plan = {"loop": self.loop_plan(), "attention": self.config.attn_implementation or "sdpa"}
+        plan["seams"] = seams_plan(self.model.layers)
         layer = self.model.layers[0]
         matrices = {name.split(".")[-1]: m for name, m in layer.named_modules() if name.endswith("_proj")}
         for name, module in {**matrices, "lm_head": self.lm_head}.items():
-            plain = isinstance(module, Linear)
-            plan[name] = linear_plan(module.weight) if plain else f"{type(module).__module__}.{type(module).__name__}"
+            if isinstance(module, QuantizedLinear):
+                plan[name] = module.plan()
+            else:
+                other = f"{type(module).__module__}.{type(module).__name__}"
+                plan[name] = linear_plan(module.weight) if isinstance(module, Linear) else other
         return plan
 
     def forward(
@@ -274,6 +308,7 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
         *,
         is_causal: bool | None = None,
         num_items_in_batch: int | Tensor | None = None,
+        loss_chunk_size: int | None = None,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Run the decoder and the head; arguments as in `GemmaModel.forward`, and:
 
@@ -282,6 +317,8 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
             logits_to_keep: 0 for all positions, n for the last n, or a tensor of positions.
             num_items_in_batch: divide the summed loss by this instead of by the number of labels of this call, for
                 gradient accumulation.
+            loss_chunk_size: with labels, compute the loss so many positions (B * S) at a time and no logits: those of
+                all positions are most of the memory of a training step. Loss and gradients are the same up to rounding.
 
         Returns:
             CausalLMOutputWithPast with logits (B, S or fewer, V) in the weights' dtype and loss () in float32.
@@ -291,7 +328,7 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
         if labels is not None:
-            _check_labels(labels, inputs_embeds if input_ids is None else input_ids, self.config.vocab_size)
+            check_labels(labels, inputs_embeds if input_ids is None else input_ids, self.config.vocab_size)
         out = self.model(
             input_ids,
             attention_mask,
@@ -305,10 +342,14 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
             cache_position,
             is_causal=is_causal,
         )
-        hidden = out.last_hidden_state
+        hidden, targets = out.last_hidden_state, None if labels is None else next_labels(labels)
         kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden[:, kept, :])
-        loss = None if labels is None else causal_loss(logits, _next(labels)[:, kept], num_items_in_batch)
+        hidden, targets = hidden[:, kept, :], None if targets is None else targets[:, kept]
+        if loss_chunk_size is not None:
+            logits, loss = None, chunked_loss(self.lm_head, hidden, targets, loss_chunk_size, num_items_in_batch)
+        else:
+            logits = self.lm_head(hidden)
+            loss = None if targets is None else causal_loss(logits, targets, num_items_in_batch)
         result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -354,32 +395,3 @@ def _check_shapes(embeds: Tensor, position_ids: Tensor | None, width: int) -> No
     if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[0] not in (1, B)
                                      or position_ids.shape[1] != S):  # fmt: skip
         raise InputError(f"position_ids has shape {tuple(position_ids.shape)}; it must be ({B}, {S}) or (1, {S}).")
-
-
-def causal_loss(logits: Tensor, targets: Tensor, num_items: int | Tensor | None = None) -> Tensor:
-    """Cross entropy in float32. logits: (B, S, V); targets: (B, S), the id that follows each position, or -100."""
-    flat, target = logits.float().flatten(0, 1), targets.to(logits.device, torch.long).flatten()
-    if num_items is None:
-        return F.cross_entropy(flat, target, ignore_index=IGNORED_LABEL)
-    total = F.cross_entropy(flat, target, ignore_index=IGNORED_LABEL, reduction="sum")
-    return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
-
-
-def _next(labels: Tensor) -> Tensor:
-    """What each position is to predict: the label after it; the last has none."""
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
-
-
-def _check_labels(labels: Tensor, inputs: Tensor | None, vocab_size: int) -> None:
-    if inputs is not None and labels.shape != inputs.shape[:2]:
-        raise InputError(f"labels has shape {tuple(labels.shape)}; the inputs are {tuple(inputs.shape[:2])}.")
-    if labels.is_floating_point():
-        raise InputError(f"labels are {labels.dtype}; they must be token ids, or {IGNORED_LABEL}.")
-    if torch.compiler.is_compiling() or not labels.numel():
-        return
-    bad = labels[((labels < 0) & (labels != IGNORED_LABEL)) | (labels >= vocab_size)]
-    if bad.numel():
-        raise InputError(
-            f"label {int(bad[0])} is outside the vocabulary of {vocab_size} ids (0 to {vocab_size - 1}; "
-            f"{IGNORED_LABEL} marks positions to ignore)."
-        )

@@ -12,14 +12,18 @@ import torch
 from torch import nn
 
 from gemmakit.checkpoint import Checkpoint, open_checkpoint, require_memory, save_checkpoint
+from gemmakit.checkpoint.readahead import read_ahead
 from gemmakit.config import HUB_ARGUMENTS, GemmaConfig
 from gemmakit.errors import CheckpointError, InputError, NotEnoughMemory
 from gemmakit.generation import GenerationConfig
-from gemmakit.hub import find_file, push_folder, refuse_code
+from gemmakit.hub import find_file, find_gguf, push_folder, refuse_code
 from gemmakit.pytorch.attention import implementation
+from gemmakit.pytorch.loading import weights
 from gemmakit.pytorch.methods import ModelMethods, assign
 from gemmakit.pytorch.placement import DeviceMap, MaxMemory, one_device, spread
-from gemmakit.pytorch.quantize import QuantizedMethods, Quantizer, adopt, choose, stored_groups
+from gemmakit.pytorch.quantize import TABLES, QuantizedMethods, Quantizer, adopt, choose, stored_groups
+from gemmakit.pytorch.quantize.gguf import open_gguf_for
+from gemmakit.pytorch.quantize.quantizer import Parts
 
 Model = TypeVar("Model", bound="GemmaPreTrainedModel")
 
@@ -80,15 +84,15 @@ class GemmaPreTrainedModel(QuantizedMethods, ModelMethods):
         quantization_config: Any = None,
         **kwargs: Any,
     ) -> Model:
-        """Load a model from a folder or the Hub, in evaluation mode.
+        """Load a model from a folder, the Hub or a GGUF file, in evaluation mode.
 
         On the CPU the weights stay mapped from the file when their dtype is kept: loading takes no memory for them.
 
         Args:
-            pretrained_model_name_or_path: a folder, or "owner/name" on the Hub.
+            pretrained_model_name_or_path: a folder, a .gguf file, or "owner/name" on the Hub.
             config: instead of the config.json found there.
-            dtype: a torch dtype or its name; "auto", the default, keeps what the checkpoint holds. `torch_dtype` is
-                the older name of the same.
+            dtype: a torch dtype or its name; "auto", the default, keeps what the checkpoint holds, of a GGUF file Q8_0
+                and Q4_0 blocks too. `torch_dtype` is the older name of the same.
             device_map: a device ("cpu", "cuda", "cuda:1", 0); "auto" for the first accelerator if there is one and the
                 weights fit, otherwise all there are, then CPU memory; "balanced", "balanced_low_0", "sequential"; or
                 {module name: device, "cpu" or "disk"}. More than one place needs the accelerate package.
@@ -97,8 +101,10 @@ class GemmaPreTrainedModel(QuantizedMethods, ModelMethods):
             attn_implementation: "sdpa" (default), "eager", "flash_attention_2" or "flex_attention".
             allow_pickle: read pytorch_model.bin, with torch's restricted unpickler, when there is nothing better.
             ignore_mismatched_sizes: start a head of another shape afresh, with a warning, instead of refusing.
-            quantization_config: a BitsAndBytesConfig, or its dictionary: quantize the weights while they are read.
-            kwargs: revision, token, cache_dir, local_files_only, subfolder, variant; anything else overrides a field
+            quantization_config: quantize the weights while they are read: a WeightOnlyConfig or BitsAndBytesConfig,
+                the dictionary of one, or "int8", "int4", "int4-g128".
+            kwargs: revision, token, cache_dir, local_files_only, subfolder, variant; gguf_file, the name of a GGUF file
+                of that folder or id; anything else overrides a field
                 of the configuration.
 
         Raises:
@@ -109,8 +115,9 @@ class GemmaPreTrainedModel(QuantizedMethods, ModelMethods):
         where = {k: kwargs.pop(k) for k in (*HUB_ARGUMENTS, "variant") if k in kwargs}
         _settle(kwargs)
         hub = {k: v for k, v in where.items() if k != "variant"}
+        gguf = find_gguf(name, kwargs.pop("gguf_file", None), **hub)
         if config is None:
-            config = GemmaConfig.from_pretrained(name, **hub, **kwargs)
+            config = GemmaConfig.from_pretrained(gguf or name, **({} if gguf else hub), **kwargs)
             unknown = [k for k in kwargs if k in config.extra]
             if unknown:
                 raise InputError(
@@ -120,16 +127,22 @@ class GemmaPreTrainedModel(QuantizedMethods, ModelMethods):
             raise InputError(f"config and {', '.join(kwargs)} are both given: set the fields in the config.")
         if attn_implementation is not None:
             config.attn_implementation = attn_implementation
+        wanted = _dtype(dtype or torch_dtype or "auto")
+        if gguf is None:
+            opened = open_checkpoint(name, allow_pickle=allow_pickle, **where)
+        else:
+            opened, wanted = open_gguf_for(gguf, config, wanted, quantization_config)
         quantizer = choose(config, quantization_config, HEADS, device_map)
-        with open_checkpoint(name, allow_pickle=allow_pickle, **where) as checkpoint:
+        with opened as checkpoint:
+            read_ahead(checkpoint.files)
             with torch.device("meta"):
                 model = cls(config)
-            wanted = _dtype(dtype or torch_dtype or "auto")
             device = one_device(device_map, max_memory, _size(checkpoint, wanted, quantizer))
             _load(model, checkpoint, wanted, device or torch.device("cpu"), ignore_mismatched_sizes, quantizer)
         model.config.dtype = str(model.dtype).removeprefix("torch.")
-        model.name_or_path = str(name)
-        found = find_file(name, "generation_config.json", optional=True, **hub)
+        model.name_or_path = str(gguf or name)
+        alone = Path(name).is_file()  # a GGUF file says everything itself
+        found = None if alone else find_file(name, "generation_config.json", optional=True, **hub)
         if found is not None:
             model.generation_config = GenerationConfig.from_pretrained(found.parent)
         if device is None:
@@ -181,6 +194,8 @@ def _init_module(module: nn.Module, std: float, only: str | None = None) -> None
     """Fresh values for a module's parameters, or for the one called `only`: its neighbour may come from a file."""
     if not isinstance(module, (nn.Linear, nn.Embedding)) or module.weight.is_meta:
         return
+    if not module.weight.is_floating_point():
+        return  # codes
     if only != "bias":
         module.weight.normal_(0.0, std)
     if isinstance(module, nn.Linear) and module.bias is not None and only != "weight":
@@ -213,32 +228,42 @@ def _load(
     _refuse_differences(model, checkpoint, wanted, stored, {key for parts in packed.values() for key in parts.values()})
     if dtype is not None or device.type != "cpu" or quantizer is not None:
         _require_room(checkpoint, stored.values(), dtype, device, quantizer)
-    for name, parameter in wanted.items():
-        key, parts = stored.get(name), packed.get(name)
-        shape = () if key is None else tuple(checkpoint.info(key).shape)
-        if quantizer is not None and parts is not None:
-            shape = quantizer.shape(parts, checkpoint)
-        if key is not None and shape != tuple(parameter.shape):
-            if not (ignore_mismatched and name.startswith(HEADS)):
-                raise CheckpointError(
-                    f"{key} has shape {shape} in {checkpoint.files[0].parent}, but "
-                    f"config.json asks for {tuple(parameter.shape)}."
-                )
-            key = None
-        if key is not None and parts is not None:
-            adopt(quantizer, model, name, {p: checkpoint.tensor(k, device="cpu") for p, k in parts.items()}, device)
-        elif key is not None:
-            tensor = checkpoint.tensor(key, device="cpu")
-            tensor = tensor.to(dtype if tensor.is_floating_point() else None)
-            if not adopt(quantizer, model, name, tensor, device):
-                assign(model, name, nn.Parameter(tensor.to(device)))
+    with weights(checkpoint, _sent(model, stored, packed, quantizer), device) as taken:
+        for name, parameter in wanted.items():
+            key, parts = stored.get(name), packed.get(name)
+            shape = () if key is None else tuple(checkpoint.info(key).shape)
+            if quantizer is not None and parts is not None:
+                shape = quantizer.shape(name.rpartition(".")[0], tuple(parameter.shape), parts, checkpoint)
+            if key is not None and shape != tuple(parameter.shape):
+                if not (ignore_mismatched and name.startswith(HEADS)):
+                    _require_shape(key, shape, tuple(parameter.shape), checkpoint)
+                key = None
+            if key is not None and parts is not None:
+                adopt(quantizer, model, name, {p: taken.take(k) for p, k in parts.items()}, device, dtype)
+            elif key is not None:
+                tensor = taken.take(key)
+                if not adopt(quantizer, model, name, tensor, device, dtype):
+                    tensor = tensor.to(device).to(dtype if tensor.is_floating_point() else None)
+                    assign(model, name, nn.Parameter(tensor))
+        taken.settle(model)
     model._set_quantizer(quantizer)
     _finish(model, [n for n in wanted if model.get_parameter(n).is_meta], dtype, device)
+
+
+def _sent(
+    model: GemmaPreTrainedModel, stored: Mapping[str, str], packed: Mapping[str, Parts], quantizer: Quantizer | None
+) -> list[str]:
+    """The file's tensors in the order in which they are taken, those that may go to an accelerator as they are."""
+    if quantizer is not None and quantizer.config.quant_method != "gemmakit":
+        return []  # bitsandbytes quantizes what comes from the CPU
+    order = (key for n, key in stored.items() for key in (packed[n].values() if n in packed else (key,)))
+    return [*order]
 
 
 def _saved(model: GemmaPreTrainedModel) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint: all but the tied ones, which loading makes again."""
     tensors, tied = model.state_dict(), _tied(model)
+    tied |= {name + table: source + table for name, source in tied.items() for table in TABLES}
     for name, source in tied.items():
         if name in tensors and source in tensors and not _same(tensors[name], tensors[source]):
             raise InputError(
@@ -255,7 +280,7 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _tied(model: GemmaPreTrainedModel) -> dict[str, str]:
-    return model.tied_weights if model.config.tie_word_embeddings else {}
+    return dict(model.tied_weights) if model.config.tie_word_embeddings else {}
 
 
 def _stored_names(
@@ -308,6 +333,13 @@ def _refuse_differences(
             )
 
 
+def _require_shape(key: str, found: tuple[int, ...], asked: tuple[int, ...], checkpoint: Checkpoint) -> None:
+    if tuple(found) != tuple(asked):
+        raise CheckpointError(
+            f"{key} has shape {tuple(found)} in {checkpoint.files[0].parent}, but config.json asks for {tuple(asked)}."
+        )
+
+
 def _listed(names: list[str]) -> str:
     shown = ", ".join(names[:4])
     return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more tensors"
@@ -319,9 +351,9 @@ def _bytes(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None, quantiz
     stored = getattr(torch, info.dtype, None)
     if stored is None:
         return info.nbytes
-    packed = quantizer is not None and len(info.shape) == 2 and "embed_tokens" not in name
-    if quantizer is not None and packed and quantizer.takes(name.removesuffix(".weight")):
-        return info.nbytes // stored.itemsize * quantizer.bits // 8
+    owner = name.removesuffix(".weight")
+    if quantizer is not None and len(info.shape) == 2 and quantizer.takes(owner):
+        return int(info.nbytes // stored.itemsize * quantizer.bits_of(owner) / 8)
     if dtype is None or not stored.is_floating_point:
         return info.nbytes
     return info.nbytes // stored.itemsize * dtype.itemsize
@@ -341,7 +373,8 @@ def _require_room(
 ) -> None:
     def size(name: str) -> int:
         loaded = _bytes(checkpoint, name, dtype, quantizer)
-        mapped = device.type == "cpu" and loaded == checkpoint.info(name).nbytes  # stays in the file
+        info = checkpoint.info(name)
+        mapped = device.type == "cpu" and info.mapped and loaded == info.nbytes  # stays in the file
         return 0 if mapped else loaded
 
     needed = sum(size(n) for n in names)
@@ -358,7 +391,8 @@ def _require_room(
 
 def _finish(model: GemmaPreTrainedModel, fresh: list[str], dtype: torch.dtype | None, device: torch.device) -> None:
     """Initialise what the file did not hold, restore ties, compute tables."""
-    like = next((p.dtype for p in model.parameters() if not p.is_meta), torch.float32)
+    known = (p.dtype for p in model.parameters() if not p.is_meta and p.is_floating_point())
+    like = next(known, torch.float32)
     for name in fresh:
         shape = model.get_parameter(name).shape
         assign(model, name, nn.Parameter(torch.empty(shape, dtype=dtype or like, device=device)))

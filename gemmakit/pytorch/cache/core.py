@@ -60,29 +60,56 @@ class CacheLayer:
         """Take S more positions; give all that is held, or with `places` (S,) the whole fixed buffer."""
         if places is not None and self.fixed is not None:
             return self._write_at(k, v, places)
-        start = int(self.length)
-        end = start + k.shape[2]
-        if self.fixed is not None and end > self.fixed:
-            raise PromptTooLong(
-                f"the cache holds {self.fixed} tokens and has {start}; {k.shape[2]} more do not fit. "
-                f"Make it with max_cache_len={end} or more."
-            )
-        self.length = end
         # Even if k needs no gradient: that of a trained q_proj reads the keys of this call.
         if torch.is_grad_enabled():
+            start, self.length = self._span(k.shape[2])
             return self._join(k, v, start)
-        self._reserve(k, v, start, end)
+        keys, values, start, end = self.claim(_sizes(k), k.shape[2], k)
+        keys[:, :, start:end] = k
+        values[:, :, start:end] = v
+        return keys[:, :, :end], values[:, :, :end]
+
+    def claim(self, sizes: tuple[int, int, int], more: int, like: Tensor) -> tuple[Tensor, Tensor, int, int]:
+        """Room for `more` positions, which count as held from now on: the caller writes them, before anyone reads.
+
+        sizes: (B, K, H); like: has dtype and device. Returns the buffers of keys and values, (B, K, capacity, H), and
+        where the new positions start and end in them.
+        """
+        start, end = self._span(more)
+        self._reserve(sizes, like, start, end)
+        self.length = end
         assert self._keys is not None and self._values is not None
-        self._keys[:, :, start:end] = k
-        self._values[:, :, start:end] = v
-        return self._keys[:, :, :end], self._values[:, :, :end]
+        return self._keys, self._values, start, end
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether what is held has x's dtype and device and lies without gaps, as native kernels write it."""
+        keys, values = self._keys, self._values
+        if keys is None or values is None:
+            return True
+        return keys.dtype == x.dtype and keys.device == x.device and keys.is_contiguous() and values.is_contiguous()
+
+    def _span(self, more: int) -> tuple[int, int]:
+        """Where `more` positions start and end. Raises PromptTooLong when they do not fit."""
+        start = int(self.length)
+        end = start + more
+        if self.fixed is not None and end > self.fixed:
+            raise PromptTooLong(
+                f"the cache holds {self.fixed} tokens and has {start}; {more} more do not fit. "
+                f"Make it with max_cache_len={end} or more."
+            )
+        return start, end
 
     def _write_at(self, k: Tensor, v: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self.claim_at(_sizes(k), places, k)
+        keys.index_copy_(2, places, k)
+        values.index_copy_(2, places, v)
+        return keys, values
+
+    def claim_at(self, sizes: tuple[int, int, int], places: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """As `claim`, of a fixed buffer, for the positions at `places` (S,): no length is read on the host."""
         if self._keys is None or self._borrowed:
-            self._reserve(k, v, int(self.length), k.shape[2])
+            self._reserve(sizes, like, int(self.length), len(places))
         assert self._keys is not None and self._values is not None
-        self._keys.index_copy_(2, places, k)
-        self._values.index_copy_(2, places, v)
         self.length = places[-1] + 1  # stays on the device: reading it here would wait
         return self._keys, self._values
 
@@ -95,7 +122,7 @@ class CacheLayer:
         self._keys, self._values, self._borrowed = k, v, True
         return k, v
 
-    def _reserve(self, k: Tensor, v: Tensor, used: int, end: int) -> None:
+    def _reserve(self, sizes: tuple[int, int, int], like: Tensor, used: int, end: int) -> None:
         """Make room for `end` positions; a growing buffer takes half as much again, so that copies stay rare."""
         held = 0 if self._keys is None else self._keys.shape[2]
         if self._keys is not None and self._keys.is_inference() and not torch.is_inference_mode_enabled():
@@ -104,14 +131,14 @@ class CacheLayer:
             return
         self._borrowed = False
         room = self.fixed or max(end, min(held + held // 2, held + 4096), 64 if end < 64 else end)
-        self._keys = self._grown(self._keys, k, used, room)
-        self._values = self._grown(self._values, v, used, room)
+        self._keys = self._grown(self._keys, sizes, room, used, like)
+        self._values = self._grown(self._values, sizes, room, used, like)
 
     @staticmethod
-    def _grown(old: Tensor | None, like: Tensor, used: int, room: int) -> Tensor:
-        shape = (like.shape[0], like.shape[1], room, like.shape[3])
+    def _grown(old: Tensor | None, sizes: tuple[int, int, int], room: int, used: int, like: Tensor) -> Tensor:
+        B, K, H = sizes
         # Zeros, because a masked position still multiplies: 0 * garbage could be NaN.
-        new = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        new = torch.zeros((B, K, room, H), dtype=like.dtype, device=like.device)
         if old is not None:
             new[:, :, :used] = old[:, :, :used]
         return new
@@ -139,6 +166,7 @@ class Cache:
     """
 
     max_cache_len: int | None = None
+    packs = False  # whether what it is given are documents laid end to end, told apart by their positions
 
     def __init__(self) -> None:
         self.layers: list[CacheLayer] = []
@@ -152,26 +180,34 @@ class Cache:
 
         Raises PromptTooLong when a static cache is full, InputError when the batch changed.
         """
+        layer = self.layer_for(layer_idx, _sizes(key_states))
+        return layer.append(key_states, value_states, (cache_kwargs or {}).get("cache_position"))
+
+    def layer_for(self, layer_idx: int, sizes: tuple[int, int, int]) -> CacheLayer:
+        """The layer, made if it is new, that positions of these sizes (B, K, H) may go to.
+
+        Raises InputError when it holds others.
+        """
         while len(self.layers) <= layer_idx:
             self.layers.append(self._new_layer())
         layer = self.layers[layer_idx]
         shape = layer.shape
-        if shape is not None and shape != _sizes(key_states):
-            self._refuse(shape, key_states)
-        return layer.append(key_states, value_states, (cache_kwargs or {}).get("cache_position"))
+        if shape is not None and shape != sizes:
+            self._refuse(shape, sizes)
+        return layer
 
     def _new_layer(self) -> CacheLayer:
         return CacheLayer(self.max_cache_len)
 
     @staticmethod
-    def _refuse(shape: tuple[int, int, int], k: Tensor) -> None:
-        if shape[0] != k.shape[0]:
+    def _refuse(shape: tuple[int, int, int], sizes: tuple[int, int, int]) -> None:
+        if shape[0] != sizes[0]:
             raise InputError(
-                f"the cache holds {shape[0]} rows and this call has {k.shape[0]}: "
+                f"the cache holds {shape[0]} rows and this call has {sizes[0]}: "
                 "use batch_repeat_interleave or batch_select_indices, or a fresh cache."
             )
         raise InputError(
-            f"the cache holds {shape[1]} heads of {shape[2]} a layer and this model has {k.shape[1]} of {k.shape[3]}: "
+            f"the cache holds {shape[1]} heads of {shape[2]} a layer and this model has {sizes[1]} of {sizes[2]}: "
             "the cache is another model's."
         )
 
@@ -311,3 +347,8 @@ class StaticCache(Cache):
                 shape = (max_batch_size, layer_heads(config, i)[1], self.max_cache_len, config.head_dim)
                 layer._keys = torch.zeros(shape, dtype=dtype, device=device)
                 layer._values = torch.zeros(shape, dtype=dtype, device=device)
+
+    def settle(self, length: int) -> None:
+        """Say on the host how many positions are held, after steps that were told places by a tensor."""
+        for layer in self.layers:
+            layer.length = length

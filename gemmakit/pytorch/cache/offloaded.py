@@ -53,8 +53,8 @@ class OffloadedLayer(CacheLayer):
         return torch.cat((fetched[0], k), dim=2), torch.cat((fetched[1], v), dim=2)
 
     @staticmethod
-    def _grown(old: Tensor | None, like: Tensor, used: int, room: int) -> Tensor:
-        B, K, _, H = like.shape
+    def _grown(old: Tensor | None, sizes: tuple[int, int, int], room: int, used: int, like: Tensor) -> Tensor:
+        B, K, H = sizes
         new = _host_buffer(B, K, room, H, like.dtype)
         if old is not None:
             new[:, :, :used] = old[:, :, :used]

@@ -95,6 +95,7 @@ def generate_batch(
         cache_bytes=cache_bytes,
         prefill_tokens=prefill_tokens,
         share_prefixes=share_prefixes,
+        cuda_graphs=config.cuda_graphs,
     )
     for row in rows:
         refused = _queued(engine, row, on_error)

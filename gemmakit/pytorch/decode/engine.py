@@ -18,6 +18,8 @@ from gemmakit.errors import InputError, NumericalError
 from gemmakit.generation.ranges import is_whole
 from gemmakit.pytorch.cache.paged import PagedCache, Span, bytes_per_token
 from gemmakit.pytorch.cache.pages import PagePool
+from gemmakit.pytorch.decode.captured_batch import Captured
+from gemmakit.pytorch.decode.plan import Letter
 from gemmakit.pytorch.decode.requests import Request, Row, choose, prepare_row
 from gemmakit.pytorch.decode.sampling import NO_TOKEN
 from gemmakit.pytorch.decode.scheduler import Part, Scheduler
@@ -47,6 +49,43 @@ class _Outcome:
     error: Exception | None = None
 
 
+@dataclass
+class _Choice:
+    """The next tokens of some parts, on the device and on their way to the host."""
+
+    parts: Sequence[Part]
+    tokens: Tensor
+    letter: Letter
+    scores: Tensor | None
+    errors: dict[int, Exception]
+
+
+@dataclass
+class _Flight:
+    """A step that was started: everything that ran, and what was chosen."""
+
+    parts: tuple[Part, ...]
+    choices: list[_Choice]
+
+    @property
+    def tokens(self) -> Tensor:
+        return self.choices[0].tokens if len(self.choices) == 1 else torch.cat([c.tokens for c in self.choices])
+
+    @property
+    def order(self) -> dict[int, int]:
+        """Where in `tokens` a sequence's is."""
+        return {part.sequence.id: i for i, part in enumerate(part for c in self.choices for part in c.parts)}
+
+    def read(self) -> deque[_Outcome]:
+        """Waits for the tokens."""
+        found: dict[int, _Outcome] = {}
+        for choice in self.choices:
+            for i, (part, token) in enumerate(zip(choice.parts, choice.letter.read(), strict=True)):
+                scores = None if choice.scores is None else choice.scores[i : i + 1]
+                found[part.sequence.id] = _Outcome(part, token, scores, choice.errors.get(i))
+        return deque(found.get(part.sequence.id, _Outcome(part)) for part in self.parts)
+
+
 class BatchEngine:
     """Runs requests side by side; each gets the tokens it would get alone, up to the rounding of the dtype.
 
@@ -62,6 +101,9 @@ class BatchEngine:
         prefill_tokens: prompt tokens a step, so that a long prompt does not hold up the others.
         share_prefixes: let requests that begin alike share what was computed. The time to the first token then tells
             whether somebody asked the same before: False where callers must not learn that of each other.
+        overlap: start a step before the tokens of the last one are read, so that an accelerator never waits for the
+            host; by default on accelerators. A request that ends is then run for one token in vain.
+        cuda_graphs: replay decoding passes that come often, where the device can.
 
     Raises:
         InputError: a size that is no whole number above 0. NotEnoughMemory: the cache does not fit.
@@ -77,12 +119,14 @@ class BatchEngine:
         cache_bytes: int | None = None,
         prefill_tokens: int = 512,
         share_prefixes: bool = True,
+        overlap: bool | None = None,
+        cuda_graphs: bool = True,
     ):
         sizes = {"max_batch_size": max_batch_size, "page_size": page_size, "prefill_tokens": prefill_tokens}
         check_sizes(**sizes, cache_tokens=cache_tokens, cache_bytes=cache_bytes)
         if cache_tokens is None and cache_bytes is None:
             cache_tokens = max(1024 * max_batch_size, model.config.max_position_embeddings)
-        dtype = model.get_input_embeddings().weight.dtype
+        dtype = model.dtype
         pages = _pages(page_size, cache_tokens, cache_bytes, bytes_per_token(model.config, dtype))
         devices = [layer.input_layernorm.weight.device for layer in model.model.layers]
         self.model = model
@@ -90,6 +134,10 @@ class BatchEngine:
         self.scheduler = Scheduler(PagePool(pages, page_size, share_prefixes), max_batch_size, prefill_tokens)
         self._rows: dict[int, Row] = {}
         self._next_id = 0
+        self._overlap = devices[0].type != "cpu" if overlap is None else overlap
+        self._captured = Captured(model, self.cache) if cuda_graphs else None
+        self._flight: _Flight | None = None
+        self._next: _Flight | None = None  # what was started before the tokens of the flight were read
         self._outcomes: deque[_Outcome] = deque()
         self._events: list[Event] = []
 
@@ -120,6 +168,8 @@ class BatchEngine:
         self.scheduler.add(row.sequence)
         self._rows[row.id] = row
         self._next_id = row.id + 1
+        if self._captured is not None:
+            self._captured.look()
         return row.id
 
     def cancel(self, id: int) -> bool:
@@ -138,10 +188,9 @@ class BatchEngine:
         What a request's own processors and criteria raise, and scores with no finite number, end that request with an
         "error". Anything else (a KeyboardInterrupt, memory) is raised and leaves everything as it was: step again.
         """
-        # Outcomes of a step that was interrupted are settled first. Here is also where a step would be settled one
-        # later than it is run, to keep a device busy: planning needs counts, not tokens.
-        if not self._outcomes and self.scheduler.has_work:
-            self._outcomes = self._run()
+        # Outcomes of a step that was interrupted are settled first.
+        if not self._outcomes:
+            self._fly()
         while self._outcomes:
             self._settle()
         events, self._events = self._events, []
@@ -149,31 +198,90 @@ class BatchEngine:
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    def _run(self) -> deque[_Outcome]:
+    def _fly(self) -> None:
+        """Start a step unless one is under way, and where possible the one after it; then read the first."""
+        if self._flight is not None and not any(part.sequence.id in self._rows for part in self._flight.parts):
+            self._flight = self._next = None  # all it was for have ended meanwhile
+        if self._flight is None:
+            if not self.scheduler.has_work:
+                return
+            step = self.scheduler.plan()
+            self._flight = self._start(step.prefill, step.decode)
+        if self._overlap and self._next is None:
+            self._next = self._start_ahead(self._flight)
+        self._outcomes = self._flight.read()
+        self._flight, self._next = self._next, None
+
+    def _start_ahead(self, flight: _Flight) -> _Flight | None:
+        """The step after `flight`, whose tokens the host does not know yet."""
+        if any(row.ids is not None for part in flight.parts if (row := self._rows.get(part.sequence.id)) is not None):
+            return None  # processors and criteria of its own are shown each token before the next is chosen
+        step = self.scheduler.ahead(flight.parts)
+        return None if step is None else self._start((), step.decode, flight)
+
+    def _start(self, prefill: Sequence[Part], decode: Sequence[Part], before: _Flight | None = None) -> _Flight:
         """One step on the device. Nothing but pages is taken until it is settled."""
-        step = self.scheduler.plan()
         fresh = self.scheduler.pool.fresh
         self.cache.clear(fresh)
         fresh.clear()
-        passes = [(part,) for part in step.prefill] + ([step.decode] if step.decode else [])
-        logits = torch.cat([self._forward(parts) for parts in passes])
-        parts = [part for parts in passes for part in parts]
-        picking = [i for i, part in enumerate(parts) if part.last]
-        outcomes = [_Outcome(part) for part in parts]
-        if picking:
-            rows = [self._rows[parts[i].sequence.id] for i in picking]
-            tokens, scores, errors = choose(rows, logits if len(picking) == len(parts) else logits[picking])
-            for n, i in enumerate(picking):
-                outcomes[i] = _Outcome(parts[i], tokens[n], scores[n : n + 1], errors.get(n))
-        return deque(outcomes)
+        ran: list[tuple[Sequence[Part], Tensor]] = [((part,), self._forward((part,))) for part in prefill]
+        choices: list[_Choice] = []
+        if decode:
+            fixed = self._replayed(decode, before)
+            if isinstance(fixed, _Choice):
+                choices.append(fixed)
+            else:
+                ran.append((decode, self._forward(decode, before) if fixed is None else fixed))
+        if any(part.last for parts, _ in ran for part in parts):
+            choices.insert(0, self._choose(ran))
+        return _Flight((*prefill, *decode), choices)
 
-    def _forward(self, parts: Sequence[Part]) -> Tensor:
+    def _choose(self, ran: Sequence[tuple[Sequence[Part], Tensor]]) -> _Choice:
+        """The next tokens of the parts that are the last of their prompts."""
+        parts = [part for group, _ in ran for part in group]
+        logits = torch.cat([logits for _, logits in ran]) if len(ran) > 1 else ran[0][1]
+        picking = [i for i, part in enumerate(parts) if part.last]
+        rows = [self._rows[parts[i].sequence.id] for i in picking]
+        tokens, scores, errors = choose(rows, logits if len(picking) == len(parts) else logits[picking])
+        return _Choice([parts[i] for i in picking], tokens, Letter(tokens), scores, errors)
+
+    def _replayed(self, parts: Sequence[Part], before: _Flight | None) -> _Choice | Tensor | None:
+        """What the recorded pass gives: tokens, or logits where rows choose apart; None where there is no such pass."""
+        if self._captured is None or not all(part.last for part in parts):
+            return None
+        rows = [self._rows[part.sequence.id] for part in parts]
+        ids, tokens = self._inputs(parts, before)
+        fixed = self._captured.loaded(rows, _spans(parts), ids, tokens)
+        if fixed is None:
+            return None
+        fixed.run(rows)
+        if fixed.chain is None:
+            assert fixed.logits is not None
+            return fixed.logits[: len(rows)]
+        tokens = fixed.tokens[: len(rows)]
+        return _Choice(parts, tokens, Letter(tokens), None, {})
+
+    @staticmethod
+    def _inputs(parts: Sequence[Part], before: _Flight | None) -> tuple[list[int], Tensor | None]:
+        """The one token of each part; or its place among those that are still on the device, and these."""
+        if before is None:
+            return [part.sequence.tokens[part.start] for part in parts], None
+        order = before.order
+        return [order[part.sequence.id] for part in parts], before.tokens
+
+    def _forward(self, parts: Sequence[Part], before: _Flight | None = None) -> Tensor:
         """One pass over one part of any length, or several of one token each. Logits (R, V) of their last tokens."""
-        where = self.cache.place([Span(part.sequence.holding.pages, part.start, part.end) for part in parts])
+        where = self.cache.place(_spans(parts))
         several = len(parts) > 1
-        ids = [part.sequence.tokens[part.start : part.end] for part in parts]
+        if before is None:
+            ids = [part.sequence.tokens[part.start : part.end] for part in parts]
+            given = torch.tensor(ids, device=self.model.device)
+        else:
+            places, tokens = self._inputs(parts, before)
+            assert tokens is not None
+            given = tokens[torch.tensor(places, device=tokens.device)].clamp_min(0)[:, None]
         out = self.model(
-            input_ids=torch.tensor(ids, device=self.model.device),
+            input_ids=given,
             attention_mask=where.mask if several else None,
             position_ids=where.positions if several else None,
             past_key_values=self.cache,
@@ -203,7 +311,7 @@ class BatchEngine:
 
     def _judge(self, row: Row, outcome: _Outcome) -> Event:
         token, error, reason = outcome.token, outcome.error, None
-        assert token is not None and outcome.scores is not None
+        assert token is not None
         if error is None and token == NO_TOKEN:
             step = len(row.sequence.tokens) - row.prompt_length + 1
             error = NumericalError(
@@ -216,6 +324,10 @@ class BatchEngine:
             except Exception as e:
                 error = e
         return Event(row.id, token, reason) if error is None else Event(row.id, None, "error", error)
+
+
+def _spans(parts: Sequence[Part]) -> list[Span]:
+    return [Span(part.sequence.holding.pages, part.start, part.end) for part in parts]
 
 
 def _pages(page_size: int, cache_tokens: int | None, cache_bytes: int | None, token_bytes: int) -> int:

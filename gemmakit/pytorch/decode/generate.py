@@ -15,14 +15,14 @@ from gemmakit.errors import InputError
 from gemmakit.generation import GenerationConfig
 from gemmakit.outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from gemmakit.pytorch.cache import Cache
-from gemmakit.pytorch.decode import batch, processors, stopping
+from gemmakit.pytorch.decode import batch, graphs, processors, stopping
 from gemmakit.pytorch.decode.constrain import constraint
 from gemmakit.pytorch.decode.healing import heal
 from gemmakit.pytorch.decode.plan import Ends, Plan, Recorder, Streamer
 from gemmakit.pytorch.decode.processors.forcing import AllowedTokens
 from gemmakit.pytorch.decode.prompt import Prompt, prepare
 from gemmakit.pytorch.decode.protocols import LogitsProcessorList
-from gemmakit.pytorch.decode.sampling import exponential, greedy, row_generators, sampler
+from gemmakit.pytorch.decode.sampling import Exponential, greedy, row_generators, sampler
 from gemmakit.pytorch.decode.strategies import BEAMS, STRATEGIES, choose, copies, transition_scores, tried
 
 
@@ -112,7 +112,7 @@ class GenerationMixin:
                 negative_mask=negative_prompt_attention_mask,
                 constraint=constraint(config, tokenizer, vocabulary, length),
             )
-            noise = exponential(_generators(config, generator, prompt, strategy))
+            noise = Exponential(_generators(config, generator, prompt, strategy))
             plan = Plan(
                 config=config,
                 total=length + new,
@@ -143,6 +143,23 @@ class GenerationMixin:
     ) -> list[batch.BatchResult]:
         """Continue many prompts of any lengths, some at a time; options and results as in `batch.generate_batch`."""
         return batch.generate_batch(self, prompts, generation_config, **options)
+
+    def loop_plan(self) -> str:
+        """How a step of greedy decoding or sampling is started, and why, in words, as far as the model decides it."""
+        reason = graphs.why_not(self)
+        return "replayed from a graph" if reason is None else f"step by step ({reason})"
+
+    def free_graphs(self) -> int:
+        """Let go of the steps that generate() recorded on the device and of their caches; gives the bytes of these.
+
+        They are kept for later calls of the same shape: at most graphs.KEPT, in an eighth of the device's memory.
+        """
+        store = graphs.kept(self)  # type: ignore[arg-type]
+        with store.lock:
+            freed = store.nbytes
+            store.clear()
+            store.refusal = None
+        return freed
 
     def compute_transition_scores(
         self,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gemmakit.outputs import GenerateDecoderOnlyOutput
+from gemmakit.pytorch.decode.captured import boarding
 from gemmakit.pytorch.decode.plan import Mail, Plan, refuse_no_token
 from gemmakit.pytorch.decode.prompt import Prompt
 from gemmakit.pytorch.decode.rows import Rows
@@ -33,6 +34,10 @@ class Run:
     def open(self) -> None:
         if self.plan.streamer is not None and self.first:
             self.plan.streamer.put(self.rows.ids.cpu())
+
+    def next(self) -> None:
+        """The plain step: run the newest tokens, choose the next ones."""
+        self.choose(self.rows.next())
 
     def choose(self, out: Any) -> None:
         """Pick the next token of each row, write it down and send it off."""
@@ -76,10 +81,14 @@ class Run:
 
 
 def decode(model: Any, prompt: Prompt, plan: Plan) -> GenerateDecoderOnlyOutput:
-    """Run the loop to the end: one token a row and step, picked by `plan.pick`."""
-    run = Run(model, prompt, plan)
-    run.open()
-    run.choose(run.rows.prefill(plan.copies, plan.config.prefill_chunk_size))
-    while not run.deliver():
-        run.choose(run.rows.next())
-    return run.output()
+    """Run the loop to the end: one token a row and step, picked by `plan.pick`; a step is run, or replayed."""
+    with boarding(model, prompt, plan) as fixed:
+        run = Run(model, prompt if fixed is None else fixed.host(prompt, plan.copies), plan)
+        run.open()
+        run.choose(run.rows.prefill(plan.copies, plan.config.prefill_chunk_size))
+        step = run if fixed is None else fixed.board(run)
+        while not run.deliver():
+            step.next()
+        if fixed is not None:
+            fixed.land(run, prompt.cache if plan.config.return_dict_in_generate else None)
+        return run.output()

@@ -15,7 +15,7 @@ from torch import Tensor
 from gemmakit.errors import NumericalError
 from gemmakit.generation import GenerationConfig
 from gemmakit.pytorch.decode.processors import Processor
-from gemmakit.pytorch.decode.sampling import NO_TOKEN, Noise, Pick
+from gemmakit.pytorch.decode.sampling import NO_TOKEN, Exponential, Pick
 from gemmakit.pytorch.decode.stopping import Criterion
 
 
@@ -60,7 +60,7 @@ class Plan:
     pad: int
     eos: Tensor | None
     pick: Pick
-    noise: Noise
+    noise: Exponential
     processors: Sequence[Processor] = ()
     criteria: Sequence[Criterion] = ()
     copies: int = 1  # rows a prompt
@@ -80,7 +80,7 @@ class Plan:
         if self.eos is None:
             done = torch.zeros_like(last, dtype=torch.bool)
         else:
-            done = last == self.eos if len(self.eos) == 1 else torch.isin(last, self.eos)
+            done = last == self.eos if len(self.eos) == 1 else (last[:, None] == self.eos).any(-1)
         for criterion in self.criteria:
             done = done | torch.as_tensor(criterion(ids, scores), device=ids.device)
         return done
@@ -98,6 +98,25 @@ class Ends:
         return self._plan.ended(ids, scores) | (ids.shape[1] >= self.max_length)
 
 
+class Letter:
+    """Whole numbers on their way to the host: sent without waiting, read when they are needed."""
+
+    def __init__(self, content: Tensor):
+        """content: int64 (n,), on any device; it may be written over afterwards."""
+        self._event = None
+        if content.device.type == "cuda":
+            self._content = content.to("cpu", non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(content.device))
+        else:
+            self._content = content.clone()
+
+    def read(self) -> list[int]:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._content.tolist()
+
+
 class Mail:
     """Carries each step's tokens and whether all rows are done to the host.
 
@@ -107,26 +126,22 @@ class Mail:
 
     def __init__(self, device: torch.device):
         self.lag = int(device.type == "cuda")
-        self._sent: list[tuple[Tensor, Tensor, Any]] = []
+        self._sent: list[Letter] = []
 
     def send(self, token: Tensor, done: Tensor) -> None:
         """token: (R,) int64; done: one bool."""
-        if token.device.type != "cuda":
-            self._sent.append((token, done, None))
-            return
-        content = torch.cat((token, done.to(token.dtype)[None])).to("cpu", non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self._sent.append((content[:-1], content[-1], event))
+        self.post(torch.cat((token, done.to(token.dtype)[None])))
+
+    def post(self, message: Tensor) -> None:
+        """As send, in one tensor: (R + 1,) int64, the tokens and 1 if all rows are done. It may change afterwards."""
+        self._sent.append(Letter(message))
 
     def read(self, flush: bool = False) -> list[tuple[list[int], bool]]:
         """(tokens a row, all done) of the steps that have arrived; with `flush`, of all that were sent."""
         out = []
         while len(self._sent) > (0 if flush else self.lag):
-            tokens, done, event = self._sent.pop(0)
-            if event is not None:
-                event.synchronize()
-            out.append((tokens.tolist(), bool(done)))
+            *tokens, done = self._sent.pop(0).read()
+            out.append((tokens, bool(done)))
         return out
 
 

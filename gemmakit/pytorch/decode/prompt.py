@@ -28,6 +28,7 @@ class Prompt:
     ids: (B, P) tokens that processors see and that begin the result. embeds: (B, P', D) to run instead of ids, or None.
     mask: bool (B, past + P) over everything the cache will hold, or None when nothing is padding.
     cache: what the keys go to; None recomputes everything each step. past: tokens of ids it holds already.
+    given: whether the cache is the caller's, who sees it afterwards.
     """
 
     ids: Tensor
@@ -35,6 +36,7 @@ class Prompt:
     mask: Tensor | None
     cache: Cache | None
     past: int
+    given: bool = False
 
     @property
     def padding(self) -> Tensor | None:
@@ -68,6 +70,7 @@ def prepare(
         mask=mask if mask is not None and not bool(mask.all()) else None,
         cache=cache if cache is not None else _new_cache(model, config, ids, embeds, new + spare),
         past=held if full and held < ids.shape[1] else 0,
+        given=cache is not None,
     )
     return prompt, new
 

@@ -20,7 +20,7 @@ from gemmakit.pytorch.decode import processors, scheduler, stopping
 from gemmakit.pytorch.decode.constrain import constraint
 from gemmakit.pytorch.decode.healing import heal
 from gemmakit.pytorch.decode.prompt import prepare
-from gemmakit.pytorch.decode.sampling import exponential, greedy, row_generators, sampler
+from gemmakit.pytorch.decode.sampling import Exponential, greedy, row_generators, sampler
 
 
 @dataclass(frozen=True)
@@ -38,21 +38,6 @@ class Request:
     tokenizer: stopping.Decoder | None = None
     logits_processor: Iterable[processors.Processor] = ()
     stopping_criteria: Iterable[stopping.Criterion] = ()
-
-
-# Processors that read the scores of a row and nothing else: rows with equal ones go through them together.
-_BY_SCORES = (
-    processors.Temperature,
-    processors.TopH,
-    processors.TopK,
-    processors.TopP,
-    processors.MinP,
-    processors.Typical,
-    processors.Epsilon,
-    processors.Eta,
-    processors.OnlyFinite,
-    processors.Renormalized,
-)
 
 
 @dataclass(eq=False)
@@ -76,7 +61,7 @@ class Row:
 
     @property
     def by_scores(self) -> bool:
-        return all(isinstance(processor, _BY_SCORES) for processor in self.chain)
+        return all(isinstance(processor, processors.BY_SCORES) for processor in self.chain)
 
     def process(self, scores: Tensor) -> Tensor:
         """scores: (1, V) -> (1, V) after this request's processors."""
@@ -86,15 +71,18 @@ class Row:
             raise InputError(f"a logits processor gave {tuple(out.shape)} for scores {tuple(scores.shape)}.")
         return out.to(scores)
 
-    def ends(self, token: int, scores: Tensor) -> str | None:
-        """Why the row ends with `token`: "eos", "stop", "length"; or None. scores: (1, V), those it was picked from."""
+    def ends(self, token: int, scores: Tensor | None) -> str | None:
+        """Why the row ends with `token`: "eos", "stop", "length"; or None.
+
+        scores: (1, V), those it was picked from; only rows without criteria may have none.
+        """
         count = len(self.sequence.tokens) + 1
         if self.ids is not None:
             self.ids[0, count - 1] = token
         if token in self.eos:
             return "eos"
         for criterion in self.criteria:
-            assert self.ids is not None
+            assert self.ids is not None and scores is not None
             if bool(torch.as_tensor(criterion(self.ids[:, :count], scores)).all()):
                 return "length" if isinstance(criterion, stopping.MaxTime) else "stop"
         return "length" if count >= self.sequence.limit else None
@@ -144,12 +132,16 @@ def prepare_row(model: Any, request: Request, number: int) -> Row:
     return row
 
 
-def choose(rows: Sequence[Row], logits: Tensor) -> tuple[list[int], Tensor, dict[int, Exception]]:
+def choose(rows: Sequence[Row], logits: Tensor) -> tuple[Tensor, Tensor, dict[int, Exception]]:
     """The next token of each row (NO_TOKEN where there is none), the scores it comes from, and what went wrong.
 
-    logits: (R, V); scores: float32 (R, V), after each row's processors. A processor that raises costs its own row only:
-    the exception is given under the row's place.
+    logits: (R, V); tokens: int64 (R,), on the device, for which nobody has waited; scores: float32 (R, V), after each
+    row's processors. A processor that raises costs its own row only: the exception is given under the row's place.
     """
+    chain = shared_chain(rows)
+    if chain is not None:
+        scores = _through(chain, _no_ids(logits), logits.float())
+        return _pick(rows, scores), scores, {}
     lines, errors = list(logits.float().split(1)), {}
     together: dict[tuple[Any, ...], list[int]] = {}
     for i, row in enumerate(rows):
@@ -163,11 +155,20 @@ def choose(rows: Sequence[Row], logits: Tensor) -> tuple[list[int], Tensor, dict
     for chain, places in together.items():
         if chain:
             group = torch.cat([lines[i] for i in places])
-            no_ids = torch.empty((len(places), 0), dtype=torch.long, device=group.device)
-            for i, line in zip(places, _through(chain, no_ids, group).split(1), strict=True):
+            for i, line in zip(places, _through(chain, _no_ids(group), group).split(1), strict=True):
                 lines[i] = line
     scores = torch.cat(lines)
     return _pick(rows, scores), scores, errors
+
+
+def shared_chain(rows: Sequence[Row]) -> tuple[processors.Processor, ...] | None:
+    """The processors of all rows, if they are the same and read the scores alone."""
+    first = rows[0].chain
+    return first if all(row.by_scores and row.chain == first for row in rows) else None
+
+
+def _no_ids(scores: Tensor) -> Tensor:
+    return torch.empty((len(scores), 0), dtype=torch.long, device=scores.device)
 
 
 def refuse_unbatched(model: GemmaConfig, config: GenerationConfig) -> None:
@@ -226,14 +227,15 @@ def _generator(config: GenerationConfig, ids: Tensor) -> torch.Generator:
     return torch.Generator(ids.device).manual_seed(int(torch.randint(2**63 - 1, ())))
 
 
-def _pick(rows: Sequence[Row], scores: Tensor) -> list[int]:
-    tokens = greedy(scores)
+def _pick(rows: Sequence[Row], scores: Tensor) -> Tensor:
     sampled = [i for i, row in enumerate(rows) if row.generator is not None]
-    if sampled:
-        at = torch.tensor(sampled, device=scores.device)
-        generators = [row.generator for row in rows if row.generator is not None]
-        tokens = tokens.index_copy(0, at, sampler(exponential(generators))(scores[at]))
-    return tokens.tolist()  # the one place of a step where the host waits for the device
+    if not sampled:
+        return greedy(scores)
+    draw = sampler(Exponential([row.generator for row in rows if row.generator is not None]))
+    if len(sampled) == len(rows):
+        return draw(scores)
+    at = torch.tensor(sampled, device=scores.device)
+    return greedy(scores).index_copy(0, at, draw(scores[at]))
 
 
 def _through(chain: Iterable[Callable[[Tensor, Tensor], Tensor]], ids: Tensor, scores: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gemmakit.outputs import CausalLMOutputWithPast
+from gemmakit.pytorch.decode import packing
 from gemmakit.pytorch.decode.prompt import Prompt
 
 
@@ -70,10 +71,20 @@ class Rows:
         start, end = self.prompt.past, self.length
         if self.prompt.embeds is not None:
             return self._spread(self.forward(start, end, self.prompt.embeds), copies)
+        if chunk is None and self._packs():
+            assert self.mask is not None and self.positions is not None
+            mask, positions = self.mask[:, :end], self.positions[:, :end]
+            return self._spread(packing.prefill(self.model, self.ids, mask, positions, self.cache), copies)
         while chunk is not None and self.cache is not None and end - start > chunk:
             self.forward(start, start + chunk)
             start += chunk
         return self._spread(self.forward(start, end), copies)
+
+    def _packs(self) -> bool:
+        """Whether the prompts are whole, padded, and better run without their padding."""
+        if self.mask is None or self.offset or self.prompt.past or self.attentions or self.hidden_states:
+            return False
+        return packing.pays(self.model, self.mask[:, : self.length])
 
     def next(self) -> Any:
         """Run the newest token, or without a cache everything again."""

@@ -26,24 +26,29 @@ def sound(best: Tensor, token: Tensor) -> Tensor:
     return torch.where(best - best == 0, token, NO_TOKEN)
 
 
-def exponential(generators: torch.Generator | Sequence[torch.Generator] | None) -> Noise:
-    """A source of Exp(1) noise shaped like what it is given (B, V): one generator for all rows, one a row, or torch's.
+class Exponential:
+    """A source of Exp(1) noise: one generator for all rows, one a row, or torch's.
 
     Whatever is drawn, comes from here: p / noise has its maximum at token i with probability p_i, and exp(-noise) is
     uniform on (0, 1).
     """
-    if isinstance(generators, Sequence) and len(generators) == 1:
-        generators = generators[0]  # the rows of one prompt share its generator
 
-    def noise(like: Tensor) -> Tensor:
-        out = torch.empty_like(like)
-        if isinstance(generators, Sequence):
-            for row, generator in zip(out, generators, strict=True):
+    def __init__(self, generators: torch.Generator | Sequence[torch.Generator] | None):
+        if isinstance(generators, Sequence) and len(generators) == 1:
+            generators = generators[0]  # the rows of one prompt share its generator
+        self._generators = generators
+
+    def __call__(self, like: Tensor) -> Tensor:
+        """Noise shaped like (B, V)."""
+        return self.fill(torch.empty_like(like))
+
+    def fill(self, out: Tensor) -> Tensor:
+        """The same, into `out`."""
+        if isinstance(self._generators, Sequence):
+            for row, generator in zip(out, self._generators, strict=True):
                 row.exponential_(generator=generator)
             return out
-        return out.exponential_(generator=generators)
-
-    return noise
+        return out.exponential_(generator=self._generators)
 
 
 def sampler(noise: Noise) -> Pick:

@@ -9,6 +9,7 @@ in parts beside running rows).
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from gemmakit.errors import InputError, PromptTooLong
@@ -61,7 +62,8 @@ class Scheduler:
     """Decides from counts alone; what the tokens are matters to shared prefixes only.
 
     The order of calls is `plan`, run, then `advance` for each part that ran, or `remove`. A plan that was not run has
-    handed out pages and moved sequences, and no more: plan again.
+    handed out pages and moved sequences, and no more: plan again. Between run and advance, `ahead` may give one step
+    more to run, so that a device need not wait for the host.
 
     Args:
         pool: the pages.
@@ -109,6 +111,27 @@ class Scheduler:
         alone = tuple(part for part in parts if part.end - part.start > 1)
         together = tuple(part for part in parts if part.end - part.start == 1)
         return Step(alone, together)
+
+    def ahead(self, under_way: Iterable[Part]) -> Step | None:
+        """The step after one whose tokens are not known yet, before `advance`; None where it takes knowing them.
+
+        Only counts decide it: a sequence whose last possible token is under way is left out, one that turns out to have
+        ended runs a token in vain. Nobody enters or is sent back.
+        """
+        parts = {part.sequence.id: part for part in under_way}
+        if self.waiting and len(self.running) < self.max_batch_size:
+            return None
+        out: list[Part] = []
+        for sequence in self.running:
+            part = parts.get(sequence.id)
+            if part is None or not part.last:
+                return None
+            if part.end + 1 >= sequence.limit:
+                continue
+            if not self.pool.grow(sequence.holding, self.pool.needed(part.end + 1)):
+                return None
+            out.append(Part(sequence, part.end, part.end + 1, True))
+        return Step((), tuple(out)) if out else None
 
     def advance(self, part: Part, token: int | None = None) -> None:
         """A part has run; and, if it was the last one, `token` was picked from finite scores.

@@ -21,6 +21,8 @@ from gemmakit.quantization import BitsAndBytesConfig
 class BitsAndBytesQuantizer:
     """A `Quantizer`. Holds settings only, so a model with one can be copied and pickled."""
 
+    kinds: tuple[type[nn.Module], ...] = (nn.Linear,)
+
     def __init__(
         self, config: BitsAndBytesConfig, heads: tuple[str, ...], kept: tuple[str, ...] = (), stored: bool = False
     ):
@@ -35,7 +37,7 @@ class BitsAndBytesQuantizer:
         """Quantize and multiply once, in small: versions differ in what they can do on which device."""
         bnb = _package()
         try:
-            layer = self.from_float(nn.Linear(64, 64, bias=False, device="meta"), torch.eye(64), device)
+            layer = self.from_float(nn.Linear(64, 64, bias=False, device="meta"), "", torch.eye(64), device, None)
             with torch.no_grad():
                 layer(torch.ones(1, 64, device=device))
         except Exception as e:  # an operator that is not there, a library that was not built, ...
@@ -48,21 +50,27 @@ class BitsAndBytesQuantizer:
     def takes(self, name: str) -> bool:
         if self.stored and not self.config.llm_int8_has_fp16_weight:
             return False  # what the file holds plainly was kept on purpose
-        if (name + ".").startswith(self.heads) or self.config.keeps(name):
+        if (name + ".").startswith(self.heads) or name.endswith("embed_tokens") or self.config.keeps(name):
             return False
         return not any((name + ".").startswith(place + ".") or not place for place in self.kept)
+
+    def bits_of(self, name: str) -> float:
+        return self.bits
 
     # -- in --------------------------------------------------------------------------------------------------------
 
     def parts(self, key: str, checkpoint: Checkpoint) -> Parts:
         return (files.parts_4bit if self.bits == 4 else files.parts_8bit)(key, checkpoint)
 
-    def shape(self, parts: Parts, checkpoint: Checkpoint) -> tuple[int, ...]:
+    def shape(self, name: str, expected: tuple[int, ...], parts: Parts, checkpoint: Checkpoint) -> tuple[int, ...]:
         return (files.shape_4bit if self.bits == 4 else files.shape_8bit)(parts, checkpoint)
 
-    def from_float(self, linear: nn.Linear, weight: Tensor, device: torch.device) -> nn.Module:
-        """weight: (O, I) on the CPU; it is quantized on `device`."""
-        bnb, layer = _package(), self._layer(linear)
+    def from_float(
+        self, module: nn.Module, name: str, weight: Tensor, device: torch.device, dtype: torch.dtype | None
+    ) -> nn.Module:
+        """weight: (O, I) on the CPU, cast to `dtype` and quantized on `device`."""
+        bnb, layer = _package(), self._layer(module)
+        weight = weight if dtype is None else weight.to(dtype)
         if self.bits == 8:
             fp16 = self.config.llm_int8_has_fp16_weight
             packed = bnb.nn.Int8Params(weight, requires_grad=fp16, has_fp16_weights=fp16)
@@ -78,8 +86,8 @@ class BitsAndBytesQuantizer:
         layer.weight = packed.to(device)
         return layer
 
-    def from_parts(self, linear: nn.Linear, tensors: Mapping[str, Tensor], device: torch.device) -> nn.Module:
-        bnb, layer = _package(), self._layer(linear)
+    def from_parts(self, module: nn.Module, tensors: Mapping[str, Tensor], device: torch.device) -> nn.Module:
+        bnb, layer = _package(), self._layer(module)
         if self.bits == 8:
             weight, scale = tensors["weight"].to(device), tensors["SCB"].to(device)
             # The layer takes the codes from CB; weight.data is the same memory.
@@ -91,9 +99,10 @@ class BitsAndBytesQuantizer:
             )
         return layer
 
-    def _layer(self, linear: nn.Linear) -> Any:
-        """The empty layer of bitsandbytes of this size."""
+    def _layer(self, linear: nn.Module) -> Any:
+        """The empty layer of bitsandbytes of the linear layer's size."""
         bnb, config = _package(), self.config
+        assert isinstance(linear, nn.Linear)
         size: dict[str, Any] = dict(bias=False, device="meta")
         if self.bits == 8:
             return bnb.nn.Linear8bitLt(

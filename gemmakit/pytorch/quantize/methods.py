@@ -1,4 +1,4 @@
-"""What is different about a model whose weights are quantized: its facts, and the casts it refuses."""
+"""What is different about a model whose weights are quantized: its facts, its ties, and the casts it refuses."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from gemmakit.errors import InputError
+from gemmakit.pytorch.layers import Linear
+from gemmakit.pytorch.quantize.modules import QuantizedEmbedding, QuantizedLinear, QuantizedWeight, resized
 from gemmakit.pytorch.quantize.quantizer import Quantizer
 
 
@@ -22,7 +24,7 @@ class QuantizedMethods(nn.Module):
 
     @property
     def quantization_config(self) -> Any:
-        """The BitsAndBytesConfig, or None."""
+        """The WeightOnlyConfig or BitsAndBytesConfig, or None."""
         return None if self._quantizer is None else self._quantizer.config
 
     # What peft asks before it wraps a layer.
@@ -34,11 +36,81 @@ class QuantizedMethods(nn.Module):
     def is_loaded_in_8bit(self) -> bool:
         return self._quantizer is not None and self._quantizer.bits == 8
 
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Weights, a tied one counted once, each code as the weight it stands for."""
+        stored: int = super().num_parameters(only_trainable, exclude_embeddings)  # type: ignore[misc]
+        packed = {id(m.weight): m for m in self.modules() if isinstance(m, QuantizedWeight) and not only_trainable}
+        if exclude_embeddings:
+            packed.pop(id(self.get_input_embeddings().weight), None)  # type: ignore[operator]
+        return stored + sum(m.packed.shape[0] * m.packed.shape[1] - m.weight.numel() for m in packed.values())
+
     def _set_quantizer(self, quantizer: Quantizer | None) -> None:
         """For this model and the models in it, which share its configuration."""
         for module in self.modules():
             if isinstance(module, QuantizedMethods):
                 module._quantizer = quantizer
+            elif isinstance(module, QuantizedEmbedding):
+                module.compute_dtype = self.dtype  # type: ignore[assignment]
+
+    # -- the embedding and the head --------------------------------------------------------------------------------
+
+    def tie_weights(self) -> None:
+        """Make tied parameters one tensor again, with its scales, if the configuration ties them."""
+        plain = [tie(self, *pair) for pair in self.tied_weights.items()] if self._ties else []  # type: ignore[operator]
+        if not all(plain):
+            super().tie_weights()  # type: ignore[misc]
+
+    def untie_weights(self) -> None:
+        """Give the head a copy of the embedding's weight, to be saved apart."""
+        for tied, source in self.tied_weights.items() if self._ties else ():  # type: ignore[operator]
+            embedding = self.get_submodule(source.rpartition(".")[0])
+            if isinstance(embedding, QuantizedWeight):
+                copies = (None if t is None else t.detach().clone() for t in embedding.packed[:3])
+                copy = embedding.packed._replace(**dict(zip(("codes", "scale", "zero"), copies, strict=True)))
+                self.set_submodule(tied.rpartition(".")[0], QuantizedLinear(copy))
+                self.config.tie_word_embeddings = False  # type: ignore[union-attr]
+        super().untie_weights()  # type: ignore[misc]
+
+    @property
+    def _ties(self) -> bool:
+        return self.config.tie_word_embeddings  # type: ignore[union-attr,return-value]
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """As of a plain model; new rows are quantized like the others."""
+        model: Any = self
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        if not isinstance(embedding, QuantizedEmbedding) and not isinstance(head, QuantizedLinear):
+            return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)  # type: ignore[misc]
+        size = model._new_size(new_num_tokens, pad_to_multiple_of)
+        if size != embedding.num_embeddings:
+            tied = head is not None and head.weight is embedding.weight
+            for module in [embedding] if tied or head is None else [embedding, head]:
+                if isinstance(module, QuantizedWeight):
+                    module.hold(resized(module, size, None if mean_resizing else model.config.initializer_range))
+                else:
+                    module.weight = model._resized(module.weight, size, mean_resizing)
+            embedding.num_embeddings = size
+        model._follow_vocabulary()
+        return embedding
+
+    def prune_heads(self, heads_to_prune: Any) -> None:
+        """As of a plain model; InputError for a quantized one, whose matrices cannot be cut."""
+        if self.is_quantized:
+            raise InputError("a quantized model cannot be pruned: prune the plain one, save it, and quantize that.")
+        super().prune_heads(heads_to_prune)  # type: ignore[misc]
+
+    # -- moves and casts -------------------------------------------------------------------------------------------
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        out = super()._apply(fn, recurse)
+        first: dict[int, QuantizedWeight] = {}
+        for module in self.modules():
+            if isinstance(module, QuantizedWeight):  # moved tables are new tensors, a module each: share them again
+                owner = first.setdefault(id(module.weight), module)
+                module.weight_scale, module.weight_zero = owner.weight_scale, owner.weight_zero
+        return out
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """As of torch; InputError for another dtype if the model is quantized."""
@@ -66,7 +138,26 @@ class QuantizedMethods(nn.Module):
         return getattr(super(), method)()
 
     def _refuse_cast(self, dtype: str) -> None:
+        how = "dtype=" if self.quantization_config.quant_method == "gemmakit" else "dtype= and bnb_4bit_compute_dtype="
         raise InputError(
-            f"a quantized model cannot be cast to {dtype}: choose dtype= and bnb_4bit_compute_dtype= in "
-            "from_pretrained. .to(device) works."
+            f"a quantized model cannot be cast to {dtype}: choose {how} in from_pretrained. .to(device) works."
         )
+
+
+def tie(model: nn.Module, tied: str, source: str) -> bool:
+    """Let the head share a quantized embedding's tensors, or be plain again beside a plain one; whether it is done."""
+    place = tied.rpartition(".")[0]
+    head, embedding = model.get_submodule(place), model.get_submodule(source.rpartition(".")[0])
+    if not isinstance(embedding, QuantizedWeight):
+        if isinstance(head, QuantizedLinear):
+            plain = Linear(head.in_features, head.out_features, bias=False, device="meta")
+            model.set_submodule(place, plain.train(head.training))
+        return False
+    if not isinstance(head, nn.Linear):
+        return True  # an adapter around the head, which holds its tensors
+    if not isinstance(head, QuantizedLinear):
+        new = QuantizedLinear(embedding.packed)
+        model.set_submodule(place, new.train(head.training))
+        head = new
+    head.share(embedding)
+    return True

@@ -15,41 +15,55 @@ from torch import Tensor, nn
 from gemmakit.checkpoint import Checkpoint
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import CheckpointError, ConfigError, InputError
-from gemmakit.quantization import BitsAndBytesConfig
+from gemmakit.quantization import BitsAndBytesConfig, WeightOnlyConfig, parse_quantization
 
+QuantizationConfig = BitsAndBytesConfig | WeightOnlyConfig
 # {part: tensor name in the file}; the part "weight" is the packed weight itself.
 Parts = dict[str, str]
 
 
 class Quantizer(Protocol):
-    """One scheme: which linear layers, how a weight becomes a module, how stored tensors do, what is written down."""
+    """One scheme: which modules, how a weight becomes a module, how stored tensors do, what is written down."""
 
     config: Any
     bits: int
     stored: bool  # the checkpoint's weights are quantized already
+    kinds: tuple[type[nn.Module], ...]  # of the modules whose weight can be quantized
 
     def require(self, device: torch.device) -> None:
         """Raise MissingDependency or InputError if this cannot run on `device`."""
         ...
 
     def takes(self, name: str) -> bool:
-        """Whether the linear layer of this name is to be quantized when its weight is stored plainly."""
+        """Whether the module of this name is to be quantized when its weight is stored plainly."""
+        ...
+
+    def bits_of(self, name: str) -> float:
+        """Bits a weight of a module that it takes, scales included; for asking for memory."""
         ...
 
     def parts(self, key: str, checkpoint: Checkpoint) -> Parts:
         """The tensors that together hold the weight stored as `key`; empty if it is stored plainly."""
         ...
 
-    def shape(self, parts: Parts, checkpoint: Checkpoint) -> tuple[int, ...]:
-        """The weight's shape once unpacked; CheckpointError if the parts do not fit each other."""
+    def shape(self, name: str, expected: tuple[int, ...], parts: Parts, checkpoint: Checkpoint) -> tuple[int, ...]:
+        """The shape of the module's weight once unpacked; CheckpointError if the parts do not fit each other.
+
+        expected: the shape that the model asks for, which the stored tensors of some schemes leave open.
+        """
         ...
 
-    def from_float(self, linear: nn.Linear, weight: Tensor, device: torch.device) -> nn.Module:
-        """The module that replaces `linear`, with `weight` (O, I) quantized on `device`."""
+    def from_float(
+        self, module: nn.Module, name: str, weight: Tensor, device: torch.device, dtype: torch.dtype | None
+    ) -> nn.Module:
+        """What replaces the module `name`, with `weight` (O, I), as stored, quantized on `device`.
+
+        dtype: what weights that stay plain are cast to, or None.
+        """
         ...
 
-    def from_parts(self, linear: nn.Linear, tensors: Mapping[str, Tensor], device: torch.device) -> nn.Module:
-        """The module that replaces `linear`, from the stored tensors of `parts`."""
+    def from_parts(self, module: nn.Module, tensors: Mapping[str, Tensor], device: torch.device) -> nn.Module:
+        """What replaces the module, from the stored tensors of `parts`."""
         ...
 
     def to_dict(self) -> dict[str, Any]:
@@ -70,16 +84,20 @@ def choose(config: GemmaConfig, asked: Any, heads: tuple[str, ...], device_map: 
     stored = config.extra.get("quantization_config")
     if stored is None and asked is None:
         return None
-    from gemmakit.pytorch.quantize.bitsandbytes import BitsAndBytesQuantizer
-
-    wanted = None if asked is None else _parsed(asked)
+    wanted = None if asked is None else parse_quantization(asked)
     if stored is not None:
         try:
-            wanted = _merged(_parsed(stored), wanted)
+            wanted = _merged(parse_quantization(stored), wanted)
         except ConfigError as e:
             raise CheckpointError(f"{config.name_or_path or 'config.json'} holds quantized weights: {e}") from e
     assert wanted is not None
     wanted.validate()
+    if isinstance(wanted, WeightOnlyConfig):
+        from gemmakit.pytorch.quantize.weight_only import WeightOnlyQuantizer
+
+        return WeightOnlyQuantizer(wanted, config.tie_word_embeddings, stored is not None)
+    from gemmakit.pytorch.quantize.bitsandbytes import BitsAndBytesQuantizer
+
     if not wanted.is_quantizable:
         raise InputError("quantization_config asks for nothing: set load_in_4bit=True or load_in_8bit=True.")
     kept = _offloaded(device_map) if wanted.llm_int8_enable_fp32_cpu_offload else ()
@@ -93,32 +111,36 @@ def _offloaded(device_map: Any) -> tuple[str, ...]:
     return tuple(name for name, place in device_map.items() if str(place) in ("cpu", "disk"))
 
 
-def _parsed(config: Any) -> BitsAndBytesConfig:
-    """A copy, whether it is ours, a dictionary, or the object of another library with to_dict."""
-    to_dict = getattr(config, "to_dict", None)
-    return BitsAndBytesConfig.from_dict(config if to_dict is None else to_dict())
-
-
-def _merged(stored: BitsAndBytesConfig, asked: BitsAndBytesConfig | None) -> BitsAndBytesConfig:
-    if asked is not None:
-        if (stored.load_in_4bit, stored.load_in_8bit) != (asked.load_in_4bit, asked.load_in_8bit):
-            kind = "4" if stored.load_in_4bit else "8"
-            raise InputError(
-                f"the checkpoint holds {kind}-bit weights and quantization_config asks for others: leave it out, or "
-                "load the checkpoint they were made from."
-            )
+def _merged(stored: QuantizationConfig, asked: QuantizationConfig | None) -> QuantizationConfig:
+    """The stored layout, and from the call how to compute."""
+    if asked is None:
+        return stored
+    if _kind(stored) != _kind(asked):
+        raise InputError(
+            f"the checkpoint holds {_kind(stored)[1]}-bit weights of {stored.quant_method} and quantization_config "
+            "asks for others: leave it out, or load the checkpoint they were made from."
+        )
+    if isinstance(stored, BitsAndBytesConfig) and isinstance(asked, BitsAndBytesConfig):
         stored.bnb_4bit_compute_dtype = asked.bnb_4bit_compute_dtype
         stored.llm_int8_threshold = asked.llm_int8_threshold
     return stored
 
 
+def _kind(config: QuantizationConfig) -> tuple[Any, ...]:
+    """What of a configuration decides how weights are stored; the bits come second."""
+    if isinstance(config, WeightOnlyConfig):
+        return config.quant_method, config.bits, config.group_size, config.head_bits
+    return config.quant_method, 4 if config.load_in_4bit else 8 if config.load_in_8bit else 0
+
+
 def stored_groups(
     quantizer: Quantizer | None, model: nn.Module, checkpoint: Checkpoint, stored: Mapping[str, str]
 ) -> dict[str, Parts]:
-    """{parameter name: its parts} for every linear weight of `stored` that the file holds quantized."""
+    """{parameter name: its parts} for every weight of `stored` that the file holds quantized."""
     if quantizer is None:
         return {}
-    weights = {n: k for n, k in stored.items() if isinstance(_owner(model, n), nn.Linear) and n.endswith(".weight")}
+    kinds = quantizer.kinds
+    weights = {n: k for n, k in stored.items() if isinstance(_owner(model, n), kinds) and n.endswith(".weight")}
     groups = {name: parts for name, key in weights.items() if (parts := quantizer.parts(key, checkpoint))}
     if quantizer.stored and not groups and not any(map(quantizer.takes, (n.rpartition(".")[0] for n in weights))):
         raise CheckpointError(
@@ -134,23 +156,25 @@ def adopt(
     name: str,
     tensor: Tensor | Mapping[str, Tensor],
     device: torch.device,
+    dtype: torch.dtype | None,
 ) -> bool:
-    """Replace the linear layer that owns the weight `name` by its quantized form, if it is to have one.
+    """Replace the module that owns the weight `name` by its quantized form, if it is to have one.
 
-    tensor: the plain weight, or the tensors of its parts.
+    tensor: the plain weight as it is stored, or the tensors of its parts; dtype: what plain weights are cast to.
     """
     owner, _, attribute = name.rpartition(".")
-    linear = model.get_submodule(owner)
-    if quantizer is None or attribute != "weight" or not isinstance(linear, nn.Linear):
+    old = model.get_submodule(owner)
+    if quantizer is None or attribute != "weight" or not isinstance(old, quantizer.kinds):
         return False
     if isinstance(tensor, Mapping):
-        module = quantizer.from_parts(linear, tensor, device)
+        module = quantizer.from_parts(old, tensor, device)
     elif quantizer.takes(owner):
-        module = quantizer.from_float(linear, tensor, device)
+        module = quantizer.from_float(old, owner, tensor, device, dtype)
     else:
         return False
-    module.bias = linear.bias
-    model.set_submodule(owner, module.train(linear.training))
+    if isinstance(old, nn.Linear):
+        module.bias = old.bias
+    model.set_submodule(owner, module.train(old.training))
     return True
 
 

@@ -13,7 +13,7 @@ from strategy_models import BOS, model, rows, settings
 
 from gemmakit.pytorch.decode.assisted import speculative
 from gemmakit.pytorch.decode.lookup import LOSS, HeldNoise, Ledger, Ngrams
-from gemmakit.pytorch.decode.sampling import NO_TOKEN, exponential
+from gemmakit.pytorch.decode.sampling import NO_TOKEN, Exponential
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -37,7 +37,7 @@ def test_speculative_sampling_gives_the_models_distribution(apart):
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(k + 1, V, generator=generator)
     q = (scores[:k] + apart * torch.randn(k, V, generator=generator)).softmax(-1)
-    noise = exponential(generator)
+    noise = Exponential(generator)
     counts, kept = torch.zeros(k + 1, V), 0
     for _ in range(runs):
         drafted = (q / noise(q)).argmax(-1)
@@ -52,7 +52,7 @@ def test_speculative_sampling_gives_the_models_distribution(apart):
 
 def test_a_draft_of_nan_and_a_token_the_draft_could_not_draw_change_nothing():
     scores = torch.tensor([[0.0, 1.0, 2.0], [2.0, 1.0, 0.0]])
-    noise = exponential(torch.Generator().manual_seed(1))
+    noise = Exponential(torch.Generator().manual_seed(1))
     drawn = torch.zeros(3)
     for _ in range(3000):
         tokens, n = speculative(scores, torch.tensor([0]), torch.zeros(1, 3), noise)
@@ -63,7 +63,7 @@ def test_a_draft_of_nan_and_a_token_the_draft_could_not_draw_change_nothing():
 
 def test_scores_of_nan_give_no_token():
     scores = torch.full((3, 4), torch.nan)
-    tokens, n = speculative(scores, torch.tensor([1, 2]), torch.full((2, 4), 0.25), exponential(None))
+    tokens, n = speculative(scores, torch.tensor([1, 2]), torch.full((2, 4), 0.25), Exponential(None))
     assert n == 0
     assert tokens[0] == NO_TOKEN
 
@@ -199,7 +199,7 @@ def test_a_repeating_text_takes_fewer_passes():
 
 
 def test_noise_drawn_for_tokens_not_reached_serves_the_next_ones():
-    plain, held = (exponential(torch.Generator().manual_seed(1)) for _ in range(2))
+    plain, held = (Exponential(torch.Generator().manual_seed(1)) for _ in range(2))
     like = torch.zeros(1, 7)
     expected = [plain(like) for _ in range(9)]
     noise, at = HeldNoise(held), 0

@@ -29,7 +29,11 @@ from gemmakit.pytorch.decode.processors.truncating import (
 )
 from gemmakit.pytorch.decode.scores import FORBIDDEN, Processor
 
+# These read the scores of a row and nothing else, are equal if they do the same, and wait for no accelerator.
+BY_SCORES = (Temperature, TopH, TopK, TopP, MinP, Typical, Epsilon, Eta, OnlyFinite, Renormalized)
+
 __all__ = [
+    "BY_SCORES",
     "FORBIDDEN",
     "Context",
     "EosDecay",

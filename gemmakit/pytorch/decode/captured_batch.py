@@ -1,0 +1,159 @@
+"""The decoding pass of a batch engine on fixed memory, so that an accelerator can replay it.
+
+One token each of `rows` rows over the pages of a cache: inputs in, model, processors and sampler, tokens out. Numbers
+of rows and pages are rounded up so that few graphs serve all steps. Axis letters: R rows, P pages a row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from gemmakit.pytorch.cache.paged import PagedCache, Placement, Span
+from gemmakit.pytorch.cache.pages import NULL_PAGE
+from gemmakit.pytorch.decode import graphs
+from gemmakit.pytorch.decode.captured import rounded
+from gemmakit.pytorch.decode.requests import Row, shared_chain
+from gemmakit.pytorch.decode.sampling import greedy, sampler
+from gemmakit.pytorch.decode.scores import Processor
+
+MAX_ROWS = 256
+MIN_PAGES = 4
+# A batch passes through many sizes; one that comes this often is worth recording, which runs it four times over.
+WORTH_USES = 4
+
+
+class FixedBatch:
+    """One pass over rows of one token each.
+
+    Rows that are too many repeat the first one: they write what it writes, to the same place. chain: the processors of
+    all rows, None to leave the choice to the caller; sampled: whether tokens are drawn.
+    """
+
+    def __init__(
+        self, model: Any, cache: PagedCache, rows: int, pages: int, chain: Sequence[Processor] | None, sampled: bool
+    ):
+        self.model, self.cache, self.rows, self.pages, self.chain = model, cache, rows, pages, chain
+        device = model.device
+        self.inputs = torch.zeros(rows * (3 + pages), dtype=torch.long, device=device)
+        ids, places, lengths, table = self.inputs.split([rows, rows, rows, rows * pages])
+        self.ids = ids[:, None]
+        self.where = Placement(places, table.view(rows, pages), lengths, past=0, keys=pages * cache.page_size)
+        self.tokens = torch.zeros(rows, dtype=torch.long, device=device)
+        self.noise = torch.ones((rows, model.config.vocab_size), device=device) if sampled else None
+        self.pick = greedy if self.noise is None else sampler(lambda like: cast(Tensor, self.noise))
+        self.logits: Tensor | None = None  # (R, V) of the last step, where the caller chooses
+        self._replay: graphs.Step | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.inputs.nbytes + self.tokens.nbytes + (0 if self.noise is None else self.noise.nbytes)
+
+    def record(self, recorder: graphs.Recorder) -> None:
+        """After `load`: recording writes what the step itself writes."""
+        self._replay = recorder.record(self.step)
+
+    def step(self) -> None:
+        self.cache.placement = self.where
+        out = self.model(
+            input_ids=self.ids,
+            attention_mask=self.where.mask,
+            position_ids=self.where.positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            output_attentions=False,
+            output_hidden_states=False,
+            return_dict=True,
+            logits_to_keep=1,
+        )
+        self.logits = out.logits[:, -1]
+        if self.chain is None:
+            return
+        scores = out.logits[:, -1].float()
+        for processor in self.chain:
+            scores = processor(self.ids, scores)
+        self.tokens.copy_(self.pick(scores))
+
+    def load(self, spans: Sequence[Span], ids: Sequence[int], before: Tensor | None) -> None:
+        """The rows of the next step. ids: their tokens or, with `before`, the places of these in it, on the device."""
+        size, extra = self.cache.page_size, self.rows - len(spans)
+        flat = [*ids, *[ids[0]] * extra]
+        places = [s.pages[s.start // size] * size + s.start % size for s in spans]
+        flat += [*places, *[places[0]] * extra]
+        flat += [*(s.end for s in spans), *[spans[0].end] * extra]
+        for s in (*spans, *[spans[0]] * extra):
+            held = s.pages[: -(-s.end // size)]
+            flat += [*held, *[NULL_PAGE] * (self.pages - len(held))]
+        sent = torch.tensor(flat, device="cpu")
+        if self.inputs.device.type == "cuda":
+            sent = sent.pin_memory()  # a copy from elsewhere would wait
+        self.inputs.copy_(sent, non_blocking=True)
+        if before is not None:
+            self.ids.copy_(before[self.ids].clamp_min(0))
+
+    def run(self, rows: Sequence[Row]) -> None:
+        if self.noise is not None:
+            for line, row in zip(self.noise, rows, strict=False):
+                line.exponential_(generator=row.generator)
+        assert self._replay is not None
+        self._replay()
+        self.cache.placement = self.where
+
+
+class Captured:
+    """Chooses the recorded pass for a step, if there is to be one."""
+
+    def __init__(self, model: Any, cache: PagedCache):
+        self.model, self.cache = model, cache
+        self._store = graphs.Kept()
+        self._uses: Counter[Hashable] = Counter()
+        self._reason: str | None = None
+        self._recorder: graphs.Recorder | None = None
+
+    def look(self) -> None:
+        """See whether the model is still what it was; for whenever a request comes."""
+        self._reason = graphs.why_not(self.model)
+        if self._reason is None:
+            self._recorder = self._store.open(self.model, self.model.device)
+        else:
+            graphs.say(self.model, self._reason)
+
+    def loaded(
+        self, rows: Sequence[Row], spans: Sequence[Span], ids: Sequence[int], before: Tensor | None
+    ) -> FixedBatch | None:
+        """The pass for these rows with its inputs set; None if it is to be run plainly."""
+        if self._reason is not None or self._recorder is None or len(spans) > MAX_ROWS:
+            return None
+        chain, sampled = shared_chain(rows), rows[0].generator is not None
+        if any((row.generator is not None) != sampled or row.criteria for row in rows):
+            chain = None  # criteria read scores, and those of the pass are gone with it
+        pages = max(MIN_PAGES, rounded(max(-(-span.end // self.cache.page_size) for span in spans)))
+        key = (1 << (len(spans) - 1).bit_length(), pages, chain, sampled and chain is not None)
+        self._uses[key] += 1
+        fixed = self._store.use(key)
+        if fixed is None and self._uses[key] >= WORTH_USES:
+            return self._made(key, spans, ids, before)
+        if isinstance(fixed, FixedBatch):
+            fixed.load(spans, ids, before)
+            return fixed
+        return None
+
+    def _made(self, key: Any, spans: Sequence[Span], ids: Sequence[int], before: Tensor | None) -> FixedBatch | None:
+        assert self._recorder is not None
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                fixed = FixedBatch(self.model, self.cache, *key)
+                fixed.load(spans, ids, before)
+                fixed.record(self._recorder)
+        except RuntimeError as e:  # memory, or an operator that cannot be recorded: once is enough
+            self._store.clear()
+            self._reason = f"recording a step failed ({str(e).splitlines()[0]})"
+            graphs.say(self.model, self._reason)
+            return None
+        self._store.entries[key] = fixed
+        self._store.trim()
+        return fixed

@@ -1,0 +1,157 @@
+"""What a causal model is trained by: cross entropy of logits, or of the head and its logits some positions at a time.
+
+In the second form logits of all positions never exist at once: at 2,048 positions they would be 2.1 GB in float32, and
+their gradient as much again. Axis letters: B batch, S positions, n = B * S of them laid end to end, C positions a
+chunk, D hidden, V vocabulary.
+Source of the idea, gradients computed with the loss: Liger Kernel, arXiv:2410.10989.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from gemmakit.errors import InputError
+from gemmakit.pytorch.layers import Linear
+
+IGNORED_LABEL = -100
+
+
+def causal_loss(logits: Tensor, targets: Tensor, num_items: int | Tensor | None = None) -> Tensor:
+    """Cross entropy in float32. logits: (B, S, V); targets: (B, S), the id that follows each position, or -100."""
+    flat, target = logits.float().flatten(0, 1), targets.to(logits.device, torch.long).flatten()
+    if num_items is None:
+        return F.cross_entropy(flat, target, ignore_index=IGNORED_LABEL)
+    total = F.cross_entropy(flat, target, ignore_index=IGNORED_LABEL, reduction="sum")
+    return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
+
+
+def next_labels(labels: Tensor) -> Tensor:
+    """What each position is to predict: the label after it; the last has none."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+
+
+def check_labels(labels: Tensor, inputs: Tensor | None, vocab_size: int) -> None:
+    if inputs is not None and labels.shape != inputs.shape[:2]:
+        raise InputError(f"labels has shape {tuple(labels.shape)}; the inputs are {tuple(inputs.shape[:2])}.")
+    if labels.is_floating_point():
+        raise InputError(f"labels are {labels.dtype}; they must be token ids, or {IGNORED_LABEL}.")
+    if torch.compiler.is_compiling() or not labels.numel():
+        return
+    bad = labels[((labels < 0) & (labels != IGNORED_LABEL)) | (labels >= vocab_size)]
+    if bad.numel():
+        raise InputError(
+            f"label {int(bad[0])} is outside the vocabulary of {vocab_size} ids (0 to {vocab_size - 1}; "
+            f"{IGNORED_LABEL} marks positions to ignore)."
+        )
+
+
+def chunked_loss(
+    head: nn.Module, hidden: Tensor, targets: Tensor | None, chunk: int, num_items: int | Tensor | None = None
+) -> Tensor:
+    """Cross entropy of head(hidden) in float32, () as `causal_loss` gives it, `chunk` positions at a time.
+
+    hidden: (B, S, D); targets: (B, S), the id that follows each position, or -100; num_items: what to divide the sum
+    by, instead of the number of targets. With a plain head the gradients are computed along with the loss: memory is a
+    few times (C, V), and (V, D) in float32 where the head is trained in several chunks, for its gradient is summed in
+    float32 and rounded once. A head with hooks or adapters, or a quantized one, is run twice instead, so that it sees
+    its call.
+
+    Raises InputError without targets, or for a chunk that is no whole number above 0.
+    """
+    if targets is None:
+        raise InputError(f"loss_chunk_size is {chunk!r}, but there are no labels to compute a loss from: give labels.")
+    if not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1:
+        raise InputError(f"loss_chunk_size is {chunk!r}; it must be a whole number of positions >= 1.")
+    flat, target = hidden.flatten(0, 1), targets.to(hidden.device, torch.long).flatten()
+    if _is_plain(head):
+        total = _Fused.apply(flat, head.weight, head.bias, target, chunk, torch.is_grad_enabled())
+    else:
+        total = _by_module(head, flat, target, chunk)
+    if num_items is None:
+        count = (target != IGNORED_LABEL).sum()
+        # As torch has it: the mean of nothing is no number, and its gradient is zero.
+        return torch.where(count > 0, total / count.clamp_min(1), float("nan"))
+    return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
+
+
+def _is_plain(head: nn.Module) -> bool:
+    """Whether its weight says all that the head does."""
+    hooked = head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks
+    return type(head) is Linear and not hooked and "forward" not in head.__dict__
+
+
+def _by_module(head: nn.Module, flat: Tensor, target: Tensor, chunk: int) -> Tensor:
+    total = torch.zeros((), dtype=torch.float32, device=flat.device)
+    for at in _chunks(len(flat), chunk):
+        arguments = (head, flat[at], target[at])
+        part = checkpoint(_sum, *arguments, use_reentrant=False) if torch.is_grad_enabled() else _sum(*arguments)
+        total = total + part
+    return total
+
+
+def _sum(head: nn.Module, hidden: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(head(hidden).float(), target, ignore_index=IGNORED_LABEL, reduction="sum")
+
+
+def _chunks(count: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+class _Fused(torch.autograd.Function):
+    """The summed loss, and with it all gradients, which backward only scales.
+
+    With p the softmax and y the target's indicator, a position's gradient to its logits is p - y; it is rounded to the
+    activations' dtype, as autograd rounds it, before it meets the weight and the hidden states.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, chunk: int, grad: bool
+    ) -> Tensor:
+        wanted = [grad and need for need in ctx.needs_input_grad[:3]]
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        # One product is rounded once as it is; several are summed in float32.
+        sums = torch.float32 if len(hidden) > chunk else weight.dtype
+        to_hidden = torch.empty_like(hidden) if wanted[0] else None
+        to_weight = torch.zeros(weight.shape, dtype=sums, device=weight.device) if wanted[1] else None
+        to_bias = torch.zeros(len(weight), dtype=torch.float32, device=weight.device) if wanted[2] else None
+        for at in _chunks(len(hidden), chunk):
+            logits = F.linear(hidden[at], weight, bias)
+            dtype, scores = logits.dtype, logits.float()
+            del logits
+            peak = scores.logsumexp(-1, keepdim=True)
+            real = (target[at] != IGNORED_LABEL)[:, None]
+            index = target[at].clamp_min(0)[:, None]
+            total += torch.where(real, peak - scores.gather(1, index), 0.0).sum()
+            if not any(wanted):
+                continue
+            slope = scores.sub_(peak).exp_()
+            slope.scatter_add_(1, index, torch.full_like(peak, -1.0))
+            # A position that is ignored has none, whatever its logits are.
+            slope = slope.masked_fill_(~real, 0.0).to(dtype)
+            del scores
+            if to_hidden is not None:
+                to_hidden[at] = slope @ weight.to(dtype)
+            if to_weight is not None:
+                to_weight += slope.mT @ hidden[at].to(dtype)
+            if to_bias is not None:
+                to_bias += slope.sum(0, dtype=torch.float32)
+        ctx.save_for_backward(to_hidden, to_weight, to_bias)
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        scaled = (
+            None if g is None else (g * grad_outputs[0].to(torch.float32)).to(dtype)
+            for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return (*scaled, None, None, None)

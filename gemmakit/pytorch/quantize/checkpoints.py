@@ -1,0 +1,277 @@
+"""A checkpoint in, a quantized checkpoint out, a tensor at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemmakit.checkpoint import Checkpoint, LazyTensor, open_checkpoint, require_memory, save_checkpoint
+from gemmakit.config import HUB_ARGUMENTS, GemmaConfig
+from gemmakit.errors import InputError
+from gemmakit.hub import find_file, local_directory
+from gemmakit.pytorch.kernels import Packed
+from gemmakit.pytorch.quantize import rounding
+from gemmakit.pytorch.quantize.modules import TABLES
+from gemmakit.pytorch.quantize.quantizer import adopt
+from gemmakit.pytorch.quantize.weight_only import WeightOnlyQuantizer
+from gemmakit.quantization import WeightOnlyConfig, parse_quantization
+
+# What a folder of a model holds beside its weights and config.json.
+BESIDE = (
+    "generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja",
+)  # fmt: skip
+# The class of a checkpoint -> its module; any other is taken for the first.
+_CLASSES = {
+    "GemmaForCausalLM": "gemmakit.pytorch.model",
+    "GemmaModel": "gemmakit.pytorch.model",
+    "GemmaForSequenceClassification": "gemmakit.pytorch.heads",
+    "GemmaForTokenClassification": "gemmakit.pytorch.heads",
+}
+# Beside tensors: interpreter, torch, and pieces in work.
+_SLACK_BYTES = 300_000_000
+Name = str | os.PathLike[str]
+# Called with what is at hand, and the bytes of the checkpoint that are done and that there are.
+Progress = Callable[[str, int, int], None]
+
+
+def quantize_checkpoint(
+    pretrained_model_name_or_path: Name,
+    save_directory: Name,
+    quantization_config: WeightOnlyConfig | dict[str, Any] | str = "int4",
+    *,
+    calibration_ids: Tensor | None = None,
+    overwrite: bool = False,
+    max_shard_size: int | str = "5GB",
+    allow_pickle: bool = False,
+    progress: Progress | None = None,
+    **kwargs: Any,
+) -> Path:
+    """Quantize a model's weights into a folder that `from_pretrained` opens, tokenizer files included.
+
+    Weights are read, rounded and written one at a time: beside the largest one, memory holds only scales. With
+    `calibration_ids` a layer at a time: see `gemmakit.pytorch.quantize.gptq`.
+
+    Args:
+        pretrained_model_name_or_path: a folder, or "owner/name" on the Hub; its weights must be plain.
+        save_directory: the folder, made if absent.
+        quantization_config: a WeightOnlyConfig, its dictionary, or "int8", "int4", "int4-g128".
+        calibration_ids: (R, S) token ids, R texts of S tokens, to choose codes by their effect on (GPTQ). None rounds
+            each weight to its nearest code.
+        overwrite: replace a model that is in the folder.
+        max_shard_size: bytes a file, as a number or "5GB".
+        allow_pickle: read pytorch_model.bin, with torch's restricted unpickler, when there is nothing better.
+        progress: called with the tensor's or layer's name, and how many bytes of the checkpoint are done, of how many.
+        kwargs: revision, token, cache_dir, local_files_only, subfolder.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: weights that are quantized already, a folder in use, another scheme than gemmakit's own.
+        CheckpointError: files missing or damaged, NaN in a weight, too little disk; nothing has then changed.
+        NotEnoughMemory, HubError, UnsafeFile, ConfigError.
+    """
+    unknown = [k for k in kwargs if k not in HUB_ARGUMENTS]
+    if unknown:
+        raise InputError(f"quantize_checkpoint has no argument {', '.join(unknown)}.")
+    source, target = pretrained_model_name_or_path, Path(save_directory).expanduser()
+    wanted = _wanted(quantization_config, calibration_ids is not None)
+    _refuse_target(source, target, overwrite)
+    config = GemmaConfig.from_pretrained(source, **kwargs)
+    if config.extra.get("quantization_config") is not None:
+        method = config.extra["quantization_config"].get("quant_method", "another library")
+        raise InputError(f"{source} is quantized by {method} already: quantize the weights it was made from.")
+    quantizer = WeightOnlyQuantizer(wanted, config.tie_word_embeddings)
+    report = progress or (lambda *_: None)
+    with open_checkpoint(source, allow_pickle=allow_pickle, **kwargs) as checkpoint:
+        hollow = _hollow(config)
+        stored = _stored(hollow, checkpoint)
+        if calibration_ids is None:
+            tensors = _streamed(hollow, stored, checkpoint, quantizer, report)
+        else:
+            load = type(hollow).from_pretrained
+            model = load(source, allow_pickle=allow_pickle, **kwargs)
+            tensors = _calibrated(model, stored, checkpoint, quantizer, calibration_ids, report)
+        config.extra["quantization_config"] = wanted.to_dict()
+        files: dict[str, str | bytes] = {"config.json": config.to_json_string(), **_beside(source, kwargs)}
+        save_checkpoint(tensors, target, max_shard_size=max_shard_size, extra_files=files)
+    return target
+
+
+def _wanted(config: Any, calibrated: bool) -> WeightOnlyConfig:
+    wanted = parse_quantization(config)
+    if not isinstance(wanted, WeightOnlyConfig):
+        raise InputError(
+            f"quantize_checkpoint writes gemmakit's own int8 and int4, not {wanted.quant_method}: for that, load with "
+            "quantization_config= and call save_pretrained."
+        )
+    wanted.calibration = "gptq" if calibrated else None
+    return wanted
+
+
+def _refuse_target(source: Name, target: Path, overwrite: bool) -> None:
+    here = local_directory(source)
+    if here is not None and target.exists() and here.resolve() == target.resolve():
+        raise InputError(f"{str(target)!r} is the model that is read: name another folder.")
+    if target.is_file() or (not overwrite and target.is_dir() and any(target.iterdir())):
+        kind = "is a file" if target.is_file() else "is not empty"
+        raise InputError(f"{str(target)!r} {kind}: name another folder, or pass overwrite=True (--overwrite).")
+
+
+def _beside(source: Name, hub: dict[str, Any]) -> dict[str, bytes]:
+    found = {name: find_file(source, name, optional=True, **hub) for name in BESIDE}
+    return {name: path.read_bytes() for name, path in found.items() if path is not None}
+
+
+def _hollow(config: GemmaConfig) -> Any:
+    """The model of the checkpoint's class, without memory for its weights."""
+    said = next((name for name in config.architectures or () if name in _CLASSES), next(iter(_CLASSES)))
+    with torch.device("meta"):
+        return getattr(import_module(_CLASSES[said]), said)(config)
+
+
+def _stored(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
+    """Parameter name -> tensor name, once every difference between model and file has been named."""
+    from gemmakit.pytorch import pretrained
+
+    wanted = {n: p for n, p in model.named_parameters(remove_duplicate=False) if n not in pretrained._tied(model)}
+    stored = pretrained._stored_names(model, checkpoint, wanted)
+    pretrained._refuse_differences(model, checkpoint, wanted, stored, set())
+    for name, key in stored.items():
+        pretrained._require_shape(key, checkpoint.info(key).shape, wanted[name].shape, checkpoint)
+    return stored
+
+
+# -- each weight by itself ---------------------------------------------------------------------------------------------
+
+
+def _streamed(
+    model: Any, stored: dict[str, str], checkpoint: Checkpoint, quantizer: WeightOnlyQuantizer, report: Progress
+) -> dict[str, LazyTensor]:
+    out: dict[str, LazyTensor] = {}
+    done = _Done(report, checkpoint.total_bytes)
+    largest = tables = 0
+    for name, key in stored.items():
+        owner = name.removesuffix(".weight")
+        info = checkpoint.info(key)
+        taken = name.endswith(".weight") and isinstance(model.get_submodule(owner), quantizer.kinds)
+        layout = quantizer.layout(owner) if taken else None
+        if layout is None:
+            load = _Plain(key, checkpoint, done)
+            out[key] = LazyTensor(info.dtype, tuple(info.shape), load)
+            largest = max(largest, info.nbytes)
+            continue
+        weight = _Weight(key, layout, checkpoint, done)
+        O, I = info.shape
+        like = rounding.empty(O, I, *layout, device="meta")
+        for part, tensor, field in _parts(key, like):
+            out[part] = LazyTensor(_dtype(tensor), tuple(tensor.shape), getattr(weight, field))
+        largest, tables = max(largest, like.nbytes), tables + like.nbytes - like.codes.nbytes
+    require_memory(largest + tables + _SLACK_BYTES, f"quantizing {checkpoint.files[0].parent}")
+    return out
+
+
+def _parts(key: str, packed: Packed) -> Iterator[tuple[str, Tensor, str]]:
+    """(stored name, tensor, field) of what a packed weight consists of."""
+    names = zip((key, *(key + table for table in TABLES)), packed[:3], ("codes", "scale", "zero"), strict=True)
+    return ((name, tensor, field) for name, tensor, field in names if tensor is not None)
+
+
+class _Done:
+    """Bytes of the checkpoint that have been worked through."""
+
+    def __init__(self, report: Progress, total: int):
+        self.report, self.total, self.bytes = report, total, 0
+
+    def add(self, name: str, nbytes: int) -> None:
+        self.bytes += nbytes
+        self.report(name, self.bytes, self.total)
+
+
+class _Plain:
+    """A tensor that is copied."""
+
+    def __init__(self, key: str, checkpoint: Checkpoint, done: _Done):
+        self.key, self.checkpoint, self.done = key, checkpoint, done
+
+    def __call__(self) -> Tensor:
+        self.done.add(self.key, self.checkpoint.info(self.key).nbytes)
+        return self.checkpoint.tensor(self.key)
+
+
+class _Weight:
+    """A weight's parts, each made when its turn to be written comes.
+
+    A file begins with its widest numbers, so scales are asked for long before their codes: scales and zeros are kept
+    from then on, and the codes, which are most of the bytes, are found again from them.
+    """
+
+    def __init__(self, key: str, layout: tuple[int, int | None], checkpoint: Checkpoint, done: _Done):
+        self.key, self.layout, self.checkpoint, self.done = key, layout, checkpoint, done
+        self.tables: tuple[Tensor, Tensor | None] | None = None
+
+    def scale(self) -> Tensor:
+        return self._tables()[0]
+
+    def zero(self) -> Tensor | None:
+        return self._tables()[1]
+
+    def codes(self) -> Tensor:
+        (scale, zero), self.tables = self._tables(), None
+        codes = rounding.codes_of(self.checkpoint.tensor(self.key), *self.layout, scale, zero)
+        self.done.add(self.key, self.checkpoint.info(self.key).nbytes)
+        return codes
+
+    def _tables(self) -> tuple[Tensor, Tensor | None]:
+        if self.tables is None:
+            self.tables = rounding.tables_of(self.checkpoint.tensor(self.key), *self.layout, self.key)
+        return self.tables
+
+
+# -- by what the codes do to a text ------------------------------------------------------------------------------------
+
+
+def _calibrated(
+    model: Any,
+    stored: dict[str, str],
+    checkpoint: Checkpoint,
+    quantizer: WeightOnlyQuantizer,
+    ids: Tensor,
+    report: Progress,
+) -> dict[str, Tensor]:
+    from gemmakit.pytorch.quantize.gptq import calibrate, memory_bytes
+
+    require_memory(
+        memory_bytes(model.config, ids, quantizer.config.bits) + _SLACK_BYTES,
+        f"calibrating {checkpoint.files[0].parent} on {ids.numel()} tokens",
+        remedy="Calibrate on fewer texts, or leave calibration out.",
+    )
+    done = _Done(report, checkpoint.total_bytes)
+    sizes = {name: checkpoint.info(key).nbytes for name, key in stored.items()}
+    for name in stored:
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            adopt(quantizer, model, name, model.get_parameter(name), model.device, None)
+            done.add(name, sizes[name])
+    model._set_quantizer(quantizer)
+    model.tie_weights()
+    calibrate(
+        model, ids, quantizer, lambda at: done.add(at, sum(n for k, n in sizes.items() if k.startswith(at + ".")))
+    )
+    return _by_stored_name(model.state_dict(), stored)
+
+
+def _by_stored_name(state: dict[str, Tensor], stored: dict[str, str]) -> dict[str, Tensor]:
+    """What a file holds of a model's tensors, under the names of the file that the weights came from."""
+    renamed = {name + table: key + table for name, key in stored.items() for table in ("", *TABLES)}
+    return {renamed[name]: tensor for name, tensor in state.items() if name in renamed}
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

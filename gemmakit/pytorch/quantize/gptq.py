@@ -1,0 +1,190 @@
+"""GPTQ: codes that keep a layer's outputs on a text, rather than each weight by itself. Source: arXiv:2210.17323.
+
+The columns of a weight are rounded one after the other, those whose inputs are largest first, and what a column loses
+is made up for by the columns still to come, as the second derivatives of the layer's squared error say. Scales are
+chosen before (so the layout is the ordinary one), the error at each input counted by that input's size.
+
+Memory: the hidden states of the texts, R * S * D * 4 bytes; one layer in float32; three matrices of I * I * 4 bytes for
+the widest projection (2B: 1 GB each). Axis letters: R texts, S positions, O outputs, I inputs, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gemmakit.config import GemmaConfig
+from gemmakit.errors import InputError, NumericalError
+from gemmakit.pytorch.kernels import Packed
+from gemmakit.pytorch.quantize import rounding
+from gemmakit.pytorch.quantize.modules import QuantizedLinear
+from gemmakit.pytorch.quantize.weight_only import WeightOnlyQuantizer
+
+# Added to the diagonal, as a share of its mean: keeps the inverse tame where inputs hardly vary.
+DAMPING = 0.01
+# Columns whose updates reach the rest of the weight together, in one product.
+BLOCK = 128
+# Projections that read the same input; each sees the ones before it already quantized.
+STAGES = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+_TEXTS = 8  # run together
+
+
+@torch.no_grad()
+def calibrate(
+    model: Any, ids: Tensor, quantizer: WeightOnlyQuantizer, report: Callable[[str], None] = lambda name: None
+) -> None:
+    """Quantize the projections of the decoder layers in place; embedding, head and norms stay as they are.
+
+    Args:
+        model: a GemmaForCausalLM or another model of the family, with plain weights of any float dtype, on one device.
+        ids: (R, S) token ids.
+        quantizer: which projections, and their layout.
+        report: called with the name of each layer that is done.
+
+    Raises:
+        InputError: ids of another shape.
+        NumericalError: activations that are not finite.
+    """
+    if ids.dim() != 2 or not ids.numel() or ids.is_floating_point():
+        raise InputError(f"calibration_ids is {ids.dtype} of shape {tuple(ids.shape)}; it must be ids of shape (R, S).")
+    base = model.base_model
+    prefix = "" if base is model else f"{model.base_model_prefix}."
+    calls = _first_calls(base, ids.to(model.device))
+    for i, layer in enumerate(base.layers):
+        dtypes = {name: p.dtype for name, p in layer.named_parameters()}
+        layer.float()
+        name = f"{prefix}layers.{i}"
+        for stage in STAGES:
+            _quantize_stage(layer, stage, name, calls, quantizer)
+        for call in calls:
+            call.hidden = call.run(layer)
+        for name_, p in layer.named_parameters():
+            p.data = p.data.to(dtypes[name_]) if p.is_floating_point() else p.data
+        report(name)
+
+
+def memory_bytes(config: GemmaConfig, ids: Tensor, bits: int) -> int:
+    """What `calibrate` takes at most beside a model mapped from its file."""
+    D, F, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim
+    widest, layer = max(D, F, heads), 3 * D * F + 4 * D * heads
+    weights = (config.num_hidden_layers * layer + config.vocab_size * D) * (bits + 1) // 8
+    texts = ids.numel() * D + _TEXTS * ids.shape[-1] * (3 * F + 4 * D)
+    return 4 * (texts + layer + 3 * widest**2 + 4 * D * F) + weights
+
+
+class _Call:
+    """The arguments with which some texts enter a layer."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]):
+        self.hidden: Tensor = args[0]
+        self.args, self.kwargs = args[1:], kwargs
+
+    def run(self, layer: nn.Module) -> Tensor:
+        out = layer(self.hidden, *self.args, **self.kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+
+class _Stop(Exception):
+    pass
+
+
+def _first_calls(base: Any, ids: Tensor) -> list[_Call]:
+    """What the first layer is called with: hidden states in float32."""
+    calls: list[_Call] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(_Call(args, kwargs))
+        raise _Stop
+
+    handle = base.layers[0].register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        for piece in ids.split(_TEXTS):
+            embedded = base.embed_tokens(piece).float()
+            with suppress(_Stop):
+                base(inputs_embeds=embedded, use_cache=False)
+    finally:
+        handle.remove()
+    return calls
+
+
+def _quantize_stage(
+    layer: nn.Module, stage: tuple[str, ...], prefix: str, calls: list[_Call], quantizer: WeightOnlyQuantizer
+) -> None:
+    layouts = {name: quantizer.layout(f"{prefix}.{name}") for name in stage}
+    if not any(layouts.values()):
+        return
+    hessian = _hessian(layer, stage[0], calls)
+    for name, layout in layouts.items():
+        if layout is not None:
+            module: Any = layer.get_submodule(name)
+            packed = gptq(module.weight, hessian, *layout, name=f"{prefix}.{name}.weight")
+            layer.set_submodule(name, QuantizedLinear(packed, module.bias))
+
+
+def _hessian(layer: nn.Module, name: str, calls: list[_Call]) -> Tensor:
+    """The sum over all tokens of x^T x, (I, I), of the inputs x of a projection."""
+    total: list[Tensor] = []
+
+    def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0].flatten(0, -2).float()
+        if not torch.isfinite(x).all():
+            raise NumericalError(f"the input of {name} is not finite on the calibration text: the weights are damaged.")
+        if not total:
+            total.append(x.new_zeros(x.shape[1], x.shape[1]))
+        total[0].addmm_(x.T, x)
+
+    handle = layer.get_submodule(name).register_forward_pre_hook(add)
+    try:
+        for call in calls:
+            call.run(layer)
+    finally:
+        handle.remove()
+    return total[0]
+
+
+def gptq(weight: Tensor, hessian: Tensor, bits: int, group_size: int | None, *, name: str = "the weight") -> Packed:
+    """Round a weight (O, I) given the second derivatives (I, I) of the error in its outputs, up to a factor."""
+    weight = weight.detach().float()
+    packed = rounding.quantize(weight, bits, group_size, name=name, importance=hessian.diagonal())
+    order = hessian.diagonal().argsort(descending=True)
+    group = torch.arange(packed.in_features, device=weight.device) // packed.group_size
+    # Inputs in rows: each is then one piece of memory.
+    scale = packed.scale.float().T[group[order]]
+    zero = None if packed.zero is None else packed.zero.float().T[group[order]]
+    codes = _round_inputs(weight.T[order], _factor(hessian, order), scale, zero)
+    return packed._replace(codes=rounding.stored(codes[order.argsort()].T.contiguous(), bits))
+
+
+def _factor(hessian: Tensor, order: Tensor) -> Tensor:
+    """The upper Cholesky factor of the damped inverse, inputs in `order`."""
+    hessian = hessian[order][:, order]
+    diagonal = hessian.diagonal()
+    diagonal += DAMPING * diagonal.mean().clamp_min(1e-12)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    return torch.linalg.cholesky(inverse, upper=True)
+
+
+def _round_inputs(weight: Tensor, factor: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+    """weight: (I, O), overwritten; scale, zero: (I, O), of each weight -> codes (I, O), float32."""
+    I = len(weight)
+    codes, errors = torch.empty_like(weight), torch.empty_like(weight)
+    low, high = (-127, 127) if zero is None else (0, 15)
+    for begin in range(0, I, BLOCK):
+        end = min(begin + BLOCK, I)
+        for i in range(begin, end):
+            offset = 0.0 if zero is None else zero[i]
+            torch.div(weight[i], scale[i], out=codes[i]).round_().add_(offset).clamp_(low, high)
+            lost = weight[i] - (codes[i] - offset) * scale[i]
+            errors[i] = lost.div_(factor[i, i])
+            weight[i + 1 : end].addr_(factor[i, i + 1 : end], errors[i], alpha=-1)
+        weight[end:].addmm_(factor[begin:end, end:].T, errors[begin:end], alpha=-1)
+    return codes

@@ -1,0 +1,138 @@
+"""A projection, an embedding and a tied head whose weight is `Packed`; modules like any others.
+
+Their tensors are called `weight` (the codes), `weight_scale` and `weight_zero` (4 bits only), in files too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gemmakit.pytorch.kernels import Packed, linear_packed
+from gemmakit.pytorch.kernels.packed import dequantize
+from gemmakit.pytorch.kernels.quantized import packed_plan
+from gemmakit.pytorch.layers import GemmaScaledEmbedding
+from gemmakit.pytorch.quantize import rounding
+
+# What is stored beside the codes of `weight`, each under the weight's name with this at its end.
+TABLES = ("_scale", "_zero")
+
+
+class QuantizedWeight(nn.Module):
+    """What the two kinds share: tensors that move together, and scales that no cast reaches."""
+
+    weight: Any  # an nn.Parameter, not trained
+    weight_scale: Tensor
+    weight_zero: Tensor | None
+    group_size: int
+    _inputs: int
+
+    def hold(self, packed: Packed) -> None:
+        """Take these tensors, without a copy, in place of the ones before."""
+        self.weight = nn.Parameter(packed.codes, requires_grad=False)
+        self.register_buffer("weight_scale", packed.scale)
+        self.register_buffer("weight_zero", packed.zero)
+        self.group_size, self._inputs = packed.group_size, packed.in_features
+
+    def share(self, other: QuantizedWeight) -> None:
+        """Hold the very tensors of another module."""
+        self.hold(other.packed)
+        self.weight = other.weight
+
+    @property
+    def packed(self) -> Packed:
+        """The weight as kernels take it."""
+        return Packed(self.weight, self.weight_scale, self.weight_zero, self._inputs, self.group_size)
+
+    @property
+    def bits(self) -> int:
+        return self.packed.bits
+
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight (O, I) that the codes stand for."""
+        return dequantize(self.packed, dtype)
+
+    def scheme(self) -> str:
+        """In words: "int4, groups of 32"."""
+        groups = "rows" if self.group_size == self._inputs else f"groups of {self.group_size}"
+        return f"int{self.bits}, {groups}"
+
+    def plan(self) -> str:
+        """Which form a decoding step takes, in words."""
+        return packed_plan(self.packed)
+
+    def reset_parameters(self) -> None:
+        """Nothing: codes are given."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        scale = self.weight_scale
+
+        def moved(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            # Scales are part of the stored weight: a cast of the module is one of its inputs and outputs.
+            return tensor.to(new.device) if tensor is scale and new.dtype != tensor.dtype else new
+
+        return super()._apply(moved, recurse)
+
+
+class QuantizedLinear(QuantizedWeight, nn.Linear):
+    """x @ w.T + bias in x's dtype, by `linear_packed`; gradients reach x, never w."""
+
+    def __init__(self, packed: Packed, bias: nn.Parameter | None = None):
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = packed.shape
+        self.hold(packed)
+        self.register_parameter("bias", bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input: (..., I) -> (..., O)."""
+        return linear_packed(input, self.packed, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.scheme()}"
+
+
+class QuantizedEmbedding(QuantizedWeight, GemmaScaledEmbedding):
+    """Rows of codes, dequantized and rounded to `compute_dtype`, then scaled as GemmaScaledEmbedding does."""
+
+    def __init__(self, packed: Packed, compute_dtype: torch.dtype, padding_idx: int | None = None):
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim = packed.shape
+        self.padding_idx, self.max_norm, self.norm_type = padding_idx, None, 2.0
+        self.scale_grad_by_freq = self.sparse = False
+        self.compute_dtype = compute_dtype
+        self.hold(packed)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input: (B, S) ids -> (B, S, D). IndexError for an id that there is not."""
+        ids = input.reshape(-1)
+        codes, scale, zero, *sizes = self.packed
+        # index_select refuses negative ids, which indexing would count from the end.
+        picked = (None if t is None else t.index_select(0, ids) for t in (codes, scale, zero))
+        rows = dequantize(Packed(*picked, *sizes), self.compute_dtype)  # type: ignore[arg-type]
+        factor = torch.full((), self.embedding_dim**0.5, dtype=rows.dtype, device=rows.device)
+        return rows.view(*input.shape, self.embedding_dim) * factor
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.scheme()}"
+
+
+@torch.no_grad()
+def resized(old: QuantizedWeight, size: int, std: float | None) -> Packed:
+    """The rows of `old` that stay, and new ones: the mean of the old ones, or drawn from Normal(0, std)."""
+    packed = old.packed
+    O, I = packed.shape
+    if size <= O:
+        return packed.rows(slice(0, size))._replace(codes=packed.codes[:size].clone())
+    if std is None:
+        pieces = (dequantize(packed.rows(slice(i, i + 4096))).sum(0) for i in range(0, O, 4096))
+        new = (torch.stack(list(pieces)).sum(0) / O).expand(size - O, I)
+    else:
+        new = torch.empty(size - O, I, device=packed.codes.device).normal_(0.0, std)
+    per_row = packed.scale.dtype == torch.float32
+    more = rounding.quantize(new, packed.bits, None if per_row else packed.group_size, name="the new rows")
+    joined = (None if a is None or b is None else torch.cat((a, b)) for a, b in zip(packed[:3], more[:3], strict=True))
+    return Packed(*joined, I, packed.group_size)  # type: ignore[arg-type]

@@ -1,0 +1,142 @@
+"""gemmakit's own scheme: int8 and int4 weights beside their scales, quantized while they are read or read as stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gemmakit.checkpoint import Checkpoint
+from gemmakit.errors import CheckpointError, InputError
+from gemmakit.pytorch.kernels import Packed
+from gemmakit.pytorch.quantize import rounding
+from gemmakit.pytorch.quantize.modules import TABLES, QuantizedEmbedding, QuantizedLinear
+from gemmakit.pytorch.quantize.quantizer import Parts
+from gemmakit.quantization import GROUP_SIZES, WeightOnlyConfig
+
+_EMBEDDING, _HEAD = "embed_tokens", "lm_head"
+_CLASSIFIER = "score"
+
+
+class WeightOnlyQuantizer:
+    """A `Quantizer`. Holds settings only, so a model with one can be copied and pickled."""
+
+    kinds: tuple[type[nn.Module], ...] = (nn.Linear, nn.Embedding)
+
+    def __init__(self, config: WeightOnlyConfig, tied: bool, stored: bool = False):
+        """tied: the model's head is its embedding; stored: the file's weights are quantized."""
+        self.config = config
+        self.bits = config.bits
+        self.tied = tied
+        self.stored = stored
+
+    def require(self, device: torch.device) -> None:
+        if self.config.calibration is not None and not self.stored:
+            raise InputError(
+                f"calibration is {self.config.calibration!r}, which needs a text: make a checkpoint with "
+                "quantize_checkpoint(..., calibration_ids=...) or gemmakit quantize --calibrate FILE, and load that."
+            )
+
+    def takes(self, name: str) -> bool:
+        # What a quantized file holds plainly was kept on purpose.
+        return not self.stored and self.layout(name) is not None
+
+    def layout(self, name: str) -> tuple[int, int | None] | None:
+        """(bits, group size or None for a row) of the module's weight; None if it is kept as it is."""
+        last = name.rpartition(".")[2]
+        if last == _CLASSIFIER or self.config.keeps(name):
+            return None
+        if last not in (_EMBEDDING, _HEAD):
+            return self.config.layout(head=False)
+        if self.tied and any(map(self.config.keeps, (_EMBEDDING, f"model.{_EMBEDDING}", _HEAD))):
+            return None  # they are one matrix
+        return self.config.layout(head=True)
+
+    def bits_of(self, name: str) -> float:
+        layout = self.layout(name)
+        assert layout is not None
+        bits, group_size = layout
+        return bits if group_size is None else bits + (24 if bits == 4 else 16) / group_size
+
+    # -- in --------------------------------------------------------------------------------------------------------
+
+    def parts(self, key: str, checkpoint: Checkpoint) -> Parts:
+        """Whatever is there: `shape` says what lacks."""
+        found = {"weight" + table: key + table for table in TABLES if key + table in checkpoint}
+        return {"weight": key, **found} if found or checkpoint.info(key).dtype in ("int8", "uint8") else {}
+
+    def shape(self, name: str, expected: tuple[int, ...], parts: Parts, checkpoint: Checkpoint) -> tuple[int, ...]:
+        layout = self.layout(name)
+        if layout is None:
+            raise _damaged(parts, checkpoint, "is quantized, but config.json says that it was kept")
+        codes = checkpoint.info(parts["weight"])
+        if len(codes.shape) != 2 or len(expected) != 2:
+            raise _damaged(parts, checkpoint, f"is {codes.dtype} of shape {codes.shape}, not a matrix")
+        like = rounding.empty(codes.shape[0], expected[1], *layout, device="meta")
+        if codes.dtype == _dtype(like.codes) and codes.shape[1] != like.codes.shape[1]:
+            return codes.shape[0], codes.shape[1] * 8 // layout[0]
+        for part, promised in zip(("weight", *("weight" + table for table in TABLES)), like[:3], strict=True):
+            _require(part, promised, parts, checkpoint)
+        if like.zero is not None and int(checkpoint.tensor(parts["weight_zero"]).max()) > 15:
+            raise _damaged(parts, checkpoint, "has a weight_zero above 15, which 4 bits do not reach")
+        return tuple(expected) if codes.shape[0] == expected[0] else (codes.shape[0], expected[1])
+
+    def from_float(
+        self, module: nn.Module, name: str, weight: Tensor, device: torch.device, dtype: torch.dtype | None
+    ) -> nn.Module:
+        """Rounded from the stored numbers, whatever dtype the rest of the model gets."""
+        layout = self.layout(name)
+        assert layout is not None
+        packed = rounding.quantize(weight.detach(), *layout, device=device, name=f"{name}.weight")
+        return _module(module, packed, dtype or weight.dtype)
+
+    def from_parts(self, module: nn.Module, tensors: Mapping[str, Tensor], device: torch.device) -> nn.Module:
+        tables = (tensors["weight"], tensors["weight_scale"], tensors.get("weight_zero"))
+        codes, scale, zero = (None if t is None else t.to(device) for t in tables)
+        assert codes is not None and scale is not None
+        assert isinstance(module, (nn.Linear, nn.Embedding))
+        I = module.in_features if isinstance(module, nn.Linear) else module.embedding_dim
+        by_row = scale.dtype == torch.float32
+        group_size = I if by_row else next(size for size in GROUP_SIZES if -(-I // size) == scale.shape[1])
+        return _module(module, Packed(codes, scale, zero, I, group_size), torch.float32)
+
+    # -- out -------------------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.config.to_dict()
+
+
+def _module(module: nn.Module, packed: Packed, dtype: torch.dtype) -> nn.Module:
+    """What takes the place of a projection or embedding. An embedding learns the model's dtype once all is loaded."""
+    if isinstance(module, nn.Embedding):
+        return QuantizedEmbedding(packed, dtype, module.padding_idx)
+    return QuantizedLinear(packed)
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _require(part: str, promised: Tensor | None, parts: Parts, checkpoint: Checkpoint) -> None:
+    """`promised`: a tensor of the dtype and shape that `part` must have; None if it must not be there."""
+    if promised is None or part not in parts:
+        if (promised is None) != (part not in parts):
+            verb = "lacks its" if promised is not None else "has no use for its"
+            raise _damaged(parts, checkpoint, f"{verb} {part}")
+        return
+    info = checkpoint.info(parts[part])
+    if (info.dtype, tuple(info.shape[1:])) != (_dtype(promised), tuple(promised.shape[1:])):
+        raise _damaged(
+            parts,
+            checkpoint,
+            f"needs a {part} of {_dtype(promised)} and {tuple(promised.shape)} by its config.json, and the file holds "
+            f"{info.dtype} of {tuple(info.shape)}",
+        )
+    if info.shape[0] != promised.shape[0]:
+        raise _damaged(parts, checkpoint, f"has {promised.shape[0]} rows, but its {part} has {info.shape[0]}")
+
+
+def _damaged(parts: Parts, checkpoint: Checkpoint, why: str) -> CheckpointError:
+    return CheckpointError(f"{parts['weight']} in {checkpoint.files[0].parent} {why}. Download or quantize it again.")

@@ -1,0 +1,40 @@
+"""Where the Triton kernels are not to be had, that is said in words and the modules run."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from gemmakit.pytorch.kernels import triton as kernels
+
+# Whether Triton is there, or not installed, or (as None in sys.modules) hidden.
+HIDDEN = "import sys; sys.modules['triton'] = None; "
+SEAMS = "from gemmakit.pytorch.kernels.triton import seams, why_not; "
+
+
+def python(code):
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+
+
+def test_the_seams_import_without_triton():
+    done = python(HIDDEN + SEAMS + "print(why_not())")
+    assert done.returncode == 0, done.stderr
+    assert "pip install triton" in done.stdout
+
+
+def test_importing_the_seams_imports_no_kernel():
+    done = python("import sys; " + SEAMS + "print([m for m in sys.modules if m.endswith(('.gemv', '.launch'))])")
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="says what happens without a GPU: hide it with CUDA_VISIBLE_DEVICES="
+)
+def test_without_a_gpu_the_reason_is_given():
+    pytest.importorskip("triton", reason="needs triton: pip install 'triton>=3.6,<3.7' (Linux)")
+    assert not kernels.available(torch.device("cuda"))
+    assert kernels.why_not(torch.device("cuda")) == "PyTorch sees no CUDA device"
+    assert "this is cpu" in kernels.why_not(torch.device("cpu"))
