@@ -14,6 +14,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 .venv/test: .venv/run
 	$(PIP) -e ".[test]"
+	@# A CUDA torch brings the Triton it needs; beside a CPU torch any does, and the tests know 3.6 (there is none off Linux).
+	$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) triton==3.6.0 || true
 	@touch $@
 
 demo: .venv/run

@@ -216,7 +216,7 @@ class GemmaConfig:
 
     def _set_labels(self, num: int | None, id2label: dict[Any, str] | None, label2id: dict[str, int] | None) -> None:
         if num is not None:
-            whole_number("num_labels", num, low=1)
+            whole_number("num_labels", num, low=1, high=1 << 20)
         if id2label is None:
             id2label = {i: f"LABEL_{i}" for i in range(2 if num is None else num)}
         try:
@@ -231,9 +231,8 @@ class GemmaConfig:
 
     def validate(self) -> None:
         """Refuse what no model can be built from. Raises ConfigError."""
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "num_key_value_heads", "head_dim", "max_position_embeddings"):  # fmt: skip
-            whole_number(name, getattr(self, name), low=1)
+        for name, high in _LARGEST.items():
+            whole_number(name, getattr(self, name), low=1, high=high)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_key_value_heads is {self.num_key_value_heads}, which does not divide num_attention_heads = "
@@ -356,6 +355,12 @@ class GemmaConfig:
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 _ROPE_SPELLINGS = ("rope_theta", "rope_parameters", "rope_scaling")
+
+# Far above any Gemma: a file must not make a program build modules, or shapes that overflow, until it is killed.
+_LARGEST = {
+    "vocab_size": 2**31 - 1, "hidden_size": 2**24, "intermediate_size": 2**24, "num_hidden_layers": 1000,
+    "num_attention_heads": 2**16, "num_key_value_heads": 2**16, "head_dim": 2**16, "max_position_embeddings": 2**40,
+}  # fmt: skip
 
 _STORED = (
     "architectures", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",

@@ -278,7 +278,10 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def decode_plan(self) -> dict[str, str]:
-        """How a decoding step runs and why, in words: the loop, attention, each projection of a layer, the head."""
+        """How a decoding step runs and why, in words: the loop, attention, the fused forms of the layers, the head.
+
+        Each projection's line says what its module does where it is called itself.
+        """
         plan = {"loop": self.loop_plan(), "attention": self.config.attn_implementation or "sdpa"}
         plan["seams"] = seams_plan(self.model.layers)
         layer = self.model.layers[0]

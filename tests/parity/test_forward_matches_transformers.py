@@ -131,8 +131,9 @@ def test_decoding_steps_in_half_precision_equal_the_oracles(pair, dtype, rows, n
             ours = run(both.ours, ids[:, i : i + 1], None, past_key_values=mine).logits
             theirs = run(both.theirs, ids[:, i : i + 1], None, past_key_values=other).logits
             # A fused step sums in another order, so other numbers are rounded up: each side is as far from float64 as
-            # the other (tests/unit/kernels/test_seams.py), and they may be apart by both.
-            assert apart(ours, theirs) < 2 * HALF[dtype], (shape, i)
+            # the other on average (tests/unit/kernels/test_seams.py), 1.8 HALF at most in the tiny models there, so
+            # that they may be apart by twice that; measured: 2.1 HALF.
+            assert apart(ours, theirs) < 3.6 * HALF[dtype], (shape, i)
 
 
 def gradients(model, ids, mask, labels):
@@ -241,7 +242,7 @@ def test_the_whole_grid_over_many_batches(pair, shape, bias, dtype, attn, paddin
                 ids, mask = batch(padding, rows=1 + seed, width=8 + 9 * seed, seed=seed)
                 ours, theirs = (run(m, ids, mask, output_hidden_states=True) for m in (both.ours, both.theirs))
                 # So few rows run fused, as decoding steps do: both sides' distance from float64.
-                bound = TOLERANCE[dtype] * (2 if ids.numel() <= 8 else 1)
+                bound = TOLERANCE[dtype] * (3.6 if ids.numel() <= 8 and dtype in HALF else 1)
                 assert apart(ours.logits, theirs.logits, mask) < bound
                 for mine, other in zip(ours.hidden_states, theirs.hidden_states, strict=True):
                     assert apart(mine, other, mask) < bound

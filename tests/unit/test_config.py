@@ -416,3 +416,9 @@ def test_labels_are_counted_named_and_read_back(tmp_path):
     config.save_pretrained(tmp_path)
     assert GemmaConfig.from_pretrained(tmp_path).id2label == {0: "no", 1: "yes", 2: "maybe"}
     assert gemmakit.GemmaConfig().id2label == {0: "LABEL_0", 1: "LABEL_1"}
+
+
+@pytest.mark.parametrize("field", ["num_hidden_layers", "hidden_size", "vocab_size", "num_labels"])
+def test_a_configuration_too_large_to_build_is_refused_at_once(field):
+    with pytest.raises(ConfigError, match=rf"{field} is 2000000000000; .* at most \d+"):
+        GemmaConfig(**{field: 2 * 10**12})

@@ -141,7 +141,7 @@ POINTERS = {"mask_ptr": "*i8", "blind_ptr": "*i8", "places_ptr": "*i64", "table_
 
 
 def check_attention(S, N, K, page, capability, tmp_path):
-    constants = launch.attention_constants(TUNINGS[capability], S, N, K, 256, itemsize=2)
+    constants = launch.attention_constants(TUNINGS[capability], S, N, K, 256, itemsize=2, paged=page > 0)
     flags = dict(SPLITS=64, MASK=True, BLIND=True, CAUSAL=False, PLACED=True, PAGE=page)
     strides = {"table_row", "row_stride", "head_stride"}
     found = compiled(attention.attend, constants | flags, capability, POINTERS, strides)

@@ -7,6 +7,7 @@ tensors, nothing else. Axis letters: B batch, S positions, D hidden, F mlp, N he
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -248,18 +249,24 @@ def _no_native_attention(attention: Any) -> str:
 
 def _plain_layer(cache: Any, cache_position: Tensor | None, attention: Any, sizes: tuple[int, int, int]) -> Any:
     """The cache layer whose buffers the kernel may write to; NEW without a cache, None where torch must attend."""
-    from gemmakit.pytorch.cache import Cache  # it stands above this module
-    from gemmakit.pytorch.cache.core import CacheLayer
-
     if _no_native_attention(attention):
         return None
     if cache is None:
         return NEW
     placed = cache_position is not None and cache.max_cache_len is not None
-    if placed or type(cache).update is not Cache.update:
+    plain_cache, plain_layer = _plain_caches()
+    if placed or type(cache).update is not plain_cache.update:
         return None
     held = cache.layer_for(attention.layer_idx, sizes)
-    return held if type(held) is CacheLayer else None
+    return held if type(held) is plain_layer else None
+
+
+@functools.cache
+def _plain_caches() -> tuple[Any, Any]:
+    from gemmakit.pytorch.cache import Cache  # it stands above this module
+    from gemmakit.pytorch.cache.core import CacheLayer
+
+    return Cache, CacheLayer
 
 
 def _says(visible: Any, T: int) -> bool:

@@ -238,7 +238,8 @@ def attend(
     (B, S, width), H = q.shape, head_dim
     N, K = width // H, k.shape[2] // H
     q, k, v, (cos, sin) = q.contiguous(), k.contiguous(), v.contiguous(), (t.contiguous() for t in tables)
-    out, fixed = torch.empty_like(q), attention_constants(constants(q.device), S, N, K, H, q.element_size())
+    out, paged = torch.empty_like(q), room.table is not None
+    fixed = attention_constants(constants(q.device), S, N, K, H, q.element_size(), paged)
     tile = fixed["BT"]
     parts = tuning.splits(constants(q.device).attention_programs, B * K, tile, max(room.most, 1))
     partial = q.new_empty(B * S * N * parts * (H + 2) if parts > 1 else 0, dtype=torch.float32)
@@ -263,10 +264,14 @@ def attend(
     return out
 
 
-def attention_constants(table: tuning.Tuning, S: int, N: int, K: int, H: int, itemsize: int) -> dict[str, int]:
+def attention_constants(
+    table: tuning.Tuning, S: int, N: int, K: int, H: int, itemsize: int, paged: bool = False
+) -> dict[str, int]:
     """The constants of an attention launch. More rows than 32 to a program would not fit its registers."""
     HP, BR = max(1 << (H - 1).bit_length(), 16), 16 if N // K * S <= 16 else 32
-    return dict(S=S, N=N, K=K, H=H, HP=HP, BR=BR, BT=table.key_tile * 2 // itemsize, STAGES=table.key_stages,
+    # The addresses of pages take registers: with as many rows there is room for those of half a tile.
+    BT = table.key_tile * 2 // itemsize // (2 if paged and BR > 16 else 1)
+    return dict(S=S, N=N, K=K, H=H, HP=HP, BR=BR, BT=max(BT, 16), STAGES=table.key_stages,
                 num_warps=BR // 4)  # fmt: skip
 
 
