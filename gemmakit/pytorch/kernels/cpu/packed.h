@@ -108,6 +108,10 @@ inline void rows4(const Matrix& w, const Inputs& given, int64_t o, float* out) {
     for (int m = 0; m < M; m++) out[r * M + m] = sum(acc[r][m]);
 }
 
+// Sums that are added to in turn, so that none waits for the one before.
+template <int M>
+constexpr int CHAINS = M <= 2 ? 2 : 1;
+
 // Inputs b * 32 up to L blocks on, of one weight row of bytes. GROUP < 0: the row has one scale, applied at the end.
 template <int GROUP, bool WHOLE, int M>
 INLINE void step8(const int8_t* codes, const Groups& g, const Inputs& x, int64_t b, V* acc) {
@@ -120,20 +124,21 @@ INLINE void step8(const int8_t* codes, const Groups& g, const Inputs& x, int64_t
   for (int j = 0; j < L; j++)
     for (int m = 0; m < M; m++) {
       I dot = dot_block(codes + j * BLOCK, x.q + m * x.q_next + (b + j) * BLOCK);
-      acc[m] = fma(to_float(dot), splat(by[m][j]), acc[m]);
+      V& sum = acc[m + j % CHAINS<M> * M];
+      sum = fma(to_float(dot), splat(by[m][j]), sum);
     }
 }
 
 template <int GROUP, int M, int R>
 inline void rows8(const Matrix& w, const Inputs& given, int64_t o, float* out) {
   const Inputs x = given;
-  V acc[R][M];
+  V acc[R][CHAINS<M> * M];
   Groups g[R] = {};
   int64_t i = 0;
   const int8_t* codes = (const int8_t*)w.codes + o * w.in;
   for (int r = 0; r < R; r++) {
     if (GROUP >= 0) g[r] = groups(w, o + r);
-    for (int m = 0; m < M; m++) acc[r][m] = zero();
+    for (int m = 0; m < CHAINS<M> * M; m++) acc[r][m] = zero();
   }
   for (; i + SPAN <= w.in; i += SPAN)
     UNROLL for (int r = 0; r < R; r++) {
@@ -146,8 +151,10 @@ inline void rows8(const Matrix& w, const Inputs& given, int64_t o, float* out) {
     step8<GROUP, false, M>(rest, g[r], x, i / BLOCK, acc[r]);
   }
   for (int r = 0; r < R; r++)
-    for (int m = 0; m < M; m++)
-      out[r * M + m] = sum(acc[r][m]) * (GROUP < 0 ? number<F32>(w.scale, o + r) : 1.0f);
+    for (int m = 0; m < M; m++) {
+      V total = CHAINS<M> == 2 ? add(acc[r][m], acc[r][m + M * (CHAINS<M> - 1)]) : acc[r][m];
+      out[r * M + m] = sum(total) * (GROUP < 0 ? number<F32>(w.scale, o + r) : 1.0f);
+    }
 }
 
 template <int FORMAT, int GROUP, int M, int R>
@@ -165,8 +172,9 @@ inline int64_t packed_rows(const Matrix& w, const Inputs& x, int64_t from, int64
 // sums (to - from, M) of weight rows from..to.
 template <int FORMAT, int GROUP, int M>
 void packed(const Matrix& w, const Inputs& x, int64_t from, int64_t to, float* sums) {
-  // Four weight streams for a few rows; for more, one weight row's sums are what the registers hold.
-  constexpr int R = M <= 2 ? 4 : 1;
+  // One stream of weights is what the processor's own prefetching follows best. Two rows of x take two weight rows, so
+  // that each x is loaded half as often; with more the registers are full.
+  constexpr int R = M == 2 ? 2 : 1;
   int64_t done = packed_rows<FORMAT, GROUP, M, R>(w, x, from, to, sums);
   packed_rows<FORMAT, GROUP, M, 1>(w, x, done, to, sums + (done - from) * M);
 }

@@ -7,8 +7,7 @@
 
 namespace {
 
-constexpr int64_t PIECE_BYTES = 1 << 17;
-constexpr int64_t PIECE_ROWS = 128;
+constexpr int64_t PIECE_ROWS = 512;  // at most
 
 using Sums = void (*)(const Matrix&, const Inputs&, int64_t from, int64_t to, float* sums);
 
@@ -51,15 +50,24 @@ struct Piece {
   int64_t from, to;
 };
 
-// Small pieces handed out as threads ask: a thread that the system pauses holds up one piece, not half the matrix.
+// Handed out as threads ask: a thread that the system pauses holds up one piece, not its share of the matrix. Large
+// enough for the memory to be read in long runs, small enough for every thread to get several.
+int64_t piece_bytes(const Matrix* w, int count, int threads) {
+  int64_t all = 0, most = 1 << 19, least = 1 << 15;
+  for (int i = 0; i < count; i++) all += w[i].out * row_bytes(w[i]);
+  int64_t share = all / (8 * threads);
+  return share > most ? most : share < least ? least : share;
+}
+
 struct Pieces {
   const Matrix* w;
   int count;
   int64_t rows_each[16], ends[16], total = 0;
 
-  Pieces(const Matrix* w, int count) : w(w), count(count) {
+  Pieces(const Matrix* w, int count, int threads) : w(w), count(count) {
+    int64_t bytes = piece_bytes(w, count, threads);
     for (int i = 0; i < count; i++) {
-      int64_t each = PIECE_BYTES / row_bytes(w[i]) / 4 * 4;
+      int64_t each = bytes / row_bytes(w[i]) / 4 * 4;
       each = each < 4 ? 4 : each > PIECE_ROWS ? PIECE_ROWS : each;
       rows_each[i] = each;
       ends[i] = total += (w[i].out + each - 1) / each;
@@ -92,7 +100,7 @@ template <int F>
 int run(const Matrix* w, int count, const void* x, int rows, void* const* y, const void* residual, int threads) {
   Inputs inputs;
   prepare<F>(w, count, x, rows, inputs);
-  Pieces pieces(w, count);
+  Pieces pieces(w, count, threads);
   Sums sums_by[16];
   for (int i = 0; i < count; i++) {
     sums_by[i] = sums_of(w[i], rows, std::make_integer_sequence<int, MAX_ROWS>());
