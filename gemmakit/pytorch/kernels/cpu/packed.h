@@ -108,10 +108,6 @@ inline void rows4(const Matrix& w, const Inputs& given, int64_t o, float* out) {
     for (int m = 0; m < M; m++) out[r * M + m] = sum(acc[r][m]);
 }
 
-// Sums that are added to in turn, so that none waits for the one before.
-template <int M>
-constexpr int CHAINS = M <= 2 ? 2 : 1;
-
 // Inputs b * 32 up to L blocks on, of one weight row of bytes. GROUP < 0: the row has one scale, applied at the end.
 template <int GROUP, bool WHOLE, int M>
 INLINE void step8(const int8_t* codes, const Groups& g, const Inputs& x, int64_t b, V* acc) {
@@ -124,21 +120,20 @@ INLINE void step8(const int8_t* codes, const Groups& g, const Inputs& x, int64_t
   for (int j = 0; j < L; j++)
     for (int m = 0; m < M; m++) {
       I dot = dot_block(codes + j * BLOCK, x.q + m * x.q_next + (b + j) * BLOCK);
-      V& sum = acc[m + j % CHAINS<M> * M];
-      sum = fma(to_float(dot), splat(by[m][j]), sum);
+      acc[m] = fma(to_float(dot), splat(by[m][j]), acc[m]);
     }
 }
 
 template <int GROUP, int M, int R>
 inline void rows8(const Matrix& w, const Inputs& given, int64_t o, float* out) {
   const Inputs x = given;
-  V acc[R][CHAINS<M> * M];
+  V acc[R][M];
   Groups g[R] = {};
   int64_t i = 0;
   const int8_t* codes = (const int8_t*)w.codes + o * w.in;
   for (int r = 0; r < R; r++) {
     if (GROUP >= 0) g[r] = groups(w, o + r);
-    for (int m = 0; m < CHAINS<M> * M; m++) acc[r][m] = zero();
+    for (int m = 0; m < M; m++) acc[r][m] = zero();
   }
   for (; i + SPAN <= w.in; i += SPAN)
     UNROLL for (int r = 0; r < R; r++) {
@@ -151,10 +146,8 @@ inline void rows8(const Matrix& w, const Inputs& given, int64_t o, float* out) {
     step8<GROUP, false, M>(rest, g[r], x, i / BLOCK, acc[r]);
   }
   for (int r = 0; r < R; r++)
-    for (int m = 0; m < M; m++) {
-      V total = CHAINS<M> == 2 ? add(acc[r][m], acc[r][m + M * (CHAINS<M> - 1)]) : acc[r][m];
-      out[r * M + m] = sum(total) * (GROUP < 0 ? number<F32>(w.scale, o + r) : 1.0f);
-    }
+    for (int m = 0; m < M; m++)
+      out[r * M + m] = sum(acc[r][m]) * (GROUP < 0 ? number<F32>(w.scale, o + r) : 1.0f);
 }
 
 template <int FORMAT, int GROUP, int M, int R>
