@@ -23,15 +23,16 @@ from gemmakit.bench.rounds import Side
 
 RESULTS = Path(__file__).parent / "results"
 QUICK = {"limit_s": 0.05, "limit_bytes": 1 << 20, "tokens": 256}
-# part -> its file, what it sets, and its peers as (program, dtype or GGUF type or quantization).
+# part -> its file, what it sets, and its peers as (program, dtype or GGUF type or quantization). Q4_0 has its head in
+# Q8_0, as our converter writes it; Q4_0-all, another tool's file, in Q4_0 too, and is used where --gguf has it.
 PARTS: dict[str, dict[str, Any]] = {
     "bf16": dict(file="cpu_decode_2b_bf16", peers=[("transformers", "bfloat16"), ("llama.cpp", "F16")]),
     "int8": dict(file="cpu_decode_2b_int8", quantize="int8",
                  peers=[("transformers", "bfloat16"), ("llama.cpp", "Q8_0")]),
     "int4": dict(file="cpu_decode_2b_int4", quantize="int4",
-                 peers=[("transformers", "bfloat16"), ("llama.cpp", "Q4_0")]),
+                 peers=[("transformers", "bfloat16"), ("llama.cpp", "Q4_0"), ("llama.cpp", "Q4_0-all")]),
     "int4-g128": dict(file="cpu_decode_2b_int4-g128", quantize="int4-g128",
-                      peers=[("transformers", "bfloat16"), ("llama.cpp", "Q4_0")]),
+                      peers=[("llama.cpp", "Q4_0"), ("llama.cpp", "Q4_0-all")]),
     "prefill": dict(file="cpu_prefill_2b_256", prompt=256, new=2,
                     peers=[("gemmakit", "int8"), ("gemmakit", "int4"), ("transformers", "float32"),
                            ("transformers", "bfloat16"), ("llama.cpp", "Q4_0")]),
@@ -64,19 +65,33 @@ def write_gguf_of(checkpoint: Path, path: Path, kind: str) -> Path:
         return write_gguf(path, GemmaConfig.from_pretrained(checkpoint), tensors, vocabulary_of(demo_model()), kind)
 
 
+def quantized(checkpoint: Path, scheme: str) -> Path:
+    """The checkpoint as `gemmakit quantize` writes it, beside it."""
+    from gemmakit import quantize_checkpoint
+
+    folder = checkpoint.with_name(f"{checkpoint.name}-{scheme}")
+    if not folder.exists():
+        print(f"writing {folder}", file=sys.stderr)
+        quantize_checkpoint(checkpoint, folder, scheme)
+    return folder
+
+
 def peer(program: str, kind: str, comparison: Comparison, args: argparse.Namespace) -> Side | None:
     """The side of a peer; None, with a word, where it is not installed."""
     if program == "gemmakit":
-        return Side(f"gemmakit {kind}", "ours", {**comparison.spec, "quantize": kind})
+        spec = {**comparison.spec, "model": str(quantized(args.checkpoint, kind)), "quantize": kind}
+        return Side(f"gemmakit {kind}", "ours", spec)
     if program == "transformers":
         if find_spec("transformers") is not None:
-            return transformers_side(comparison.spec, kind)
+            return transformers_side(comparison.spec, kind, model=str(args.checkpoint))
         print("transformers is not installed: left out", file=sys.stderr)
         return None
     if args.llama_python is None:
         print(
             "llama.cpp is left out: name an interpreter that has llama-cpp-python with --llama-python", file=sys.stderr
         )
+        return None
+    if kind.endswith("-all") and (args.gguf is None or not (args.gguf / f"{kind}.gguf").exists()):
         return None
     side = llamacpp_side(comparison.spec, gguf_file(kind, args), args.llama_python)
     return Side(f"llama.cpp {kind}", side.script, side.spec, side.python)
@@ -88,8 +103,10 @@ def measure(name: str, args: argparse.Namespace) -> None:
     if args.quick:
         part |= {"new": max(2, part.get("new", 0) // 8)}
     shape = size or args.size
+    scheme = part.get("quantize")
+    model = quantized(args.checkpoint, scheme) if scheme and not size else args.checkpoint
     comparison = Comparison(
-        model=str(args.checkpoint), name=f"Gemma {shape.upper()} shape", random=True, dtype="bfloat16",
+        model=str(model), name=f"Gemma {shape.upper()} shape", random=True, dtype="bfloat16",
         config=fields(size) if size else None, threads=args.threads, rounds=args.rounds, repeats=args.repeats,
         more=QUICK if args.quick else None, save=args.out / f"{file}.json",
         say=lambda m: print(f"{name}: {m}", file=sys.stderr), **part,

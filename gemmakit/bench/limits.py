@@ -39,18 +39,21 @@ def device_facts(device: Any) -> dict[str, Any]:
 
 
 def default_bytes(device: Any) -> int:
-    """Of all buffers together: far more than any cache, at most an eighth of what is free."""
+    """Of all buffers together: far more than any cache (a shared one may hold half a gigabyte), if it is free."""
     import torch
 
     from gemmakit.checkpoint.memory import free_memory_bytes
 
     if device.type == "cuda":
         return min(8 << 30, torch.cuda.mem_get_info(device)[0] // 8)
-    return min(2 << 30, (free_memory_bytes() or 8 << 30) // 8)
+    return min(4 << 30, (free_memory_bytes() or 8 << 30) // 4)
 
 
 def read_bandwidth(device: Any, nbytes: int, limit_s: float) -> tuple[str, float]:
-    """(how, bytes a second) of the fastest of several ways to go through four buffers in turn."""
+    """(how, bytes a second) of the fastest of several ways to go through four buffers, one after the other.
+
+    All four are timed together: one alone may still lie in a cache from the last time.
+    """
     import torch
 
     buffers = [torch.ones(max(nbytes // 16, 1), dtype=torch.float32, device=device) for _ in range(4)]
@@ -62,8 +65,9 @@ def read_bandwidth(device: Any, nbytes: int, limit_s: float) -> tuple[str, float
     else:
         target = torch.empty_like(buffers[0])
         ways["copy"] = (target.copy_, 2)  # read and written
+    every = sum(buffer.nbytes for buffer in buffers)
     found = {
-        how: moved * buffers[0].nbytes / best_s([lambda b=b, go=go: go(b) for b in buffers], device, limit_s)
+        how: moved * every / best_s([lambda go=go: [go(b) for b in buffers]], device, limit_s)
         for how, (go, moved) in ways.items()
     }
     how = max(found, key=lambda name: found[name])
