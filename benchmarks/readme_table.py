@@ -72,7 +72,8 @@ def beside(rounds: Rounds, ours: str, program: str, key: str, unit: str) -> str:
         theirs, ratio = rounds.medians(label), rounds.ratios(ours, label).get(key)
         if key in theirs and ratio:
             kind = label.removeprefix(program).strip()
-            better = f"{ratio:.2f}x" if key in RATES else f"{1 / ratio:.2f}x less"
+            fold = f"{max(ratio, 1 / ratio):.2f}x"
+            better = f"{ratio:.2f}x" if key in RATES else f"{fold} {'less' if ratio <= 1 else 'more'}"
             cells.append(f"{kind + ' ' if kind else ''}{theirs[key]:.3g} {unit} ({better})")
     return ", ".join(cells)
 
