@@ -7,12 +7,19 @@ import os
 import statistics
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 SIDES = Path(__file__).parent / "sides"
+# The peers' scripts import what gemmakit never does, so they are not in the package: they lie in the checkout, or where
+# an installation puts a distribution's data.
+PEERS = (
+    Path(__file__).resolve().parents[2] / "benchmarks" / "peers",
+    Path(sysconfig.get_path("data")) / "share" / "gemmakit" / "peers",
+)
 Found = dict[str, Any]
 Round = dict[str, Found]
 
@@ -21,9 +28,17 @@ class SideFailed(Exception):
     """A side's process ended without a result; the message is its last line."""
 
 
+def script(name: str) -> Path:
+    """The file of a side. Raises SideFailed for a peer whose script was not installed."""
+    found = next((path for folder in (SIDES, *PEERS) if (path := folder / f"{name}.py").is_file()), None)
+    if found is None:
+        raise SideFailed(f"{name}.py is in none of {', '.join(map(str, PEERS))}: install gemmakit again")
+    return found
+
+
 @dataclass(frozen=True)
 class Side:
-    """One thing to measure: its label in tables, the script in sides/, what it is told, whose interpreter runs it."""
+    """One thing to measure: its label in tables, its script, what it is told, whose interpreter runs it."""
 
     label: str
     script: str
@@ -32,7 +47,7 @@ class Side:
 
     @property
     def command(self) -> list[str]:
-        return [self.python, str(SIDES / f"{self.script}.py"), json.dumps(dict(self.spec))]
+        return [self.python, str(script(self.script)), json.dumps(dict(self.spec))]
 
 
 def run_command(command: Sequence[str], timeout_s: float | None = None) -> Found:
@@ -58,9 +73,9 @@ def run_command(command: Sequence[str], timeout_s: float | None = None) -> Found
 
 
 def _path() -> str:
-    """This package can be imported by the process, from wherever it is."""
+    """This package, and what all sides share, can be imported by the process, from wherever they are."""
     here = str(Path(__file__).resolve().parents[2])
-    return os.pathsep.join(p for p in (here, os.environ.get("PYTHONPATH")) if p)
+    return os.pathsep.join(p for p in (here, str(SIDES), os.environ.get("PYTHONPATH")) if p)
 
 
 @dataclass

@@ -50,13 +50,8 @@ def test_no_source_file_is_over_500_lines():
 
 
 def test_the_package_nowhere_imports_transformers():
-    """Not even inside a function, where import-linter looks too, or by a name in a string, where it does not.
-
-    Except for one script, which nothing imports: it runs in a process of its own, to be measured against.
-    """
+    """Not even inside a function, where import-linter looks too, or by a name in a string, where it does not."""
     for path in SOURCES:
-        if path == PACKAGE / "bench" / "sides" / "transformers_side.py":
-            continue
         for node in ast.walk(ast.parse(path.read_text())):
             named = []
             if isinstance(node, ast.Import):

@@ -2,13 +2,12 @@
 
 import importlib.util
 import json
-import subprocess
 import sys
 
 import pytest
 
 import gemmakit
-from gemmakit.bench.rounds import SIDES
+from gemmakit.bench.rounds import SIDES, Side, run_command
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +74,7 @@ def test_a_result_is_one_line_of_json_with_numbers_to_five_digits(common, monkey
 def measured(script, **spec):
     base = {"dtype": "float32", "device": "cpu", "threads": 1, "repeats": 1, "prompt": 8, "new": 3}
     base |= {"contexts": [0, 32], "fill": "random", "model": str(gemmakit.demo_model())}
-    command = [sys.executable, str(SIDES / f"{script}.py"), json.dumps({**base, **spec})]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_command(Side("measured", script, {**base, **spec}).command)
 
 
 RATES = {"prefill_tokens_per_s", "decode_tokens_per_s", "decode_tokens_per_s_after_32", "decode_after_32_over_first"}
