@@ -1,12 +1,14 @@
 """x @ weight.T + bias for a weight in 8 or 4 bits. Axis letters: M rows, O outputs, I inputs.
 
 On the CPU a few rows go through the native kernel, which computes with the codes as they lie and with x rounded to 16
-bits in blocks of 32 (cpu/inputs.h bounds the error); more rows are multiplied with panels of the weight, expanded in
-turn. The reference is dequantize and torch's linear.
+bits in blocks of 32 (cpu/inputs.h bounds the error). More rows are multiplied in bytes, with x rounded to 8 bits in
+blocks of 32, where the processor is fast at that, gradients are off and GEMMAKIT_ACTIVATION_BITS is not 16; else with
+panels of the weight, expanded in turn. The reference is dequantize and torch's linear.
 """
 
 from __future__ import annotations
 
+import os
 import warnings
 from functools import lru_cache
 from typing import Any
@@ -14,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemmakit.errors import InputError
 from gemmakit.pytorch.kernels import cpu
 from gemmakit.pytorch.kernels.packed import Packed
 from gemmakit.pytorch.kernels.panels import multiply, multiply_back
 
-# Bits -> rows up to which reading the codes once for every eight costs less than expanding them.
+# Bits -> rows up to which reading the codes once for every eight costs less than expanding them; where they are
+# multiplied in bytes, that is so up to eight.
 FEW_ROWS = {8: 16, 4: 24}
 
 
@@ -28,7 +32,25 @@ def linear_packed(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tens
     Gradients reach x and the bias.
     """
     codes, scale, zero, in_features, group_size = packed
-    return torch.ops.gemmakit.linear_packed(x, codes, scale, zero, bias, in_features, group_size)
+    exact = torch.is_grad_enabled()
+    return torch.ops.gemmakit.linear_packed(x, codes, scale, zero, bias, in_features, group_size, exact)
+
+
+@lru_cache(maxsize=1)
+def activation_bits() -> int:
+    """To how many bits a pass over many rows may round x: 8, or 16 for not at all.
+
+    Raises InputError for another GEMMAKIT_ACTIVATION_BITS.
+    """
+    wanted = os.environ.get("GEMMAKIT_ACTIVATION_BITS", "8")
+    if wanted not in ("8", "16"):
+        raise InputError(f"GEMMAKIT_ACTIVATION_BITS is {wanted!r}; it must be 8 or 16.")
+    return int(wanted)
+
+
+def takes_bytes(packed: Packed) -> bool:
+    """Whether many rows are multiplied by this weight in bytes."""
+    return activation_bits() == 8 and cpu.multiplies(packed)
 
 
 def packed_plan(packed: Packed) -> str:
@@ -79,6 +101,7 @@ def _linear_packed(
     bias: Tensor | None,
     in_features: int,
     group_size: int,
+    exact: bool = False,
 ) -> Tensor:
     packed = _contiguous(codes, scale, zero, in_features, group_size)
     shape = (*x.shape[:-1], len(codes))
@@ -88,11 +111,21 @@ def _linear_packed(
     if x.device.type != "cpu":
         found = _on_gpu(flat, packed, bias)
         return (multiply(flat, packed, bias) if found is None else found).view(shape)
+    return _on_cpu(flat, packed, bias, exact).view(shape)
+
+
+def _on_cpu(x: Tensor, packed: Packed, bias: Tensor | None, exact: bool) -> Tensor:
     if cpu.library() is None:
         _warn_once()
-    elif x.dtype in cpu.FORMATS and len(flat) <= FEW_ROWS[packed.bits] and cpu.reads(packed):
-        return few_rows(flat, packed, bias).view(shape)
-    return multiply(flat, packed, bias).view(shape)
+    elif x.dtype in cpu.FORMATS and cpu.reads(packed):
+        by_bytes = takes_bytes(packed) and not exact
+        if len(x) <= (cpu.MAX_ROWS if by_bytes else FEW_ROWS[packed.bits]):
+            return few_rows(x, packed, bias)
+        if by_bytes:
+            return cpu.multiply(
+                x, cpu.matrix(packed, None if bias is None else (bias := bias.to(x.dtype).contiguous()))
+            )
+    return multiply(x, packed, bias)
 
 
 def _contiguous(codes: Tensor, scale: Tensor, zero: Tensor | None, in_features: int, group_size: int) -> Packed:
@@ -111,7 +144,9 @@ def _linear_packed_back(
 
 _ops = torch.library.Library("gemmakit", "FRAGMENT")
 _weight = "Tensor codes, Tensor scale, Tensor? zero"
-_ops.define(f"linear_packed(Tensor x, {_weight}, Tensor? bias, int in_features, int group_size) -> Tensor")
+_ops.define(
+    f"linear_packed(Tensor x, {_weight}, Tensor? bias, int in_features, int group_size, bool exact=False) -> Tensor"
+)
 _ops.define(f"linear_packed_back(Tensor gradient, {_weight}, int in_features, int group_size) -> Tensor")
 _ops.impl("linear_packed", _linear_packed, "CompositeExplicitAutograd")
 _ops.impl("linear_packed_back", _linear_packed_back, "CompositeExplicitAutograd")
@@ -128,7 +163,7 @@ def _shape_back(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, codes, scale, zero, bias, ctx.in_features, ctx.group_size = inputs
+    _, codes, scale, zero, bias, ctx.in_features, ctx.group_size, _ = inputs
     ctx.save_for_backward(codes, scale, zero)
     ctx.biased = bias is not None
 
@@ -140,7 +175,7 @@ def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         for_x = torch.ops.gemmakit.linear_packed_back(gradient, codes, scale, zero, ctx.in_features, ctx.group_size)
     if ctx.biased and ctx.needs_input_grad[4]:
         for_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)
-    return for_x, None, None, None, for_bias, None, None
+    return for_x, None, None, None, for_bias, None, None, None
 
 
 torch.library.register_fake("gemmakit::linear_packed", _shape)

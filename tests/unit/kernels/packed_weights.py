@@ -30,16 +30,16 @@ def exact(x, packed, bias=None):
     return F.linear(x.double(), dequantize(packed, torch.float64).double(), None if bias is None else bias.double())
 
 
-def room(x, packed, dtype):
+def room(x, packed, dtype, most=32767):
     """The largest error stated, (M, O).
 
-    Half a step of a block's 16-bit activations for each weight, float32 sums of the codes' and the zeros' parts, and
-    half a unit of the output format.
+    Half a step of a block's activations, which are whole numbers up to `most`, for each weight, float32 sums of the
+    codes' and the zeros' parts, and half a unit of the output format.
     """
     x = x.double()
     M, I = x.shape
     blocks = F.pad(x.abs(), (0, -I % 32)).view(M, -1, 32)
-    step = blocks.amax(-1, keepdim=True) / 65534
+    step = blocks.amax(-1, keepdim=True) / (2 * most)
     step = step.expand_as(blocks).reshape(M, -1)[:, :I]
     parts = packed._replace(zero=None) if packed.zero is not None else packed
     codes = F.linear(x.abs() + step, dequantize(parts).double().abs())

@@ -16,7 +16,7 @@ from gemmakit.pytorch.layers import GemmaRMSNorm, rotate
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason=f"needs the compiled kernels: {cpu.why_not()}")
 
-SETS = [s for s in ("avx512bf16", "avx512vnni", "avx512", "avxvnni", "avx2", "neon") if cpu.choose(s)]
+SETS = [s for s in ("avx512bf16", "avx512vnni", "avx512", "avxvnni", "avx2", "neondot", "neon") if cpu.choose(s)]
 cpu.choose(None)
 FORMATS = [torch.bfloat16, torch.float16, torch.float32]
 u = 2.0**-24

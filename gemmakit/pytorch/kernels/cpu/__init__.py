@@ -63,6 +63,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.gemmakit_isa.restype = ctypes.c_char_p
     library.gemmakit_choose.argtypes = [ctypes.c_char_p]
     library.gemmakit_project.argtypes = [_POINTER, _INT, _INT, _POINTER, _INT, _POINTER, _POINTER, _INT]
+    library.gemmakit_multiply.argtypes = [_POINTER, _INT, _POINTER, _LONG, _POINTER, _INT]
     library.gemmakit_expand.argtypes = [_POINTER, _LONG, _LONG, _INT, _POINTER, _INT]
     library.gemmakit_norm.argtypes = [_INT, _POINTER, _LONG, _LONG, _INT, _POINTER, _FLOAT, _POINTER]
     library.gemmakit_gate.argtypes = [_INT, _INT, *[_POINTER] * 3, _LONG, _INT]
@@ -134,6 +135,26 @@ def project(x: Tensor, matrices: Sequence[Matrix], residual: Tensor | None = Non
     )
     assert not failed, f"project takes 1 to {MAX_ROWS} rows of 1 to 16 weights' common input, got {tuple(x.shape)}"
     return ys
+
+
+def multiplies(packed: Packed) -> bool:
+    """Whether this processor has fast products of bytes for a weight of these bits."""
+    found = library()
+    if found is None:
+        return False
+    m = matrix(packed)
+    return found.gemmakit_multiply(ctypes.byref(m), 0, None, 0, None, 1) == 0
+
+
+def multiply(x: Tensor, m: Matrix) -> Tensor:
+    """x (M, I), contiguous, any number of rows, rounded to 8 bits in blocks of 32 inputs -> (M, O) in x's dtype."""
+    found = library()
+    assert found is not None
+    y = x.new_empty(len(x), m.out)
+    arguments = x.data_ptr(), len(x), y.data_ptr(), torch.get_num_threads()
+    failed = found.gemmakit_multiply(ctypes.byref(m), FORMATS[x.dtype], *arguments)
+    assert not failed, f"multiply takes weights for which `multiplies` is true, not format {m.format}"
+    return y
 
 
 def expand(m: Matrix, rows: range, to: Tensor) -> None:

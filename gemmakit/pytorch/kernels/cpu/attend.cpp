@@ -103,8 +103,19 @@ uint32_t seen(const Attention& a, int64_t row, int64_t s, int64_t t, int64_t cou
 template <int F, int M, int R>
 inline void dots(const void* keys, const void* q, const float* wide_q, int64_t H, float* scores) {
   V acc[M][R];
-  for (int m = 0; m < M; m++)
-    for (int r = 0; r < R; r++) acc[m][r] = zero();
+  UNROLL_NEON for (int m = 0; m < M; m++)
+    UNROLL_NEON for (int r = 0; r < R; r++) acc[m][r] = zero();
+  int64_t first = 0;  // of the features that are not yet summed
+#if defined(__ARM_NEON)
+  for (; F != F32 && first + 2 * L <= H; first += 2 * L)
+    UNROLL for (int r = 0; r < R; r++) {
+      Two key = widen_two<F>((const uint16_t*)at<F>(keys, r * H + first));
+      UNROLL for (int m = 0; m < M; m++) {
+        acc[m][r] = fma(key.first, load(wide_q + m * H + first), acc[m][r]);
+        acc[m][r] = fma(key.second, load(wide_q + m * H + first + L), acc[m][r]);
+      }
+    }
+#endif
 #if defined(__AVX512BF16__)
   if (F == BF16 && H % 32 == 0) {
     for (int64_t i = 0; i < H; i += 32) {
@@ -117,12 +128,12 @@ inline void dots(const void* keys, const void* q, const float* wide_q, int64_t H
     }
   } else
 #endif
-    for (int64_t i = 0; i < H; i += L)
-      for (int r = 0; r < R; r++) {
+    for (int64_t i = first; i < H; i += L)
+      UNROLL_NEON for (int r = 0; r < R; r++) {
         V key = take<F>(at<F>(keys, r * H), i, H);
-        for (int m = 0; m < M; m++) acc[m][r] = fma(key, take<F32>(wide_q + m * H, i, H), acc[m][r]);
+        UNROLL_NEON for (int m = 0; m < M; m++) acc[m][r] = fma(key, take<F32>(wide_q + m * H, i, H), acc[m][r]);
       }
-  for (int m = 0; m < M; m++)
+  UNROLL_NEON for (int m = 0; m < M; m++)
     if (R == 4)
       store_sums(scores + m * TILE, acc[m][0], acc[m][R / 4], acc[m][R / 2], acc[m][R - 1]);
     else
@@ -185,20 +196,25 @@ float weigh(float* scores, uint32_t bits, float scale, float& best, float& total
 template <int F, int M, int W>
 void mix_features(const Head& h, const float* weights, int64_t t, int64_t count, int64_t f, bool first, float* sums) {
   V acc[M][W];
-  for (int m = 0; m < M; m++)
-    for (int w = 0; w < W; w++) acc[m][w] = load(sums + m * h.padded + f + w * L);
+  UNROLL_NEON for (int m = 0; m < M; m++)
+    UNROLL_NEON for (int w = 0; w < W; w++) acc[m][w] = load(sums + m * h.padded + f + w * L);
   for (int64_t i = 0; i < count; i++) {
     const void* value = h.value<F>(t + i);
     if (first) ask_for(h.key<F>(t + i + TILE), h.a.H * size_of<F>);
     V wide[W];
-    for (int w = 0; w < W; w++) wide[w] = take<F>(value, f + w * L, h.a.H);
-    for (int m = 0; m < M; m++) {
+#if defined(__ARM_NEON)
+    if (f + W * L <= h.a.H)
+      UNROLL for (int w = 0; w < W; w++) wide[w] = widen<F>(at<F>(value, f + w * L));
+    else
+#endif
+      UNROLL_NEON for (int w = 0; w < W; w++) wide[w] = take<F>(value, f + w * L, h.a.H);
+    UNROLL_NEON for (int m = 0; m < M; m++) {
       V weight = splat(weights[m * TILE + i]);
-      for (int w = 0; w < W; w++) acc[m][w] = fma(weight, wide[w], acc[m][w]);
+      UNROLL_NEON for (int w = 0; w < W; w++) acc[m][w] = fma(weight, wide[w], acc[m][w]);
     }
   }
-  for (int m = 0; m < M; m++)
-    for (int w = 0; w < W; w++) store(sums + m * h.padded + f + w * L, acc[m][w]);
+  UNROLL_NEON for (int m = 0; m < M; m++)
+    UNROLL_NEON for (int w = 0; w < W; w++) store(sums + m * h.padded + f + w * L, acc[m][w]);
 }
 
 template <int F, int M>

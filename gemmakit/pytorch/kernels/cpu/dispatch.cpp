@@ -4,6 +4,10 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 #include "native.h"
 
 // GEMMAKIT_ISAS(DO) is DO(name) for each instruction set that was compiled, best first.
@@ -25,6 +29,11 @@ bool runs_avx512vnni() { return runs_avx512() && __builtin_cpu_supports("avx512v
 bool runs_avx512bf16() { return runs_avx512vnni() && __builtin_cpu_supports("avx512bf16"); }
 #else
 bool runs_neon() { return true; }
+#if defined(__linux__)
+bool runs_neondot() { return getauxval(AT_HWCAP) & HWCAP_ASIMDDP; }
+#else
+bool runs_neondot() { return true; }  // every processor of Apple's that runs this
+#endif
 #endif
 
 const Kernels* find(const char* name) {

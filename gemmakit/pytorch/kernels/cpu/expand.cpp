@@ -1,15 +1,9 @@
 // A weight's rows as a dense panel for the library's matrix product; and a plain read of memory.
 
+#include "functions.h"
 #include "packed.h"
 
 namespace {
-
-template <int F>
-inline void store_as(void* y, int64_t i, V v) {
-  if (F == F32) return store((float*)y + i, v);
-  if (F == BF16) return store_bf16((uint16_t*)y + i, v);
-  store_f16((uint16_t*)y + i, v);
-}
 
 // 32 weights of one group: FORMAT is INT4, or INT8 for bytes.
 template <int F, int FORMAT>
@@ -18,7 +12,7 @@ inline void expand_block(const void* from, V scale, V offset, void* y, int64_t i
   if (FORMAT == INT4) nibbles_of((const uint8_t*)from, codes);
   for (int j = 0; j < BLOCK; j += L) {
     V code = FORMAT == INT4 ? widen_u8(codes + j) : widen_s8((const int8_t*)from + j);
-    store_as<F>(y, i + j, mul(sub(code, offset), scale));
+    put_all<F>((char*)y + (i + j) * size_of<F>, mul(sub(code, offset), scale));
   }
 }
 

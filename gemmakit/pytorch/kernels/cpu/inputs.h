@@ -12,15 +12,22 @@
 #include "integers.h"
 
 #define INLINE __attribute__((always_inline)) inline
-#define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL _Pragma("GCC unroll 16")
+// On aarch64 GCC keeps sums in memory where it meets their array in a loop that it has not unrolled.
+#if defined(__ARM_NEON)
+#define UNROLL_NEON UNROLL
+#else
+#define UNROLL_NEON
+#endif
 
 namespace {
 
 struct Inputs {
   const uint16_t* pairs = nullptr;  // (M, in) bfloat16 as it came, where the processor multiplies it
   const float* wide = nullptr;      // (M, in)
-  const int16_t* q = nullptr;       // (M, blocks * 32) in order, for INT8
+  const int16_t* q = nullptr;       // (M, blocks * 32) in order, for INT8; where HALVED as halve() leaves it, for both
   const int16_t* planes = nullptr;  // the same in the order in which nibble<0..3> gives a vector's codes, for INT4
+  const int32_t* flips = nullptr;   // (M, blocks), where HALVED: 128 times the sum of the block's low bytes
   const float* scale = nullptr;     // (M, blocks)
   const float* minus = nullptr;     // (M, blocks), minus the block's sum of scale * q
   int64_t blocks = 0;               // of x, filled up with zeros to a whole number of L
@@ -45,7 +52,10 @@ inline T* scratch(size_t n) {
   return room;
 }
 
-inline void quantize_block(const float* x, int16_t* q, float* scale, float* minus) {
+// Q: int16_t or int8_t.
+template <class Q>
+inline void quantize_block(const float* x, Q* q, float* scale, float* minus) {
+  constexpr float most_q = sizeof(Q) == 2 ? 32767.0f : 127.0f;
   V most = zero(), poison = zero(), total = zero();
   for (int i = 0; i < BLOCK; i += L) {
     most = larger(most, magnitude(load(x + i)));
@@ -53,13 +63,13 @@ inline void quantize_block(const float* x, int16_t* q, float* scale, float* minu
   }
   float top = largest(most);
   bool finite = sum(poison) == 0.0f;
-  V by = splat(finite && top > 1e-30f ? 32767.0f / top : 0.0f);
+  V by = splat(finite && top > 1e-30f ? most_q / top : 0.0f);
   for (int i = 0; i < BLOCK; i += L) {
     V whole = round_to_whole(mul(load(x + i), by));
     total = add(total, whole);
     store_whole(q + i, whole);
   }
-  *scale = finite ? top / 32767.0f : __builtin_nanf("");
+  *scale = finite ? top / most_q : __builtin_nanf("");
   *minus = -*scale * sum(total);
 }
 
@@ -75,15 +85,37 @@ inline void to_planes(const int16_t* q, int16_t* plane) {
   }
 }
 
+// Whether q is kept as bytes, for products of bytes.
+#if defined(__ARM_FEATURE_DOTPROD)
+constexpr bool HALVED = true;
+#else
+constexpr bool HALVED = false;
+#endif
+
+// A block's 32 numbers as their 32 high bytes and then their 32 low ones. Gives 128 times the sum of these.
+inline int32_t halve(const int16_t* q, void* to) {
+  uint8_t bytes[2 * BLOCK];
+  int32_t low = 0;
+  for (int i = 0; i < BLOCK; i++) {
+    bytes[i] = (uint8_t)(q[i] >> 8);
+    bytes[BLOCK + i] = (uint8_t)q[i];
+    low += (uint8_t)q[i];
+  }
+  std::memcpy(to, bytes, sizeof bytes);
+  return 128 * low;
+}
+
 template <int F>
-void quantize(const void* x, int64_t in, int64_t blocks, int16_t* q, int16_t* planes, float* scale, float* minus) {
+void quantize(const void* x, int64_t in, int64_t blocks, int16_t* q, int16_t* planes, int32_t* flips, float* scale,
+              float* minus) {
   for (int64_t b = 0; b < blocks; b++) {
     float wide[BLOCK] = {};
     int16_t local[BLOCK];
     int64_t left = in - b * BLOCK;
     if (left > 0) widen_all<F>(at<F>(x, b * BLOCK), wide, left < BLOCK ? left : BLOCK);
     quantize_block(wide, local, scale + b, minus + b);
-    if (q) std::memcpy(q + b * BLOCK, local, sizeof local);
+    if (flips) flips[b] = halve(local, q + b * BLOCK);
+    else if (q) std::memcpy(q + b * BLOCK, local, sizeof local);
     if (planes) to_planes(local, planes + b / CHUNK * CHUNK * BLOCK + b % CHUNK * 8);
   }
 }
@@ -121,13 +153,14 @@ template <int F>
 void prepare_packed(const void* x, int64_t in, int rows, bool bytes, bool nibbles, Inputs& made) {
   int64_t blocks = made.blocks = (in + BLOCK * L - 1) / (BLOCK * L) * L;
   int64_t next = made.q_next = blocks * BLOCK + APART;
-  int16_t* q = bytes ? scratch<int16_t, 0>(rows * next) : nullptr;
-  int16_t* planes = nibbles ? scratch<int16_t, 1>(rows * next) : nullptr;
+  int16_t* q = bytes || HALVED ? scratch<int16_t, 0>(rows * next) : nullptr;
+  int16_t* planes = nibbles && !HALVED ? scratch<int16_t, 1>(rows * next) : nullptr;
+  int32_t* flips = HALVED ? scratch<int32_t, 0>(rows * blocks) : nullptr;
   float *scale = scratch<float, 1>(rows * blocks), *minus = scratch<float, 2>(rows * blocks);
   for (int m = 0; m < rows; m++)
     quantize<F>(at<F>(x, m * in), in, blocks, q ? q + m * next : q, planes ? planes + m * next : planes,
-                scale + m * blocks, minus + m * blocks);
-  made.q = q, made.planes = planes, made.scale = scale, made.minus = minus;
+                flips ? flips + m * blocks : flips, scale + m * blocks, minus + m * blocks);
+  made.q = q, made.planes = planes, made.flips = flips, made.scale = scale, made.minus = minus;
 }
 
 template <int F>

@@ -39,24 +39,16 @@ inline I dot_block(const int8_t* w, const int16_t* x) {
   return madd(none(), _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)w)), load_bytes(x));
 }
 inline V round_to_whole(V v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-// L numbers as 16-bit whole numbers; what lies outside comes to the nearest end.
+// L numbers as whole numbers of 16 or 8 bits; what lies outside comes to the nearest end.
 inline void store_whole(int16_t* p, V v) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(v)));
 }
+inline void store_whole(int8_t* p, V v) { _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v))); }
 inline V widen_u8(const uint8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
 }
 inline V widen_s8(const int8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
-}
-// Rounded to nearest even; finite numbers only.
-inline void store_bf16(uint16_t* p, V v) {
-  __m512i u = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-  u = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(u));
-}
-inline void store_f16(uint16_t* p, V v) {
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 // The first L / 4 lanes only; the others hold anything.
 inline V quarter_f16(const uint16_t* p) {
@@ -99,20 +91,17 @@ inline void store_whole(int16_t* p, V v) {
   __m128i both = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
   _mm_storeu_si128((__m128i*)p, both);
 }
+inline void store_whole(int8_t* p, V v) {
+  int16_t wide[L];
+  store_whole(wide, v);
+  __m128i narrow = _mm_packs_epi16(_mm_loadu_si128((const __m128i*)wide), _mm_setzero_si128());
+  _mm_storel_epi64((__m128i*)p, narrow);
+}
 inline V widen_u8(const uint8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 }
 inline V widen_s8(const int8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
-}
-inline void store_bf16(uint16_t* p, V v) {
-  __m256i u = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-  u = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
-  __m128i both = _mm_packus_epi32(_mm256_castsi256_si128(u), _mm256_extracti128_si256(u, 1));
-  _mm_storeu_si128((__m128i*)p, both);
-}
-inline void store_f16(uint16_t* p, V v) {
-  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 inline V quarter_f16(const uint16_t* p) {
   int32_t two;
@@ -155,8 +144,40 @@ inline I dot_block(const int8_t* w, const int16_t* x) {
   }
   return acc;
 }
+#if defined(__ARM_FEATURE_DOTPROD)
+// A block's 32 codes as the two instructions take them: they multiply either signed bytes or unsigned ones.
+struct Codes {
+  int8x16_t first, second;
+  uint8x16_t first_up, second_up;
+};
+inline Codes codes4(const uint8_t* p) {
+  uint8x16_t v = vld1q_u8(p), first = vandq_u8(v, vdupq_n_u8(15)), second = vshrq_n_u8(v, 4);
+  return {vreinterpretq_s8_u8(first), vreinterpretq_s8_u8(second), first, second};
+}
+// Unsigned, codes of 8 bits are larger by 128, for which the caller makes up.
+inline Codes codes8(const uint8_t* p) {
+  uint8x16_t first = vld1q_u8(p), second = vld1q_u8(p + 16), up = vdupq_n_u8(128);
+  return {vreinterpretq_s8_u8(first), vreinterpretq_s8_u8(second), veorq_u8(first, up), veorq_u8(second, up)};
+}
+// x: 32 high bytes, signed, and 32 low ones, unsigned: 16-bit products at the price of two of bytes.
+inline I dot_block(const Codes& w, const uint8_t* x) {
+  int8x16_t first = vreinterpretq_s8_u8(vld1q_u8(x)), second = vreinterpretq_s8_u8(vld1q_u8(x + 16));
+  I high = vdotq_s32(vdotq_s32(none(), w.first, first), w.second, second);
+  uint32x4_t both = vreinterpretq_u32_s32(vshlq_n_s32(high, 8));
+  both = vdotq_u32(vdotq_u32(both, w.first_up, vld1q_u8(x + 32)), w.second_up, vld1q_u8(x + 48));
+  return vreinterpretq_s32_u32(both);
+}
+// The sums of two neighbouring lanes of a, then those of b.
+inline I sums_of(I a, I b) { return vpaddq_s32(a, b); }
+inline I minus(I a, I b) { return vsubq_s32(a, b); }
+#endif
 inline V round_to_whole(V v) { return vrndnq_f32(v); }
 inline void store_whole(int16_t* p, V v) { vst1_s16(p, vqmovn_s32(vcvtnq_s32_f32(v))); }
+inline void store_whole(int8_t* p, V v) {
+  int16x4_t wide = vqmovn_s32(vcvtnq_s32_f32(v));
+  int8x8_t narrow = vqmovn_s16(vcombine_s16(wide, wide));
+  std::memcpy(p, &narrow, 4);
+}
 inline V widen_u8(const uint8_t* p) {
   uint32_t four;
   std::memcpy(&four, p, 4);
@@ -169,11 +190,6 @@ inline V widen_s8(const int8_t* p) {
   int16x8_t wide = vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(four)));
   return vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)));
 }
-inline void store_bf16(uint16_t* p, V v) {
-  uint32x4_t u = vreinterpretq_u32_f32(v), odd = vandq_u32(vshrq_n_u32(u, 16), vdupq_n_u32(1));
-  vst1_u16(p, vshrn_n_u32(vaddq_u32(u, vaddq_u32(odd, vdupq_n_u32(0x7fff))), 16));
-}
-inline void store_f16(uint16_t* p, V v) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(v))); }
 inline V quarter_f16(const uint16_t* p) { return vdupq_n_f32(widen_one_f16(*p)); }
 inline V quarter_u8(const uint8_t* p) { return vdupq_n_f32(*p); }
 #endif

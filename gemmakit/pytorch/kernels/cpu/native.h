@@ -54,6 +54,8 @@ struct Attention {
 // project: y[i] (rows, m[i].out) = x (rows, in) @ m[i]^T + bias, rounded to x_format (BF16, F16 or F32), for `count`
 //   matrices that share x, in one parallel region; 1 <= rows <= 8. Where residual is not null (count 1, rows * out, in
 //   x_format), it is added to the rounded product and the sum is rounded. Sums are float32.
+// multiply: the same for one matrix of whole numbers (INT8, INT8_GROUPS, INT4) and any number of rows, with x rounded to
+//   8 bits in blocks of 32. 1 where this processor has no fast products of bytes for the format, also when x is null.
 // expand: rows from..to of m as a dense panel y (to - from, in) of y_format (BF16, F16 or F32), each number rounded once.
 // norm: y (rows, width) = RMSNorm of x with 1 + w. gate: y = act(gate) * up, n numbers, act rounded before the product.
 // norm_project, norm_gate: norm then project, and then gate, for m[0] and m[1] of one shape.
@@ -63,6 +65,8 @@ struct Attention {
   DO(project, (const Matrix* m, int count, int x_format, const void* x, int rows, void* const* y, const void* residual, \
                int threads),                                                                                         \
      (m, count, x_format, x, rows, y, residual, threads))                                                            \
+  DO(multiply, (const Matrix* m, int x_format, const void* x, int64_t rows, void* y, int threads),                    \
+     (m, x_format, x, rows, y, threads))                                                                             \
   DO(expand, (const Matrix* m, int64_t from, int64_t to, int y_format, void* y, int threads),                         \
      (m, from, to, y_format, y, threads))                                                                            \
   DO(norm, (int format, const void* x, int64_t rows, int64_t width, int w_format, const void* w, float eps, void* y), \

@@ -51,6 +51,58 @@ INLINE Scales scales(const Groups& g, int64_t b) {
   return {load(scale), load(zero)};
 }
 
+#if defined(__ARM_FEATURE_DOTPROD)
+
+template <int FORMAT>
+INLINE Codes codes_of(const uint8_t* codes, int block) {
+  return FORMAT == INT4 ? codes4(codes + block * 16) : codes8(codes + block * BLOCK);
+}
+
+// L blocks of one weight row against M rows of x. Lane j of sums[m]: the products of block j.
+template <int FORMAT, int M>
+INLINE void block_sums(const uint8_t* codes, const int16_t* x, int64_t next, I* sums) {
+  constexpr int MOST = 4;  // rows of x whose sums, with the codes, the registers hold
+  constexpr int NOW = M < MOST ? M : MOST;
+  I pair[NOW][L / 2];
+  UNROLL for (int j = 0; j < L; j += 2) {
+    Codes left = codes_of<FORMAT>(codes, j), right = codes_of<FORMAT>(codes, j + 1);
+    UNROLL for (int m = 0; m < NOW; m++) {
+      const uint8_t* bytes = (const uint8_t*)(x + m * next + j * BLOCK);
+      pair[m][j / 2] = sums_of(dot_block(left, bytes), dot_block(right, bytes + 2 * BLOCK));
+    }
+  }
+  UNROLL for (int m = 0; m < NOW; m++) sums[m] = sums_of(pair[m][0], pair[m][1]);
+  if constexpr (M > MOST) block_sums<FORMAT, M - MOST>(codes, x + MOST * next, next, sums + MOST);
+}
+
+// Blocks b..b + L of one weight row.
+template <int GROUP, bool WHOLE, int M>
+INLINE void step4(const uint8_t* codes, const Groups& g, const Inputs& x, int64_t b, V* acc) {
+  Scales s = scales<GROUP, WHOLE>(g, b);
+  V offset = mul(s.scale, s.zero);
+  I sums[M];
+  block_sums<INT4, M>(codes, x.q + b * BLOCK, x.q_next, sums);
+  UNROLL for (int m = 0; m < M; m++) {
+    acc[m] = fma(offset, load(x.minus + m * x.blocks + b), acc[m]);
+    acc[m] = fma(to_float(sums[m]), mul(s.scale, load(x.scale + m * x.blocks + b)), acc[m]);
+  }
+}
+
+// The same of bytes. GROUP < 0: the row has one scale, applied at the end.
+template <int GROUP, bool WHOLE, int M>
+INLINE void step8(const int8_t* codes, const Groups& g, const Inputs& x, int64_t b, V* acc) {
+  I sums[M];
+  block_sums<INT8, M>((const uint8_t*)codes, x.q + b * BLOCK, x.q_next, sums);
+  V own = GROUP < 0 ? splat(1.0f) : scales<GROUP, WHOLE>(g, b).scale;
+  UNROLL for (int m = 0; m < M; m++) {
+    V by = load(x.scale + m * x.blocks + b);
+    if (GROUP >= 0) by = mul(by, own);
+    acc[m] = fma(to_float(minus(sums[m], load_bytes(x.flips + m * x.blocks + b))), by, acc[m]);
+  }
+}
+
+#else
+
 // Vector K of a step's four: CHUNK blocks of 4-bit codes.
 template <int K, int M>
 INLINE void nibbles(const uint8_t* codes, const int16_t* planes, int64_t next, const V* by, V* acc) {
@@ -83,6 +135,24 @@ INLINE void step4(const uint8_t* codes, const Groups& g, const Inputs& x, int64_
   nibbles<3, M>(codes, planes, x.q_next, by, acc);
 }
 
+// Inputs b * 32 up to L blocks on, of one weight row of bytes. GROUP < 0: the row has one scale, applied at the end.
+template <int GROUP, bool WHOLE, int M>
+INLINE void step8(const int8_t* codes, const Groups& g, const Inputs& x, int64_t b, V* acc) {
+  float scaled[M][L];
+  const float* by[M];
+  for (int m = 0; m < M; m++) {
+    by[m] = GROUP < 0 ? x.scale + m * x.blocks + b : scaled[m];
+    if (GROUP >= 0) store(scaled[m], mul(load(x.scale + m * x.blocks + b), scales<GROUP, WHOLE>(g, b).scale));
+  }
+  for (int j = 0; j < L; j++)
+    for (int m = 0; m < M; m++) {
+      I dot = dot_block(codes + j * BLOCK, x.q + m * x.q_next + (b + j) * BLOCK);
+      acc[m] = fma(to_float(dot), splat(by[m][j]), acc[m]);
+    }
+}
+
+#endif
+
 template <int GROUP, int M, int R>
 inline void rows4(const Matrix& w, const Inputs& given, int64_t o, float* out) {
   const Inputs x = given;  // a copy of our own, which no store can change
@@ -106,22 +176,6 @@ inline void rows4(const Matrix& w, const Inputs& given, int64_t o, float* out) {
   }
   for (int r = 0; r < R; r++)
     for (int m = 0; m < M; m++) out[r * M + m] = sum(acc[r][m]);
-}
-
-// Inputs b * 32 up to L blocks on, of one weight row of bytes. GROUP < 0: the row has one scale, applied at the end.
-template <int GROUP, bool WHOLE, int M>
-INLINE void step8(const int8_t* codes, const Groups& g, const Inputs& x, int64_t b, V* acc) {
-  float scaled[M][L];
-  const float* by[M];
-  for (int m = 0; m < M; m++) {
-    by[m] = GROUP < 0 ? x.scale + m * x.blocks + b : scaled[m];
-    if (GROUP >= 0) store(scaled[m], mul(load(x.scale + m * x.blocks + b), scales<GROUP, WHOLE>(g, b).scale));
-  }
-  for (int j = 0; j < L; j++)
-    for (int m = 0; m < M; m++) {
-      I dot = dot_block(codes + j * BLOCK, x.q + m * x.q_next + (b + j) * BLOCK);
-      acc[m] = fma(to_float(dot), splat(by[m][j]), acc[m]);
-    }
 }
 
 template <int GROUP, int M, int R>

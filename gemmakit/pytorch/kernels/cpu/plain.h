@@ -12,18 +12,30 @@ namespace {
 template <int F, int M, int R>
 inline void block(const void* w, const float* x, int64_t in, float* out, int64_t next) {
   V acc[R][M];
-  for (int r = 0; r < R; r++)
-    for (int m = 0; m < M; m++) acc[r][m] = zero();
+  UNROLL_NEON for (int r = 0; r < R; r++)
+    UNROLL_NEON for (int m = 0; m < M; m++) acc[r][m] = zero();
   int64_t i = 0;
+#if defined(__ARM_NEON)
+  // A vector of 16-bit numbers fills two of float32.
+  for (; F != F32 && i + 2 * L <= in; i += 2 * L)
+    UNROLL_NEON for (int r = 0; r < R; r++) {
+      if ((M > 1 || F == F16) && i % 32 == 0) prefetch<64>(at<F>(w, r * in), i * 2, in * 2, R);
+      Two wide = widen_two<F>((const uint16_t*)at<F>(w, r * in + i));
+      UNROLL_NEON for (int m = 0; m < M; m++) {
+        acc[r][m] = fma(wide.first, load(x + m * next + i), acc[r][m]);
+        acc[r][m] = fma(wide.second, load(x + m * next + i + L), acc[r][m]);
+      }
+    }
+#endif
   for (; i + L <= in; i += L)
-    for (int r = 0; r < R; r++) {
+    UNROLL_NEON for (int r = 0; r < R; r++) {
       if ((M > 1 || F == F16) && i % (64 / size_of<F>) == 0)
         prefetch<64>(at<F>(w, r * in), i * size_of<F>, in * size_of<F>, R);
       V wide = widen<F>(at<F>(w, r * in + i));
-      for (int m = 0; m < M; m++) acc[r][m] = fma(wide, load(x + m * next + i), acc[r][m]);
+      UNROLL_NEON for (int m = 0; m < M; m++) acc[r][m] = fma(wide, load(x + m * next + i), acc[r][m]);
     }
-  for (int r = 0; r < R; r++)
-    for (int m = 0; m < M; m++) {
+  UNROLL_NEON for (int r = 0; r < R; r++)
+    UNROLL_NEON for (int m = 0; m < M; m++) {
       float s = sum(acc[r][m]);
       for (int64_t j = i; j < in; j++) s += number<F>(w, r * in + j) * x[m * next + j];
       out[r * M + m] = s;

@@ -81,6 +81,17 @@ inline float sum(V v) { return vaddvq_f32(v); }
 inline float largest(V v) { return vmaxvq_f32(v); }
 inline V widen_bf16(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
 inline V widen_f16(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+struct Two {
+  V first, second;
+};
+// 2 * L numbers in one read.
+template <int F>
+inline Two widen_two(const uint16_t* p) {
+  uint16x8_t v = vld1q_u16(p);
+  if (F == BF16) return {vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(v), 16)), vreinterpretq_f32_u32(vshll_high_n_u16(v, 16))};
+  float16x8_t h = vreinterpretq_f16_u16(v);
+  return {vcvt_f32_f16(vget_low_f16(h)), vcvt_high_f32_f16(h)};
+}
 #else
 #error "compile this file for AVX2, AVX-512 or NEON"
 #endif

@@ -1,0 +1,188 @@
+// Products of bytes: x in 8 bits against codes of 4 and 8 bits, four to a lane, summed in int32.
+
+#pragma once
+
+#include "functions.h"
+#include "packed.h"
+
+namespace {
+
+// dot4: lane j plus four codes times four inputs. FLIP: what codes of 8 bits are moved up by, for the sign that the
+// instruction wants; without one, three instructions do it for codes of 4 bits, where no 16-bit sum can overflow.
+// OUTPUTS: sums that the registers hold beside the running ones, of TOKENS vectors at most.
+#if defined(__AVX512F__)
+constexpr int OUTPUTS = 12, TOKENS = 3;
+inline I splat4(int32_t four) { return _mm512_set1_epi32(four); }
+inline V gather(const float* p, int64_t next) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  return _mm512_i32gather_ps(_mm512_mullo_epi32(lane, _mm512_set1_epi32((int)next)), p, 4);
+}
+#elif defined(__AVX2__)
+constexpr int OUTPUTS = 4, TOKENS = 2;
+inline I splat4(int32_t four) { return _mm256_set1_epi32(four); }
+inline V gather(const float* p, int64_t next) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_i32gather_ps(p, _mm256_mullo_epi32(lane, _mm256_set1_epi32((int)next)), 4);
+}
+#else
+constexpr int OUTPUTS = 12, TOKENS = 3;
+inline I splat4(int32_t four) { return vdupq_n_s32(four); }
+inline V gather(const float* p, int64_t next) {
+  float lanes[L] = {p[0], p[next], p[2 * next], p[3 * next]};
+  return load(lanes);
+}
+#endif
+
+#if defined(__AVX512VNNI__)
+constexpr bool DOT4 = true;
+constexpr int FLIP = 128;
+inline I dot4(I acc, I codes, I x) { return _mm512_dpbusd_epi32(acc, codes, x); }
+#elif defined(__AVX512F__)
+constexpr bool DOT4 = false;
+constexpr int FLIP = 128;
+inline I dot4(I acc, I codes, I x) {
+  return _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(codes, x), _mm512_set1_epi16(1)));
+}
+#elif defined(__AVXVNNI__)
+constexpr bool DOT4 = true;
+constexpr int FLIP = 128;
+inline I dot4(I acc, I codes, I x) { return _mm256_dpbusd_avx_epi32(acc, codes, x); }
+#elif defined(__AVX2__)
+constexpr bool DOT4 = false;
+constexpr int FLIP = 128;
+inline I dot4(I acc, I codes, I x) {
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, x), _mm256_set1_epi16(1)));
+}
+#elif defined(__ARM_FEATURE_DOTPROD)
+constexpr bool DOT4 = true;
+constexpr int FLIP = 0;
+inline I dot4(I acc, I codes, I x) { return vdotq_s32(acc, vreinterpretq_s8_s32(codes), vreinterpretq_s8_s32(x)); }
+#else
+constexpr bool DOT4 = false;
+constexpr int FLIP = 0;
+inline I dot4(I acc, I codes, I x) {
+  int8x16_t a = vreinterpretq_s8_s32(codes), b = vreinterpretq_s8_s32(x);
+  int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(b)), high = vmull_high_s8(a, b);
+  return vaddq_s32(acc, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
+}
+#endif
+
+constexpr int STEPS = BLOCK / 4;  // of four inputs in a block
+// A piece of a weight: so many rows and blocks that it stays in the first cache beside the tiles that meet it.
+constexpr int64_t DEPTH = L, OUTS = 768 / L;
+
+// x in 8 bits: L tokens a tile, so that a vector of bytes is four inputs of each.
+struct Tiles {
+  int8_t* q;      // (tiles, blocks, STEPS, L, 4)
+  float* scale;   // (tiles, blocks, L)
+  float* minus;   // (tiles, blocks, L), minus the block's sum of scale * q
+  float* total;   // (tiles, L), the sum of all scale * q
+  int64_t blocks;
+
+  const int8_t* inputs(int64_t tile, int64_t block) const { return q + (tile * blocks + block) * BLOCK * L; }
+  int64_t scales(int64_t tile, int64_t block) const { return (tile * blocks + block) * L; }
+};
+
+template <int F>
+void fill_tile(const void* x, int64_t in, int64_t tile, int tokens, const Tiles& t) {
+  for (int j = 0; j < L; j++) {
+    float total = 0.0f;
+    for (int64_t b = 0; b < t.blocks; b++) {
+      float wide[BLOCK] = {};
+      int8_t local[BLOCK];
+      int64_t left = in - b * BLOCK, at_scale = t.scales(tile, b) + j;
+      if (j < tokens) widen_all<F>(at<F>(x, j * in + b * BLOCK), wide, left < BLOCK ? left : BLOCK);
+      quantize_block(wide, local, t.scale + at_scale, t.minus + at_scale);
+      total -= t.minus[at_scale];
+      int8_t* to = t.q + (tile * t.blocks + b) * BLOCK * L + 4 * j;
+      for (int i = 0; i < STEPS; i++) std::memcpy(to + i * 4 * L, local + 4 * i, 4);
+    }
+    t.total[tile * L + j] = total;
+  }
+}
+
+// Up to DEPTH blocks of up to OUTS weight rows, a byte a code, with what each block is multiplied by and moved by.
+struct Piece {
+  alignas(64) uint8_t codes[OUTS][DEPTH * BLOCK];
+  float scale[OUTS][DEPTH], offset[OUTS][DEPTH];
+};
+
+inline void flip(const uint8_t* codes, int64_t n, uint8_t* to) {
+  for (int64_t i = 0; i < n; i++) to[i] = codes[i] ^ FLIP;
+}
+
+// `count` blocks of a weight row as bytes; what is read next in the row is asked for.
+template <int FORMAT>
+inline void fill_codes(const Matrix& w, int64_t row, int64_t block, int64_t count, uint8_t* to) {
+  constexpr int BYTES = FORMAT == INT4 ? 16 : 32;
+  int64_t row_bytes = FORMAT == INT4 ? (w.in + BLOCK - 1) / BLOCK * 16 : w.in;
+  const uint8_t* codes = (const uint8_t*)w.codes + row * row_bytes + block * BYTES;
+  for (int i = 0; i < DEPTH * BYTES; i += 64) __builtin_prefetch(codes + DEPTH * BYTES + i, 0, 3);
+  if (FORMAT == INT4) {
+    for (int64_t b = 0; b < count; b++) nibbles_of(codes + b * BYTES, to + b * BLOCK);
+    return;
+  }
+  int64_t n = count * BLOCK, left = w.in - block * BLOCK;
+  flip(codes, n < left ? n : left, to);
+  if (n > left) std::memset(to + left, 0, n - left);
+}
+
+template <int FORMAT, int GROUP>
+void fill_piece(const Matrix& w, int64_t from, int64_t rows, int64_t block, int64_t count, Piece& piece) {
+  for (int64_t r = 0; r < rows; r++) {
+    fill_codes<FORMAT>(w, from + r, block, count, piece.codes[r]);
+    if (FORMAT == INT8) continue;
+    Groups g = groups(w, from + r);
+    Scales s = count == L ? scales<GROUP, true>(g, block) : scales<GROUP, false>(g, block);
+    store(piece.scale[r], s.scale);
+    store(piece.offset[r], mul(s.scale, FORMAT == INT4 ? s.zero : splat(FLIP)));
+  }
+}
+
+// sums (R, L * T tokens), next apart, += R rows of a piece against T tiles of x, over `count` blocks from `block` on.
+template <int FORMAT, int T, int R>
+INLINE void multiply_tile(const Piece& piece, int64_t row, const Tiles& x, int64_t tile, int64_t block, int64_t count,
+                          float* sums, int64_t next) {
+  V total[R][T];
+  UNROLL for (int r = 0; r < R; r++)
+    UNROLL for (int t = 0; t < T; t++) total[r][t] = load(sums + r * next + t * L);
+  const int8_t* q[T];
+  for (int t = 0; t < T; t++) q[t] = x.inputs(tile + t, block);
+  for (int64_t b = 0; b < count; b++) {
+    I acc[R][T];
+    UNROLL for (int r = 0; r < R; r++)
+      UNROLL for (int t = 0; t < T; t++) acc[r][t] = none();
+    UNROLL for (int i = 0; i < STEPS; i++) {
+      I inputs[T];
+      UNROLL for (int t = 0; t < T; t++) inputs[t] = load_bytes(q[t] + (b * STEPS + i) * 4 * L);
+      UNROLL for (int r = 0; r < R; r++) {
+        int32_t four;
+        std::memcpy(&four, piece.codes[row + r] + b * BLOCK + 4 * i, 4);
+        I codes = splat4(four);
+        UNROLL for (int t = 0; t < T; t++) acc[r][t] = dot4(acc[r][t], codes, inputs[t]);
+      }
+    }
+    UNROLL for (int t = 0; t < T; t++) {
+      V scale = load(x.scale + x.scales(tile + t, block + b)), minus = load(x.minus + x.scales(tile + t, block + b));
+      UNROLL for (int r = 0; r < R; r++) {
+        V by = FORMAT == INT8 ? scale : mul(scale, splat(piece.scale[row + r][b]));
+        total[r][t] = fma(to_float(acc[r][t]), by, total[r][t]);
+        if (FORMAT != INT8) total[r][t] = fma(splat(piece.offset[row + r][b]), minus, total[r][t]);
+      }
+    }
+  }
+  UNROLL for (int r = 0; r < R; r++)
+    UNROLL for (int t = 0; t < T; t++) store(sums + r * next + t * L, total[r][t]);
+}
+
+// All rows of a piece against T tiles.
+template <int FORMAT, int T>
+void multiply_tiles(const Piece& piece, int64_t rows, const Tiles& x, int64_t tile, int64_t block, int64_t count,
+                    float* sums, int64_t next) {
+  constexpr int R = OUTPUTS / T;
+  int64_t r = 0;
+  for (; r + R <= rows; r += R) multiply_tile<FORMAT, T, R>(piece, r, x, tile, block, count, sums + r * next, next);
+  for (; r < rows; r++) multiply_tile<FORMAT, T, 1>(piece, r, x, tile, block, count, sums + r * next, next);
+}
+
+}  // namespace

@@ -1,0 +1,193 @@
+"""Products of many rows in bytes: within their stated error of float64, by every instruction set that has them."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from instruction_sets import FORMATS, runnable, shifted, using
+from packed_weights import SCHEMES, exact, random_packed, room
+
+from gemmakit.errors import InputError
+from gemmakit.pytorch.kernels import cpu, linear_packed
+from gemmakit.pytorch.kernels.packed import Packed, dequantize
+from gemmakit.pytorch.kernels.quantized import activation_bits, takes_bytes
+
+MOST = 127
+
+
+def multiplied_by():
+    """(instruction set, scheme) of all products that there are."""
+    found = []
+    for isa in runnable():
+        with using(isa, 1):
+            found += [(isa, scheme) for scheme in SCHEMES if cpu.multiplies(random_packed(scheme, 3, 64))]
+    return found
+
+
+PAIRS = multiplied_by()
+native = pytest.mark.skipif(not PAIRS, reason=f"needs the compiled kernels: {cpu.why_not()}")
+everywhere = pytest.mark.parametrize(("isa", "scheme"), PAIRS)
+
+
+def product(x, packed, bias=None):
+    return cpu.multiply(x, cpu.matrix(packed, bias))
+
+
+def rounded(x):
+    """x as the kernel sees it: 8 bits in blocks of 32."""
+    M, I = x.shape
+    blocks = F.pad(x.float(), (0, -I % 32)).view(M, -1, 32)
+    top = blocks.abs().amax(-1, keepdim=True)
+    whole = (blocks * torch.where(top > 1e-30, MOST / top, 0.0)).round()
+    return (whole.double() * (top / MOST).double()).view(M, -1)[:, :I]
+
+
+@native
+@everywhere
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_every_kernel_keeps_its_stated_error(isa, scheme, dtype):
+    # Ends of vectors of tokens, of tiles of tokens, of pieces of outputs and of inputs, and more than one of each.
+    for M, O, I in [(1, 1, 1), (9, 5, 31), (16, 7, 32), (17, 49, 257), (49, 97, 64), (50, 13, 2051), (33, 200, 544)]:
+        packed = random_packed(scheme, O, I)
+        packed = packed._replace(codes=shifted(packed.codes))
+        x = shifted((torch.randn(M, I) / 16).to(dtype))  # whose sums float16 holds
+        expected, allowed = exact(x, packed), room(x, packed, dtype, MOST)
+        for threads in (1, 2):
+            with using(isa, threads):
+                got = product(x, packed).double()
+            assert ((got - expected).abs() <= allowed).all(), (M, O, I, threads)
+
+
+@native
+@everywhere
+def test_nothing_but_x_is_rounded(isa, scheme):
+    """Against x rounded by hand only float32's sums are left: far less than what rounding x costs."""
+    packed, x = random_packed(scheme, 60, 1100), torch.randn(40, 1100)
+    with using(isa, 2):
+        got = product(x, packed).double()
+    # MOST / top may differ by its last place, which moves a number at a half by one step: hence a norm.
+    expected = exact(rounded(x), packed)
+    assert (got - expected).norm() <= 1e-3 * (exact(x, packed) - expected).norm() + 1e-5 * expected.norm()
+
+
+@native
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(PAIRS or [None]),
+    st.integers(1, 120),
+    st.integers(1, 700),
+    st.integers(1, 70),
+    st.integers(-25, 30),
+    st.booleans(),
+)
+def test_shapes_and_sizes_of_x_of_all_sorts(pair, O, I, M, size, outlier):
+    isa, scheme = pair
+    packed = random_packed(scheme, O, I, seed=O * I)
+    x = torch.randn(M, I, generator=torch.Generator().manual_seed(size)) * 10.0**size
+    if outlier:
+        x[0, I // 2] *= 1e4
+    with using(isa, 1):
+        got = product(x, packed).double()
+    assert ((got - exact(x, packed)).abs() <= room(x, packed, torch.float32, MOST)).all()
+
+
+@native
+@everywhere
+def test_a_row_depends_on_nothing_but_itself(isa, scheme):
+    """Not on the rows beside it, their number, or the threads: over 1,024 rows are done in several rounds."""
+    packed, x = random_packed(scheme, 50, 96), torch.randn(1100, 96).bfloat16()
+    with using(isa, 1):
+        whole = product(x, packed)
+        parts = [product(x[i : i + n], packed) for i, n in ((0, 1), (1, 40), (41, 500))]
+    assert torch.equal(torch.cat(parts), whole[:541])
+    with using(isa, 2):
+        assert torch.equal(product(x, packed), whole)
+
+
+@native
+@everywhere
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_row_with_nan_or_infinity_is_nan_and_the_others_are_not(isa, scheme, bad):
+    packed, x = random_packed(scheme, 60, 300), torch.randn(20, 300)
+    x[3, 290] = bad
+    kept = [i for i in range(20) if i != 3]
+    with using(isa, 2):
+        got, alone = product(x, packed), product(x[kept], packed)
+    assert got[3].isnan().all()
+    assert torch.equal(got[kept], alone)
+
+
+@native
+@everywhere
+def test_zeros_give_zero_and_the_bias_is_added_in_float32(isa, scheme):
+    packed, bias = random_packed(scheme, 53, 257), torch.randn(53).bfloat16()
+    with using(isa, 1):
+        got = product(torch.zeros(12, 257).bfloat16(), packed, bias)
+    assert torch.equal(got, bias.expand(12, -1))
+
+
+def test_codes_of_8_bits_are_left_to_panels_where_their_sums_could_overflow():
+    for isa in {"avx512", "avx2", "neon"} & set(runnable()):
+        with using(isa, 1):
+            packed, x = random_packed("int8", 20, 300), torch.randn(40, 300)
+            assert cpu.multiplies(random_packed("int4-32", 20, 300)) and not cpu.multiplies(packed)
+            assert not takes_bytes(packed)
+            with torch.no_grad():
+                torch.testing.assert_close(linear_packed(x, packed), F.linear(x, dequantize(packed)))
+
+
+@native
+@pytest.mark.parametrize("scheme", ["int8", "int4-32"])
+def test_with_gradients_activations_are_not_rounded_to_bytes(scheme):
+    packed, x = random_packed(scheme, 64, 320), torch.randn(40, 320)
+    with torch.no_grad():
+        inside = linear_packed(x, packed)
+    if takes_bytes(packed):
+        assert torch.equal(inside, product(x, packed))
+    torch.testing.assert_close(linear_packed(x, packed), F.linear(x, dequantize(packed)))
+
+
+def test_activation_bits_are_8_unless_16_are_asked_for():
+    code = "from gemmakit.pytorch.kernels.quantized import activation_bits; print(activation_bits())"
+    for wanted, said in (({}, "8"), ({"GEMMAKIT_ACTIVATION_BITS": "16"}, "16")):
+        base = {k: v for k, v in os.environ.items() if k != "GEMMAKIT_ACTIVATION_BITS"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=base | wanted, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip() == said
+
+
+def test_other_activation_bits_are_refused(monkeypatch):
+    monkeypatch.setenv("GEMMAKIT_ACTIVATION_BITS", "4")
+    activation_bits.cache_clear()
+    with pytest.raises(InputError, match="GEMMAKIT_ACTIVATION_BITS is '4'; it must be 8 or 16"):
+        activation_bits()
+    activation_bits.cache_clear()
+
+
+@native
+def test_with_16_activation_bits_many_rows_go_through_panels(monkeypatch):
+    packed, x = random_packed("int4-32", 64, 320), torch.randn(40, 320)
+    monkeypatch.setenv("GEMMAKIT_ACTIVATION_BITS", "16")
+    activation_bits.cache_clear()
+    with torch.no_grad():
+        torch.testing.assert_close(linear_packed(x, packed), F.linear(x, dequantize(packed)))
+    monkeypatch.undo()
+    activation_bits.cache_clear()
+
+
+@native
+def test_a_group_that_is_the_row_needs_no_multiple_of_32():
+    isa, _ = PAIRS[0]
+    codes = torch.randint(-128, 128, (70, 45), dtype=torch.int8)
+    packed = Packed(codes, torch.ones(70, 1).half(), None, 45, 45)
+    x = torch.randn(12, 45)
+    with using(isa, 1):
+        if cpu.multiplies(packed):
+            got = product(x, packed).double()
+            assert ((got - exact(x, packed)).abs() <= room(x, packed, torch.float32, MOST)).all()
