@@ -24,10 +24,16 @@ INSTRUCTION_SETS = {
         "avxvnni": [*_AVX2, "-mavxvnni"],
         "avx2": _AVX2,
     },
-    "aarch64": {"neon": []},
+    "aarch64": {"neondot": ["-march=armv8.2-a+dotprod"], "neon": []},
 }
 INSTRUCTION_SETS["AMD64"] = INSTRUCTION_SETS["x86_64"]
 INSTRUCTION_SETS["arm64"] = INSTRUCTION_SETS["aarch64"]
+# How a system's compiler is told of OpenMP, when compiling and when linking. Apple's knows it but has no library of it:
+# torch brings one, which the kernels find when they are loaded.
+OPENMP = {
+    "Darwin": (["-Xclang", "-fopenmp"], ["-Wl,-undefined,dynamic_lookup"]),
+    "Linux": (["-fopenmp"], ["-fopenmp"]),
+}
 
 
 class NativeKernels(BuildHookInterface):
@@ -47,20 +53,12 @@ class NativeKernels(BuildHookInterface):
 
 def compile_library(root: Path) -> bool:
     """Compile what the compiler can; whether a library came out. Whoever has the old one loaded keeps it."""
-    source, target = root / FOLDER, root / LIBRARY
-    compiler = os.environ.get("CXX", "c++")
-    dispatch = source / "dispatch.cpp"
-    kernels = sorted(set(source.glob("*.cpp")) - {dispatch})
-    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
-        # Set -> its object files, all compiled at the same time; a set that the compiler does not know is left out.
-        jobs = {
-            isa: [pool.submit(compile_one, compiler, Path(scratch), file, isa, flags) for file in kernels]
-            for isa, flags in INSTRUCTION_SETS.get(platform.machine(), {}).items()
-        }
-        made = {isa: [job.result() for job in compiled] for isa, compiled in jobs.items()}
-        objects = {isa: list(filter(None, files)) for isa, files in made.items() if all(files)}
+    target, compiler = root / LIBRARY, os.environ.get("CXX", "c++")
+    _, linking = OPENMP.get(platform.system(), OPENMP["Linux"])
+    with tempfile.TemporaryDirectory() as scratch:
         staged = target.with_suffix(f".{os.getpid()}.tmp")
-        done = bool(objects) and link(compiler, Path(scratch), dispatch, objects, staged)
+        objects = compile_objects(compiler, platform.machine(), root / FOLDER, Path(scratch))
+        done = bool(objects) and run(compiler, "-shared", *linking, *objects, "-o", staged)
     if done:
         os.replace(staged, target)
     else:
@@ -68,22 +66,34 @@ def compile_library(root: Path) -> bool:
     return done
 
 
-def compile_one(compiler: str, scratch: Path, file: Path, isa: str, flags: list[str]) -> Path | None:
-    made = scratch / f"{file.stem}.{isa}.o"
-    return made if run(compiler, "-c", *flags, f"-DISA={isa}", file, "-o", made) else None
-
-
-def link(compiler: str, scratch: Path, dispatch: Path, objects: dict[str, list[Path]], staged: Path) -> bool:
+def compile_objects(compiler: str, machine: str, source: Path, scratch: Path) -> list[Path]:
+    """The object files of all instruction sets of a machine that the compiler knows, and of what picks one; or none."""
+    dispatch = source / "dispatch.cpp"
+    kernels = sorted(set(source.glob("*.cpp")) - {dispatch})
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        # Set -> its object files, all compiled at the same time.
+        jobs = {
+            isa: [pool.submit(compile_one, compiler, scratch, file, isa, flags) for file in kernels]
+            for isa, flags in INSTRUCTION_SETS.get(machine, {}).items()
+        }
+        made = {isa: [job.result() for job in compiled] for isa, compiled in jobs.items()}
+    objects = {isa: [file for file in files if file] for isa, files in made.items() if all(files)}
     isas = "-DGEMMAKIT_ISAS(DO)=" + " ".join(f"DO({isa})" for isa in objects)
-    made = scratch / "dispatch.o"
-    if not run(compiler, "-c", isas, dispatch, "-o", made):
-        return False
-    return run(compiler, "-shared", *(file for files in objects.values() for file in files), made, "-o", staged)
+    chosen = scratch / "dispatch.o"
+    if not objects or not run(compiler, "-c", isas, dispatch, "-o", chosen):
+        return []
+    return [*(file for files in objects.values() for file in files), chosen]
+
+
+def compile_one(compiler: str, scratch: Path, file: Path, isa: str, flags: list[str]) -> Path | None:
+    compiling, _ = OPENMP.get(platform.system(), OPENMP["Linux"])
+    made = scratch / f"{file.stem}.{isa}.o"
+    return made if run(compiler, "-c", *compiling, *flags, f"-DISA={isa}", file, "-o", made) else None
 
 
 def run(compiler: str, *arguments: object) -> bool:
     # Products and sums are fused only where the source says so: elsewhere torch rounds in between.
-    command = [compiler, "-O3", "-ffp-contract=off", "-std=c++17", "-fPIC", "-fopenmp", *map(str, arguments)]
+    command = [compiler, "-O3", "-ffp-contract=off", "-std=c++17", "-fPIC", *map(str, arguments)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:

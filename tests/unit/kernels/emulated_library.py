@@ -96,6 +96,13 @@ def _project(call, m, count, x_format, x, rows, y, residual, threads):
     call.lead(0, 48, residual, rows * outs[0] * size)
 
 
+def _multiply(call, m, x_format, x, rows, y, threads):
+    one, size = matrices_of(m), _SIZES.get(x_format, 4)
+    call.structure(0, 0, one, lambda one: matrix_parts(one, x_format))
+    call.lead(0, 16, x, rows * one.in_ * size)
+    call.lead(0, 32, y, rows * one.out * size, back=True)
+
+
 def _expand(call, m, start, stop, y_format, y, threads):
     one = matrices_of(m)
     call.structure(0, 0, one, lambda one: matrix_parts(one, y_format))
@@ -145,8 +152,9 @@ def _choose(call, name):
         call.lead(0, 0, ctypes.addressof(kept), len(kept))
 
 
-KERNELS = {"project": _project, "expand": _expand, "norm": _norm, "gate": _gate, "norm_project": _norm_project,
-           "norm_gate": _norm_gate, "attend": _attend, "read": _read, "choose": _choose}  # fmt: skip
+KERNELS = {"project": _project, "multiply": _multiply, "expand": _expand, "norm": _norm, "gate": _gate,
+           "norm_project": _norm_project, "norm_gate": _norm_gate, "attend": _attend, "read": _read,
+           "choose": _choose}  # fmt: skip
 
 
 class Emulated:

@@ -43,7 +43,7 @@ def rounded(x):
     M, I = x.shape
     blocks = F.pad(x.float(), (0, -I % 32)).view(M, -1, 32)
     top = blocks.abs().amax(-1, keepdim=True)
-    whole = (blocks * torch.where(top > 1e-30, MOST / top, 0.0)).round()
+    whole = (blocks * torch.where(top > 1e-30, torch.full_like(top, MOST) / top, 0.0)).round()
     return (whole.double() * (top / MOST).double()).view(M, -1)[:, :I]
 
 

@@ -1,8 +1,8 @@
 """What quantization may cost the demo model on text that it has not seen."""
 
-import sys
 from pathlib import Path
 
+import demo_tasks
 import pytest
 import torch
 
@@ -13,10 +13,6 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @pytest.fixture(scope="module")
 def perplexity():
-    sys.path.insert(0, str(ROOT / "scripts"))
-    import demo_tasks
-
-    sys.path.remove(str(ROOT / "scripts"))
     tokenizer = gemmakit.AutoTokenizer.from_pretrained(gemmakit.demo_model())
     text = (ROOT / "benchmarks" / "data" / "held_out.txt").read_text(encoding="utf-8")
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import gemmakit
 from gemmakit.errors import CheckpointError, ConfigError, InputError, TokenOutOfRange
+from gemmakit.pytorch.kernels import quantized as quantized_kernels
 from gemmakit.pytorch.quantize import QuantizedEmbedding, QuantizedLinear, QuantizedWeight
 
 # Ragged: neither 32 nor 128 divides every size.
@@ -107,11 +108,14 @@ def test_calibration_cannot_be_asked_of_a_plain_load(plain):
 
 
 @pytest.mark.parametrize("how", KINDS)
-def test_logits_are_those_of_the_weights_that_the_codes_stand_for(plain, how):
+def test_logits_are_those_of_the_weights_that_the_codes_stand_for(plain, how, monkeypatch):
     quantized = load(plain, how)
-    ours, exact = logits(quantized), logits(expanded(quantized, plain))
+    exact = logits(expanded(quantized, plain))
+    # With activations in 8 bits, which are off by half a step in 127 of their block's largest, two layers long.
+    assert float((logits(quantized) - exact).abs().max() / exact.abs().max()) < 0.06
+    monkeypatch.setattr(quantized_kernels, "activation_bits", lambda: 16)
     # The same products in float32, summed in another order.
-    assert float((ours - exact).abs().max() / exact.abs().max()) < 1e-4
+    assert float((logits(quantized) - exact).abs().max() / exact.abs().max()) < 1e-4
     assert not torch.equal(exact, logits(load(plain)))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
     if not path.exists():
         return None, "not compiled: there was no C++ compiler when gemmakit was installed (reinstall with one)"
     try:
-        # torch is imported by now, so the library finds torch's own OpenMP threads instead of starting others.
+        _share_threads(Path(torch.__file__).parent)
         library = ctypes.CDLL(str(path))
         _declare(library)
     except (OSError, AttributeError) as error:
@@ -57,6 +58,20 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
         sort = f"the instruction set GEMMAKIT_ISA={wanted}" if wanted else "none of AVX2, AVX-512, NEON"
         return None, f"has {sort} neither compiled nor in this processor" if wanted else f"this processor has {sort}"
     return library, ""
+
+
+def _share_threads(torch_folder: Path) -> None:
+    """Let the library find torch's own OpenMP threads instead of starting others, whatever its wheel calls their file.
+
+    On x86-64 that is libgomp.so.1, as everywhere; Linux wheels for aarch64 have a name of their own in torch.libs, and
+    those for macOS bring the only libomp there is.
+    """
+    visible = getattr(os, "RTLD_GLOBAL", 0) | getattr(os, "RTLD_NOLOAD", 0)
+    for folder in (torch_folder / "lib", torch_folder.with_name("torch.libs")):
+        for file in sorted(folder.glob("lib*omp*")):
+            if file.name.startswith(("libgomp", "libomp", "libiomp")):
+                with suppress(OSError):  # a file that torch has not loaded
+                    ctypes.CDLL(str(file), mode=visible)
 
 
 def _declare(library: ctypes.CDLL) -> None:
@@ -84,7 +99,7 @@ def why_not() -> str:
 
 
 def instruction_set() -> str | None:
-    """The instruction set in use: avx512bf16, avx512vnni, avx512, avxvnni, avx2, neon; None without the library."""
+    """The instruction set in use: avx512bf16, avx512vnni, avx512, avxvnni, avx2, neondot or neon; None without one."""
     found = library()
     return None if found is None else found.gemmakit_isa().decode()
 

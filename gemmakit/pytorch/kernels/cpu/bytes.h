@@ -76,7 +76,7 @@ struct Tiles {
   int8_t* q;      // (tiles, blocks, STEPS, L, 4)
   float* scale;   // (tiles, blocks, L)
   float* minus;   // (tiles, blocks, L), minus the block's sum of scale * q
-  float* total;   // (tiles, L), the sum of all scale * q
+  int32_t* back;  // (tiles, blocks, L), minus the block's sum of FLIP * q
   int64_t blocks;
 
   const int8_t* inputs(int64_t tile, int64_t block) const { return q + (tile * blocks + block) * BLOCK * L; }
@@ -86,22 +86,21 @@ struct Tiles {
 template <int F>
 void fill_tile(const void* x, int64_t in, int64_t tile, int tokens, const Tiles& t) {
   for (int j = 0; j < L; j++) {
-    float total = 0.0f;
     for (int64_t b = 0; b < t.blocks; b++) {
       float wide[BLOCK] = {};
       int8_t local[BLOCK];
       int64_t left = in - b * BLOCK, at_scale = t.scales(tile, b) + j;
       if (j < tokens) widen_all<F>(at<F>(x, j * in + b * BLOCK), wide, left < BLOCK ? left : BLOCK);
-      quantize_block(wide, local, t.scale + at_scale, t.minus + at_scale);
-      total -= t.minus[at_scale];
+      float total = quantize_block(wide, local, t.scale + at_scale);
+      t.minus[at_scale] = -t.scale[at_scale] * total;
+      t.back[at_scale] = -FLIP * (int32_t)total;
       int8_t* to = t.q + (tile * t.blocks + b) * BLOCK * L + 4 * j;
       for (int i = 0; i < STEPS; i++) std::memcpy(to + i * 4 * L, local + 4 * i, 4);
     }
-    t.total[tile * L + j] = total;
   }
 }
 
-// Up to DEPTH blocks of up to OUTS weight rows, a byte a code, with what each block is multiplied by and moved by.
+// Up to DEPTH blocks of up to OUTS weight rows, a byte a code, with each block's scale and scale * zero.
 struct Piece {
   alignas(64) uint8_t codes[OUTS][DEPTH * BLOCK];
   float scale[OUTS][DEPTH], offset[OUTS][DEPTH];
@@ -135,7 +134,7 @@ void fill_piece(const Matrix& w, int64_t from, int64_t rows, int64_t block, int6
     Groups g = groups(w, from + r);
     Scales s = count == L ? scales<GROUP, true>(g, block) : scales<GROUP, false>(g, block);
     store(piece.scale[r], s.scale);
-    store(piece.offset[r], mul(s.scale, FORMAT == INT4 ? s.zero : splat(FLIP)));
+    if (FORMAT == INT4) store(piece.offset[r], mul(s.scale, s.zero));
   }
 }
 
@@ -150,8 +149,10 @@ INLINE void multiply_tile(const Piece& piece, int64_t row, const Tiles& x, int64
   for (int t = 0; t < T; t++) q[t] = x.inputs(tile + t, block);
   for (int64_t b = 0; b < count; b++) {
     I acc[R][T];
-    UNROLL for (int r = 0; r < R; r++)
-      UNROLL for (int t = 0; t < T; t++) acc[r][t] = none();
+    UNROLL for (int t = 0; t < T; t++) {
+      I first = FORMAT == INT4 || !FLIP ? none() : load_bytes(x.back + x.scales(tile + t, block + b));
+      UNROLL for (int r = 0; r < R; r++) acc[r][t] = first;
+    }
     UNROLL for (int i = 0; i < STEPS; i++) {
       I inputs[T];
       UNROLL for (int t = 0; t < T; t++) inputs[t] = load_bytes(q[t] + (b * STEPS + i) * 4 * L);
@@ -163,11 +164,12 @@ INLINE void multiply_tile(const Piece& piece, int64_t row, const Tiles& x, int64
       }
     }
     UNROLL for (int t = 0; t < T; t++) {
-      V scale = load(x.scale + x.scales(tile + t, block + b)), minus = load(x.minus + x.scales(tile + t, block + b));
+      int64_t at_scale = x.scales(tile + t, block + b);
+      V scale = load(x.scale + at_scale), minus = load(x.minus + at_scale);
       UNROLL for (int r = 0; r < R; r++) {
         V by = FORMAT == INT8 ? scale : mul(scale, splat(piece.scale[row + r][b]));
         total[r][t] = fma(to_float(acc[r][t]), by, total[r][t]);
-        if (FORMAT != INT8) total[r][t] = fma(splat(piece.offset[row + r][b]), minus, total[r][t]);
+        if (FORMAT == INT4) total[r][t] = fma(splat(piece.offset[row + r][b]), minus, total[r][t]);
       }
     }
   }

@@ -32,7 +32,7 @@ bool runs_neon() { return true; }
 #if defined(__linux__)
 bool runs_neondot() { return getauxval(AT_HWCAP) & HWCAP_ASIMDDP; }
 #else
-bool runs_neondot() { return true; }  // every processor of Apple's that runs this
+bool runs_neondot() { return true; }  // every aarch64 processor of Apple's computers
 #endif
 #endif
 
@@ -51,6 +51,12 @@ const Kernels* first() {
 const Kernels* chosen = first();
 
 }  // namespace
+
+#if defined(__APPLE__)
+// Compilers of 2025 call this after every loop whose turns they hand out. Older OpenMP libraries, torch's among them,
+// do not have it, and need nothing done.
+extern "C" __attribute__((visibility("hidden"))) void __kmpc_dispatch_deinit(void*, int32_t) {}
+#endif
 
 extern "C" {
 

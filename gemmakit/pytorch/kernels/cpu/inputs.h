@@ -52,9 +52,9 @@ inline T* scratch(size_t n) {
   return room;
 }
 
-// Q: int16_t or int8_t.
+// Q: int16_t or int8_t. Gives the sum of q.
 template <class Q>
-inline void quantize_block(const float* x, Q* q, float* scale, float* minus) {
+inline float quantize_block(const float* x, Q* q, float* scale) {
   constexpr float most_q = sizeof(Q) == 2 ? 32767.0f : 127.0f;
   V most = zero(), poison = zero(), total = zero();
   for (int i = 0; i < BLOCK; i += L) {
@@ -70,7 +70,7 @@ inline void quantize_block(const float* x, Q* q, float* scale, float* minus) {
     store_whole(q + i, whole);
   }
   *scale = finite ? top / most_q : __builtin_nanf("");
-  *minus = -*scale * sum(total);
+  return sum(total);
 }
 
 // A block's 32 numbers to where nibble<0..3> of its 16 bytes of codes meets them: byte 2t holds inputs 2t and 2t + 16,
@@ -113,7 +113,8 @@ void quantize(const void* x, int64_t in, int64_t blocks, int16_t* q, int16_t* pl
     int16_t local[BLOCK];
     int64_t left = in - b * BLOCK;
     if (left > 0) widen_all<F>(at<F>(x, b * BLOCK), wide, left < BLOCK ? left : BLOCK);
-    quantize_block(wide, local, scale + b, minus + b);
+    float total = quantize_block(wide, local, scale + b);
+    minus[b] = -scale[b] * total;
     if (flips) flips[b] = halve(local, q + b * BLOCK);
     else if (q) std::memcpy(q + b * BLOCK, local, sizeof local);
     if (planes) to_planes(local, planes + b / CHUNK * CHUNK * BLOCK + b % CHUNK * 8);

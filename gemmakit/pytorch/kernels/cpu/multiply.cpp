@@ -39,13 +39,12 @@ void sums_of(const Matrix& w, int64_t from, int64_t rows, const Tiles& x, int64_
 }
 
 template <int F, int FORMAT>
-void finish(const Matrix& w, int64_t from, int64_t rows, const Tiles& x, int64_t token, int64_t tokens, int64_t next,
+void finish(const Matrix& w, int64_t from, int64_t rows, int64_t token, int64_t tokens, int64_t next,
             const float* sums, void* y) {
   for (int64_t m = 0; m < tokens; m++) {
-    V moved = splat(FLIP * x.total[token + m]);
     for (int64_t r = 0; r < rows; r += L) {  // the room for sums is larger than a piece, so all L can be read
       V v = gather(sums + r * next + m, next);
-      if (FORMAT == INT8) v = mul(take<F32>(w.scale, from + r, from + rows), sub(v, moved));
+      if (FORMAT == INT8) v = mul(v, take<F32>(w.scale, from + r, from + rows));
       if (w.bias) v = add(v, take<F>(w.bias, from + r, from + rows));
       give<F>(y, (token + m) * w.out + from + r, (token + m) * w.out + from + rows, v);
     }
@@ -56,7 +55,7 @@ template <int F, int FORMAT>
 void run(const Matrix& w, const void* x, int64_t rows, void* y, int threads) {
   int64_t tiles = (rows + L - 1) / L, blocks = (w.in + BLOCK - 1) / BLOCK;
   Tiles t = {scratch<int8_t, 0>(tiles * blocks * BLOCK * L), scratch<float, 10>(tiles * blocks * L),
-             scratch<float, 11>(tiles * blocks * L), scratch<float, 12>(tiles * L), blocks};
+             scratch<float, 11>(tiles * blocks * L), scratch<int32_t, 0>(tiles * blocks * L), blocks};
   int64_t pieces = (w.out + OUTS - 1) / OUTS, chunk = MOST_TOKENS / L;
   while (chunk > TOKENS && pieces * ((tiles + chunk - 1) / chunk) < 4 * threads) chunk = (chunk + 1) / 2;
   int64_t chunks = (tiles + chunk - 1) / chunk;
@@ -72,7 +71,7 @@ void run(const Matrix& w, const void* x, int64_t rows, void* y, int threads) {
       float* sums = scratch<float, 13>(OUTS * (count + 1) * L);
       sums_of<FORMAT>(w, from, outs, t, first, count, sums);
       int64_t tokens = rows - first * L < count * L ? rows - first * L : count * L;
-      finish<F, FORMAT>(w, from, outs, t, first * L, tokens, (count + 1) * L, sums, y);
+      finish<F, FORMAT>(w, from, outs, first * L, tokens, (count + 1) * L, sums, y);
     }
   }
 }

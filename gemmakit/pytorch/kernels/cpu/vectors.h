@@ -88,7 +88,8 @@ struct Two {
 template <int F>
 inline Two widen_two(const uint16_t* p) {
   uint16x8_t v = vld1q_u16(p);
-  if (F == BF16) return {vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(v), 16)), vreinterpretq_f32_u32(vshll_high_n_u16(v, 16))};
+  uint32x4_t first = vshll_n_u16(vget_low_u16(v), 16), second = vshll_high_n_u16(v, 16);
+  if (F == BF16) return {vreinterpretq_f32_u32(first), vreinterpretq_f32_u32(second)};
   float16x8_t h = vreinterpretq_f16_u16(v);
   return {vcvt_f32_f16(vget_low_f16(h)), vcvt_high_f32_f16(h)};
 }
