@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gemmakit.config import GemmaConfig
 from gemmakit.pytorch.kernels import linear
+from gemmakit.pytorch.kernels.training import fuses, gated, rms_norm
 
 
 class GemmaRMSNorm(nn.Module):
@@ -27,6 +28,8 @@ class GemmaRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., D); same shape and dtype out."""
+        if fuses(x, self.weight):
+            return rms_norm(x, self.weight, self.eps)
         y = x.float()
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
         # The weight multiplies before the cast: afterwards the half formats would round twice.
@@ -73,6 +76,8 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "silu": F.silu,
 }
+# In the order in which the kernels number them.
+_NUMBERED = tuple(_ACTIVATIONS.values())
 
 
 class GemmaMLP(nn.Module):
@@ -88,6 +93,8 @@ class GemmaMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, S, D), same out."""
+        if fuses(x) and self.act_fn in _NUMBERED:
+            return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), _NUMBERED.index(self.act_fn)))
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 

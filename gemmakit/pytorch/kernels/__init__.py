@@ -3,5 +3,6 @@
 from gemmakit.pytorch.kernels.linear import linear, linear_plan
 from gemmakit.pytorch.kernels.packed import Packed
 from gemmakit.pytorch.kernels.quantized import linear_packed
+from gemmakit.pytorch.kernels.training import training_plan
 
-__all__ = ["Packed", "linear", "linear_packed", "linear_plan"]
+__all__ = ["Packed", "linear", "linear_packed", "linear_plan", "training_plan"]

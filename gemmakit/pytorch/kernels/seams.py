@@ -62,6 +62,8 @@ class Seams(Protocol):
 FORMS = {"cpu": "gemmakit.pytorch.kernels.cpu.seams", "cuda": "gemmakit.pytorch.kernels.triton.seams"}
 # A step of more rows (B * S) is matrix work, which the modules do best.
 MAX_ROWS = 8
+# Types of devices whose forms are asked for any number of rows, and call the modules where they have nothing better.
+ANY_ROWS = {"cuda"}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -74,7 +76,8 @@ def choose(layer: nn.Module, x: Tensor, visible: Any, cache: Any, output_attenti
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or output_attentions or type(x) is not Tensor:
         return None
     B, S, _ = x.shape
-    if not 0 < B * S <= MAX_ROWS or not (x.is_cpu or x.is_cuda) or _watched(x):
+    few = B * S <= MAX_ROWS or x.device.type in ANY_ROWS
+    if not few or not B * S or not (x.is_cpu or x.is_cuda) or _watched(x):
         return None
     chosen: Chosen | None = layer.__dict__.get("chosen")
     if chosen is None or not chosen.still(layer, x):
@@ -219,7 +222,8 @@ def seams_plan(layers: Iterable[nn.Module]) -> str:
             said.append((i, f"modules ({chosen.why})"))
         else:
             words = getattr(chosen.seams, "plan", chosen.seams.name)
-            said.append((i, f"{words}, without gradients, up to {MAX_ROWS} rows"))
+            beyond = getattr(chosen.seams, "beyond", "")
+            said.append((i, f"{words}, without gradients, up to {MAX_ROWS} rows{beyond}"))
     runs = [(words, [i for i, _ in run]) for words, run in groupby(said, key=lambda pair: pair[1])]
     if len(runs) == 1:
         return runs[0][0]

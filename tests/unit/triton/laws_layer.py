@@ -13,13 +13,14 @@ from tiny_gemma import far, left_padded, prompts
 
 from gemmakit.pytorch.cache import DynamicCache, StaticCache
 from gemmakit.pytorch.cache.paged import PagedCache, Span
-from gemmakit.pytorch.kernels import seams
+from gemmakit.pytorch.kernels import linear, linear_plan, seams, triton
 from gemmakit.pytorch.kernels.seams import PROJECTIONS
-from gemmakit.pytorch.kernels.triton import gemv, launch
+from gemmakit.pytorch.kernels.triton import attention, gemv, launch, rowwise
 from gemmakit.pytorch.kernels.triton import seams as triton_seams
 from gemmakit.pytorch.quantize import rounding
 from gemmakit.pytorch.quantize.modules import QuantizedLinear
 
+linear_module = sys.modules[linear.__module__]  # the package has a function of its name
 TRITON = {"cpu": "gemmakit.pytorch.kernels.triton.seams"}
 # float32 sums in another order; bfloat16: a rounding that falls the other way (2^-8) passes through two layers.
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 0.03, torch.float16: 4e-3}
@@ -39,11 +40,13 @@ def both(monkeypatch):
         results = []
         for forms in ({}, TRITON):
             monkeypatch.setattr(seams, "FORMS", forms)
+            monkeypatch.setattr(seams, "ANY_ROWS", set(forms))
             for layer in model.model.layers:
                 layer.__dict__.pop("chosen", None)
             with torch.no_grad():
                 results.append(f())
         assert all(type(layer.__dict__["chosen"].seams).__name__ == "TritonSeams" for layer in model.model.layers)
+        assert not triton._refused, "a kernel did not start, and the modules took its place"
         return results
 
     return run
@@ -172,3 +175,157 @@ def test_weights_of_another_dtype_are_refused_in_words():
         triton_seams.fused(layer, torch.zeros(1, 1, 24, dtype=torch.bfloat16))
     )
     assert "float64" in str(triton_seams.fused(layer, torch.zeros(1, 1, 24, dtype=torch.float64)))
+
+
+# -- more rows than the kernels that read weights take ----------------------------------------------------------------
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The names of the kernels that were started."""
+    names = []
+
+    def noting(module, name):
+        kernel = getattr(module, name)
+
+        class Noting:
+            def __getitem__(self, grid):
+                names.append(name)
+                return kernel[grid]
+
+        monkeypatch.setattr(module, name, Noting())
+
+    for module, name in ((gemv, "project"), (gemv, "gate_up"), (attention, "attend"), (rowwise, "norm"),
+                         (rowwise, "gated")):  # fmt: skip
+        noting(module, name)
+    return names
+
+
+@pytest.mark.parametrize("placed", [False, True])
+def test_many_rows_of_one_position_read_keys_where_they_lie(both, started, placed):
+    model, ids = tiny(), prompts(9, 6)
+    cache = (lambda: StaticCache(model.config, max_cache_len=40)) if placed else DynamicCache
+    modules, fused = both(model, lambda: steps(model, ids, cache(), placed))
+    assert far(fused, modules) < TOLERANCE[torch.float32]
+    # The prompt goes through norms and gates, and so do both steps; those attend through the kernel besides.
+    assert started.count("attend") == 2 and started.count("norm") == 6 and started.count("gated") == 3
+    assert "project" not in started and "gate_up" not in started
+
+
+def test_many_rows_of_different_lengths_read_their_pages(both, started):
+    model, rows = tiny(), 9
+
+    def run():
+        cache = PagedCache(model.config, rows, 16, torch.float32)
+        for row in range(rows):
+            cache.place([Span([1 + row], 0, 2 + row)])
+            model(prompts(1, 2 + row, seed=row), past_key_values=cache)
+        where = cache.place([Span([1 + row], 2 + row, 3 + row) for row in range(rows)])
+        ids = prompts(rows, 1)
+        return model(ids, attention_mask=where.mask, position_ids=where.positions, past_key_values=cache).logits
+
+    modules, fused = both(model, run)
+    assert far(fused, modules) < TOLERANCE[torch.float32]
+    assert started[-3:] == ["attend", "norm", "gated"]
+
+
+def test_a_long_prompt_goes_through_norms_and_gates_alone(both, started):
+    model, ids = tiny(num_key_value_heads=2), prompts(1, 17)
+    modules, fused = both(model, lambda: model(ids, past_key_values=DynamicCache()).logits)
+    assert far(fused, modules) < TOLERANCE[torch.float32]
+    assert started == ["norm", "norm", "gated"]
+
+
+# -- kernels that do not start -----------------------------------------------------------------------------------------
+
+
+class Broken:
+    """A kernel that this device's compiler refuses."""
+
+    def __getitem__(self, grid):
+        def start(*_, **__):
+            raise ValueError("out of resource: shared memory")
+
+        return start
+
+
+@pytest.fixture
+def afterwards(monkeypatch):
+    monkeypatch.setattr(triton, "_refused", {})
+
+
+BREAKABLE = [(gemv, "project", 2), (gemv, "gate_up", 2), (attention, "attend", 2), (attention, "attend", 9),
+             (rowwise, "norm", 9), (rowwise, "gated", 9)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("module", "name", "rows"), BREAKABLE, ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.parametrize("kind", ["dynamic", "static", "told places"])
+def test_the_modules_take_the_place_of_a_kernel_that_does_not_start(module, name, rows, kind, afterwards, monkeypatch):
+    model, ids = tiny(), prompts(rows, 6)
+    monkeypatch.setattr(seams, "FORMS", {})
+
+    def run():
+        cache = DynamicCache() if kind == "dynamic" else StaticCache(model.config, max_cache_len=40)
+        with torch.no_grad():
+            return steps(model, ids, cache, kind == "told places"), cache.get_seq_length()
+
+    expected, length = run()
+    monkeypatch.setattr(seams, "FORMS", TRITON)
+    monkeypatch.setattr(seams, "ANY_ROWS", set(TRITON))
+    for layer in model.model.layers:
+        layer.__dict__.pop("chosen", None)
+    monkeypatch.setattr(module, name, Broken())
+    with pytest.warns(UserWarning, match="are not used on cpu.*ValueError: out of resource"):
+        logits, held = run()
+    assert far(logits, expected) < TOLERANCE[torch.float32]
+    assert held == length
+    assert "one did not start" in triton.why_not(torch.device("cpu"))
+    assert run()[1] == length  # and no second warning
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """The CPU in the place of a GPU."""
+    monkeypatch.setattr(linear_module, "GPU", {"cpu"})
+    monkeypatch.setattr(linear_module, "MIN_WEIGHT", 64)
+    monkeypatch.setattr(linear_module.cpu, "library", lambda: None)
+    ran = []
+    kernel = linear_module._linear_rows_on_gpu
+    with torch.library._scoped_library("gemmakit", "IMPL") as library:
+        library.impl("linear_rows", lambda *a: ran.append(1) or kernel(*a), "CPU", allow_override=True)
+        yield ran
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_the_head_of_a_step_goes_through_the_kernel(dtype, on_gpu):
+    x, weight, bias = torch.randn(2, 4, 24).to(dtype), torch.randn(40, 24).to(dtype), torch.randn(40).to(dtype)
+    with torch.no_grad():
+        y = linear(x, weight, bias)
+    assert on_gpu == [1]
+    # One rounding of sums of float32; the reference on a CPU may round its sums of half formats more often.
+    expected = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    assert (y.double() - expected).abs().max() <= torch.finfo(dtype).eps * expected.abs().max()
+    assert linear_plan(weight) == "Triton, without gradients, up to 8 rows"
+
+
+def test_the_head_goes_through_torch_otherwise(on_gpu, afterwards, monkeypatch):
+    weight = torch.randn(40, 24)
+    x = torch.randn(8, 24)
+    assert linear(x, weight).shape == (8, 40)  # with gradients
+    with torch.no_grad():
+        linear(torch.randn(9, 24), weight)
+        linear(x, torch.randn(24, 40).T)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            linear(x, weight)
+        monkeypatch.setattr(linear_module, "MIN_WEIGHT", 1000)
+        linear(x, weight)
+        assert "960 weights are few" in linear_plan(weight)
+        monkeypatch.setattr(linear_module, "MIN_WEIGHT", 64)
+        assert on_gpu == []
+        monkeypatch.setattr(gemv, "project", Broken())
+        with pytest.warns(UserWarning, match="are not used"):
+            y = linear(x, weight)
+        assert torch.equal(y, torch.nn.functional.linear(x, weight)) and on_gpu == [1]
+        linear(x, weight)
+    assert on_gpu == [1]
+    assert "one did not start" in linear_plan(weight)

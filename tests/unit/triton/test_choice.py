@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -38,3 +39,28 @@ def test_without_a_gpu_the_reason_is_given():
     assert not kernels.available(torch.device("cuda"))
     assert kernels.why_not(torch.device("cuda")) == "PyTorch sees no CUDA device"
     assert "this is cpu" in kernels.why_not(torch.device("cpu"))
+
+
+CPU = torch.device("cpu")
+
+
+def test_a_kernel_that_does_not_start_is_told_once_and_no_other_is_asked_for(monkeypatch):
+    monkeypatch.setattr(kernels, "_refused", {})
+
+    def start():
+        with pytest.raises(kernels.Refused), kernels.starting(CPU):
+            raise ValueError("no compiler\nand more")
+
+    with pytest.warns(UserWarning, match="not used on cpu: one did not start .ValueError: no compiler"):
+        start()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        start()
+    assert kernels.why_not(CPU) == "one did not start (ValueError: no compiler)"
+
+
+def test_too_little_memory_says_nothing_about_kernels(monkeypatch):
+    monkeypatch.setattr(kernels, "_refused", {})
+    with pytest.raises(torch.OutOfMemoryError), kernels.starting(CPU):
+        raise torch.OutOfMemoryError("no memory")
+    assert not kernels._refused

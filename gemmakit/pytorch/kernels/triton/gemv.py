@@ -248,7 +248,7 @@ def activated(gate, ACT: tl.constexpr):
     elif ACT == _GELU_ERF:
         return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
     elif ACT == _RELU:
-        return tl.maximum(gate, 0.0)
+        return tl.maximum(gate, 0.0, propagate_nan=tl.PropagateNan.ALL)
     else:
         return gate / (1.0 + tl.exp(-gate))
 

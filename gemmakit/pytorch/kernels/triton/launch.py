@@ -17,10 +17,10 @@ from torch import Tensor
 
 from gemmakit.errors import InputError
 from gemmakit.pytorch.kernels.packed import Packed
-from gemmakit.pytorch.kernels.triton import attention, dequantize, gemv, interpreted, tuning
+from gemmakit.pytorch.kernels.panels import multiply
+from gemmakit.pytorch.kernels.triton import Refused, attention, dequantize, gemv, interpreted, starting, tuning
 
 MAX_ROWS = 8  # one block of rows; `linear` and `linear_packed` take several
-MAX_POSITIONS = 16  # S of `attend`
 MAX_HEAD_DIM = 256
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -75,8 +75,8 @@ def alike(operands: Sequence[Operand]) -> bool:
 
 
 def _start(kernel: Any, grid: tuple[int, ...], x: Tensor, *arguments: Any, **named: Any) -> None:
-    """Run a kernel on x's device. x is its first argument."""
-    with torch.cuda.device_of(x):  # Triton takes the current one
+    """Run a kernel on x's device. x is its first argument. Raises Refused where it cannot be compiled or started."""
+    with starting(x.device):
         kernel[grid](x, *arguments, **named)
 
 
@@ -171,7 +171,10 @@ def gate_up(
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias for a few rows: the head of a decoding step. x: (..., I), weight: (O, I) -> (..., O)."""
     flat = x.reshape(-1, x.shape[-1])
-    return project(flat, [operand(weight)], [bias])[0].view(*x.shape[:-1], len(weight))
+    try:
+        return project(flat, [operand(weight)], [bias])[0].view(*x.shape[:-1], len(weight))
+    except Refused:
+        return F.linear(x, weight, bias)
 
 
 def linear_packed(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
@@ -180,9 +183,12 @@ def linear_packed(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tens
     Up to `dequantize_above` rows the weight is read as it is; more take it written out in x's dtype.
     """
     flat = x.reshape(-1, x.shape[-1])
-    if len(flat) > constants(x.device).dequantize_above:
-        return F.linear(x, expand(packed, x.dtype), bias)
-    return project(flat, [operand(packed)], [bias])[0].view(*x.shape[:-1], packed.shape[0])
+    try:
+        if len(flat) > constants(x.device).dequantize_above:
+            return F.linear(x, expand(packed, x.dtype), bias)
+        return project(flat, [operand(packed)], [bias])[0].view(*x.shape[:-1], packed.shape[0])
+    except Refused:
+        return multiply(flat, packed, bias).view(*x.shape[:-1], packed.shape[0])
 
 
 def expand(packed: Packed, dtype: torch.dtype) -> Tensor:
@@ -231,9 +237,9 @@ def attend(
 ) -> Tensor:
     """Rotate q and k, write k and v to their places, attend to all up to there. q: (B, S, N * H) -> (B, S, N * H).
 
-    k, v: (B, S, K * H). tables: cos and sin (B or 1, 1, S, H). The S new places follow each other. mask: bool (B or 1,
-    1, S or 1, T); blind: bool (B or 1, 1, S or 1, 1), queries that get zeros. causal: without a mask, whether a new
-    position sees no later one.
+    k, v: (B, S, K * H), S at most 16. tables: cos and sin (B or 1, 1, S, H). The S new places follow each other.
+    mask: bool (B or 1, 1, S or 1, T); blind: bool (B or 1, 1, S or 1, 1), queries that get zeros. causal: without a
+    mask, whether a new position sees no later one.
     """
     (B, S, width), H = q.shape, head_dim
     N, K = width // H, k.shape[2] // H

@@ -18,12 +18,56 @@ ACTIVATIONS = {
     3: F.silu,
 }
 
+# Of the gradient to what they give, and what they were given.
+_ACTIVATIONS_BACK = {
+    0: lambda dy, x: torch.ops.aten.gelu_backward(dy, x, approximate="tanh"),
+    1: torch.ops.aten.gelu_backward,
+    2: lambda dy, x: torch.ops.aten.threshold_backward(dy, x, 0),
+    3: torch.ops.aten.silu_backward,
+}
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x * rsqrt(mean(x^2) + eps) * (1 + weight) in float32, then rounded to x's dtype."""
     y = x.float()
     y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
     return (y * (1.0 + weight.float())).to(x.dtype)
+
+
+def rms_scale(x: Tensor, eps: float) -> Tensor:
+    """What rms_norm multiplies the rows of x (..., D) by: (...) float32."""
+    return torch.rsqrt(x.float().pow(2).mean(-1) + eps)
+
+
+def rms_norm_saving(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The norm, and what its way back needs."""
+    return rms_norm(x, weight, eps), rms_scale(x, eps)
+
+
+def rms_norm_back(
+    gradient: Tensor, x: Tensor, weight: Tensor, scale: Tensor, for_weight: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Gradients to x (..., D) and to the weight (D,), or (0,) unless asked for: in float32, rounded once.
+
+    With n = x * scale and g = gradient * (1 + weight), x's is scale * (g - n * mean(g * n)).
+    """
+    dy, n = gradient.float(), x.float() * scale[..., None]
+    g = dy * (1.0 + weight.float())
+    for_x = scale[..., None] * (g - n * (g * n).mean(-1, keepdim=True))
+    sums = (dy * n).reshape(-1, x.shape[-1]).sum(0) if for_weight else dy.new_empty(0)
+    return for_x.to(x.dtype), sums.to(weight.dtype)
+
+
+def gated(gate: Tensor, up: Tensor, act: int) -> Tensor:
+    """act(gate) * up, the activation and the product rounded."""
+    return ACTIVATIONS[act](gate) * up
+
+
+def gated_back(gradient: Tensor, gate: Tensor, up: Tensor, act: int) -> tuple[Tensor, Tensor]:
+    """Gradients to gate and up in float32, rounded once; the activation that up meets is rounded as in `gated`."""
+    dy = gradient.float()
+    for_gate = _ACTIVATIONS_BACK[act](dy * up.float(), gate.float())
+    return for_gate.to(gate.dtype), (dy * ACTIVATIONS[act](gate).float()).to(up.dtype)
 
 
 def linear(x: Tensor, weight: Tensor | Packed, bias: Tensor | None = None) -> Tensor:

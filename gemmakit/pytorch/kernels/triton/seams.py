@@ -6,6 +6,7 @@ Axis letters: B batch, S positions, D hidden, F mlp, N heads, K kv heads, H head
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gemmakit.pytorch.kernels.packed import Packed
-from gemmakit.pytorch.kernels.seams import PROJECTIONS, Seams, weight_of
-from gemmakit.pytorch.kernels.triton import why_not
+from gemmakit.pytorch.kernels.seams import MAX_ROWS, PROJECTIONS, Seams, weight_of
+from gemmakit.pytorch.kernels.triton import Refused, starting, why_not
 
 if TYPE_CHECKING:
     from gemmakit.pytorch.kernels.triton.launch import Norm, Operand, Room
@@ -57,13 +58,41 @@ def _unfit(module: nn.Module, dtype: torch.dtype) -> str:
 
 
 class TritonSeams:
-    """The fused forms of one layer, for as long as its tensors stay where they are."""
+    """The fused forms of one layer, for as long as its tensors stay where they are.
+
+    More rows than MAX_ROWS are matrix work, for which the projections' modules are called between fused norms and
+    gates; keys and values are read where they lie by any number of rows of one position each. A kernel that does not
+    start gives way to the modules too.
+    """
 
     def __init__(self, layer: nn.Module):
         why = _no_attention(layer.get_submodule("self_attn"))
         self.name = "Triton"
         self.plan = f"Triton, attention by torch ({why})" if why else "Triton"
+        self.beyond = "; beyond that modules between fused norms and gates"
+        self.device = next(layer.parameters()).device
         self.operands: dict[nn.Module, Operand] = {}
+
+    def _fits(self, x: Tensor) -> bool:
+        """Whether the kernels that read weights take x (B, S, ...)."""
+        return x.shape[0] * x.shape[1] <= MAX_ROWS and not why_not(self.device)
+
+    def _normed(self, x: Tensor, norm: nn.Module) -> Tensor:
+        from gemmakit.pytorch.kernels.triton import training
+
+        if not why_not(self.device):
+            with suppress(Refused), starting(self.device):
+                return training.rms_norm_saving(x, *_norm(norm))[0]
+        return norm(x)
+
+    def _gated(self, gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
+        from gemmakit.pytorch.kernels.triton import training
+
+        kind = _activations().get(act)
+        if kind is not None and not why_not(self.device):
+            with suppress(Refused), starting(self.device):
+                return training.gated(gate, up, kind)
+        return act(gate) * up
 
     def _operands(self, *modules: nn.Module) -> list[Operand]:
         from gemmakit.pytorch.kernels.triton import launch
@@ -81,8 +110,12 @@ class TritonSeams:
         self, x: Tensor, norm: nn.Module, q_proj: nn.Module, k_proj: nn.Module, v_proj: nn.Module
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As the protocol says, in one launch when the three weights have one format."""
-        q, k, v = self._norm_project(x, norm, q_proj, k_proj, v_proj)
-        return q, k, v
+        with suppress(Refused):
+            if self._fits(x):
+                q, k, v = self._norm_project(x, norm, q_proj, k_proj, v_proj)
+                return q, k, v
+        h = self._normed(x, norm)
+        return q_proj(h), k_proj(h), v_proj(h)
 
     def _norm_project(self, x: Tensor, norm: nn.Module, *modules: nn.Module) -> list[Tensor]:
         from gemmakit.pytorch.kernels.triton import launch
@@ -97,16 +130,26 @@ class TritonSeams:
 
     def project_add(self, x: Tensor, projection: nn.Module, residual: Tensor) -> Tensor:
         """As the protocol says."""
-        from gemmakit.pytorch.kernels.triton import launch
+        with suppress(Refused):
+            if self._fits(x):
+                from gemmakit.pytorch.kernels.triton import launch
 
-        rows, added = x.flatten(0, 1), residual.flatten(0, 1)
-        y = launch.project(rows, self._operands(projection), [_bias(projection)], residual=added)[0]
-        return y.view_as(residual)
+                rows, added = x.flatten(0, 1), residual.flatten(0, 1)
+                y = launch.project(rows, self._operands(projection), [_bias(projection)], residual=added)[0]
+                return y.view_as(residual)
+        return residual + projection(x)
 
     def norm_gate_up(
         self, x: Tensor, norm: nn.Module, gate: nn.Module, up: nn.Module, act: Callable[[Tensor], Tensor]
     ) -> Tensor:
         """As the protocol says; an activation that no kernel has follows the projections."""
+        with suppress(Refused):
+            if self._fits(x):
+                return self._norm_gate_up(x, norm, gate, up, act)
+        h = self._normed(x, norm)
+        return self._gated(gate(h), up(h), act)
+
+    def _norm_gate_up(self, x: Tensor, norm: nn.Module, gate: nn.Module, up: nn.Module, act: Any) -> Tensor:
         from gemmakit.pytorch.kernels.triton import launch
 
         kind, weights = _activations().get(act), self._operands(gate, up)
@@ -135,13 +178,17 @@ class TritonSeams:
         from gemmakit.pytorch.kernels.triton import launch
 
         room = None
-        if _takes(q, tables, visible, attention):
+        if not why_not(self.device) and _takes(q, tables, visible, attention):
             room = _room(q, k, cache, cache_position, attention)
-        if room is None:
-            return attention.attend(q, k, v, tables, visible, cache, cache_position)[0]
-        return launch.attend(
-            q, k, v, tables, room, attention.head_dim, attention.scaling, visible.mask, visible.blind, visible.causal
-        )
+        if room is not None:
+            with suppress(Refused):
+                return launch.attend(
+                    q, k, v, tables, room, attention.head_dim, attention.scaling, visible.mask, visible.blind,
+                    visible.causal,
+                )  # fmt: skip
+            if cache is not None and room.places is None:
+                cache.layers[attention.layer_idx].crop(room.start)  # torch claims the places once more
+        return attention.attend(q, k, v, tables, visible, cache, cache_position)[0]
 
 
 def _norm(norm: Any) -> Norm:
@@ -168,12 +215,11 @@ def _no_attention(attention: Any) -> str:
 
 def _takes(q: Tensor, tables: tuple[Tensor, Tensor], visible: Any, attention: Any) -> bool:
     """Whether the kernel reads these shapes and this description of who sees whom."""
-    from gemmakit.pytorch.kernels.triton import launch
-
     mask = visible.mask
     if _no_attention(attention) or visible.rule is not None or any(t.dtype != q.dtype for t in tables):
         return False
-    if q.shape[1] > launch.MAX_POSITIONS:
+    B, S, _ = q.shape
+    if S > 1 and B * S > MAX_ROWS:  # matrix work
         return False
     return mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1 and mask.stride(3) == 1)
 
