@@ -62,7 +62,7 @@ def write_random(folder: Path, config: GemmaConfig, dtype: str = "bfloat16", see
     """
     import torch
 
-    from gemmakit.checkpoint.writing import LazyTensor, save_checkpoint
+    from gemmakit.checkpoint import LazyTensor, save_checkpoint
 
     generator = torch.Generator().manual_seed(seed)
 

@@ -23,7 +23,21 @@ def held_out() -> tuple[str, str]:
 
 
 def measure_quality(spec: dict[str, Any]) -> dict[str, Any]:
-    """spec: quantize, threads, and tokens (how many of the text, 8,192 if absent)."""
+    """spec: quantize, threads, tokens (how many of the text, 8,192 if absent), device ("cpu" if absent).
+
+    On an accelerator the models are loaded to it as anybody's are. Where that fails, the CPU measures the same, and
+    `device_error` says what failed.
+    """
+    device = spec.get("device", "cpu")
+    try:
+        return _measured(spec, device)
+    except Exception as error:
+        if device == "cpu":
+            raise
+        return {**_measured(spec, "cpu"), "device_error": f"{type(error).__name__}: {str(error)[:500]}"}
+
+
+def _measured(spec: dict[str, Any], device: str) -> dict[str, Any]:
     import torch
 
     from gemmakit.bench.models import obtain
@@ -35,9 +49,9 @@ def measure_quality(spec: dict[str, Any]) -> dict[str, Any]:
     name, text = held_out()
     encoded: Any = GemmaTokenizer.from_pretrained(demo)(text, add_special_tokens=False)
     ids = list(encoded["input_ids"])[: spec.get("tokens", 8192)]
-    plain = {"model": demo, "dtype": "auto", "device": "cpu"}
+    plain = {"model": demo, "dtype": "auto", "device": device}
     reference, model = obtain(plain), obtain({**plain, "quantize": spec["quantize"]})
-    return {"model": "demo", "text": name, "tokens": len(ids), **compare(reference, model, ids)}
+    return {"model": "demo", "text": name, "device": device, "tokens": len(ids), **compare(reference, model, ids)}
 
 
 def compare(reference: Any, model: Any, ids: list[int]) -> dict[str, float]:
@@ -48,7 +62,7 @@ def compare(reference: Any, model: Any, ids: list[int]) -> dict[str, float]:
     same = divergence = 0.0
     with torch.inference_mode():
         for piece in pieces(ids):
-            rows = torch.tensor([piece])
+            rows = torch.tensor([piece], device=reference.device)
             a, b = (m(rows, use_cache=False).logits[0, :-1].float().log_softmax(-1) for m in (reference, model))
             targets = rows[0, 1:, None]
             for i, scores in enumerate((a, b)):

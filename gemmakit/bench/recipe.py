@@ -21,6 +21,8 @@ from gemmakit.files import write_text
 WHAT = "random weights made on the device; batch 1 unless said; rates are differences of runs of two lengths"
 BUDGET_S = 570.0
 LEAST_S = 15.0  # a part that has less than this left is not begun
+# No part takes what the others need: a peer's compiler may take minutes, and a device that hangs all there is.
+OURS_S, PEER_S = 150.0, 120.0
 SCHEMES = ("int8", "int4", "int4-g128")
 # Published dense bfloat16 rates, operations a second. Source: NVIDIA's data sheets.
 PEAKS = {"H100 PCIe": 756e12, "H100": 989.4e12, "H200": 989.4e12, "A100": 312e12, "L4": 121e12, "L40S": 362e12}
@@ -38,6 +40,7 @@ class Scale:
     batch_prompt: int = 512
     batch_new: int = 48
     train: int = 2048
+    check: int = 48  # tokens that are compared with those of plain torch
     repeats: int = 3
     limit_s: float = 1.5
 
@@ -46,15 +49,15 @@ class Scale:
 
 
 SMALL = Scale(new=24, prompt=4, context=64, prefill=32, batches=(2, 3), batch_prompt=8, batch_new=24, train=32,
-              repeats=1, limit_s=0.05)  # fmt: skip
+              check=8, repeats=1, limit_s=0.05)  # fmt: skip
 
 
 @dataclass
 class Recipe:
-    """Runs the parts, most telling first, and saves after each.
+    """Runs the parts, most telling first and peers behind, and saves after each.
 
     Args:
-        sizes: of models.SIZES, in their order: the first gets everything, the others decoding and prefill.
+        sizes: of models.SIZES, in their order: the first gets everything, the others decoding and prefill, last.
         peers: measure transformers too, where it is installed.
     """
 
@@ -88,9 +91,9 @@ class Recipe:
             return {"error": f"not begun: the {self.budget_s:.0f} s were used up"}
         begun = time.monotonic()
         try:
-            found = self.run_command(side.command, left_s)
+            found = self.run_command(side.command, min(left_s, OURS_S if side.script == "ours" else PEER_S))
         except SideFailed as error:
-            found = {"error": str(error)}
+            found = {"error": str(error), **({"stderr": error.tail} if error.tail else {})}
         return {**found, "took_s": round(time.monotonic() - begun, 1)}
 
     def _keep(self, parts: dict[str, Found], interrupted: bool) -> None:
@@ -127,25 +130,35 @@ class Recipe:
             yield from self._decoding(size)
 
     def _main(self, size: str) -> Iterator[Side]:
-        first, *others = self._decoding(size)
-        yield first
-        if self._peer:
-            yield self._side(size, "transformers eager", "generate")
-            yield self._side(size, "transformers static", "generate", static=True)
+        yield from self._decoding(size)
+        yield from self._together(size, "gemmakit")
+        for chunk in (None, max(self.scale.train // 4, 1)):
+            what = "train" if chunk is None else f"train, loss by {chunk}"
+            yield self._side(size, "gemmakit", what, tokens=self.scale.train, chunk=chunk)
         for scheme in SCHEMES:
-            spec = {"part": "quality", "quantize": scheme, "threads": self.threads}
+            spec = {"part": "quality", "quantize": scheme, "threads": self.threads, "device": self.device}
             yield Side(f"quality {scheme}", "ours", {**spec, **({"tokens": 256} if self.scale is SMALL else {})})
-        yield from others
-        sides = ["gemmakit", *(["transformers"] if self._peer else [])]
-        for side in sides:
-            yield self._side(size, side, "train", tokens=self.scale.train)
-        for rows in self.scale.batches:
-            for side in sides:
-                yield self._side(size, side, f"batch {rows}", **self._batch(rows))
+        if self._peer:
+            yield from self._peers(size)
+
+    def _peers(self, size: str) -> Iterator[Side]:
+        context = self.scale.context
+        yield self._side(size, "transformers eager", "generate")
+        # Its static cache stays as long as the longest call made it: each length in a process of its own.
+        static = {"static": True, "prefill": None}
+        yield self._side(size, "transformers static", "generate", **static, contexts=[0])
+        yield self._side(size, "transformers", "train", tokens=self.scale.train)
+        yield from self._together(size, "transformers")
+        yield self._side(size, "transformers static", f"generate after {context}", **static, contexts=[context])
 
     def _decoding(self, size: str) -> Iterator[Side]:
         for scheme in (None, *SCHEMES):
-            yield self._side(size, f"gemmakit {scheme or 'plain'}", "generate", quantize=scheme)
+            check = {"quantize": scheme, "check": self.scale.check}
+            yield self._side(size, f"gemmakit {scheme or 'plain'}", "generate", **check)
+
+    def _together(self, size: str, side: str) -> Iterator[Side]:
+        for rows in self.scale.batches:
+            yield self._side(size, side, f"batch {rows}", **self._batch(rows))
 
     def _batch(self, rows: int) -> dict[str, Any]:
         """The shorter run outlasts the reading of the prompts, which is done a few at a time: both end with all."""
@@ -158,7 +171,7 @@ class Recipe:
 
     def _side(self, size: str, side: str, what: str, **spec: Any) -> Side:
         scale, ours = self.scale, side.startswith("gemmakit")
-        part = what.split()[0]
+        part = what.replace(",", "").split()[0]
         base: dict[str, Any] = {
             "part": part, "config": fields(size), "dtype": self.dtype, "device": self.device, "threads": self.threads,
             "repeats": scale.repeats, "new": scale.new, "prompt": scale.prompt, "contexts": [0, scale.context],

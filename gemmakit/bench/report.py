@@ -196,10 +196,14 @@ def _matmul(part: dict[str, Any], limits: dict[str, Any]) -> float:
 def _recipe_notes(result: dict[str, Any]) -> Iterator[str]:
     yield from limit_notes(result["limits"], result["settings"]["dtype"])
     yield from _heads(result["parts"])
+    yield from _agreements(result["parts"])
+    yield from _ways(result)
     yield from _mfu(result)
     yield from _peer_ratios(result["parts"])
     for scheme, quality in result["quality"].items():
         yield quality_note(scheme, quality)
+        if "device_error" in quality:
+            yield f"Quality of {scheme} was measured on the CPU, for the device failed: {quality['device_error']}"
     for label, part in result["parts"].items():
         if "error" in part:
             yield f"{label}: {part['error']}"
@@ -216,6 +220,38 @@ def _heads(parts: dict[str, Any]) -> Iterator[str]:
             yield f"{label}: {read:.3g} GB a token, {head:.3g} of them the head in {part['head_dtype']}."
 
 
+def _agreements(parts: dict[str, Any]) -> Iterator[str]:
+    """Whether the fast path chooses what plain torch chooses."""
+    for label, part in parts.items():
+        found = part.get("agreement")
+        if found is None:
+            continue
+        if "error" in found:
+            yield f"{label}: NOT compared with plain torch: {found['error']}"
+            continue
+        end = ""
+        if found["same"] < found["tokens"]:
+            end = f", then {'a near tie' if found['near_tie'] else 'ANOTHER ONE, and no near tie'}"
+            end += f" (margin {found['margin']:.2g})"
+        yield (
+            f"{label}: {'WRONG, ' * found['wrong']}{found['same']} of {found['tokens']} tokens as plain torch has "
+            f"them{end}; logits differ by at most {found['logits_off']:.1%} of their spread; replayed steps gave the "
+            f"first {found['replayed_same']} as the same kernels one by one."
+        )
+
+
+def _ways(result: dict[str, Any]) -> Iterator[str]:
+    """What did not go the fast way on an accelerator, and what was said about it."""
+    if result["settings"]["device"] == "cpu":
+        return
+    for label, part in result["parts"].items():
+        if part.get("graphs") == 0 or part.get("replayed_passes") == 0:
+            yield f"{label}: no step was replayed."
+        for line in part.get("said", ()):
+            if "fewer than" not in line:  # prefill alone is timed with one new token
+                yield f"{label} said: {line.splitlines()[0]}"
+
+
 def _mfu(result: dict[str, Any]) -> Iterator[str]:
     peak = peak_flops(result["limits"].get("device", ""))
     for label, part in result["parts"].items():
@@ -226,16 +262,16 @@ def _mfu(result: dict[str, Any]) -> Iterator[str]:
 
 def _peer_ratios(parts: dict[str, Any]) -> Iterator[str]:
     """gemmakit's rate over each peer's, and each quantization's over the plain one's."""
-    keys = ("decode_tokens_per_s", "batch_tokens_per_s", "train_tokens_per_s", "prefill_tokens_per_s")
+    starts = ("decode_tokens", "batch_tokens", "train_tokens", "prefill_tokens")
     for label, part in parts.items():
         size, _, rest = label.partition(" ")
-        what = rest.split(" ", 2)[-1] if rest.endswith("generate") else rest.split(" ", 1)[-1]
-        plain = f"{size} gemmakit plain generate" if rest.endswith("generate") else f"{size} gemmakit {what}"
+        plain = f"{size} gemmakit {'plain generate' if 'generate' in rest else rest.split(' ', 1)[-1]}"
         ours = parts.get(plain, {})
         if label == plain or "error" in part or "error" in ours:
             continue
         a, b = (part, ours) if "gemmakit" in label else (ours, part)
-        said = [f"{k.split('_')[0]} {a[k] / b[k]:.2f}x" for k in keys if k in a and b.get(k)]
+        keys = [k for k in a if k.startswith(starts) and b.get(k)]
+        said = [f"{k.replace('_tokens_per_s', '').replace('_', ' ')} {a[k] / b[k]:.2f}x" for k in keys]
         first, second = (label, plain) if "gemmakit" in label else (plain, label)
         if said:
             yield f"{first} / {second}: {', '.join(said)}."

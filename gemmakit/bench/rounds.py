@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,10 +24,15 @@ PEERS = (
 )
 Found = dict[str, Any]
 Round = dict[str, Found]
+TAIL = 3000  # characters
 
 
 class SideFailed(Exception):
-    """A side's process ended without a result; the message is its last line."""
+    """A side's process ended without a result; the message is the line that says why, `tail` the end of all it said."""
+
+    def __init__(self, message: str, tail: str = ""):
+        super().__init__(message)
+        self.tail = tail
 
 
 def script(name: str) -> Path:
@@ -58,18 +65,31 @@ def run_command(command: Sequence[str], timeout_s: float | None = None) -> Found
     try:
         out, err = child.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        raise SideFailed(f"took longer than the {timeout_s:.0f} s it was given") from None
+        raise SideFailed(f"took longer than the {timeout_s:.0f} s it was given", _ended(child)) from None
     finally:
         if child.poll() is None:
-            child.kill()
-            child.communicate()
+            _ended(child)
     if child.returncode:
-        lines = [line for line in err.splitlines() if line.strip()]
-        raise SideFailed(lines[-1][:500] if lines else f"ended with code {child.returncode} and no message")
+        raise SideFailed(_why(err) or f"ended with code {child.returncode} and no message", err[-TAIL:])
     try:
         return json.loads(out.splitlines()[-1])
     except (IndexError, ValueError):
         raise SideFailed(f"printed no result: {out[-200:]!r}") from None
+
+
+def _ended(child: subprocess.Popen[str]) -> str:
+    """The end of what it said until it was killed."""
+    child.kill()
+    with suppress(subprocess.TimeoutExpired):  # a compiler's processes may hold the pipes open
+        return child.communicate(timeout=5)[1][-TAIL:]
+    return ""
+
+
+def _why(err: str) -> str:
+    """The line of an error among what torch adds behind it ("For debugging consider ..."); else the last line."""
+    lines = [line.strip() for line in err.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Refused|Interrupt)\b", line)]
+    return (errors or lines or [""])[-1][:500]
 
 
 def _path() -> str:

@@ -84,7 +84,8 @@ class CudaBus:
 
 class CudaDevice:
     def __init__(self, device: torch.device):
-        self.device = device
+        # The current device is the calling thread's; readers would take the first.
+        self.device = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
 
     def empty(self, shape: Iterable[int], dtype: torch.dtype) -> Tensor:
         return torch.empty(tuple(shape), dtype=dtype, device=self.device)

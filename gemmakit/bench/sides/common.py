@@ -9,6 +9,7 @@ runs of two lengths).
 from __future__ import annotations
 
 import json
+import logging
 import random
 import statistics
 import sys
@@ -17,7 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-FEW = 4  # new tokens of the shorter run, where decoding is timed as a difference
+# New tokens of the shorter run, where decoding is timed as a difference. Enough for both runs to go the same way: fewer
+# would not be worth a graph to gemmakit, and the difference would leave out what its slower steps take.
+FEW = 16
 
 
 def prompt_ids(count: int, vocabulary: int, seed: int = 0) -> list[int]:
@@ -140,6 +143,22 @@ def memory(bare: int | None) -> dict[str, float]:
     if peak is not None:
         out["peak_rss_gb"] = peak / 1e9
     return out
+
+
+class Said:
+    """The lines that a package logs, and warnings: why something went another way than it might have."""
+
+    def __init__(self, package: str):
+        self.lines: dict[str, None] = {}
+        handler = logging.Handler()
+        handler.emit = self._emit
+        logging.captureWarnings(True)
+        for name in (package, "py.warnings"):
+            logging.getLogger(name).addHandler(handler)
+            logging.getLogger(name).setLevel(logging.DEBUG)
+
+    def _emit(self, record: logging.LogRecord) -> None:
+        self.lines.setdefault(record.getMessage().strip()[:500])
 
 
 def tidy(values: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ def load(spec: dict[str, Any]) -> tuple[Any, Any, dict[str, float]]:
     _ = gemmakit.GemmaForCausalLM  # its import is part of the start
 
     torch.set_num_threads(spec["threads"])
+    spec["said"] = common.Said("gemmakit")
     imported = time.perf_counter() - started
     spec["bare"] = common.anonymous_bytes()
     started = time.perf_counter()
@@ -41,6 +42,7 @@ def about(torch: Any, model: Any, spec: dict[str, Any]) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "instruction_set": cpu.instruction_set() if spec["device"] == "cpu" else None,
         "decode_plan": {k: str(v) for k, v in model.decode_plan().items()},
+        "said": list(spec["said"].lines),
         "bytes_a_token": read,
         "weight_bytes": weights.total,
         "kv_bytes_a_token": token,
@@ -95,14 +97,47 @@ def generate(spec: dict[str, Any]) -> dict[str, Any]:
         found = common.rates(run, spec)
     total = times["import_s"] + times["load_s"] + first
     peak = {k: v for k, v in common.memory(spec["bare"]).items() if k == "peak_rss_gb"}
-    kept = {**about(torch, model, spec), **times, "first_token_s": total, **found, **used, **peak}
-    return {**kept, **device_memory(torch, device)}
+    kept: dict[str, Any] = {"first_token_s": total, **found, **used, **peak, **device_memory(torch, device)}
+    if device != "cpu":
+        kept["graphs"] = graphs_kept(model)
+    kept = {**about(torch, model, spec), **times, **kept}
+    if spec.get("check"):
+        # Long enough for several tiles of keys.
+        long = common.prompt_ids(min(300, max(spec["contexts"])), vocabulary, seed=2)
+        kept["agreement"] = checked(model, torch.tensor([long], device=device), spec["check"])
+    return kept
+
+
+def graphs_kept(model: Any) -> int:
+    """How many recorded steps there are: none means that steps ran one by one."""
+    from gemmakit.pytorch.decode import graphs
+
+    return len(graphs.kept(model).entries)
+
+
+def checked(model: Any, ids: Any, new: int) -> dict[str, Any]:
+    """What went wrong instead where it cannot be had: the times are there already."""
+    from gemmakit.bench.agreement import agreement
+
+    try:
+        return agreement(model, ids, new)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {str(error)[:300]}"}
 
 
 def batch(spec: dict[str, Any]) -> dict[str, Any]:
     """Tokens/s of `rows` prompts decoded together by generate_batch: runs of `few` and few + new tokens, subtracted."""
     torch, model, times = load(spec)
+    from gemmakit.pytorch.decode.captured_batch import FixedBatch
+
     vocabulary, rows = model.config.vocab_size, spec["rows"]
+    replays, replay = [0], FixedBatch.run
+
+    def counted(self: FixedBatch, rows: Any) -> None:
+        replays[0] += 1
+        replay(self, rows)
+
+    FixedBatch.run = counted
     prompts = [common.prompt_ids(spec["prompt"], vocabulary, seed=i) for i in range(rows)]
     settings = {"max_batch_size": rows, "prefill_tokens": 8192, "eos_token_id": [], "do_sample": False}
 
@@ -117,7 +152,7 @@ def batch(spec: dict[str, Any]) -> dict[str, Any]:
     run(few)
     took = common.above_zero(statistics.median(run(many) - run(few) for _ in range(spec["repeats"])))
     step = {"batch_bytes_a_step": _batch_bytes(model, spec), "rows": rows}
-    found = {"batch_tokens_per_s": rows * spec["new"] / took, **step}
+    found = {"batch_tokens_per_s": rows * spec["new"] / took, **step, "replayed_passes": replays[0]}
     return {**about(torch, model, {**spec, "contexts": []}), **times, **found, **device_memory(torch, spec["device"])}
 
 
@@ -129,7 +164,7 @@ def _batch_bytes(model: Any, spec: dict[str, Any]) -> int:
 
 
 def train(spec: dict[str, Any]) -> dict[str, Any]:
-    """Tokens/s of a training step: forward, loss, backward, AdamW."""
+    """Tokens/s of a training step: forward, loss (`chunk`: so many positions at a time), backward, AdamW."""
     torch, model, times = load(spec)
     from gemmakit.bench.counting import training_flops
 
@@ -139,11 +174,12 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device != "cpu")
 
     def step() -> None:
-        model(ids, labels=ids, use_cache=False).loss.backward()
+        model(ids, labels=ids, use_cache=False, loss_chunk_size=spec.get("chunk")).loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         _wait(torch, device)
 
+    step()
     step()
     took = statistics.median(common.seconds(step) for _ in range(spec["repeats"]))
     flops = training_flops(model.config, tokens)

@@ -252,9 +252,9 @@ def _fixed(model: Any, prompt: Prompt, plan: Plan, store: graphs.Kept) -> Fixed 
         store.clear()
         graphs.say(model, f"{rows} rows of {places} places and a graph do not fit the memory")
         return None
-    except RuntimeError as e:
+    except Exception as e:  # whatever it is, steps run one by one meet it too, or they do not
         store.clear()
-        store.refusal = f"recording a step failed ({str(e).splitlines()[0]})"
+        store.refusal = graphs.reason_of(e)
         warnings.warn(f"decoding runs step by step: {store.refusal}.", stacklevel=6)
         return None
     store.entries[kind, places] = fixed

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from gemmakit.pytorch.cache.paged import PagedCache, Placement, Span
+from gemmakit.pytorch.cache.paged import PagedCache, Placement, Span, sent
 from gemmakit.pytorch.cache.pages import NULL_PAGE
 from gemmakit.pytorch.decode import graphs
 from gemmakit.pytorch.decode.captured import rounded
@@ -70,8 +70,8 @@ class FixedBatch:
             return_dict=True,
             logits_to_keep=1,
         )
-        self.logits = out.logits[:, -1]
         if self.chain is None:
+            self.logits = out.logits[:, -1]
             return
         scores = out.logits[:, -1].float()
         for processor in self.chain:
@@ -88,10 +88,7 @@ class FixedBatch:
         for s in (*spans, *[spans[0]] * extra):
             held = s.pages[: -(-s.end // size)]
             flat += [*held, *[NULL_PAGE] * (self.pages - len(held))]
-        sent = torch.tensor(flat, device="cpu")
-        if self.inputs.device.type == "cuda":
-            sent = sent.pin_memory()  # a copy from elsewhere would wait
-        self.inputs.copy_(sent, non_blocking=True)
+        self.inputs.copy_(sent(flat, self.inputs.device))
         if before is not None:
             self.ids.copy_(before[self.ids].clamp_min(0))
 
@@ -149,9 +146,9 @@ class Captured:
                 fixed = FixedBatch(self.model, self.cache, *key)
                 fixed.load(spans, ids, before)
                 fixed.record(self._recorder)
-        except RuntimeError as e:  # memory, or an operator that cannot be recorded: once is enough
+        except Exception as e:  # memory, or an operator that cannot be recorded: once is enough
             self._store.clear()
-            self._reason = f"recording a step failed ({str(e).splitlines()[0]})"
+            self._reason = graphs.reason_of(e)
             graphs.say(self.model, self._reason)
             return None
         self._store.entries[key] = fixed

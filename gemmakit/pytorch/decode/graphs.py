@@ -10,7 +10,8 @@ import logging
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -61,10 +62,12 @@ class CudaGraphs:
         self.device = device
         self.budget_bytes = torch.cuda.mem_get_info(device)[1] // 8
         self._alive: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+        # One for all: each stream that multiplies takes a workspace of tens of megabytes, for good.
+        self._side = torch.cuda.Stream(device)
 
     def record(self, step: Step) -> Step:
-        with torch.cuda.device(self.device):
-            side = torch.cuda.Stream(self.device)
+        with torch.cuda.device(self.device), _put_right(self.device):
+            side = self._side
             side.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(side):
                 step()  # whatever is compiled, chosen or reserved at a first use is not for a graph
@@ -73,14 +76,54 @@ class CudaGraphs:
             graph = torch.cuda.CUDAGraph()
             # Not the pool of a graph that is gone: its memory may be on its way back.
             pool = next((other.pool() for other in self._alive), None)
-            # Other threads may go on using the device meanwhile.
-            with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-                step()
+            _capture(graph, pool, side, step)
         self._alive.add(graph)
         return graph.replay
 
     def drain(self) -> None:
         torch.cuda.synchronize(self.device)
+
+
+def _capture(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream, step: Step) -> None:
+    """Raises what the step raised: ending a capture that it broke raises another error, which says nothing."""
+    cause: Exception | None = None
+    try:
+        # Other threads may go on using the device meanwhile.
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            try:
+                step()
+            except Exception as error:
+                cause = error
+                raise
+    except Exception:
+        if cause is not None:
+            raise cause from None
+        raise
+
+
+@contextmanager
+def _put_right(device: torch.device) -> Generator[None]:
+    """Undo what a capture that fails leaves behind: its stream as the current one, and a generator that draws no more.
+
+    torch (2.6 to 2.13) ends neither where ending the capture raises: "Offset increment outside graph capture".
+    """
+    stream = torch.cuda.current_stream(device)
+    generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    drawn = generator.get_state()
+    try:
+        yield
+    except BaseException:
+        torch.cuda.set_stream(stream)
+        fresh = torch.Generator(device)
+        fresh.set_state(drawn)
+        generator.graphsafe_set_state(fresh.graphsafe_get_state())
+        raise
+
+
+def reason_of(error: Exception) -> str:
+    """Why recording failed, in a line."""
+    said = str(error).strip().splitlines()
+    return f"recording a step failed ({type(error).__name__}{f': {said[0]}' if said else ''})"
 
 
 RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cuda": CudaGraphs}

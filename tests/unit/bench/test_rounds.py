@@ -94,3 +94,25 @@ def test_the_last_line_is_the_result():
 def test_a_process_without_a_result_says_why(code, said):
     with pytest.raises(SideFailed, match=said):
         run_command(python(code), timeout_s=20 if "sleep" not in code else 0.3)
+
+
+TRACE = """Traceback (most recent call last):
+  File "x.py", line 1, in <module>
+torch.AcceleratorError: CUDA error: an illegal memory access was encountered
+CUDA kernel errors might be asynchronously reported at some other API call.
+For debugging consider passing CUDA_LAUNCH_BLOCKING=1
+"""
+
+
+def test_the_line_that_says_why_is_told_and_the_rest_is_kept():
+    command = [sys.executable, "-c", f"import sys; sys.stderr.write({TRACE!r}); sys.exit(1)"]
+    with pytest.raises(SideFailed, match=r"^torch.AcceleratorError: CUDA error: an illegal memory access") as failed:
+        run_command(command)
+    assert failed.value.tail == TRACE
+
+
+def test_what_a_side_said_before_its_time_was_up_is_kept():
+    code = "import sys, time; print('compiling', file=sys.stderr, flush=True); time.sleep(60)"
+    with pytest.raises(SideFailed, match="took longer than the 3 s") as failed:
+        run_command([sys.executable, "-c", code], 3.0)
+    assert failed.value.tail == "compiling\n"

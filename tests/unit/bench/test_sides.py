@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import logging
 import sys
+import warnings
 
 import pytest
 
@@ -51,6 +53,27 @@ def test_rates_count_what_was_asked_for(common, monkeypatch, stream):
 def test_prefill_of_a_length_of_its_own(common, monkeypatch):
     found = common.rates(Machine(common, monkeypatch).run, {**SPEC, "prefill": 40, "stream": False})
     assert found["prefill_tokens_per_s"] == 40 / 50
+
+
+def test_both_lengths_that_are_subtracted_are_replayed(common):
+    """A shorter run of slow steps would make the rest look faster than it is."""
+    from gemmakit.pytorch.decode.captured import WORTH_STEPS
+
+    assert common.FEW >= WORTH_STEPS
+
+
+def test_what_a_package_says_is_kept_once(common, monkeypatch):
+    for name in ("some.package", "py.warnings"):
+        monkeypatch.setattr(logging.getLogger(name), "handlers", [])
+    said = common.Said("some.package")
+    try:
+        for _ in range(2):
+            logging.getLogger("some.package").debug("steps run %s", "one by one")
+            warnings.warn("a kernel did not start", stacklevel=1)
+    finally:
+        logging.captureWarnings(False)
+    first, second = said.lines
+    assert first == "steps run one by one" and "did not start" in second
 
 
 def test_nothing_is_quoted_where_the_noise_is_larger_than_the_work(common):
