@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from typer import Argument, Option
 
 from gemmakit.cli import options as o
 from gemmakit.errors import InputError
+from gemmakit.progress import progress_bar
 
-PROGRESS_AFTER_S = 2.0
 TOKENIZER_ONLY = "tokenizer_only"
 SIZES = ("2B", "7B", TOKENIZER_ONLY)
 
@@ -98,7 +94,7 @@ def convert(
         if source is None:
             raise InputError("say what to convert: gemmakit convert IN OUT, or --input_checkpoint IN.")
         _require_tokenizer(convert_tokenizer, tokenizer_checkpoint, source, revision)
-        with _bar() as progress:
+        with progress_bar("bytes") as progress:
             from gemmakit.conversion import convert_checkpoint
 
             paths = convert_checkpoint(
@@ -177,36 +173,3 @@ def _push(folder: Path, repo_id: str | None) -> str:
     parts = folder.parts
     named = "/".join(parts) if len(parts) == 2 and not folder.is_absolute() and parts[0] not in (".", "..") else None
     return push_folder(folder, repo_id or named or folder.resolve().name, private=True)
-
-
-@contextmanager
-def _bar(clock: Callable[[], float] = time.monotonic) -> Generator[Callable[[int, int], None] | None, None, None]:
-    """What to tell of progress: a bar on a terminal's stderr once it has taken a moment, nothing elsewhere."""
-    if sys.stderr is None or not sys.stderr.isatty():
-        yield None
-        return
-    start, bar, task = clock(), None, None
-
-    def tell(done: int, total: int) -> None:
-        nonlocal bar, task
-        if bar is None and clock() - start > PROGRESS_AFTER_S:
-            bar = _rich_bar()
-            task = bar.add_task("", total=total)
-        if bar is not None:
-            bar.update(task, completed=done)
-
-    try:
-        yield tell
-    finally:
-        if bar is not None:
-            bar.stop()
-
-
-def _rich_bar() -> Any:
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    bar.start()
-    return bar

@@ -16,7 +16,9 @@ from gemmakit.cli import options as o
 from gemmakit.cli.inspection import memory
 from gemmakit.cli.shell import FAILED
 from gemmakit.config import GemmaConfig
+from gemmakit.dtypes import dtype_name
 from gemmakit.errors import InputError
+from gemmakit.progress import progress_bar
 
 
 def doctor(
@@ -53,7 +55,8 @@ def _checkpoint(path: Path, tensors: bool, deep: bool, allow_pickle: bool, json_
     from gemmakit.cli.inspection import inspect
     from gemmakit.cli.inspection_report import lines
 
-    found = inspect(path, deep=deep, allow_pickle=allow_pickle)
+    with progress_bar("bytes") as progress:
+        found = inspect(path, deep=deep, allow_pickle=allow_pickle, progress=progress)
     print(json.dumps(found.to_dict(tensors), indent=2) if json_ else "\n".join(lines(found, tensors)))
     return FAILED if found.problems else 0
 
@@ -110,7 +113,7 @@ def paths(config: GemmaConfig) -> dict[str, Any]:
     return {
         "attention": chosen,
         "attention_others": [name for name in IMPLEMENTATIONS if name != chosen],
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "cpu_step": steps,
     }
 
@@ -156,10 +159,10 @@ def report(found: dict[str, Any]) -> list[str]:
 def _devices(found: dict[str, Any]) -> list[str]:
     cpu = found["cpu"]
     native = f"in hardware ({', '.join(cpu['bfloat16'])})" if cpu["bfloat16"] else "emulated: float32 is faster"
-    free = _size(cpu["free_bytes"])
+    free, threads = _size(cpu["free_bytes"]), _several(cpu["threads"], "thread")
     lines = [
         f"  {'cpu':<10} {cpu['name']}",
-        f"  {'':<10} {cpu['threads']} threads on {cpu['cores']} cores, {free} free, {cpu['vectors']}",
+        f"  {'':<10} {threads} on {_several(cpu['cores'], 'core')}, {free} free, {cpu['vectors']}",
         f"  {'':<10} bfloat16 {native}",
     ]
     for device in found["accelerators"]:
@@ -213,8 +216,9 @@ def _extras(missing: dict[str, list[str]]) -> list[str]:
     if not missing:
         return ["Packages: all there."]
     lines = ["Not installed, and needed only for what they name"]
+    wide = max(len(", ".join(packages)) for packages in missing.values())
     for extra, packages in missing.items():
-        lines.append(f"  {extra:<13} {', '.join(packages):<26} pip install 'gemmakit[{extra}]'")
+        lines.append(f"  {', '.join(packages):<{wide}}   pip install 'gemmakit[{extra}]'")
     return lines
 
 
@@ -225,6 +229,10 @@ def _size(size: int | None) -> str:
         if size >= scale:
             return f"{size / scale:.1f} {unit}"
     return f"{size / 1e3:.1f} kB"
+
+
+def _several(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _count(number: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
@@ -76,10 +76,13 @@ class Findings:
         return out
 
 
-def inspect(path: Path, *, deep: bool = False, allow_pickle: bool = False) -> Findings:
+def inspect(
+    path: Path, *, deep: bool = False, allow_pickle: bool = False, progress: Callable[[int, int], None] | None = None
+) -> Findings:
     """Look at a file or folder without trusting it: headers and sizes, with `deep` every number too.
 
     A pickle is opened only where `path` is that file, or with `allow_pickle`, and never run.
+    progress: told the bytes scanned and those to scan.
     """
     found = Findings(str(path))
     folder = path.parent if path.is_file() else path
@@ -89,7 +92,7 @@ def inspect(path: Path, *, deep: bool = False, allow_pickle: bool = False) -> Fi
         _describe(found, checkpoint)
         _compare(found)
         if deep:
-            _scan(found, checkpoint)
+            _scan(found, checkpoint, progress)
     if found.kind == GGUF or (folder / "config.json").is_file() or path.is_dir():
         _small_files(found, checkpoint.files[0] if found.kind == GGUF and checkpoint else folder)
     return found
@@ -342,13 +345,20 @@ def _spelled(shape: tuple[int, ...]) -> str:
     return "shape " + "x".join(map(str, shape)) if shape else "a number"
 
 
-def _scan(found: Findings, checkpoint: Checkpoint) -> None:
+def _scan(found: Findings, checkpoint: Checkpoint, progress: Callable[[int, int], None] | None) -> None:
     """NaN and infinity, a few million numbers at a time."""
     found.scanned = True
+    held = (info for file in checkpoint._files for info in file.tensors.values())
+    done, total = 0, sum(info.nbytes for info in held if "float" in info.dtype)
     for file in checkpoint._files:
         for name, info in file.tensors.items():
             try:
-                bad = _not_finite(checkpoint.tensor(name)) if "float" in info.dtype else 0
+                bad = 0
+                for part in _pieces(checkpoint.tensor(name)) if "float" in info.dtype else ():
+                    bad += _not_finite(part)
+                    done += part.nbytes
+                    if progress is not None:
+                        progress(done, total)
             except GemmakitError as error:
                 found.problems.append(Problem(file.path.name, name, None, None, f"{file.path.name}: {name}: {error}"))
                 continue
@@ -360,7 +370,7 @@ def _scan(found: Findings, checkpoint: Checkpoint) -> None:
 def _not_finite(tensor: Any) -> int:
     import torch
 
-    return sum(int((~torch.isfinite(part)).sum()) for part in _pieces(tensor))
+    return int((~torch.isfinite(tensor)).sum())
 
 
 def _pieces(tensor: Any) -> Iterator[Any]:

@@ -35,7 +35,7 @@ def requirements() -> Iterator[tuple[str, str | None]]:
     for line in lines:
         name = re.match(r"[\w.-]+", line)
         extra = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", line)
-        if name is None or name[0] == "gemmakit" or (extra is not None and extra[1] in ("all", "test")):
+        if name is None or name[0] == "gemmakit" or (extra is not None and extra[1] in ("all", "docs", "test")):
             continue
         yield name[0], None if extra is None else extra[1]
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +11,7 @@ from typer import Argument, Option
 from gemmakit.cli import options as o
 from gemmakit.cli.prompts import decode
 from gemmakit.errors import InputError
+from gemmakit.progress import progress_bar
 
 # A text for calibration is cut into pieces of this many tokens at most, and so many pieces are used, evenly spread.
 PIECE, PIECES = 512, 128
@@ -63,7 +61,7 @@ def quantize(
 
     ids = None if not calibrate else calibration_ids(model, calibrate, revision)
     start = time.perf_counter()
-    with progress() as report:
+    with progress_bar("parts") as tell:
         quantize_checkpoint(
             model,
             output,
@@ -72,7 +70,7 @@ def quantize(
             overwrite=overwrite,
             max_shard_size=max_shard_size,
             allow_pickle=allow_pickle,
-            progress=report,
+            progress=tell and (lambda name, done, total: tell(done, total, name)),
             revision=revision,
         )
     size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
@@ -103,29 +101,3 @@ def _text(file: Path) -> str:
         return decode(file.read_bytes(), f"--calibrate {file}")
     except OSError as error:
         raise InputError(f"--calibrate {file} cannot be read: {error.strerror}.") from None
-
-
-@contextmanager
-def progress() -> Generator[Any]:
-    """A bar on a terminal once the work has taken a second; nothing elsewhere."""
-    if sys.stderr is None or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        BarColumn(),
-        TextColumn("{task.percentage:3.0f} %"),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    start = time.perf_counter()
-    with Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False) as bar:
-        task = bar.add_task("", total=None, visible=False)
-
-        def report(name: str, done: int, total: int) -> None:
-            visible = time.perf_counter() - start > 1
-            bar.update(task, completed=done, total=total, description=name, visible=visible, refresh=visible)
-
-        yield report

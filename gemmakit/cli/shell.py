@@ -7,8 +7,10 @@ import io
 import os
 import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -25,21 +27,49 @@ def execute(verb: str, arguments: Sequence[str]) -> int:
     if sys.stdout is None:
         return _fail("standard output is closed, so there is nowhere to print.")
     debug = os.environ.get("GEMMAKIT_DEBUG", "") not in ("", "0")
+    with _noting_ctrl_c() as pressed:
+        try:
+            _prepare_streams(debug)
+            function = getattr(import_module(f"gemmakit.cli.{verb}"), verb)
+            code = _parse_and_call(function, verb, arguments)
+            sys.stdout.flush()
+            return code
+        except KeyboardInterrupt:
+            return INTERRUPTED
+        except BrokenPipeError:
+            return abandon_output()
+        except Exception as error:
+            message = _message(error)
+            if message is None and pressed and not debug:
+                return INTERRUPTED
+            if debug or message is None:
+                raise
+            return _fail(message)
+
+
+@contextmanager
+def _noting_ctrl_c() -> Generator[list[bool], None, None]:
+    """A list that is no longer empty once Ctrl-C was pressed.
+
+    Native code (safetensors, while it maps a file) may turn the KeyboardInterrupt that it meets into an error of
+    its own.
+    """
+    pressed: list[bool] = []
+
+    def note_it(number: int, frame: Any) -> None:
+        pressed.append(True)
+        signal.default_int_handler(number, frame)
+
+    ours = threading.current_thread() is threading.main_thread() and (
+        signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not where a parent had it ignored
+    )
+    if ours:
+        signal.signal(signal.SIGINT, note_it)
     try:
-        _prepare_streams(debug)
-        function = getattr(import_module(f"gemmakit.cli.{verb}"), verb)
-        code = _parse_and_call(function, verb, arguments)
-        sys.stdout.flush()
-        return code
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:
-        return abandon_output()
-    except Exception as error:
-        message = _message(error)
-        if debug or message is None:
-            raise
-        return _fail(message)
+        yield pressed
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _message(error: Exception) -> str | None:

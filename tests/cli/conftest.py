@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 from cli_process import command_line, environment
+from tiny_checkpoint import make
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tiny_checkpoint import make
-
     return make(tmp_path_factory.mktemp("tiny"))
 
 

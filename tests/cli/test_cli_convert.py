@@ -156,37 +156,6 @@ def test_what_is_pushed_is_the_folder_under_the_name_of_the_documents(tiny, tmp_
     assert capsys.readouterr().out.count("address") == 3
 
 
-def test_a_bar_comes_on_a_terminal_after_two_seconds_and_nowhere_else(monkeypatch, capsys):
-    from gemmakit.cli import convert
-
-    class Bar:
-        def __init__(self):
-            self.told, self.stopped = [], False
-
-        def add_task(self, text, total):
-            return total
-
-        def update(self, task, completed):
-            self.told.append((task, completed))
-
-        def stop(self):
-            self.stopped = True
-
-    bar, now = Bar(), [0.0]
-    monkeypatch.setattr(convert, "_rich_bar", lambda: bar)
-    with convert._bar(lambda: now[0]) as tell:
-        assert tell is None, "stderr is no terminal here"
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with convert._bar(lambda: now[0]) as tell:
-        tell(1, 10)
-        assert bar.told == []
-        now[0] = 2.1
-        tell(2, 10)
-        tell(10, 10)
-    assert bar.told == [(10, 2), (10, 10)]
-    assert bar.stopped
-
-
 def test_the_real_command_is_silent_in_a_pipe(gemmakit, tiny, tmp_path):
     done = gemmakit("convert", tiny, tmp_path / "out", "--dtype", "float16")
     assert (done.returncode, done.stderr) == (0, "")

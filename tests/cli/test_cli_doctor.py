@@ -11,6 +11,7 @@ import torch
 
 import gemmakit
 from gemmakit.cli import main
+from gemmakit.cli.inspection import inspect
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "conversion"))
 
@@ -42,7 +43,17 @@ def test_doctor_prints_a_page_that_fits_80_columns(capsys, monkeypatch):
 def test_doctor_names_the_command_that_installs_what_is_missing(capsys, monkeypatch):
     monkeypatch.setattr("gemmakit.cli.machine.missing_extras", lambda: {"flax": ["jax", "flax"]})
     assert main(["doctor"]) == 0
-    assert "pip install 'gemmakit[flax]'" in capsys.readouterr().out
+    assert "  jax, flax   pip install 'gemmakit[flax]'\n" in capsys.readouterr().out
+
+
+def test_one_thread_is_a_thread_and_the_documents_tools_are_nothing_to_miss(capsys, monkeypatch):
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1)
+    monkeypatch.setattr("gemmakit.cli.machine.installed", lambda name: None)
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert " 1 thread on " in out
+    assert "mkdocs" not in out
+    assert "gemmakit[flax]" in out
 
 
 def test_options_that_look_into_files_need_one(capsys):
@@ -194,6 +205,17 @@ def test_nan_and_infinity_are_found_by_deep_alone(tmp_path, capsys):
         "model.safetensors: model.layers.1.mlp.up_proj.weight: expected finite numbers, found 2 of 2560 NaN or infinite"
     )
     assert lines(examined(capsys, tmp_path, "--deep", code=2)) == [line]
+
+
+def test_a_deep_look_tells_how_far_it_is(tmp_path, monkeypatch):
+    make(dtype="bfloat16").save_pretrained(tmp_path)
+    monkeypatch.setattr("gemmakit.cli.inspection._SCAN_ELEMENTS", 1 << 10)
+    told = []
+    found = inspect(tmp_path, deep=True, progress=lambda done, total: told.append((done, total)))
+    assert {total for _, total in told} == {found.tensor_bytes}
+    assert [done for done, _ in told] == sorted({done for done, _ in told})
+    assert told[-1][0] == found.tensor_bytes
+    assert len(told) > 2 * len(found.tensors), "a large tensor is many steps"
 
 
 def test_small_files_that_are_broken_are_problems_too(tiny, tmp_path, capsys):

@@ -72,6 +72,22 @@ def test_ctrl_c_stops_keeps_the_text_and_exits_130(tiny):
     assert text[:-1].startswith(expected) or expected.startswith(text[:-1])
 
 
+def test_ctrl_c_that_native_code_turns_into_its_own_error_is_still_ctrl_c(monkeypatch, capsys):
+    def mapping_a_file(*_, **__):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape") from None
+
+    monkeypatch.setattr("gemmakit.pipelines.pipeline", mapping_a_file)
+    assert main(["run", "x"]) == 130
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr("gemmakit.pipelines.pipeline", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["run", "x"])
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_a_reader_that_leaves_is_no_error(tiny):
     line = command_line("run", "x", "--model", tiny, "-n", 2000)
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
@@ -107,6 +123,7 @@ def test_a_closed_or_full_output_is_one_line(tiny):
         (["run", "x", "--model", "{tiny}", "-n", "5000"], b"", "context holds 4096"),
         (["run", "x", "--model", "{tiny}", "--dtype", "int8"], b"", "dtype is 'int8'"),
         (["run", "x", "--model", "{tiny}", "--device", "moon"], b"", "moon"),
+        (["run", "x", "--model", "{tiny}/model.safetensors"], b"", "Give the folder"),
         (["run", "x", "--model", "{tiny}", "--task", "dance"], b"", "no task 'dance'"),
         (["run", "x", "--model", "{foreign}"], b"", "model_type is 'llama'"),
         (["run", "--input", "{empty}/none.txt"], b"", "cannot be read"),
