@@ -34,8 +34,11 @@ PARTS: dict[str, dict[str, Any]] = {
     "int4-g128": dict(file="cpu_decode_2b_int4-g128", quantize="int4-g128",
                       peers=[("llama.cpp", "Q4_0"), ("llama.cpp", "Q4_0-all")]),
     "prefill": dict(file="cpu_prefill_2b_256", prompt=256, new=2,
-                    peers=[("gemmakit", "int8"), ("gemmakit", "int4"), ("transformers", "float32"),
-                           ("transformers", "bfloat16"), ("llama.cpp", "Q4_0")]),
+                    peers=[("transformers", "float32"), ("transformers", "bfloat16"), ("llama.cpp", "F16")]),
+    "prefill-int8": dict(file="cpu_prefill_2b_256_int8", prompt=256, new=2, quantize="int8",
+                         peers=[("transformers", "bfloat16"), ("llama.cpp", "Q8_0")]),
+    "prefill-int4": dict(file="cpu_prefill_2b_256_int4", prompt=256, new=2, quantize="int4",
+                         peers=[("transformers", "bfloat16"), ("llama.cpp", "Q4_0")]),
     # The context is random keys and values of the right shape: as fast to read as real ones, and there at once.
     "context": dict(file="cpu_context_2b", contexts=(0, 4096), new=32, peers=[("gemmakit", "int4")]),
     # No file: each weight is drawn and quantized before the next, so the peak is the packed model and one weight.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import random
 import subprocess
@@ -22,6 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -29,6 +31,7 @@ from torch import Tensor
 
 import gemmakit
 from gemmakit.errors import GemmakitError
+from gemmakit.pytorch.kernels.quantized import activation_bits
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -96,6 +99,19 @@ class Side:
         with tempfile.TemporaryDirectory() as folder:
             self.model.save_pretrained(folder)
             return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+
+
+class Unrounded(Side):
+    """The same without the rounding of activations to 8 bits that passes over many tokens may do."""
+
+    def whole(self, piece: list[int]) -> Tensor:
+        os.environ["GEMMAKIT_ACTIVATION_BITS"] = "16"
+        activation_bits.cache_clear()
+        try:
+            return super().whole(piece)
+        finally:
+            del os.environ["GEMMAKIT_ACTIVATION_BITS"]
+            activation_bits.cache_clear()
 
 
 class Llama:
@@ -183,9 +199,9 @@ def four(library: Any, kind: str, double: bool = False) -> Any:
 def rows(tokenizer: Any, pieces: list[list[int]], folder: Path, llama_python: str | None) -> dict[str, Maker]:
     """name -> what makes the side. Multiplied in float32 unless the name says otherwise."""
 
-    def ours(path: Path = DEMO, dtype: torch.dtype = torch.float32, how: Any = None) -> Maker:
+    def ours(path: Path = DEMO, dtype: torch.dtype = torch.float32, how: Any = None, side: Any = Side) -> Maker:
         load = gemmakit.GemmaForCausalLM.from_pretrained
-        return lambda: Side(load(path, dtype=dtype, quantization_config=how), tokenizer)
+        return lambda: side(load(path, dtype=dtype, quantization_config=how), tokenizer)
 
     def calibrated(how: str) -> Maker:
         def make() -> Side:
@@ -195,15 +211,21 @@ def rows(tokenizer: Any, pieces: list[list[int]], folder: Path, llama_python: st
 
         return make
 
-    def gguf(kind: str) -> Path:
-        path = folder / f"{kind}.gguf"
+    def gguf(kind: str, head: str | None = None) -> Path:
+        """The demo as a file of this kind; head: another kind for the embedding than gemmakit would choose."""
+        path = folder / f"{kind}-{head}.gguf"
         if not path.exists():
             from gemmakit.checkpoint import open_checkpoint
-            from gemmakit.checkpoint.gguf import write_gguf
+            from gemmakit.checkpoint.gguf import write_gguf, writing
             from gemmakit.text.gguf import vocabulary_of
 
+            usual = writing._kind_for
+
+            def chosen(name: str, *shape: Any) -> str:
+                return head if head and name == writing.EMBEDDING else usual(name, *shape)
+
             config = gemmakit.GemmaConfig.from_pretrained(DEMO)
-            with open_checkpoint(DEMO) as checkpoint:
+            with open_checkpoint(DEMO) as checkpoint, mock.patch.object(writing, "_kind_for", chosen):
                 write_gguf(path, config, dict(checkpoint.items()), vocabulary_of(DEMO), kind)
         return path
 
@@ -228,11 +250,15 @@ def rows(tokenizer: Any, pieces: list[list[int]], folder: Path, llama_python: st
         "bfloat16": ours(dtype=half),
         "int8": ours(how="int8"),
         "int8, in bfloat16": ours(how="int8", dtype=half),
+        "int8, activations unrounded": ours(how="int8", side=Unrounded),
         "int8, calibrated": calibrated("int8"),
         "int4 g32": ours(how="int4"),
         "int4 g32, in bfloat16": ours(how="int4", dtype=half),
+        "int4 g32, activations unrounded": ours(how="int4", side=Unrounded),
+        "int4 g32, head int4": ours(how={"bits": 4, "group_size": 32, "head_bits": 4}),
         "int4 g32, calibrated": calibrated("int4"),
         "int4 g128": ours(how="int4-g128"),
+        "int4 g128, head int4": ours(how={"bits": 4, "group_size": 128, "head_bits": 4}),
         "int4 g128, calibrated": calibrated("int4-g128"),
         "Q8_0": kept("Q8_0"),
         "Q4_0": kept("Q4_0"),
@@ -248,6 +274,8 @@ def rows(tokenizer: Any, pieces: list[list[int]], folder: Path, llama_python: st
     if llama_python is not None:
         for kind in ("F16", "Q8_0", "Q4_0"):
             out[f"llama.cpp {kind}"] = lambda kind=kind: Llama(llama_python, gguf(kind), tokenizer, pieces)
+        every = "llama.cpp Q4_0, head too"
+        out[every] = lambda: Llama(llama_python, gguf("Q4_0", head="Q4_0"), tokenizer, pieces)
     return out
 
 

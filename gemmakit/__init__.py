@@ -8,6 +8,7 @@ Names load when they are first used: importing the package loads neither torch n
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -76,7 +77,10 @@ _HOME = {
 
 _MODULES = ("errors",)
 
-__all__ = ["__version__", *_MODULES, *_HOME]
+# `from gemmakit import *` is no reason to fail for want of an optional package.
+_MISSING = () if find_spec("flax") and find_spec("jax") else ("gemmakit.flax",)
+
+__all__ = ["__version__", *_MODULES, *(name for name, home in _HOME.items() if home not in _MISSING)]
 
 
 def __getattr__(name: str) -> Any:

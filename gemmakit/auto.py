@@ -84,8 +84,10 @@ class _AutoModel(_Auto):
         if attention is not None:
             config.attn_implementation = attention
         model = cls._class()(config)
-        dtype = torch_dtype if dtype is None else dtype
-        return model if dtype in (None, "auto") else model.to(_torch_dtype(dtype))
+        from gemmakit.pytorch.pretrained import dtype_of
+
+        chosen = dtype_of(dtype or torch_dtype or "auto")
+        return model if chosen is None else model.to(chosen)
 
 
 class AutoModel(_AutoModel):
@@ -124,12 +126,3 @@ def _check_model_type(name: Name, where: dict[str, Any]) -> None:
         return  # a damaged config.json is the model's business, not the vocabulary's
     if kind != GemmaConfig.model_type:
         raise ConfigError(f"model_type is {kind!r}: gemmakit runs Gemma 1, 1.1 and CodeGemma ('gemma').")
-
-
-def _torch_dtype(dtype: Any) -> Any:
-    import torch
-
-    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype).removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise InputError(f"dtype is {dtype!r}; it must be 'auto', 'float32', 'bfloat16' or 'float16'.")
-    return found

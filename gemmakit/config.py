@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from gemmakit.errors import ConfigError
+from gemmakit.dtypes import dtype_name
+from gemmakit.errors import CheckpointError, ConfigError
 from gemmakit.files import read_json_object, write_text
 from gemmakit.gguf import read_gguf_header
 from gemmakit.gguf.settings import config_values
@@ -160,7 +161,9 @@ class GemmaConfig:
         extra = self.__dict__.get("extra", {})
         if name in extra and not name.startswith("__"):  # a file must not answer Python's own protocols
             return extra[name]
-        raise AttributeError(f"GemmaConfig has no field {name!r}")
+        public = name.lstrip("_")  # transformers keeps some fields under a private name
+        hint = f". Its name here is {public!r}" if public in _FIELDS else ""
+        raise AttributeError(f"GemmaConfig has no field {name!r}{hint}.")
 
     # -- derived ---------------------------------------------------------------------------------------------------
 
@@ -308,6 +311,11 @@ class GemmaConfig:
             found = find_file(name_or_path, "config.json", **where)
             assert found is not None
             path = found
+        elif gguf is None and path.suffix != ".json":
+            raise CheckpointError(
+                f"{str(path)!r} is a file, not a config.json or a .gguf. Give the folder that holds the model, or make "
+                "one of the file: gemmakit convert FILE FOLDER."
+            )
         values = read_json_object(path) if gguf is None else config_values(read_gguf_header(gguf))
         config = cls.from_dict(values, **kwargs)
         config.name_or_path = str(gguf or name_or_path)
@@ -428,4 +436,4 @@ def _refuse_misspelled(names: Iterable[str]) -> None:
 
 
 def _dtype_name(dtype: Any) -> str | None:
-    return None if dtype is None else str(dtype).removeprefix("torch.")
+    return None if dtype is None else dtype_name(dtype)

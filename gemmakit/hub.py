@@ -10,13 +10,13 @@ import errno
 import itertools
 import os
 import re
-import shutil
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gemmakit.errors import CheckpointError, HubError, UnsafeFile
+from gemmakit.files import free_disk_bytes
 
 Name = str | os.PathLike[str]
 Token = str | bool | None
@@ -357,28 +357,28 @@ def _explain(
     if isinstance(error, (_hub_error("LocalEntryNotFoundError"), _hub_error("OfflineModeIsEnabled"))):
         if hasattr(error.__cause__, "response") and error.__cause__ is not None:
             return _explain(error.__cause__, repo_id, filename, revision, local_only)
-        return _explain_not_cached(what, local_only)
+        return _explain_not_cached(what, repo_id, local_only)
     fields = {"repo": repo_id, "file": filename, "revision": revision or "main", "what": what, "page": page}
     for name, meaning in _MEANINGS:
         if isinstance(error, _hub_error(name)):
             return HubError(meaning.format(**fields))
-    return _explain_status(error, what, page, uploading) or _explain_transfer(error, what) or error
+    return _explain_status(error, what, page, uploading) or _explain_transfer(error, what, repo_id) or error
 
 
-def _explain_not_cached(what: str, local_only: bool) -> HubError:
+def _explain_not_cached(what: str, repo_id: str, local_only: bool) -> HubError:
     if local_only:
         cause = "local_files_only=True forbids a download. Download it once without local_files_only,"
     elif _offline_on_request():
         cause = "HF_HUB_OFFLINE is set. Unset HF_HUB_OFFLINE to download it once,"
     else:
-        return _unreachable(f"{what} is not in the local cache and the Hub")
+        return _unreachable(f"{what} is not in the local cache and the Hub", repo_id)
     return HubError(f"{what} is not in the local cache and {cause} or check HF_HOME and cache_dir.")
 
 
-def _unreachable(what: str) -> HubError:
+def _unreachable(what: str, repo_id: str) -> HubError:
     return HubError(
         f"{what} cannot be reached. Check the network connection, the proxy and HF_ENDPOINT, then run again; "
-        "or pass a local directory."
+        f"or pass a local directory: there is no {repo_id!r} here."
     )
 
 
@@ -404,7 +404,7 @@ def _explain_status(error: BaseException, what: str, page: str, uploading: bool)
     return HubError(f"The Hub refused {what} ({status}): {_clip(str(error))}. See {page}.")
 
 
-def _explain_transfer(error: BaseException, what: str) -> HubError | None:
+def _explain_transfer(error: BaseException, what: str, repo_id: str) -> HubError | None:
     """Full disk, unwritable cache, cut connection; None for an error that is none of these."""
     text = str(error)
     if getattr(error, "errno", None) in _DISK_FULL or "No space left" in text:
@@ -417,7 +417,7 @@ def _explain_transfer(error: BaseException, what: str) -> HubError | None:
             f"The cache for {what} cannot be written: {_clip(text)}. Fix its permissions or point HF_HOME elsewhere."
         )
     if _never_connected(error):
-        return _unreachable(f"The Hub, asked for {what},")
+        return _unreachable(f"The Hub, asked for {what},", repo_id)
     modules = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
     broken = isinstance(error, (ConnectionError, TimeoutError, _hub_error("XetDownloadError")))
     # hf_xet, the Hub's own transfer, raises RuntimeError with texts like "Data processing error: CAS service error".
@@ -437,8 +437,7 @@ def _never_connected(error: BaseException) -> bool:
 def _free_cache_bytes() -> int:
     from huggingface_hub import constants
 
-    cache = Path(constants.HF_HUB_CACHE)
-    return shutil.disk_usage(next(folder for folder in (cache, *cache.parents) if folder.exists())).free
+    return free_disk_bytes(Path(constants.HF_HUB_CACHE))
 
 
 def _clip(text: str, limit: int = 160) -> str:

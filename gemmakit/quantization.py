@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from gemmakit.dtypes import dtype_name
 from gemmakit.errors import ConfigError
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
@@ -55,8 +56,9 @@ class BitsAndBytesConfig:
     quant_method = "bitsandbytes"  # not annotated: the same for every instance
 
     def __post_init__(self) -> None:
-        self.bnb_4bit_compute_dtype = _dtype_name(self.bnb_4bit_compute_dtype, "float32")
-        self.bnb_4bit_quant_storage = _dtype_name(self.bnb_4bit_quant_storage, "uint8")
+        compute, storage = self.bnb_4bit_compute_dtype, self.bnb_4bit_quant_storage
+        self.bnb_4bit_compute_dtype = dtype_name("float32" if compute is None else compute)
+        self.bnb_4bit_quant_storage = dtype_name("uint8" if storage is None else storage)
         self.validate()
 
     def validate(self) -> None:
@@ -223,10 +225,6 @@ def parse_quantization(value: Any) -> BitsAndBytesConfig | WeightOnlyConfig:
 
 
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(BitsAndBytesConfig) if f.name != "extra"}
-
-
-def _dtype_name(dtype: Any, default: str) -> str:
-    return default if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

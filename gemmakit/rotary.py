@@ -46,6 +46,11 @@ def check_rope(rope: dict[str, Any], head_dim: int) -> None:
     kind = rope["rope_type"]
     if kind not in ROPE_TYPES:
         raise ConfigError(f"rope_type is {kind!r}; it must be one of {', '.join(ROPE_TYPES)}.")
+    for name, value in rope.items():
+        if isinstance(value, dict):
+            raise ConfigError(f"rope settings name {name!r} apart: Gemma's layers are of one kind, with one rotation.")
+    if rope.get("partial_rotary_factor") not in (None, 1):
+        raise ConfigError(f"partial_rotary_factor is {rope['partial_rotary_factor']!r}; Gemma rotates whole heads.")
     for name in _ROPE_REQUIRED[kind]:
         if name not in rope or (rope[name] is None and kind != "yarn"):
             raise ConfigError(f"rope_type {kind!r} needs {name!r} in rope_parameters; got {sorted(rope)}.")

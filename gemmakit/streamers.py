@@ -166,12 +166,24 @@ def _decoder(tokenizer: Any, options: dict[str, Any]) -> _Decoder:
     return incremental(skip)
 
 
+class _Taken:
+    """What is new of a text that only grows, each part once."""
+
+    def __init__(self) -> None:
+        self._given = 0
+
+    def __call__(self, certain: str) -> str:
+        new = certain[self._given :]
+        self._given = max(self._given, len(certain))
+        return new
+
+
 class _Cleaned:
     """Another decoder's text with the spaces before punctuation dropped, held back as far as those rules look ahead."""
 
     def __init__(self, decoder: _Decoder, clean: Any):
         self._decoder, self._clean = decoder, clean
-        self._raw, self._given = "", 0
+        self._raw, self._take = "", _Taken()
 
     def push(self, ids: Any) -> str:
         self._raw += self._decoder.push(ids)
@@ -184,11 +196,6 @@ class _Cleaned:
     def finish(self) -> str:
         return self._take(self._clean(self._raw + self._decoder.finish()))
 
-    def _take(self, certain: str) -> str:
-        new = certain[self._given :]
-        self._given = max(self._given, len(certain))
-        return new
-
 
 class _Redecoded:
     """Decodes everything anew at each token, for options and tokenizers that cannot go on from where they were."""
@@ -196,7 +203,7 @@ class _Redecoded:
     def __init__(self, tokenizer: Any, options: dict[str, Any], incremental: _Decoder | None):
         self._tokenizer, self._options, self._incremental = tokenizer, options, incremental
         self._ids: list[int] = []
-        self._certain = self._given = 0
+        self._certain, self._take = 0, _Taken()
 
     def push(self, ids: Any) -> str:
         for index in ids:
@@ -210,11 +217,6 @@ class _Redecoded:
 
     def finish(self) -> str:
         return self._take(self._tokenizer.decode(self._ids, **self._options))
-
-    def _take(self, certain: str) -> str:
-        new = certain[self._given :]
-        self._given = max(self._given, len(certain))
-        return new
 
 
 def _one_row(value: Any) -> tuple[list[int], bool]:

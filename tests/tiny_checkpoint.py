@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
+import demo_vocabulary
 import torch
 
 from gemmakit import GemmaConfig, GemmaForCausalLM
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 EOS = [1, 107]
 CONTEXT = 4096
 
@@ -24,14 +23,8 @@ def tiny_config(**changes: object) -> GemmaConfig:
 
 
 def write_vocabulary(folder: Path) -> Path:
-    spec = importlib.util.spec_from_file_location("demo_vocabulary", ROOT / "scripts" / "demo_vocabulary.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["demo_vocabulary"] = module
-    spec.loader.exec_module(module)
-    texts = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "gemmakit").glob("*.py"))]
-    return module.train(texts, folder / "tokenizer.model", vocab_size=1024)
+    texts = [(ROOT / "benchmarks" / "data" / "held_out.txt").read_text(encoding="utf-8")]
+    return demo_vocabulary.train(texts, folder / "tokenizer.model", vocab_size=1024)
 
 
 def make(folder: Path, **changes: object) -> Path:

@@ -1,8 +1,9 @@
 """Putting a new checkpoint in the place of an old one so that there is a loadable one at every instant.
 
-Readers take model.safetensors if it is there, else the shards that model.safetensors.index.json names. So one call of
-the file system decides which checkpoint they see: replacing model.safetensors, replacing the index, or, from a single
-file to shards, removing model.safetensors. All else happens before it (under names nobody reads yet) or after it.
+Readers take model.safetensors if it is there, else the shards that model.safetensors.index.json names; likewise
+flax_model.msgpack and its index. So one call of the file system decides which checkpoint they see: replacing the single
+file, replacing the index, or, from a single file to shards, removing the single file. All else happens before it (under
+names nobody reads yet) or after it.
 
 Files are written in a staging folder inside the directory, and moved. The staging folder lists every name that is about
 to appear or to become stale; `clean` deletes those that are not part of the checkpoint that readers see, whenever the
@@ -17,66 +18,87 @@ import shutil
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from gemmakit.checkpoint.index import read_index
 from gemmakit.errors import CheckpointError
+from gemmakit.files import free_disk_bytes
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+
+@dataclass(frozen=True)
+class Layout:
+    """How the weight files of a format are called: `single` is the one file that readers look for first."""
+
+    single: str
+
+    @property
+    def index(self) -> str:
+        """What they look for then: the index of the shards."""
+        return f"{self.single}.index.json"
+
+    @property
+    def suffix(self) -> str:
+        """How every weight file ends."""
+        return Path(self.single).suffix
+
+
+SAFETENSORS = Layout("model.safetensors")
+MSGPACK = Layout("flax_model.msgpack")
+_LAYOUTS = (SAFETENSORS, MSGPACK)
 STAGING_PREFIX = ".gemmakit-save-"
 _JOURNAL = "journal.json"
 _ABANDONED_AFTER_S = 24 * 3600
 
 
-def live_files(directory: Path) -> set[str]:
-    """The weight files that a reader of `directory` uses now; every .safetensors file if the index cannot be read."""
-    if (directory / SINGLE).exists():
-        return {SINGLE}
-    index = directory / INDEX
+def live_files(directory: Path, layout: Layout) -> set[str]:
+    """The weight files that a reader of `directory` uses now; every file of that suffix if the index cannot be read."""
+    if (directory / layout.single).exists():
+        return {layout.single}
+    index = directory / layout.index
     if not index.exists():
         return set()
     try:
-        return {INDEX, *read_index(index).values()}
+        return {layout.index, *read_index(index).values()}
     except CheckpointError:
-        return {INDEX, *(path.name for path in directory.glob("*.safetensors"))}
+        return {layout.index, *(path.name for path in directory.glob(f"*{layout.suffix}"))}
 
 
-def stale_files(directory: Path) -> list[str]:
+def stale_files(directory: Path, layout: Layout) -> list[str]:
     """What a save into `directory` makes obsolete: the files of the present checkpoint and of an index behind it."""
-    names = live_files(directory)
-    index = directory / INDEX
+    names = live_files(directory, layout)
+    index = directory / layout.index
     if index.exists():
-        names.add(INDEX)
+        names.add(layout.index)
         with suppress(CheckpointError):
             names.update(read_index(index).values())
-    return sorted(names - {SINGLE})
+    return sorted(names - {layout.single})
 
 
-def publish(staging: Path, weights: Sequence[str], others: Sequence[str]) -> None:
+def publish(staging: Path, layout: Layout, weights: Sequence[str], others: Sequence[str]) -> None:
     """Move the staged files into the directory above; `weights` ends with the file that readers look for.
 
     `others` (config.json and the like) move right before the switch. After an exception or a kill, `clean` undoes or
     finishes.
     """
     directory = staging.parent
-    _write_journal(staging, [*weights, *stale_files(directory)])
+    _write_journal(staging, [*weights, *stale_files(directory, layout)])
     for name in weights[:-1]:
         os.replace(staging / name, directory / name)
     sync_directory(directory)
     for name in others:
         os.replace(staging / name, directory / name)
     os.replace(staging / weights[-1], directory / weights[-1])
-    if weights[-1] == INDEX:
+    if weights[-1] == layout.index:
         sync_directory(directory)
-        (directory / SINGLE).unlink(missing_ok=True)
+        (directory / layout.single).unlink(missing_ok=True)
     sync_directory(directory)
 
 
 def clean(staging: Path) -> None:
     """Delete what the save in `staging` left that is no part of the checkpoint readers see, then the folder itself."""
     directory = staging.parent
-    live = live_files(directory)
+    live = set[str]().union(*(live_files(directory, layout) for layout in _LAYOUTS))
     for name in _read_journal(staging):
         if name not in live:
             (directory / name).unlink(missing_ok=True)
@@ -87,8 +109,23 @@ def clean(staging: Path) -> None:
 def saving_into(directory: Path) -> Generator[Path, None, None]:
     """A staging folder inside `directory`; one save at a time a directory, so that all ranks may save to the same one.
 
-    What killed saves left behind is cleaned on the way in, what this one leaves on the way out.
+    What killed saves left behind is cleaned on the way in, what this one leaves on the way out. What the system
+    refuses, here or in the body, is raised as CheckpointError.
     """
+    try:
+        with _staging(directory) as staging:
+            yield staging
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(
+            f"Saving into {str(directory)!r} failed: {error.strerror or error}. {free_disk_bytes(directory)} bytes are "
+            "free there. What was there before is unchanged; free some space or fix the permissions, and save again."
+        ) from error
+
+
+@contextmanager
+def _staging(directory: Path) -> Generator[Path, None, None]:
     directory.mkdir(parents=True, exist_ok=True)
     with _locked(directory) as alone:
         for abandoned in directory.glob(f"{STAGING_PREFIX}*"):
@@ -102,13 +139,13 @@ def saving_into(directory: Path) -> Generator[Path, None, None]:
             clean(staging)
 
 
-def shard_names(directory: Path, count: int) -> list[str]:
+def shard_names(directory: Path, layout: Layout, count: int) -> list[str]:
     """Names for `count` shards, the customary ones unless a file of the present checkpoint may have one of them."""
-    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-    if not any((directory / name).exists() for name in names):
-        return names
-    tag = os.urandom(4).hex()
-    return [name.replace("model-", f"model-{tag}-", 1) for name in names]
+    stem = layout.single.removesuffix(layout.suffix)
+    ends = [f"{i:05d}-of-{count:05d}{layout.suffix}" for i in range(1, count + 1)]
+    if any((directory / f"{stem}-{end}").exists() for end in ends):
+        stem = f"{stem}-{os.urandom(4).hex()}"
+    return [f"{stem}-{end}" for end in ends]
 
 
 def sync_directory(directory: Path) -> None:
@@ -118,10 +155,10 @@ def sync_directory(directory: Path) -> None:
             os.fsync(descriptor)
 
 
-def same_content(path: Path, content: bytes) -> bool:
-    """Whether `path` already holds exactly `content`: then it need not be touched at all."""
+def same_content(path: Path, content: bytes | None) -> bool:
+    """Whether `path` already holds exactly `content`: then it need not be touched at all. None is no content."""
     try:
-        return path.stat().st_size == len(content) and path.read_bytes() == content
+        return content is not None and path.stat().st_size == len(content) and path.read_bytes() == content
     except OSError:
         return False
 
@@ -148,7 +185,8 @@ def _read_journal(staging: Path) -> list[str]:
         return []
     if not isinstance(names, list):
         return []
-    return [n for n in names if isinstance(n, str) and Path(n).name == n and (n == INDEX or n.endswith(".safetensors"))]
+    endings = tuple(ending for layout in _LAYOUTS for ending in (layout.suffix, layout.index))
+    return [n for n in names if isinstance(n, str) and Path(n).name == n and n.endswith(endings)]
 
 
 @contextmanager

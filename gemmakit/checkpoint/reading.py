@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from gemmakit.checkpoint.header import TensorInfo, scan
 from gemmakit.checkpoint.index import check_index, read_index
 from gemmakit.checkpoint.memory import require_memory
+from gemmakit.dtypes import dtype_name
 from gemmakit.errors import CheckpointError, HubError, MissingDependency, NotEnoughMemory, UnsafeFile
 from gemmakit.gguf import is_gguf
 from gemmakit.hub import Name, Token, check_relative, commit_of, find_file, find_files, list_files, local_directory
@@ -284,7 +285,7 @@ class PickleFile:
         self.metadata: Mapping[str, str] = {}
         self.held = _tensors_only(path, unpickle(path) if content is None else content)
         self.tensors: Mapping[str, TensorInfo] = {
-            name: TensorInfo(str(t.dtype).removeprefix("torch."), tuple(t.shape), 0, t.numel() * t.element_size())
+            name: TensorInfo(dtype_name(t.dtype), tuple(t.shape), 0, t.numel() * t.element_size())
             for name, t in self.held.items()
         }
 

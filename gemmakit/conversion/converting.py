@@ -15,6 +15,7 @@ from gemmakit.checkpoint.header import BITS
 from gemmakit.config import GemmaConfig
 from gemmakit.conversion.sources import Source, open_source
 from gemmakit.conversion.targets import TARGETS, Order, gguf_kind, require_free, target_kind
+from gemmakit.dtypes import dtype_name
 from gemmakit.errors import InputError
 from gemmakit.hub import Name
 
@@ -169,7 +170,7 @@ def stored_dtype(tensors: dict[str, LazyTensor]) -> str | None:
 
 
 def _dtype(dtype: Any) -> str | None:
-    name = None if dtype is None else str(dtype).removeprefix("torch.")
+    name = None if dtype is None else dtype_name(dtype)
     if name in (None, "auto"):
         return None
     if name not in DTYPES:

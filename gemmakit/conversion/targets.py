@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from math import prod
 from pathlib import Path
 
-from gemmakit.checkpoint import LazyTensor, save_checkpoint
+from gemmakit.checkpoint import LazyTensor, publishing, save_checkpoint
+from gemmakit.checkpoint.arrays import as_bytes
 from gemmakit.checkpoint.formats import msgpack
 from gemmakit.checkpoint.formats.opening import GGUF, MSGPACK, SAFETENSORS
-from gemmakit.checkpoint.index import encode_index, read_index
-from gemmakit.checkpoint.publishing import saving_into, sync_directory
-from gemmakit.checkpoint.writing import _as_bytes, _explain, _write
+from gemmakit.checkpoint.shards import save_shards
 from gemmakit.conversion.sources import Source
 from gemmakit.conversion.tokenizers import vocabulary
-from gemmakit.errors import CheckpointError, InputError
+from gemmakit.errors import InputError
 
 # Which GGUF type keeps a dtype as it is, and those that take fewer bits.
 GGUF_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -110,25 +105,9 @@ def _write_safetensors(order: Order) -> list[Path]:
 
 
 def _write_msgpack(order: Order) -> list[Path]:
-    """As `save_checkpoint`: staged inside the folder, and switched by moving the file that readers look for."""
-    out, leaves = order.out, _leaves(order.tensors)
-    shards = _split(leaves, order.shard_bytes)
-    try:
-        with saving_into(out) as staging:
-            _require_disk(out, sum(leaf.nbytes for leaf in leaves.values()) + sum(map(len, order.files.values())))
-            old = _live(out)
-            names = [msgpack.SINGLE] if len(shards) == 1 else _names(out, len(shards))
-            for name, shard in zip(names, shards, strict=True):
-                _write(staging / name, msgpack.encode(shard))
-            if len(shards) > 1:
-                _write(staging / msgpack.INDEX, [_index(names, shards)])
-                names.append(msgpack.INDEX)
-            for name, content in order.files.items():
-                _write(staging / name, [content])
-            _publish(staging, names, list(order.files), old)
-    except OSError as error:
-        raise _explain(error, out) from error
-    return [out / name for name in names]
+    return save_shards(
+        order.out, publishing.MSGPACK, _leaves(order.tensors), msgpack.encode, order.shard_bytes, order.files
+    )
 
 
 def _leaves(tensors: Mapping[str, LazyTensor]) -> dict[str, msgpack.Leaf]:
@@ -143,65 +122,7 @@ def _leaves(tensors: Mapping[str, LazyTensor]) -> dict[str, msgpack.Leaf]:
 
 def _data(tensor: LazyTensor, transposed: bool) -> memoryview:
     made = tensor.load()
-    return _as_bytes(made.t() if transposed else made)
-
-
-def _split(leaves: Mapping[str, msgpack.Leaf], limit: int) -> list[dict[str, msgpack.Leaf]]:
-    shards: list[dict[str, msgpack.Leaf]] = [{}]
-    size = 0
-    for path, leaf in leaves.items():
-        if shards[-1] and size + leaf.nbytes > limit:
-            shards.append({})
-            size = 0
-        shards[-1][path] = leaf
-        size += leaf.nbytes
-    return shards
-
-
-def _names(out: Path, count: int) -> list[str]:
-    """Names for shards that no file there has."""
-    names = [f"flax_model-{i:05d}-of-{count:05d}.msgpack" for i in range(1, count + 1)]
-    if not any((out / name).exists() for name in names):
-        return names
-    tag = os.urandom(4).hex()
-    return [name.replace("flax_model-", f"flax_model-{tag}-", 1) for name in names]
-
-
-def _live(out: Path) -> set[str]:
-    """The weight files of the checkpoint that is there now."""
-    held = {name for name in (msgpack.SINGLE, msgpack.INDEX) if (out / name).exists()}
-    if msgpack.INDEX in held:
-        with suppress(CheckpointError):
-            held.update(read_index(out / msgpack.INDEX).values())
-    return held
-
-
-def _publish(staging: Path, weights: list[str], others: list[str], old: set[str]) -> None:
-    """Shards first, under names nobody reads; then the small files; then the file that readers look for."""
-    out = staging.parent
-    for name in (*weights[:-1], *others):
-        os.replace(staging / name, out / name)
-    sync_directory(out)
-    os.replace(staging / weights[-1], out / weights[-1])
-    sync_directory(out)
-    # A reader takes the single file before an index.
-    for name in sorted(old - {*weights}, key=lambda name: name != msgpack.SINGLE):
-        (out / name).unlink(missing_ok=True)
-
-
-def _index(names: list[str], shards: list[dict[str, msgpack.Leaf]]) -> bytes:
-    held = {path: name for name, shard in zip(names, shards, strict=True) for path in shard}
-    leaves = [leaf for shard in shards for leaf in shard.values()]
-    return encode_index(held, sum(leaf.nbytes for leaf in leaves), sum(prod(leaf.shape) for leaf in leaves))
-
-
-def _require_disk(out: Path, needed: int) -> None:
-    free = shutil.disk_usage(out).free
-    if needed + 2**20 > free:
-        raise CheckpointError(
-            f"Writing into {str(out)!r} needs {needed} bytes, but the disk has {free} bytes free. Free some space or "
-            "write elsewhere. Nothing was changed."
-        )
+    return as_bytes(made.t() if transposed else made)
 
 
 # -- GGUF --------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gemmakit.checkpoint.publishing import same_content
 from gemmakit.errors import CheckpointError, InputError
 from gemmakit.files import replacing
 from gemmakit.hub import Name, find_file, local_directory
@@ -78,7 +79,9 @@ def convert_tokenizer(source: Name, target: Name, *, overwrite: bool = False, **
     folder = Path(target).expanduser()
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; a tokenizer is written into a folder.")
-    others = [file for file in FILES if (folder / file).exists() and not _same(folder / file, found.files.get(file))]
+    others = [
+        file for file in FILES if (folder / file).exists() and not same_content(folder / file, found.files.get(file))
+    ]
     if others and not overwrite:
         raise InputError(f"{folder} holds another tokenizer ({', '.join(others)}). Pass --overwrite to replace it.")
     try:
@@ -88,7 +91,3 @@ def convert_tokenizer(source: Name, target: Name, *, overwrite: bool = False, **
     except OSError as error:
         raise CheckpointError(f"Writing into {folder} failed: {error.strerror or error}.") from error
     return [folder / file for file in found.files]
-
-
-def _same(path: Path, content: bytes | None) -> bool:
-    return content is not None and path.stat().st_size == len(content) and path.read_bytes() == content

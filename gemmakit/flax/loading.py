@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 import warnings
 import zlib
 from pathlib import Path
@@ -14,11 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemmakit.checkpoint import LazyTensor, require_memory
+from gemmakit.checkpoint.arrays import as_bytes
 from gemmakit.checkpoint.formats import OrbaxFile, is_orbax
-from gemmakit.checkpoint.formats.msgpack import SINGLE, Leaf, encode
+from gemmakit.checkpoint.formats.msgpack import Leaf, encode
+from gemmakit.checkpoint.publishing import MSGPACK, encode_files
+from gemmakit.checkpoint.shards import save_shards
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import CheckpointError, InputError
-from gemmakit.files import replacing, write_text
 from gemmakit.flax.layers import embedding_init
 from gemmakit.flax.names import PREFIX, pytorch_name
 from gemmakit.flax.sharding import Rules
@@ -123,22 +126,12 @@ def pytorch_tensor(path: str, leaf: jax.Array) -> LazyTensor:
 
 
 def save_msgpack(leaves: dict[str, jax.Array], folder: Path, files: dict[str, str]) -> None:
-    """flax_model.msgpack and the small files beside it, a leaf at a time."""
-    for name, content in files.items():
-        write_text(folder / name, content)
+    """flax_model.msgpack and the small files beside it, a leaf at a time; as `save_checkpoint`, whole or not at all."""
     held = {
-        path: Leaf(str(leaf.dtype), tuple(leaf.shape), functools.partial(_bytes, leaf)) for path, leaf in leaves.items()
+        path: Leaf(str(leaf.dtype), tuple(leaf.shape), functools.partial(as_bytes, leaf))
+        for path, leaf in leaves.items()
     }
-    try:
-        with replacing(folder / SINGLE) as staged, staged.open("wb") as file:
-            for part in encode(held):
-                file.write(part)
-    except OSError as error:
-        raise CheckpointError(f"Saving into {str(folder)!r} failed: {error.strerror or error}.") from error
-
-
-def _bytes(leaf: jax.Array) -> memoryview:
-    return np.ascontiguousarray(np.asarray(leaf)).reshape(-1).view(np.uint8).data
+    save_shards(folder, MSGPACK, held, encode, sys.maxsize, encode_files(files))
 
 
 def dtype_of(dtype: Any) -> Any:

@@ -48,8 +48,8 @@ class GenerationConfig:
 
     Length
         max_length: prompt and new tokens together. max_new_tokens: new tokens alone, wins over max_length; with
-        neither, 20 new tokens. min_length, min_new_tokens: no eos before. max_time: seconds. stop_strings: texts that
-        end a row (needs `tokenizer=`). eos_token_id: one id or several.
+        neither, 20 new tokens. min_length, min_new_tokens: no eos before; the second wins as well.
+        max_time: seconds. stop_strings: texts that end a row (needs `tokenizer=`). eos_token_id: one id or several.
     Strategy
         do_sample: draw from the distribution instead of taking its peak. num_beams: rows searched side by side;
         early_stopping (True, False or "never"), length_penalty (above 0 favours long rows). num_beam_groups with
@@ -215,6 +215,8 @@ class GenerationConfig:
         for sequence in self.biases:
             for token in sequence:
                 ranges.check_token("sequence_bias", token, vocab_size)
+        if not isinstance(self.stop_texts, str | list | tuple):
+            raise GenerationConfigError(f"stop_strings is {self.stop_strings!r}; it must be a text or a list of texts.")
         for text in self.stop_texts:
             if not isinstance(cast(Any, text), str) or not text:  # a file can hold anything
                 raise GenerationConfigError(

@@ -83,7 +83,8 @@ def _strategies(c: GenerationConfig) -> Iterator[str]:
 def _lengths(c: GenerationConfig) -> Iterator[str]:
     if c.min_new_tokens and c.max_new_tokens and c.min_new_tokens > c.max_new_tokens:
         yield f"min_new_tokens is {c.min_new_tokens}, but max_new_tokens is {c.max_new_tokens}."
-    if c.max_new_tokens is None and c.max_length is not None and c.min_length > c.max_length:
+    settled = c.max_new_tokens is not None or c.min_new_tokens is not None  # these win
+    if not settled and c.max_length is not None and c.min_length > c.max_length:
         yield f"min_length is {c.min_length}, but max_length is {c.max_length}."
 
 
@@ -121,5 +122,7 @@ def _no_effect(c: GenerationConfig) -> Iterator[tuple[str, str]]:
     if not c.return_dict_in_generate:
         why = "return_dict_in_generate is False, so there is nowhere to put it."
         yield from ((n, why) for n in _OUTPUTS if getattr(c, n))
+    if c.min_length and c.min_new_tokens is not None:
+        yield "min_length", "min_new_tokens is set, which wins. Leave one of them out."
     if c.low_memory and not c.penalty_alpha:
         yield "low_memory", "penalty_alpha is not set: it is a setting of contrastive search."

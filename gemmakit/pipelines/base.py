@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from gemmakit.errors import InputError
-from gemmakit.pipelines.progress import with_progress
+from gemmakit.progress import with_progress
 
 Record = dict[str, Any]
 
@@ -106,6 +106,8 @@ def find_device(device: int | str | torch.device) -> torch.device:
     try:
         found = torch.device("cpu" if name == "-1" else int(name) if name.isdigit() else device)
     except RuntimeError:
+        if name.isdigit():
+            raise InputError(f"device {device!r} asks for an accelerator, and torch sees none. Use 'cpu'.") from None
         raise InputError(f"there is no device {device!r}; give 'cpu', 'cuda', 'cuda:1', 'mps' or a number.") from None
     if found.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device {device!r} asks for CUDA, and torch sees no CUDA device. Use device 'cpu'.")

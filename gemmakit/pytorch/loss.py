@@ -34,13 +34,13 @@ def causal_loss(logits: Tensor, targets: Tensor, num_items: int | Tensor | None 
 
 def next_labels(labels: Tensor) -> Tensor:
     """What each position is to predict: the label after it; the last has none."""
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+    return F.pad(labels[:, 1:].long(), (0, 1), value=IGNORED_LABEL)
 
 
 def check_labels(labels: Tensor, inputs: Tensor | None, vocab_size: int) -> None:
     if inputs is not None and labels.shape != inputs.shape[:2]:
         raise InputError(f"labels has shape {tuple(labels.shape)}; the inputs are {tuple(inputs.shape[:2])}.")
-    if labels.is_floating_point():
+    if labels.is_floating_point() or labels.dtype == torch.bool:
         raise InputError(f"labels are {labels.dtype}; they must be token ids, or {IGNORED_LABEL}.")
     if torch.compiler.is_compiling() or not labels.numel():
         return

@@ -29,6 +29,7 @@ class ModelMethods(nn.Module):
     config: GemmaConfig
     gradient_checkpointing: bool
     checkpointing_arguments: dict[str, Any]
+    checkpointing_every: int = 1
     _grads_hook: Any = None
 
     # -- facts -----------------------------------------------------------------------------------------------------
@@ -53,6 +54,11 @@ class ModelMethods(nn.Module):
         return sum(
             p.numel() for p in self.parameters() if id(p) not in skip and (p.requires_grad or not only_trainable)
         )
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of the weights as they are held, a tied one counted once, and of the buffers: tables, packed scales."""
+        held = [*self.parameters(), *(self.buffers() if return_buffers else ())]
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     # -- embeddings and the head -----------------------------------------------------------------------------------
 
@@ -176,20 +182,45 @@ class ModelMethods(nn.Module):
     def is_gradient_checkpointing(self) -> bool:
         return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def gradient_checkpointing_enable(
+        self,
+        gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
         """Recompute layers in the backward pass instead of keeping their activations; the cache is off meanwhile.
 
         The arguments go to torch.utils.checkpoint.checkpoint, which is called with use_reentrant=False by default.
+        every_n_layers: recompute layers 0, n, 2n, ... alone, the others keep theirs. offload: not done here.
+
+        Raises InputError for an every_n_layers below 1, or where offloading is asked for.
         """
-        self._set_checkpointing(True, {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})})
+        if not isinstance(every_n_layers, int) or every_n_layers < 1:
+            raise InputError(f"every_n_layers is {every_n_layers!r}; it must be a whole number of layers >= 1.")
+        if offload:
+            raise InputError(
+                "offload is set, but activations are recomputed here, not kept in CPU memory: leave it out, or train "
+                "under torch.autograd.graph.save_on_cpu()."
+            )
+        arguments = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        self._set_checkpointing(True, arguments, every_n_layers)
 
     def gradient_checkpointing_disable(self) -> None:
-        self._set_checkpointing(False, {"use_reentrant": False})
+        self._set_checkpointing(False, {"use_reentrant": False}, 1)
 
-    def _set_checkpointing(self, on: bool, arguments: dict[str, Any]) -> None:
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **how: Any
+    ) -> None:
+        """The newer name of `gradient_checkpointing_enable`."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **how)
+
+    activation_checkpointing_disable = gradient_checkpointing_disable
+
+    def _set_checkpointing(self, on: bool, arguments: dict[str, Any], every: int) -> None:
         for module in self.modules():
             if isinstance(module, ModelMethods):
                 module.gradient_checkpointing, module.checkpointing_arguments = on, arguments
+                module.checkpointing_every = every
 
     def enable_input_require_grads(self) -> None:
         """Let gradients reach the embedding's output though its weight is frozen, as reentrant checkpointing needs."""

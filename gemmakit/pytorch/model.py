@@ -17,6 +17,7 @@ from gemmakit.errors import InputError, TokenOutOfRange
 from gemmakit.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from gemmakit.pytorch.attention import IMPLEMENTATIONS, MASKLESS, SEGMENTED, eager
 from gemmakit.pytorch.cache import Cache, DynamicCache
+from gemmakit.pytorch.decode.arguments import check_tensor
 from gemmakit.pytorch.decode.generate import GenerationMixin
 from gemmakit.pytorch.kernels import linear_plan
 from gemmakit.pytorch.kernels.seams import choose, seams_plan
@@ -217,11 +218,12 @@ class GemmaModel(GemmaPreTrainedModel):
 
         hidden = inputs_embeds
         all_hidden, all_weights = [], []
-        for layer in self.layers:
+        for i, layer in enumerate(self.layers):
             if output_hidden_states:
                 all_hidden.append(hidden)
             arguments = (hidden, tables, visible, cache, cache_position, output_attentions)
-            hidden, weights = checkpoint(layer, *arguments, **how) if recompute else layer(*arguments)
+            again = recompute and i % self.checkpointing_every == 0
+            hidden, weights = checkpoint(layer, *arguments, **how) if again else layer(*arguments)
             if output_attentions:
                 all_weights.append(weights)
         hidden = self.norm(hidden)
@@ -238,6 +240,7 @@ class GemmaModel(GemmaPreTrainedModel):
     def _embed(self, input_ids: Tensor | None) -> Tensor:
         if input_ids is None:
             raise InputError("neither input_ids nor inputs_embeds is given: give exactly one of them.")
+        check_tensor("input_ids", input_ids)
         if input_ids.dim() != 2:
             raise InputError(f"input_ids has shape {tuple(input_ids.shape)}; it must be (batch, sequence).")
         try:
@@ -346,7 +349,7 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
             is_causal=is_causal,
         )
         hidden, targets = out.last_hidden_state, None if labels is None else next_labels(labels)
-        kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        kept = _kept(logits_to_keep)
         hidden, targets = hidden[:, kept, :], None if targets is None else targets[:, kept]
         if loss_chunk_size is not None:
             logits, loss = None, chunked_loss(self.lm_head, hidden, targets, loss_chunk_size, num_items_in_batch)
@@ -387,6 +390,15 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
             "position_ids": position_ids,
             **kwargs,
         }
+
+
+def _kept(positions: Any) -> Any:
+    """What picks the positions whose logits are wanted: 0 for all, n for the last n, or a list of positions."""
+    if isinstance(positions, int) and not isinstance(positions, bool) and positions >= 0:
+        return slice(-positions or None, None)
+    if isinstance(positions, slice | list) or (isinstance(positions, Tensor) and positions.dim() == 1):
+        return positions
+    raise InputError(f"logits_to_keep is {positions!r}; give a whole number >= 0, or positions as a 1-D tensor.")
 
 
 def _check_shapes(embeds: Tensor, position_ids: Tensor | None, width: int) -> None:

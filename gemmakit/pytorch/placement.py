@@ -18,7 +18,11 @@ SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def one_device(device_map: DeviceMap, max_memory: MaxMemory, nbytes: int) -> torch.device | None:
-    """The device that takes the whole model, of `nbytes` bytes of weights; None if it is to be spread over several."""
+    """The device that takes the whole model, of `nbytes` bytes of weights; None if it is to be spread over several.
+
+    Raises InputError for a device that is not there, in max_memory too.
+    """
+    _refuse_absent(max_memory or {})
     if isinstance(device_map, Mapping):
         places = {str(place) for place in device_map.values()}
         return named_device(next(iter(device_map.values()))) if len(places) == 1 and places != {"disk"} else None
@@ -29,6 +33,15 @@ def one_device(device_map: DeviceMap, max_memory: MaxMemory, nbytes: int) -> tor
         fits = device.type != "cuda" or nbytes <= torch.cuda.mem_get_info(device)[0]
         return device if fits or not _installed() else None
     return named_device(device_map)  # type: ignore[arg-type]
+
+
+def _refuse_absent(places: Mapping[Any, int | str]) -> None:
+    count = torch.accelerator.device_count()
+    absent = [place for place in places if isinstance(place, int) and place >= count]
+    if absent:
+        raise InputError(
+            f"max_memory names device {absent[0]}, and torch sees {count} accelerators. Leave it out, or name 'cpu'."
+        )
 
 
 def named_device(device_map: str | int | torch.device | None) -> torch.device:
@@ -44,6 +57,8 @@ def named_device(device_map: str | int | torch.device | None) -> torch.device:
     try:
         device = torch.device("cpu" if device_map == -1 else device_map)
     except RuntimeError as e:
+        if isinstance(device_map, int):
+            raise InputError(f"device {device_map} asks for an accelerator, and torch sees none. Use 'cpu'.") from e
         raise InputError(
             f"device_map is {device_map!r}; it must be a device, {', '.join(map(repr, SPREADS))} or a dictionary of "
             "module name to device."

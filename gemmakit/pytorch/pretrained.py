@@ -14,6 +14,7 @@ from torch import nn
 from gemmakit.checkpoint import Checkpoint, open_checkpoint, require_memory, save_checkpoint
 from gemmakit.checkpoint.readahead import read_ahead
 from gemmakit.config import HUB_ARGUMENTS, GemmaConfig
+from gemmakit.dtypes import dtype_name
 from gemmakit.errors import CheckpointError, InputError, NotEnoughMemory
 from gemmakit.generation import GenerationConfig
 from gemmakit.hub import find_file, find_gguf, push_folder, refuse_code
@@ -31,6 +32,13 @@ Model = TypeVar("Model", bound="GemmaPreTrainedModel")
 HEADS = ("lm_head.", "score.")
 # Tables that early releases stored and that every model computes.
 COMPUTED = ("rotary_emb.inv_freq",)
+# What older code passes, and what says it now.
+_INSTEAD = {
+    "use_auth_token": "token=",
+    "load_in_8bit": 'quantization_config="int8"',
+    "load_in_4bit": 'quantization_config="int4", or BitsAndBytesConfig(load_in_4bit=True)',
+    "from_flax": "gemmakit convert",
+}
 
 
 class GemmaPreTrainedModel(QuantizedMethods, ModelMethods):
@@ -120,14 +128,15 @@ class GemmaPreTrainedModel(QuantizedMethods, ModelMethods):
             config = GemmaConfig.from_pretrained(gguf or name, **({} if gguf else hub), **kwargs)
             unknown = [k for k in kwargs if k in config.extra]
             if unknown:
+                said = "".join(f" Instead of {k}: {_INSTEAD[k]}." for k in unknown if k in _INSTEAD)
                 raise InputError(
-                    f"from_pretrained has no argument {', '.join(unknown)}, nor has GemmaConfig such a field."
+                    f"from_pretrained has no argument {', '.join(unknown)}, nor has GemmaConfig such a field.{said}"
                 )
         elif kwargs:
             raise InputError(f"config and {', '.join(kwargs)} are both given: set the fields in the config.")
         if attn_implementation is not None:
             config.attn_implementation = attn_implementation
-        wanted = _dtype(dtype or torch_dtype or "auto")
+        wanted = dtype_of(dtype or torch_dtype or "auto")
         if gguf is None:
             opened = open_checkpoint(name, allow_pickle=allow_pickle, **where)
         else:
@@ -139,7 +148,7 @@ class GemmaPreTrainedModel(QuantizedMethods, ModelMethods):
                 model = cls(config)
             device = one_device(device_map, max_memory, _size(checkpoint, wanted, quantizer))
             _load(model, checkpoint, wanted, device or torch.device("cpu"), ignore_mismatched_sizes, quantizer)
-        model.config.dtype = str(model.dtype).removeprefix("torch.")
+        model.config.dtype = dtype_name(model.dtype)
         model.name_or_path = str(gguf or name)
         alone = Path(name).is_file()  # a GGUF file says everything itself
         found = None if alone else find_file(name, "generation_config.json", optional=True, **hub)
@@ -172,7 +181,7 @@ class GemmaPreTrainedModel(QuantizedMethods, ModelMethods):
             CheckpointError: the disk refuses.
         """
         config = self.config
-        config.architectures, config.dtype = [type(self).__name__], str(self.dtype).removeprefix("torch.")
+        config.architectures, config.dtype = [type(self).__name__], dtype_name(self.dtype)
         tensors = _saved(self)
         if self._quantizer is None:
             config.extra.pop("quantization_config", None)
@@ -228,7 +237,7 @@ def _load(
     _refuse_differences(model, checkpoint, wanted, stored, {key for parts in packed.values() for key in parts.values()})
     if dtype is not None or device.type != "cpu" or quantizer is not None:
         _require_room(checkpoint, stored.values(), dtype, device, quantizer)
-    with weights(checkpoint, _sent(model, stored, packed, quantizer), device) as taken:
+    with weights(checkpoint, _sent(stored, packed, quantizer), device) as taken:
         for name, parameter in wanted.items():
             key, parts = stored.get(name), packed.get(name)
             shape = () if key is None else tuple(checkpoint.info(key).shape)
@@ -250,9 +259,7 @@ def _load(
     _finish(model, [n for n in wanted if model.get_parameter(n).is_meta], dtype, device)
 
 
-def _sent(
-    model: GemmaPreTrainedModel, stored: Mapping[str, str], packed: Mapping[str, Parts], quantizer: Quantizer | None
-) -> list[str]:
+def _sent(stored: Mapping[str, str], packed: Mapping[str, Parts], quantizer: Quantizer | None) -> list[str]:
     """The file's tensors in the order in which they are taken, those that may go to an accelerator as they are."""
     if quantizer is not None and quantizer.config.quant_method != "gemmakit":
         return []  # bitsandbytes quantizes what comes from the CPU
@@ -411,11 +418,11 @@ def _finish(model: GemmaPreTrainedModel, fresh: list[str], dtype: torch.dtype | 
             reset(device)
 
 
-def _dtype(dtype: torch.dtype | str) -> torch.dtype | None:
-    """A torch dtype; None for "auto"."""
+def dtype_of(dtype: torch.dtype | str) -> torch.dtype | None:
+    """A torch dtype; None for "auto". InputError for what is no floating one."""
     if dtype == "auto":
         return None
-    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype).removeprefix("torch."), None)
+    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype_name(dtype), None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise InputError(f"dtype is {dtype!r}; it must be 'auto', 'float32', 'bfloat16' or 'float16'.")
     return found

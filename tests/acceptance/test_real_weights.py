@@ -24,6 +24,11 @@ CONTINUATIONS = {
 }
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    """Of the other tests: real weights may have every thread."""
+
+
 @pytest.mark.parametrize("kind", [gemmakit.GemmaTokenizer, gemmakit.GemmaTokenizerFast])
 def test_the_documented_sentence_has_the_documented_ids(kind):
     assert kind.from_pretrained(MODEL).encode("Hello this is a test") == [2, 4521, 736, 603, 476, 2121]

@@ -20,18 +20,10 @@ import pytest
 
 pytest.importorskip("jax", reason="the Flax backend needs jax: pip install 'gemmakit[flax]'")
 
-import torch
-from flax_tools import SHAPES, Both, make_torch
+from flax_tools import Both, make_torch
+from tiny_shapes import SHAPES
 
 from gemmakit.flax import FlaxGemmaForCausalLM
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

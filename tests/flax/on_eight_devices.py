@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.extend(map(str, Path(__file__).parents[:2]))
 from flax_tools import apart, batch, flat
 
 from gemmakit.flax import FlaxGemmaForCausalLM, make_mesh, shard

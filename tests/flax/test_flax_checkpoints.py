@@ -1,6 +1,7 @@
 """Weights in and out: safetensors, msgpack, Orbax; what differs is named; both backends read what either wrote."""
 
 import json
+import shutil
 import warnings
 
 import jax
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from flax.serialization import msgpack_serialize
-from flax_tools import SHAPES, apart, as_torch, batch, flat, make_torch
+from flax_tools import apart, as_torch, batch, flat, make_torch
 from safetensors.numpy import load_file, save_file
+from tiny_shapes import SHAPES
 
 import gemmakit
 from gemmakit.errors import CheckpointError, InputError, UnsafeFile
@@ -64,6 +66,17 @@ def test_msgpack_comes_back_as_it_was_in_one_file_and_in_shards(both, tmp_path):
         weight_map.update(dict.fromkeys(part, shard))
     (tmp_path / "flax_model.msgpack.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     equal_trees(FlaxGemmaForCausalLM.from_pretrained(tmp_path).params, model.params)
+
+
+def test_a_msgpack_that_has_no_room_leaves_the_checkpoint_that_is_there(both, tmp_path, monkeypatch):
+    model, other = both("gqa").flax, both("mha").flax
+    model.save_pretrained(tmp_path, safe_serialization=False)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(CheckpointError, match=r"needs \d+ bytes.*1000 bytes free"):
+        other.save_pretrained(tmp_path, safe_serialization=False)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_a_msgpack_of_the_bare_model_and_of_one_with_a_head_open_each_other(both, tmp_path):

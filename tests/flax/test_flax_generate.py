@@ -129,6 +129,14 @@ def test_what_forbids_and_shapes_is_pytorchs(pair):
     same_tokens(pair.flax, pair.torch, ids, mask, max_new_tokens=12, **settings)
 
 
+@pytest.mark.filterwarnings("ignore:min_length is")
+def test_min_new_tokens_wins_over_min_length(pair):
+    ids, mask = batch("left")
+    settings = dict(max_new_tokens=8, min_length=ids.shape[1] + 5, eos_token_id=list(range(4, 160)))
+    for more in ({}, {"min_new_tokens": 2}):
+        same_tokens(pair.flax, pair.torch, ids, mask, **settings, **more)
+
+
 def test_custom_processors_are_traced(pair):
     ids, mask = batch("left")
 
@@ -302,7 +310,7 @@ def test_bad_prompts_are_refused(pair):
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", ["gqa", "mha"])
 def test_greedy_tokens_in_other_shapes_and_deeper(tmp_path, shape):
-    from flax_tools import SHAPES
+    from tiny_shapes import SHAPES
 
     model = make_torch(**SHAPES[shape], num_hidden_layers=4, max_position_embeddings=256, tie_word_embeddings=False)
     model.save_pretrained(tmp_path)

@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 import torch
-from flax_tools import SHAPES, apart, as_torch, batch, make_torch
+from flax_tools import apart, as_torch, batch, make_torch
+from tiny_shapes import SHAPES
 
 import gemmakit
 from gemmakit.errors import InputError

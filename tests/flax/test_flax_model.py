@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax_tools import COMMON, SHAPES, CountCompilations, apart, batch, flat
+from flax_tools import COMMON, CountCompilations, apart, batch, flat
+from tiny_shapes import SHAPES
 
 import gemmakit
 from gemmakit.errors import ConfigError, InputError, PromptTooLong, TokenOutOfRange

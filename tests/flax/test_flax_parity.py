@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from flax_tools import PADDING, SHAPES, apart, as_torch, batch, flat, make_torch
+from flax_tools import PADDING, apart, as_torch, batch, flat, make_torch
+from tiny_shapes import SHAPES
 
 import gemmakit
 from gemmakit.flax import FlaxGemmaForCausalLM, FlaxGemmaModel, stack_layers, unstack_layers

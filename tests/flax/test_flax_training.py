@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax_tools import SHAPES, apart, batch, flat
+from flax_tools import apart, batch, flat
+from tiny_shapes import SHAPES
 
 import gemmakit
 from gemmakit.errors import InputError

@@ -3,18 +3,10 @@
 import pytest
 import torch
 import transformers
-from parity_tools import COMMON, LIBRARIES, SHAPES, Pair, randomise
+from parity_tools import COMMON, LIBRARIES, Pair, randomise
+from tiny_shapes import SHAPES
 
 import gemmakit
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread():
-    """Sums split over threads differ in their last bit; one thread makes every run the same."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

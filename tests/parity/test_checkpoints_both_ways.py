@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 import transformers
-from parity_tools import COMMON, SHAPES, apart, batch, randomise
+from parity_tools import COMMON, apart, batch, randomise
+from tiny_shapes import SHAPES
 
 import gemmakit
 

@@ -12,7 +12,8 @@ from importlib import import_module
 import pytest
 import torch
 import transformers
-from parity_tools import SHAPES, apart, batch
+from parity_tools import apart, batch
+from tiny_shapes import SHAPES
 
 import gemmakit
 

@@ -8,7 +8,8 @@ than that, and only there.
 import pytest
 import torch
 import transformers
-from parity_tools import VOCAB, apart, batch
+from parity_tools import apart, batch
+from tiny_shapes import VOCAB
 
 NEW = 14
 SETTINGS = {

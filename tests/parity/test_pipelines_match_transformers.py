@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from tiny_checkpoint import tiny_config, write_vocabulary
 
 import gemmakit
 
@@ -20,9 +20,6 @@ STRATEGIES = ["none", "simple", "first", "average", "max"]
 
 def make(folder: Path, kind: str, **fields) -> Path:
     """A random checkpoint, saved by us, with heads loud enough that labels differ from token to token."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "cli"))
-    from tiny_checkpoint import tiny_config, write_vocabulary
-
     vocabulary = write_vocabulary(folder)
     torch.manual_seed(3)
     model = getattr(gemmakit, f"GemmaFor{kind}Classification")(tiny_config(max_position_embeddings=48, **fields))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from parity_tools import VOCAB
+from tiny_shapes import VOCAB
 
 import gemmakit
 
@@ -19,6 +19,7 @@ GREEDY = [
     {"sequence_bias": {(11,): 9.0, (11, 12): 30.0, (12, 11): 30.0}},
     {"min_new_tokens": 9},
     {"min_length": 14},
+    {"min_length": 15, "min_new_tokens": 2, "sequence_bias": {(9,): 40.0}},
     {"forced_eos_token_id": 9},
     {"exponential_decay_length_penalty": (3, 1.9)},
     {"suppress_tokens": list(range(40, 120))},

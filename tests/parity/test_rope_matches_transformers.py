@@ -7,14 +7,14 @@ operations come in another order), and positions reach 200.
 import pytest
 import torch
 import transformers
-from parity_tools import COMMON, SHAPES, apart, batch
+from parity_tools import COMMON, apart, batch
+from tiny_shapes import SHAPES
 from transformers.models.gemma.modeling_gemma import GemmaRotaryEmbedding as TheirRotary
 
 import gemmakit
 from gemmakit.pytorch.layers import GemmaRotaryEmbedding
 
-HALF = 6  # of head_dim 12
-SHORT, LONG = [1.0, 1.1, 1.2, 1.3, 1.4, 1.5], [1.0, 1.5, 2.0, 3.0, 4.0, 5.0]
+SHORT, LONG = [1.0, 1.1, 1.2, 1.3, 1.4, 1.5], [1.0, 1.5, 2.0, 3.0, 4.0, 5.0]  # of head_dim 12
 ROPES = {
     "default": {"rope_type": "default"},
     "other_theta": {"rope_type": "default", "rope_theta": 500.0},

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_checkpoint import make
 
 import gemmakit
 from gemmakit import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GemmaConfig
@@ -26,9 +27,6 @@ AUTO = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    sys.path.insert(0, str(Path(__file__).parents[1] / "cli"))
-    from tiny_checkpoint import make
-
     return make(tmp_path_factory.mktemp("tiny"))
 
 
@@ -67,6 +65,8 @@ def test_fresh_models_from_a_configuration(folder):
     assert AutoModel.from_config(config, dtype="float32").dtype == torch.float32
     with pytest.raises(InputError, match="no argument hidden_size"):
         AutoModel.from_config(config, hidden_size=3)
+    with pytest.raises(InputError, match=r"Instead of load_in_8bit: quantization_config=\"int8\"\."):
+        AutoModelForCausalLM.from_pretrained(folder, load_in_8bit=True)
     with pytest.raises(InputError, match="int8"):
         AutoModel.from_config(config, dtype="int8")
     assert AutoConfig.for_model("gemma", hidden_size=64).hidden_size == 64

@@ -262,6 +262,19 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient(cls, argument
     assert not model.is_gradient_checkpointing and gradients()[1] == 1
 
 
+@pytest.mark.parametrize("name", ["gradient_checkpointing_enable", "activation_checkpointing_enable"])
+def test_every_nth_layer_may_be_recomputed(name, ids):
+    model, seen = tiny(num_hidden_layers=5).train(), []
+    for i, layer in enumerate(model.base_model.layers):
+        layer.input_layernorm.register_forward_hook(lambda *_, i=i: seen.append(i))
+    getattr(model, name)(None, every_n_layers=2, offload=False)  # as transformers' Trainer calls it
+    model(ids, labels=ids).loss.backward()
+    assert sorted(seen) == [0, 0, 1, 2, 2, 3, 4, 4]
+    for wrong in (dict(every_n_layers=0), dict(offload=True)):
+        with pytest.raises(InputError, match=next(iter(wrong))):
+            getattr(model, name)(**wrong)
+
+
 def test_frozen_embeddings_let_gradients_through_when_asked(ids):
     model = tiny()
     model.requires_grad_(False)
@@ -363,3 +376,11 @@ def test_push_to_hub_uploads_what_save_pretrained_writes(monkeypatch, ids):
     ((repo, kwargs, logits),) = uploads
     assert (repo, kwargs) == ("me/tiny", {"private": True})
     torch.testing.assert_close(logits, model(ids).logits)
+
+
+def test_the_memory_footprint_is_that_of_the_weights_as_they_are_held():
+    model = tiny()
+    assert model.get_memory_footprint(return_buffers=False) == 4 * model.num_parameters()
+    tables = sum(table.numel() * table.element_size() for table in model.buffers())
+    assert model.get_memory_footprint() == 4 * model.num_parameters() + tables
+    assert model.half().get_memory_footprint(return_buffers=False) == 2 * model.num_parameters()

@@ -342,3 +342,20 @@ def test_what_is_no_cache_is_refused(model, ids, tmp_path):
     (tmp_path / "bad").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{")
     with pytest.raises(CheckpointError):
         DynamicCache.load(tmp_path / "bad")
+
+
+def test_layers_that_are_told_the_same_places_share_their_length():
+    """One addition a pass on the device, not one a layer; and never an older one."""
+    config = GemmaConfig(num_hidden_layers=3)
+    cache, places = StaticCache(config, max_cache_len=12), torch.tensor([0])
+    for length in (1, 2, 3):
+        for layer in range(3):
+            cache.update(torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1, 4), layer, {"cache_position": places})
+        assert cache.layers[0].length is cache.layers[1].length is cache.layers[2].length
+        places += 1  # in place, as a captured step does
+        assert [cache.get_seq_length(i) for i in range(3)] == [length] * 3
+    cache.crop(1)
+    assert [cache.get_seq_length(i) for i in range(3)] == [1] * 3
+    for layer in range(3):
+        cache.update(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), layer)
+    assert [cache.get_seq_length(i) for i in range(3)] == [3] * 3

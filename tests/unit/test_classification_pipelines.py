@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from itertools import count, islice
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_checkpoint import tiny_config, write_vocabulary
 
 import gemmakit
 from gemmakit import TextClassificationPipeline, TokenClassificationPipeline, pipeline
@@ -22,9 +22,6 @@ LABELS = {0: "O", 1: "B-PER", 2: "I-PER", 3: "LOC"}
 
 
 def made(folder: Path, kind: str, **fields) -> Path:
-    sys.path.insert(0, str(Path(__file__).parents[1] / "cli"))
-    from tiny_checkpoint import tiny_config, write_vocabulary
-
     write_vocabulary(folder)
     torch.manual_seed(3)
     model = getattr(gemmakit, f"GemmaFor{kind}Classification")(tiny_config(max_position_embeddings=CONTEXT, **fields))

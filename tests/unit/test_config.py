@@ -133,6 +133,8 @@ LONG = {"rope_type": "longrope", "short_factor": [1.0] * 128, "long_factor": [2.
     ("rope", "named"),
     [
         ({"rope_type": "cubic"}, "rope_type is 'cubic'.*longrope"),
+        ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"full_attention": {"rope_type": "default", "rope_theta": 5e5}}, "'full_attention'"),
         ({"rope_type": "linear"}, "needs 'factor'"),
         ({"rope_type": "linear", "factor": None}, "needs 'factor'"),
         ({"rope_type": "linear", "factor": 0.5}, "factor is 0.5.*>= 1"),
@@ -422,3 +424,12 @@ def test_labels_are_counted_named_and_read_back(tmp_path):
 def test_a_configuration_too_large_to_build_is_refused_at_once(field):
     with pytest.raises(ConfigError, match=rf"{field} is 2000000000000; .* at most \d+"):
         GemmaConfig(**{field: 2 * 10**12})
+
+
+def test_a_field_that_is_not_there_says_what_it_may_be_called():
+    with pytest.raises(
+        AttributeError, match=r"no field '_attn_implementation'\. Its name here is 'attn_implementation'"
+    ):
+        GemmaConfig()._attn_implementation
+    with pytest.raises(AttributeError, match=r"no field 'sliding_window'\.$"):
+        GemmaConfig().sliding_window

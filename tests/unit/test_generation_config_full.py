@@ -241,6 +241,7 @@ def test_contradictions_name_both_settings(settings, both):
         {"max_cache_len": 64},
         {"output_scores": True},
         {"low_memory": True},
+        {"min_new_tokens": 2, "min_length": 3},
         {"use_cache": False, "cache_implementation": "static"},
     ],
     ids=str,

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from gemmakit import DynamicCache, GemmaConfig, GemmaForCausalLM
 from gemmakit.errors import InputError, NotEnoughMemory
+from gemmakit.pytorch.cache import paged as cache_paged
 from gemmakit.pytorch.cache.paged import PagedCache, Span, bytes_per_token
 
 VOCAB = 60
@@ -148,3 +149,24 @@ def test_what_needs_rows_is_refused():
 def test_pages_that_do_not_fit_are_refused_before_they_are_taken():
     with pytest.raises(NotEnoughMemory, match=r"bytes.*cache_tokens or max_batch_size"):
         paged(tiny(), pages=10**12)
+
+
+def test_no_number_of_the_host_makes_it_wait_for_a_gpu(monkeypatch):
+    """Copies from pinned memory alone do not wait for what was started before them."""
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: asked.append("pinned") or self)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *a, **named: asked.append(named) or self)
+    gpu = torch.device("cuda", 0)
+    assert cache_paged.sent([[3, 4]], gpu).tolist() == [[3, 4]]
+    assert asked == ["pinned", {"non_blocking": True}]
+
+
+def test_placing_and_clearing_send_every_number_that_way(monkeypatch):
+    sent, made = [], torch.tensor
+    config = GemmaConfig(num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
+    cache = PagedCache(config, 4, 4, torch.float32)
+    monkeypatch.setattr(cache_paged, "sent", lambda numbers, device: sent.append(numbers) or made(numbers))
+    monkeypatch.setattr(cache_paged.torch, "tensor", None)
+    cache.clear([1, 2])
+    cache.place([Span([1], 2, 3), Span([2, 3], 4, 5)])
+    assert sent == [[1, 2], [6, 12], [[1, 0], [2, 3]], [3, 5]]  # the pages once, not once a layer

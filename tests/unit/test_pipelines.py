@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from itertools import count, islice
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_checkpoint import make
 
 import gemmakit
 from gemmakit import TextGenerationPipeline, TextIteratorStreamer, pipeline
 from gemmakit.errors import GenerationConfigError, InputError, PromptTooLong
-from gemmakit.pipelines.progress import with_progress
 
 TEXTS = ["def add(", "class Longer(Base):\n    x = 1", "", "import os"]
 CHAT = [{"role": "user", "content": "What is 1 + 1?"}]
@@ -20,9 +19,6 @@ CHAT = [{"role": "user", "content": "What is 1 + 1?"}]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    sys.path.insert(0, str(Path(__file__).parents[1] / "cli"))
-    from tiny_checkpoint import make
-
     return make(tmp_path_factory.mktemp("tiny"), max_position_embeddings=64)
 
 
@@ -140,6 +136,11 @@ def test_settings_go_to_generate_and_unknown_ones_are_refused(pipe):
         (dict(task="dance"), "gemmakit has text-generation"),
         (dict(device=0, device_map="auto"), "device and device_map"),
         (dict(device="moon"), "no device 'moon'"),
+        pytest.param(
+            dict(device=0),
+            "device 0 asks for",
+            marks=pytest.mark.skipif(torch.accelerator.is_available(), reason="runs where there is no accelerator"),
+        ),
         (dict(framework="tf"), "framework"),
         (dict(batch_size=0), "batch_size is 0"),
     ],
@@ -172,20 +173,3 @@ def test_dtype_has_two_names_and_keeps_the_files_by_default(folder):
     assert pipeline("text-generation", str(folder)).model.dtype == torch.float32
     for name in ("dtype", "torch_dtype"):
         assert pipeline("text-generation", str(folder), **{name: torch.bfloat16}).model.dtype == torch.bfloat16
-
-
-def test_a_progress_bar_comes_only_on_a_terminal_and_after_a_while(monkeypatch, capsys):
-    ticks = count()
-    assert list(with_progress(iter("abc"), 3, lambda: next(ticks) * 1.5)) == list("abc")
-    assert capsys.readouterr().err == ""
-    made = []
-
-    class Bar:
-        add_task = update = stop = lambda *_, **__: None
-
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    monkeypatch.setattr("gemmakit.pipelines.progress._bar", lambda: made.append(1) or Bar())
-    assert list(with_progress(iter("abc"), 3, lambda: 0.0)) == list("abc")
-    assert made == []
-    assert list(with_progress(iter("abcd"), 4, lambda: next(ticks) * 1.5)) == list("abcd")
-    assert made == [1]

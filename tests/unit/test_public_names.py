@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -131,3 +133,16 @@ def test_what_takes_and_gives_tensors_says_their_shapes(where):
     name, _, key = where.partition(".")
     value = getattr(gemmakit, name)
     assert "(B" in (inspect.getdoc(getattr(value, key) if key else value) or "")
+
+
+@pytest.mark.parametrize("missing", ["flax", "jax", None])
+def test_a_star_import_needs_no_optional_package(missing):
+    hide = (
+        f"import sys, importlib.util as u; f = u.find_spec; u.find_spec = lambda n, *a: n != {missing!r} and f(n, *a)\n"
+    )
+    block = f"sys.modules[{missing!r}] = None\n" if missing else ""
+    program = f"{hide}{block}from gemmakit import *\nassert GemmaConfig\nassert 'FlaxGemmaModel' not in globals()"
+    if missing is None:
+        needs_flax("flax")
+        program = program.replace("not in", "in")
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

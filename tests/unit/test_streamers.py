@@ -8,11 +8,11 @@ import queue
 import random
 import threading
 from contextlib import redirect_stdout
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_checkpoint import write_vocabulary
 
 from gemmakit import AsyncTextIteratorStreamer, GemmaTokenizerFast, TextIteratorStreamer, TextStreamer
 from gemmakit.errors import InputError
@@ -27,11 +27,6 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> GemmaTokenizerFast:
-    import sys
-
-    sys.path.insert(0, str(Path(__file__).parents[1] / "cli"))
-    from tiny_checkpoint import write_vocabulary
-
     return GemmaTokenizerFast(vocab_file=write_vocabulary(tmp_path_factory.mktemp("vocabulary")))
 
 

@@ -184,6 +184,12 @@ def test_device_maps_that_cannot_be_are_refused(saved, monkeypatch):
     folder, _ = saved
     with pytest.raises(InputError, match="device_map is 'gpu-please'"):
         GemmaForCausalLM.from_pretrained(folder, device_map="gpu-please")
+    absent = torch.accelerator.device_count()
+    with pytest.raises(InputError, match=f"max_memory names device {absent}, and torch sees {absent}"):
+        GemmaForCausalLM.from_pretrained(folder, device_map="auto", max_memory={absent: "1GB"})
+    if absent == 0:
+        with pytest.raises(InputError, match="device 0 asks for an accelerator"):
+            GemmaForCausalLM.from_pretrained(folder, device_map=0)
     with pytest.raises(InputError, match="does not place every weight"):
         GemmaForCausalLM.from_pretrained(folder, device_map={"model.norm": "cpu", "lm_head": "disk"})
     places = {"model": "disk", "lm_head": "cpu"}

@@ -21,9 +21,6 @@ from gemmakit.checkpoint.header import BITS, TensorInfo
 from gemmakit.checkpoint.reading import numpy_dtype, to_jax
 from gemmakit.errors import CheckpointError
 
-SINGLE = "flax_model.msgpack"
-INDEX = "flax_model.msgpack.index.json"
-
 # last key of a path in the tree -> (its name in PyTorch, whether PyTorch stores it transposed)
 PYTORCH: dict[str, tuple[str, bool]] = {
     "kernel": ("weight", True),

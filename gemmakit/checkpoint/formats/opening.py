@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gemmakit.checkpoint import publishing
 from gemmakit.checkpoint.formats import google, msgpack, orbax
 from gemmakit.checkpoint.header import TensorInfo
 from gemmakit.checkpoint.index import check_index, read_index
@@ -23,8 +24,11 @@ TITLES = {
     ORBAX: "Orbax, as google-deepmind/gemma",
     GGUF: "GGUF",
 }
-_SINGLES = {SAFETENSORS: "model.safetensors", MSGPACK: msgpack.SINGLE, PICKLE: "pytorch_model.bin"}
-_INDEXES = {SAFETENSORS: "model.safetensors.index.json", MSGPACK: msgpack.INDEX, PICKLE: "pytorch_model.bin.index.json"}
+_LAYOUTS = {
+    SAFETENSORS: publishing.SAFETENSORS,
+    MSGPACK: publishing.MSGPACK,
+    PICKLE: publishing.Layout("pytorch_model.bin"),
+}
 
 
 class Weights(NamedTuple):
@@ -104,13 +108,14 @@ def _kind_of(path: Path) -> str:
 
 
 def _held(name: Name, kind: str, where: Mapping[str, Any]) -> Path | None:
-    found = find_file(name, _SINGLES[kind], optional=True, **where)
-    return found or find_file(name, _INDEXES[kind], optional=True, **where)
+    layout = _LAYOUTS[kind]
+    found = find_file(name, layout.single, optional=True, **where)
+    return found or find_file(name, layout.index, optional=True, **where)
 
 
 def _only_file(folder: Path, allow_pickle: bool) -> Path | None:
     """The one GGUF file or Google's .ckpt of a folder without other weights; None where there is neither."""
-    if any((folder / name).exists() for name in (_SINGLES[PICKLE], _INDEXES[PICKLE])):
+    if any((folder / name).exists() for name in (_LAYOUTS[PICKLE].single, _LAYOUTS[PICKLE].index)):
         return None
     for ending in (".gguf", ".ckpt"):
         found = sorted(path for path in folder.iterdir() if path.name.endswith(ending)) if folder.is_dir() else []

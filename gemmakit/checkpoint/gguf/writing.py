@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -11,17 +10,18 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from gemmakit.checkpoint.arrays import describe, made
 from gemmakit.checkpoint.gguf.names import gguf_name, is_norm
 from gemmakit.checkpoint.publishing import saving_into, sync_directory
-from gemmakit.checkpoint.writing import _describe, _explain, _is_maker, _made, _write_all
-from gemmakit.errors import CheckpointError, InputError
+from gemmakit.checkpoint.shards import write
+from gemmakit.errors import InputError
+from gemmakit.files import require_disk
 from gemmakit.gguf import KINDS, Kind, Vocabulary
 from gemmakit.gguf.encoding import encode_header, padding
 from gemmakit.gguf.settings import EMBEDDING, FILE_TYPES, metadata_of
 from gemmakit.hub import Name
 
 _CHUNK_ELEMENTS = 1 << 20
-_SLACK_BYTES = 64 * 1024
 _BLOCK = 32
 _GROUPS = (32, 128)
 # A step of Q8_0 or Q4_0 is stored in 16 bits: of Q8_0 a 127th of the largest number, of Q4_0 an eighth.
@@ -84,15 +84,12 @@ def write_gguf(
     metadata = {**metadata_of(config, kind, name or path.stem), **vocabulary.metadata(config.vocab_size)}
     items = _plan(dict(tensors), config, kind)
     header = encode_header(metadata, {item.name: (item.kind, item.shape) for item in items})
-    try:
-        with saving_into(path.parent) as staging:
-            _require_disk(path, len(header) + sum(item.nbytes + padding(item.nbytes) for item in items))
-            staged = staging / path.name
-            _write(staged, header, items)
-            os.replace(staged, path)
-            sync_directory(path.parent)
-    except OSError as error:
-        raise _explain(error, path.parent) from error
+    with saving_into(path.parent) as staging:
+        require_disk(path, [len(header), *(item.nbytes + padding(item.nbytes) for item in items)])
+        staged = staging / path.name
+        write(staged, _encode(header, items))
+        os.replace(staged, path)
+        sync_directory(path.parent)
     return path
 
 
@@ -141,7 +138,7 @@ def _item(theirs: str, key: str, tensors: dict[str, Any], shape: tuple[int, ...]
     if f"{key}_scale" in tensors:
         return _packed_item(theirs, key, tensors, shape, kind)
     value = tensors[key]
-    found = _describe(value() if _is_maker(value) else value)[1]
+    found = describe(value)[1]
     if found != shape:
         raise InputError(f"tensor {key!r} has shape {found}, and the configuration asks for {shape}.")
     chosen = _kind_for(theirs, shape, kind)
@@ -160,7 +157,7 @@ def _kind_for(theirs: str, shape: tuple[int, ...], kind: str) -> str:
 
 
 def _encoded(key: str, value: Any, kind: str) -> Iterator[Any]:
-    array = _made(value)
+    array = made(value)
     rows = max(1, _CHUNK_ELEMENTS // max(1, prod(array.shape[1:])))
     for begin in range(0, len(array), rows):
         piece = array[begin : begin + rows]
@@ -224,7 +221,7 @@ def _refuse_too_large(key: str, numbers: Any, kind: str) -> None:
 
 def _packed_item(theirs: str, key: str, tensors: dict[str, Any], shape: tuple[int, ...], kind: str) -> _Item:
     """A weight of codes: copied where the type holds the same, else computed and written as `kind`."""
-    dtype, found = _describe(tensors[key])
+    dtype, found = describe(tensors[key])
     needed = shape if dtype == "int8" else (shape[0], 16 * -(-shape[1] // _BLOCK))
     if found != needed:
         raise InputError(f"tensor {key!r} has codes {found}, and the configuration asks for {needed} of {dtype}.")
@@ -234,7 +231,7 @@ def _packed_item(theirs: str, key: str, tensors: dict[str, Any], shape: tuple[in
 
 
 def _recoded(key: str, parts: list[Any], shape: tuple[int, ...], kind: str) -> Iterator[Any]:
-    codes, scale, zero = (None if part is None else _made(part) for part in parts)
+    codes, scale, zero = (None if part is None else made(part) for part in parts)
     packed = _Packed(key, codes, scale, zero, shape)
     if packed.fits(kind):
         yield from packed.blocks()
@@ -248,7 +245,7 @@ class _Packed:
 
     def __init__(self, key: str, codes: Any, scale: Any, zero: Any, shape: tuple[int, ...]):
         self.codes, self.scale, self.zero, self.shape = codes, scale, zero, shape
-        self.bits = 8 if _describe(codes)[0] == "int8" else 4
+        self.bits = 8 if describe(codes)[0] == "int8" else 4
         groups = scale.shape[1]
         sizes = (shape[1],) if groups == 1 else _GROUPS
         self.group = next((size for size in sizes if -(-shape[1] // size) == groups), 0)
@@ -259,7 +256,7 @@ class _Packed:
 
     def fits(self, kind: str) -> bool:
         """Whether blocks of `kind` hold the very same codes and steps."""
-        if self.shape[1] % _BLOCK or _describe(self.scale)[0] != "float16" or self.group % _BLOCK:
+        if self.shape[1] % _BLOCK or describe(self.scale)[0] != "float16" or self.group % _BLOCK:
             return False
         if kind == "Q8_0":
             return self.bits == 8 and self.zero is None
@@ -313,25 +310,14 @@ def _array(piece: Any, dtype: Any) -> Any:
 # -- the file --------------------------------------------------------------------------------------------------------
 
 
-def _require_disk(path: Path, needed: int) -> None:
-    free = shutil.disk_usage(path.parent).free
-    if needed + _SLACK_BYTES > free:
-        raise CheckpointError(
-            f"writing {path} needs {needed} bytes, but the disk has {free} bytes free (a file that is there is kept "
-            "until the new one is whole). Free some space or write elsewhere. Nothing was changed."
-        )
-
-
-def _write(path: Path, header: bytes, items: Iterable[_Item]) -> None:
-    with path.open("xb", buffering=0) as file:
-        _write_all(file, memoryview(header))
-        for item in items:
-            written = 0
-            for chunk in item.chunks():
-                data = memoryview(chunk).cast("B")
-                _write_all(file, data)
-                written += data.nbytes
-            if written != item.nbytes:
-                raise InputError(f"tensor {item.name!r} has {written} bytes, and {item.nbytes} were announced.")
-            _write_all(file, memoryview(bytes(padding(written))))
-        os.fsync(file.fileno())
+def _encode(header: bytes, items: Iterable[_Item]) -> Iterator[bytes | memoryview]:
+    yield header
+    for item in items:
+        written = 0
+        for chunk in item.chunks():
+            data = memoryview(chunk).cast("B")
+            written += data.nbytes
+            yield data
+        if written != item.nbytes:
+            raise InputError(f"tensor {item.name!r} has {written} bytes, and {item.nbytes} were announced.")
+        yield bytes(padding(written))

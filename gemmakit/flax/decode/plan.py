@@ -13,6 +13,7 @@ import numpy as np
 
 from gemmakit.errors import GenerationConfigError
 from gemmakit.generation import GenerationConfig
+from gemmakit.generation.lengths import filler
 
 # (ids (R, P + room), scores (R, V), how many of the ids are there) -> scores
 Custom = Callable[[Any, Any, Any], Any]
@@ -60,7 +61,7 @@ def make_plan(config: GenerationConfig, room: int, custom: tuple[Custom, ...]) -
     return Plan(
         room=room,
         eos=config.eos_token_ids,
-        pad=_pad(config),
+        pad=filler(config),
         copies=config.num_beams if beams else config.num_return_sequences,
         do_sample=config.do_sample,
         on=frozenset(_on(config)),
@@ -75,7 +76,8 @@ def make_plan(config: GenerationConfig, room: int, custom: tuple[Custom, ...]) -
 
 def knobs(config: GenerationConfig, new: int, prompt_length: int) -> dict[str, np.ndarray]:
     """The numbers of a call. limit: new tokens; minimum: new tokens before any eos."""
-    minimum = max(config.min_length - prompt_length, config.min_new_tokens or 0, 0)
+    given = config.min_new_tokens
+    minimum = max(config.min_length - prompt_length, 0) if given is None else given
     real = {n: getattr(config, n) or 0.0 for n in ("temperature", "top_p", "min_p", "repetition_penalty")}
     return {
         "limit": np.int32(new),
@@ -130,10 +132,3 @@ def refuse_unsupported(config: GenerationConfig) -> None:
                 f"{field.name} is {value!r}: the Flax backend's compiled loop does not have this setting. "
                 "Leave it out, or use the PyTorch backend."
             )
-
-
-def _pad(config: GenerationConfig) -> int:
-    """What fills rows that end before the others."""
-    if config.pad_token_id is not None and config.pad_token_id >= 0:
-        return config.pad_token_id
-    return config.eos_token_ids[0] if config.eos_token_ids else 0

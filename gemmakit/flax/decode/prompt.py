@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from gemmakit.config import GemmaConfig
-from gemmakit.errors import InputError, PromptTooLong, TokenOutOfRange
+from gemmakit.errors import InputError, TokenOutOfRange
 from gemmakit.generation import GenerationConfig
+from gemmakit.generation.lengths import new_tokens
 
-DEFAULT_NEW_TOKENS = 20
 SHORTEST = 16
 
 
@@ -49,7 +49,8 @@ def prepare(model: GemmaConfig, config: GenerationConfig, ids: Any, mask: Any) -
     ids = _ids(model, config, ids)
     mask = _mask(config, ids, mask)
     _check_bos(config, ids, mask)
-    return Prompt(ids, mask, _new_tokens(model, config, ids.shape[1], int(mask.sum(-1).max())))
+    new, _ = new_tokens(config, model.max_position_embeddings, ids.shape[1], int(mask.sum(-1).max()))
+    return Prompt(ids, mask, new)
 
 
 def traced(model: GemmaConfig, config: GenerationConfig, ids: Any, mask: Any) -> Prompt:
@@ -57,7 +58,8 @@ def traced(model: GemmaConfig, config: GenerationConfig, ids: Any, mask: Any) ->
     import jax.numpy as jnp
 
     mask = jnp.ones(ids.shape, bool) if mask is None else mask.astype(bool)
-    return Prompt(ids.astype(jnp.int32), mask, _new_tokens(model, config, ids.shape[1], ids.shape[1]))
+    new, _ = new_tokens(config, model.max_position_embeddings, ids.shape[1], ids.shape[1])
+    return Prompt(ids.astype(jnp.int32), mask, new)
 
 
 def _ids(model: GemmaConfig, config: GenerationConfig, ids: Any) -> np.ndarray:
@@ -121,26 +123,3 @@ def _check_bos(config: GenerationConfig, ids: np.ndarray, mask: np.ndarray) -> N
         warnings.warn("a prompt does not begin with <bos>: Gemma's text is much worse without it.", stacklevel=4)
     elif ((ids[rows, second] == bos) & (second > first)).any():
         warnings.warn("a prompt begins with two <bos> tokens: Gemma was trained with one.", stacklevel=4)
-
-
-def _new_tokens(model: GemmaConfig, config: GenerationConfig, prompt: int, longest: int) -> int:
-    """How many tokens may come. Raises PromptTooLong when they do not fit."""
-    context = model.max_position_embeddings
-    if config.max_new_tokens is not None:
-        new, asked = config.max_new_tokens, f"max_new_tokens is {config.max_new_tokens}"
-    elif config.max_length is not None:
-        new, asked = config.max_length - prompt, f"max_length is {config.max_length}"
-        if new < 1:
-            raise PromptTooLong(
-                f"prompt has {prompt} tokens and max_length is {config.max_length}, which counts the prompt: "
-                "raise max_length, or use max_new_tokens."
-            )
-    else:
-        new = max(1, min(DEFAULT_NEW_TOKENS, context - prompt))
-        asked = f"{new} new tokens are asked for"
-    if longest + new > context:
-        raise PromptTooLong(
-            f"prompt has {longest} tokens and {asked}, but the context holds {context}. "
-            f"Shorten the prompt, or ask for at most {max(0, context - longest)} new tokens."
-        )
-    return new

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,9 @@ class CacheLayer:
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
         self._borrowed = False  # the tensors belong to a graph or to the caller: never written to
+        # The first layer of a cache, whose length is that of the others where it was told the same places.
+        self.first: CacheLayer | None = None
+        self.told: Tensor | None = None
 
     @property
     def keys(self) -> Tensor | None:
@@ -77,7 +81,7 @@ class CacheLayer:
         """
         start, end = self._span(more)
         self._reserve(sizes, like, start, end)
-        self.length = end
+        self.length, self.told = end, None
         assert self._keys is not None and self._values is not None
         return self._keys, self._values, start, end
 
@@ -110,7 +114,10 @@ class CacheLayer:
         if self._keys is None or self._borrowed:
             self._reserve(sizes, like, int(self.length), len(places))
         assert self._keys is not None and self._values is not None
-        self.length = places[-1] + 1  # stays on the device: reading it here would wait
+        first = self.first
+        # Stays on the device: reading it here would wait. One addition a pass, not one a layer.
+        self.length = first.length if first is not None and first.told is places else places[-1] + 1
+        self.told = places
         return self._keys, self._values
 
     def _join(self, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
@@ -145,7 +152,7 @@ class CacheLayer:
 
     def crop(self, length: int) -> None:
         """Forget all but the first `length` positions, of which there are at least so many."""
-        self.length = length
+        self.length, self.told = length, None
 
     def rebatch(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply `change` (a tensor function along the batch axis) to what is held."""
@@ -340,8 +347,12 @@ class StaticCache(Cache):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        if max_cache_len is not None and not (isinstance(max_cache_len, Integral) and max_cache_len > 0):
+            raise InputError(f"max_cache_len is {max_cache_len!r}; it must be a whole number of tokens >= 1.")
         self.max_cache_len = max_cache_len or config.max_position_embeddings
         self.layers = [CacheLayer(self.max_cache_len) for _ in range(config.num_hidden_layers)]
+        for layer in self.layers[1:]:
+            layer.first = self.layers[0]
         if max_batch_size is not None and dtype is not None:
             for i, layer in enumerate(self.layers):
                 shape = (max_batch_size, layer_heads(config, i)[1], self.max_cache_len, config.head_dim)
@@ -351,4 +362,4 @@ class StaticCache(Cache):
     def settle(self, length: int) -> None:
         """Say on the host how many positions are held, after steps that were told places by a tensor."""
         for layer in self.layers:
-            layer.length = length
+            layer.crop(length)

@@ -79,7 +79,8 @@ def _host_buffer(B: int, K: int, T: int, H: int, dtype: torch.dtype) -> Tensor:
 
     Only such a piece, and only from pinned memory, is copied to an accelerator beside the computation.
     """
-    return torch.zeros((T, B, K, H), dtype=dtype, pin_memory=torch.cuda.is_available()).permute(1, 2, 0, 3)
+    pinned = torch.cuda.is_available()
+    return torch.zeros((T, B, K, H), dtype=dtype, device="cpu", pin_memory=pinned).permute(1, 2, 0, 3)
 
 
 class OffloadedCache(DynamicCache):

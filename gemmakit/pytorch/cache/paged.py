@@ -56,6 +56,13 @@ class Placement:
         return torch.arange(self.keys, device=self.lengths.device) < self.lengths[:, None, None, None]
 
 
+def sent(numbers: Sequence[Any], device: torch.device) -> Tensor:
+    """Whole numbers of the host as int64 on `device`, for which the host does not wait, nor for what runs there."""
+    there = torch.tensor(numbers, dtype=torch.long, device="cpu")
+    # From memory that is not pinned a copy waits for all that was started before it.
+    return there.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else there.to(device)
+
+
 class PagedCache(Cache):
     """`pages` pages of `page_size` tokens for every layer, and one that is always zero.
 
@@ -98,9 +105,9 @@ class PagedCache(Cache):
         table = [[*pages, *[NULL_PAGE] * (width - len(pages))] for pages in held]
         places = [span.pages[i // size] * size + i % size for span in spans for i in range(span.start, span.end)]
         self.placement = Placement(
-            places=torch.tensor(places, device=device),
-            table=torch.tensor(table, device=device),
-            lengths=torch.tensor([span.end for span in spans], device=device),
+            places=sent(places, device),
+            table=sent(table, device),
+            lengths=sent([span.end for span in spans], device),
             past=spans[0].start,
             keys=spans[0].end if len(spans) == 1 else width * size,
         )
@@ -109,8 +116,9 @@ class PagedCache(Cache):
     def clear(self, pages: Sequence[int]) -> None:
         """Zero pages that go to a new owner: what is masked still multiplies, and 0 * NaN would be NaN."""
         if pages:
+            at = {device: sent(pages, device) for device in {store.device for store in self.storage}}
             for store in self.storage:
-                store.index_fill_(1, torch.tensor(pages, device=store.device), 0)
+                store.index_fill_(1, at[store.device], 0)
 
     # -- for the model ---------------------------------------------------------------------------------------------
 

@@ -197,10 +197,10 @@ class Checker:
         refuse_no_token((token,), run.delivered)
         rows.length += 1
         if self.plan.streamer is not None:
-            self.plan.streamer.put(torch.tensor([token]))
+            self.plan.streamer.put(torch.tensor([token], device="cpu"))
         if token in self.eos or rows.length == self.plan.total:
             return True
-        return any(bool(torch.as_tensor(c(rows.ids, scores)).all()) for c in self.plan.criteria)
+        return any(bool(torch.as_tensor(c(rows.ids, scores), device="cpu").all()) for c in self.plan.criteria)
 
 
 def _at(out: Any, i: int, seen: int) -> SimpleNamespace:

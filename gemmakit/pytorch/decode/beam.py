@@ -64,7 +64,7 @@ class Beams:
         self.plan, self.size, self.prompt_length = plan, beams, P
         ids = torch.full((B, beams, total), plan.pad, dtype=torch.long, device=device)
         ids[:, :, :P] = prompt[:, None]
-        scores = torch.full((B, beams), UNLIKELY, device=device)
+        scores = torch.full((B, beams), UNLIKELY, dtype=torch.float32, device=device)
         none = torch.full((B, beams, total - P), -1, dtype=torch.long, device=device)
         self.finished = Hypotheses(ids, scores, none, torch.zeros((B, beams), dtype=torch.bool, device=device))
         # All beams begin equal: only the first may speak, or all would say the same.

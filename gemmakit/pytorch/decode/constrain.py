@@ -139,10 +139,10 @@ class Constraint:
     def _allowed(self, row: _Row, tokens: list[int], vocabulary: int) -> Tensor:
         """bool (V,): what may come after these new tokens; anything after the end, which is padding."""
         if any(token in self.eos for token in tokens):
-            return torch.ones(vocabulary, dtype=torch.bool)
+            return torch.ones(vocabulary, dtype=torch.bool, device="cpu")
         row.follow(tokens)
         if row.matcher.is_stopped():
-            allowed = torch.zeros(vocabulary, dtype=torch.bool)
+            allowed = torch.zeros(vocabulary, dtype=torch.bool, device="cpu")
             allowed[list(self.eos)] = True
             return allowed
         allowed = _bits(row.matcher.compute_bitmask())[:vocabulary]
@@ -159,4 +159,4 @@ def _said(matcher: Any) -> str:
 def _bits(mask: bytes) -> Tensor:
     """One bit a token, the lowest first -> bool."""
     octets = torch.frombuffer(bytearray(mask), dtype=torch.uint8)
-    return ((octets[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).flatten().bool()
+    return ((octets[:, None] >> torch.arange(8, dtype=torch.uint8, device="cpu")) & 1).flatten().bool()

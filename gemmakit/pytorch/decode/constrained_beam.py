@@ -120,7 +120,9 @@ class ConstrainedBeams(Beams):
         beam = torch.tensor([[x.beam for x in row] for row in nexts], device=device)
         self.running = self.running.take(beam)
         self.running.ids[:, :, place] = torch.tensor([[x.token for x in row] for row in nexts], device=device)
-        self.running.scores = torch.tensor([[x.score for x in row] for row in nexts], device=device)
+        self.running.scores = torch.tensor(
+            [[x.score for x in row] for row in nexts], dtype=torch.float32, device=device
+        )
         self.running.parents[:, :, place - self.prompt_length] = beam + self.rows
         self.texts = [[(*self.texts[b][x.beam], x.token) for x in row] for b, row in enumerate(nexts)]
         self.progress = [[x.progress for x in row] for row in nexts]
@@ -133,7 +135,7 @@ class ConstrainedBeams(Beams):
         lacking = ~complete & ~enough & self.open
         scores = torch.where(lacking, self.running.scores / length**self.plan.config.length_penalty, float("-inf"))
         rest = Hypotheses(self.running.ids, scores, self.running.parents, lacking)
-        late = torch.cat((torch.zeros_like(self.finished.scores), lacking * UNLIKELY / 2), dim=1)
+        late = torch.cat((torch.zeros_like(self.finished.scores), lacking.float() * UNLIKELY / 2), dim=1)
         both = self.finished + rest
         # In float64 a score keeps its digits beside the handicap.
         self.finished = both.take((both.scores.double() + late).topk(self.size).indices)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gemmakit.errors import InputError, NumericalError
 from gemmakit.generation.ranges import is_whole
-from gemmakit.pytorch.cache.paged import PagedCache, Span, bytes_per_token
+from gemmakit.pytorch.cache.paged import PagedCache, Span, bytes_per_token, sent
 from gemmakit.pytorch.cache.pages import PagePool
 from gemmakit.pytorch.decode.captured_batch import Captured
 from gemmakit.pytorch.decode.plan import Letter
@@ -242,7 +242,9 @@ class BatchEngine:
         logits = torch.cat([logits for _, logits in ran]) if len(ran) > 1 else ran[0][1]
         picking = [i for i, part in enumerate(parts) if part.last]
         rows = [self._rows[parts[i].sequence.id] for i in picking]
-        tokens, scores, errors = choose(rows, logits if len(picking) == len(parts) else logits[picking])
+        if len(picking) < len(parts):
+            logits = logits[sent(picking, logits.device)]
+        tokens, scores, errors = choose(rows, logits)
         return _Choice([parts[i] for i in picking], tokens, Letter(tokens), scores, errors)
 
     def _replayed(self, parts: Sequence[Part], before: _Flight | None) -> _Choice | Tensor | None:
@@ -275,11 +277,11 @@ class BatchEngine:
         several = len(parts) > 1
         if before is None:
             ids = [part.sequence.tokens[part.start : part.end] for part in parts]
-            given = torch.tensor(ids, device=self.model.device)
+            given = sent(ids, self.model.device)
         else:
             places, tokens = self._inputs(parts, before)
             assert tokens is not None
-            given = tokens[torch.tensor(places, device=tokens.device)].clamp_min(0)[:, None]
+            given = tokens[sent(places, tokens.device)].clamp_min(0)[:, None]
         out = self.model(
             input_ids=given,
             attention_mask=where.mask if several else None,

@@ -13,9 +13,10 @@ from torch import Tensor
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError
 from gemmakit.generation import GenerationConfig
+from gemmakit.generation.lengths import filler
 from gemmakit.outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from gemmakit.pytorch.cache import Cache
-from gemmakit.pytorch.decode import batch, graphs, processors, stopping
+from gemmakit.pytorch.decode import arguments, batch, graphs, processors, stopping
 from gemmakit.pytorch.decode.constrain import constraint
 from gemmakit.pytorch.decode.healing import heal
 from gemmakit.pytorch.decode.plan import Ends, Plan, Recorder, Streamer
@@ -88,6 +89,18 @@ class GenerationMixin:
         with _ended(streamer):
             if inputs is not None and input_ids is not None:
                 raise InputError("inputs and input_ids are the same argument: give one of them.")
+            for name, value in {
+                "inputs": inputs,
+                "input_ids": input_ids,
+                "attention_mask": attention_mask,
+                "inputs_embeds": inputs_embeds,
+                "negative_prompt_ids": negative_prompt_ids,
+                "negative_prompt_attention_mask": negative_prompt_attention_mask,
+            }.items():
+                arguments.check_tensor(name, value)
+            arguments.check_config(generation_config)
+            arguments.check_cache(past_key_values)
+            arguments.check_generator(generator)
             own = _own_arguments(custom_generate, settings)
             config = (generation_config or self.generation_config).updated(**settings)
             config.validate(self.config.vocab_size)
@@ -106,7 +119,7 @@ class GenerationMixin:
                 config,
                 prompt,
                 total=length + new,
-                custom=tuple(logits_processor or ()),
+                custom=arguments.functions("logits_processor", logits_processor),
                 prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
                 negative_ids=negative_prompt_ids,
                 negative_mask=negative_prompt_attention_mask,
@@ -116,12 +129,14 @@ class GenerationMixin:
             plan = Plan(
                 config=config,
                 total=length + new,
-                pad=_pad(config),
+                pad=filler(config),
                 eos=context.eos,
                 pick=sampler(noise) if config.do_sample else greedy,
                 noise=noise,
                 processors=processors.build(context),
-                criteria=stopping.build(config, tokenizer, tuple(stopping_criteria or ()), vocabulary),
+                criteria=stopping.build(
+                    config, tokenizer, arguments.functions("stopping_criteria", stopping_criteria), vocabulary
+                ),
                 copies=copies(strategy, config),
                 streamer=streamer,
                 assistant=assistant_model,
@@ -247,13 +262,6 @@ def _run_custom(custom: Callable[..., Any], model: Any, prompt: Prompt, plan: Pl
         use_cache=prompt.cache is not None,
         **own,
     )
-
-
-def _pad(config: GenerationConfig) -> int:
-    """What fills rows that end before the others."""
-    if config.pad_token_id is not None and config.pad_token_id >= 0:
-        return config.pad_token_id
-    return config.eos_token_ids[0] if config.eos_token_ids else 0
 
 
 def _recorder(config: GenerationConfig) -> Recorder:

@@ -65,7 +65,7 @@ class Run:
             refuse_no_token(tokens, self.delivered)
             self.latest = tokens
             if self.plan.streamer is not None:
-                self.plan.streamer.put(torch.tensor(tokens))
+                self.plan.streamer.put(torch.tensor(tokens, device="cpu"))
             if done:
                 return True
         return last

@@ -15,10 +15,9 @@ from torch import Tensor
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError, PromptTooLong, TokenOutOfRange
 from gemmakit.generation import GenerationConfig
+from gemmakit.generation.lengths import new_tokens
 from gemmakit.pytorch.cache import Cache, DynamicCache
 from gemmakit.pytorch.cache.kinds import new_cache
-
-DEFAULT_NEW_TOKENS = 20
 
 
 @dataclass
@@ -57,7 +56,7 @@ def prepare(
 
     Raises InputError, TokenOutOfRange, PromptTooLong.
     """
-    if isinstance(cache, tuple):
+    if isinstance(cache, tuple | list):
         cache = DynamicCache.from_legacy_cache(cache)
     ids = _ids(model, ids, embeds, config)
     mask = _mask(ids, attention_mask, embeds, cache, config)
@@ -181,25 +180,8 @@ def _new_tokens(
         prompt = max(prompt, mask.shape[1])
     elif cache is not None and cache.get_seq_length() >= ids.shape[1]:
         prompt += cache.get_seq_length()
-    context = model.max_position_embeddings
-    if config.max_new_tokens is not None:
-        new, asked = config.max_new_tokens, f"max_new_tokens is {config.max_new_tokens}"
-    elif config.max_length is not None:
-        new, asked = config.max_length - prompt, f"max_length is {config.max_length}"
-        if new < 1:
-            raise PromptTooLong(
-                f"prompt has {prompt} tokens and max_length is {config.max_length}, which counts the prompt: "
-                "raise max_length, or use max_new_tokens."
-            )
-    else:
-        new = max(1, min(DEFAULT_NEW_TOKENS, context - prompt))
-        asked = f"{new} new tokens are asked for"
     longest = prompt if mask is None else int(mask.sum(-1).max())
-    if longest + new > context:
-        raise PromptTooLong(
-            f"prompt has {longest} tokens and {asked}, but the context holds {context}. "
-            f"Shorten the prompt, or ask for at most {max(0, context - longest)} new tokens."
-        )
+    new, asked = new_tokens(config, model.max_position_embeddings, prompt, longest)
     if cache is not None and cache.max_cache_len is not None and prompt + new - 1 + spare > cache.max_cache_len:
         raise PromptTooLong(
             f"prompt has {prompt} tokens and {asked}, but the cache holds {cache.max_cache_len}. "

@@ -16,6 +16,7 @@ from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError, PromptTooLong, TokenOutOfRange
 from gemmakit.generation import GenerationConfig
 from gemmakit.generation.ranges import is_whole
+from gemmakit.pytorch.cache.paged import sent
 from gemmakit.pytorch.decode import processors, scheduler, stopping
 from gemmakit.pytorch.decode.constrain import constraint
 from gemmakit.pytorch.decode.healing import heal
@@ -83,7 +84,7 @@ class Row:
             return "eos"
         for criterion in self.criteria:
             assert self.ids is not None and scores is not None
-            if bool(torch.as_tensor(criterion(self.ids[:, :count], scores)).all()):
+            if bool(torch.as_tensor(criterion(self.ids[:, :count], scores), device="cpu").all()):
                 return "length" if isinstance(criterion, stopping.MaxTime) else "stop"
         return "length" if count >= self.sequence.limit else None
 
@@ -213,7 +214,7 @@ def _tensor(prompt: Any, vocab_size: int) -> Tensor:
                     f"token id {token} is outside the vocabulary of {vocab_size} ids (0 to {vocab_size - 1}): "
                     "was the prompt encoded with another model's tokenizer?"
                 )
-        return torch.tensor(ids, dtype=torch.long)[None]
+        return torch.tensor(ids, dtype=torch.long, device="cpu")[None]
     prompt = prompt[None] if prompt.dim() == 1 else prompt
     if prompt.dim() != 2 or prompt.shape[0] != 1:
         raise InputError(f"a prompt has shape {tuple(prompt.shape)}; it is one row of token ids, (P,) or (1, P).")
@@ -234,7 +235,7 @@ def _pick(rows: Sequence[Row], scores: Tensor) -> Tensor:
     draw = sampler(Exponential([row.generator for row in rows if row.generator is not None]))
     if len(sampled) == len(rows):
         return draw(scores)
-    at = torch.tensor(sampled, device=scores.device)
+    at = sent(sampled, scores.device)
     return greedy(scores).index_copy(0, at, draw(scores[at]))
 
 

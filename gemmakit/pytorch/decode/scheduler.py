@@ -85,10 +85,10 @@ class Scheduler:
         """Raises PromptTooLong if a request could not even run alone. The last token is never run: it needs no room."""
         room = self.pool.pages * self.pool.page_size
         if prompt + new - 1 > room:
+            fewer = f", ask for at most {room + 1 - prompt} new tokens" if prompt <= room else ""
             raise PromptTooLong(
                 f"prompt has {prompt} tokens and may get {new} new ones, but the paged cache holds {room}. "
-                f"Shorten the prompt, ask for at most {max(0, room + 1 - prompt)} new tokens, or pass "
-                f"cache_tokens={prompt + new}."
+                f"Shorten the prompt{fewer}, or pass cache_tokens={prompt + new}."
             )
 
     def add(self, sequence: Sequence) -> None:

@@ -78,6 +78,11 @@ def _check_assisted(config: GenerationConfig, assistant: Any, model: Any) -> Non
             f"prompt_lookup_num_tokens is {config.prompt_lookup_num_tokens} and assistant_model is given: drafts come "
             "from one of them."
         )
+    if not isinstance(getattr(assistant, "generation_config", None), GenerationConfig):
+        raise InputError(
+            f"assistant_model is a {type(assistant).__module__}.{type(assistant).__name__}; it must be a gemmakit "
+            "causal language model: load the draft with gemmakit.AutoModelForCausalLM."
+        )
     ours, theirs = model.config.vocab_size, assistant.config.vocab_size
     if ours != theirs:
         raise InputError(

@@ -42,7 +42,7 @@ class GreenLists:
     def __init__(self, settings: WatermarkingConfig, vocabulary: int):
         self.settings, self.vocabulary = settings, vocabulary
         self.size = int(vocabulary * settings.greenlist_ratio)
-        self._table = torch.randperm(_TABLE, generator=torch.Generator().manual_seed(settings.hashing_key))
+        self._table = _shuffled(_TABLE, settings.hashing_key)
         self.of_seed = lru_cache(_LISTS_KEPT)(self._of_seed)
 
     def seeds(self, contexts: Tensor) -> list[int]:
@@ -55,10 +55,14 @@ class GreenLists:
 
     def _of_seed(self, seed: int) -> Tensor:
         """bool (V,), True for green."""
-        generator = torch.Generator().manual_seed(seed % (2**64 - 1))
-        green = torch.zeros(self.vocabulary, dtype=torch.bool)
-        green[torch.randperm(self.vocabulary, generator=generator)[: self.size]] = True
+        green = torch.zeros(self.vocabulary, dtype=torch.bool, device="cpu")
+        green[_shuffled(self.vocabulary, seed % (2**64 - 1))[: self.size]] = True
         return green
+
+
+def _shuffled(count: int, seed: int) -> Tensor:
+    """The numbers below `count` in the CPU's order for this seed, whatever the caller's default device."""
+    return torch.randperm(count, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,8 @@ class GreenList:
         tried = torch.cat((context[:, None].expand(-1, likely.shape[1], -1), likely[..., None]), dim=-1)
         seeds = self.lists.seeds(tried)
         own = [bool(self.lists.of_seed(s)[t]) for s, t in zip(seeds, likely.flatten().tolist(), strict=True)]
-        return torch.zeros(B, V, dtype=torch.bool).scatter(1, likely, torch.tensor(own).view_as(likely))
+        own = torch.tensor(own, device="cpu").view_as(likely)
+        return torch.zeros(B, V, dtype=torch.bool, device="cpu").scatter(1, likely, own)
 
 
 class Tournament:
@@ -106,8 +111,8 @@ class Tournament:
 
     def __init__(self, settings: SynthIDTextWatermarkingConfig):
         self.settings = settings
-        generator = torch.Generator().manual_seed(settings.sampling_table_seed)
-        self._table = torch.randint(0, 2, (settings.sampling_table_size,), generator=generator).float()
+        generator = torch.Generator("cpu").manual_seed(settings.sampling_table_seed)
+        self._table = torch.randint(0, 2, (settings.sampling_table_size,), generator=generator, device="cpu").float()
 
     def hash(self, tokens: Tensor, start: Tensor | int = 1) -> Tensor:
         """tokens: (..., k) -> (...): their hash, continuing from `start`. int64 wraps around."""
@@ -226,13 +231,13 @@ class WatermarkDetector:
 
         Raises InputError when some rows begin with <bos> and others do not, or a row is too short to score.
         """
-        ids = self._without_bos(torch.as_tensor(input_ids).cpu())
+        ids = self._without_bos(torch.as_tensor(input_ids, device="cpu"))
         if ids.shape[1] < self._score.length:
             raise InputError(
                 f"the text has {ids.shape[1]} tokens, and {self._score.length} are needed to score the first one."
             )
         scored, green, z = zip(*(self._row(row) for row in ids), strict=True)
-        scored, green, z = (torch.tensor(x, dtype=torch.float64).numpy() for x in (scored, green, z))
+        scored, green, z = (torch.tensor(x, dtype=torch.float64, device="cpu").numpy() for x in (scored, green, z))
         if not return_dict:
             return z > z_threshold
         p_value = 0.5 * torch.special.erfc(torch.from_numpy(z) / 2**0.5).numpy()
@@ -269,7 +274,8 @@ class _GreenScore:
     def __call__(self, grams: Tensor, unique: bool) -> Tensor:
         seeds = self.lists.seeds(grams if self.itself else grams[:, :-1])
         last = grams[:, -1].tolist()
-        return torch.tensor([float(self.lists.of_seed(s)[t]) for s, t in zip(seeds, last, strict=True)])
+        found = [float(self.lists.of_seed(s)[t]) for s, t in zip(seeds, last, strict=True)]
+        return torch.tensor(found, dtype=torch.float64, device="cpu")
 
 
 class _SynthIDScore:

@@ -37,9 +37,10 @@ class BitsAndBytesQuantizer:
         """Quantize and multiply once, in small: versions differ in what they can do on which device."""
         bnb = _package()
         try:
-            layer = self.from_float(nn.Linear(64, 64, bias=False, device="meta"), "", torch.eye(64), device, None)
+            weight = torch.eye(64, dtype=torch.float32, device="cpu")
+            layer = self.from_float(nn.Linear(64, 64, bias=False, device="meta"), "", weight, device, None)
             with torch.no_grad():
-                layer(torch.ones(1, 64, device=device))
+                layer(torch.ones(1, 64, dtype=torch.float32, device=device))
         except Exception as e:  # an operator that is not there, a library that was not built, ...
             kind = f"{self.config.bnb_4bit_quant_type}" if self.bits == 4 else "int8"
             raise InputError(

@@ -11,10 +11,8 @@ import math
 from typing import Any
 
 from gemmakit.checkpoint import Checkpoint
-from gemmakit.errors import CheckpointError
+from gemmakit.pytorch.quantize.quantizer import Parts, damaged
 from gemmakit.quantization import COMPUTE_DTYPES, QUANT_TYPES
-
-Parts = dict[str, str]
 
 _STATES = tuple(f"quant_state.bitsandbytes__{kind}" for kind in QUANT_TYPES)
 _TABLES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
@@ -40,11 +38,11 @@ def shape_8bit(parts: Parts, checkpoint: Checkpoint) -> tuple[int, ...]:
     _require(parts, ("weight", "SCB"), checkpoint)
     weight, scale = (checkpoint.info(parts[name]) for name in ("weight", "SCB"))
     if weight.dtype != "int8" or len(weight.shape) != 2:
-        raise _damaged(parts, checkpoint, f"is {weight.dtype} of shape {weight.shape}, not an int8 matrix")
+        raise damaged(parts, checkpoint, f"is {weight.dtype} of shape {weight.shape}, not an int8 matrix")
     if scale.dtype != "float32" or tuple(scale.shape) != tuple(weight.shape[:1]):
-        raise _damaged(parts, checkpoint, f"has {weight.shape[0]} rows, but SCB is {scale.dtype} of {scale.shape}")
+        raise damaged(parts, checkpoint, f"has {weight.shape[0]} rows, but SCB is {scale.dtype} of {scale.shape}")
     if "weight_format" in parts and int(checkpoint.tensor(parts["weight_format"]).flatten()[0]) != 0:
-        raise _damaged(parts, checkpoint, "is not stored row by row, which current versions of bitsandbytes read")
+        raise damaged(parts, checkpoint, "is not stored row by row, which current versions of bitsandbytes read")
     return tuple(weight.shape)
 
 
@@ -52,7 +50,7 @@ def shape_4bit(parts: Parts, checkpoint: Checkpoint) -> tuple[int, ...]:
     """The shape that the quant_state promises, once every table has the size it takes."""
     states = [part for part in parts if part in _STATES]
     if len(states) != 1:
-        raise _damaged(parts, checkpoint, f"has {len(states)} of {', '.join(_STATES)}, and needs one")
+        raise damaged(parts, checkpoint, f"has {len(states)} of {', '.join(_STATES)}, and needs one")
     state = _state(parts, states[0], checkpoint)
     nested = "nested_absmax" in parts
     _require(parts, _TABLES if nested else _TABLES[:2], checkpoint)
@@ -70,13 +68,13 @@ def shape_4bit(parts: Parts, checkpoint: Checkpoint) -> tuple[int, ...]:
 def _state(parts: Parts, part: str, checkpoint: Checkpoint) -> dict[str, Any]:
     info = checkpoint.info(parts[part])
     if info.dtype != "uint8" or info.nbytes > _STATE_BYTES:
-        raise _damaged(parts, checkpoint, f"has a {part} of {info.nbytes} bytes of {info.dtype}")
+        raise damaged(parts, checkpoint, f"has a {part} of {info.nbytes} bytes of {info.dtype}")
     try:
         state = json.loads(bytes(checkpoint.tensor(parts[part]).flatten().tolist()))
     except (ValueError, RecursionError):
         state = None
     if not isinstance(state, dict) or not _plausible(state, part.rpartition("__")[2], "nested_absmax" in parts):
-        raise _damaged(parts, checkpoint, f"has a {part} that makes no sense")
+        raise damaged(parts, checkpoint, f"has a {part} that makes no sense")
     return state
 
 
@@ -98,24 +96,20 @@ def _plausible(state: dict[str, Any], kind: str, nested: bool) -> bool:
 def _require(parts: Parts, names: tuple[str, ...], checkpoint: Checkpoint) -> None:
     lacking = [name for name in names if name not in parts]
     if lacking:
-        raise _damaged(parts, checkpoint, f"lacks its {', '.join(lacking)}")
+        raise damaged(parts, checkpoint, f"lacks its {', '.join(lacking)}")
 
 
 def _require_packed(parts: Parts, nbytes: int, checkpoint: Checkpoint) -> None:
     found = checkpoint.info(parts["weight"]).nbytes
     if not nbytes <= found < nbytes + 8:  # a storage of wider elements is padded to whole ones
-        raise _damaged(parts, checkpoint, f"needs {nbytes} bytes, and the file holds {found}")
+        raise damaged(parts, checkpoint, f"needs {nbytes} bytes, and the file holds {found}")
 
 
 def _require_table(parts: Parts, part: str, dtype: str, count: int, checkpoint: Checkpoint) -> None:
     info = checkpoint.info(parts[part])
     if info.dtype != dtype or math.prod(info.shape) != count:
-        raise _damaged(
+        raise damaged(
             parts,
             checkpoint,
             f"needs {count} {dtype} numbers of {part}, and the file holds {info.shape} of {info.dtype}",
         )
-
-
-def _damaged(parts: Parts, checkpoint: Checkpoint, why: str) -> CheckpointError:
-    return CheckpointError(f"{parts['weight']} in {checkpoint.files[0].parent} {why}. Download or quantize it again.")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gemmakit.checkpoint import Checkpoint, LazyTensor, open_checkpoint, require_memory, save_checkpoint
 from gemmakit.config import HUB_ARGUMENTS, GemmaConfig
+from gemmakit.dtypes import dtype_name
 from gemmakit.errors import InputError
 from gemmakit.hub import find_file, local_directory
 from gemmakit.pytorch.kernels import Packed
@@ -172,7 +173,7 @@ def _streamed(
         O, I = info.shape
         like = rounding.empty(O, I, *layout, device="meta")
         for part, tensor, field in _parts(key, like):
-            out[part] = LazyTensor(_dtype(tensor), tuple(tensor.shape), getattr(weight, field))
+            out[part] = LazyTensor(dtype_name(tensor.dtype), tuple(tensor.shape), getattr(weight, field))
         largest, tables = max(largest, like.nbytes), tables + like.nbytes - like.codes.nbytes
     require_memory(largest + tables + _SLACK_BYTES, f"quantizing {checkpoint.files[0].parent}")
     return out
@@ -271,7 +272,3 @@ def _by_stored_name(state: dict[str, Tensor], stored: dict[str, str]) -> dict[st
     """What a file holds of a model's tensors, under the names of the file that the weights came from."""
     renamed = {name + table: key + table for name, key in stored.items() for table in ("", *TABLES)}
     return {renamed[name]: tensor for name, tensor in state.items() if name in renamed}
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")

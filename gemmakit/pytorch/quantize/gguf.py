@@ -14,6 +14,7 @@ import torch
 from gemmakit.checkpoint import Checkpoint
 from gemmakit.checkpoint.gguf import open_gguf
 from gemmakit.config import GemmaConfig
+from gemmakit.dtypes import dtype_name
 from gemmakit.gguf import read_gguf_header
 from gemmakit.gguf.settings import matrices_dtype, stored_quantization
 
@@ -31,11 +32,11 @@ def open_gguf_for(
     if dtype is not None or quantization_config is not None:
         # What is rounded again is rounded from the exact numbers.
         exact = torch.float32 if quantization_config is not None else chosen
-        return open_gguf(path, dtype=_name(exact)), chosen
+        return open_gguf(path, dtype=dtype_name(exact)), chosen
     stored, kept = stored_quantization(header)
     if stored is not None:
         config.extra["quantization_config"] = _in_released_names(stored)
-    return open_gguf(path, dtype=_name(chosen), keep=kept), chosen
+    return open_gguf(path, dtype=dtype_name(chosen), keep=kept), chosen
 
 
 def _in_released_names(stored: dict[str, Any]) -> dict[str, Any]:
@@ -43,7 +44,3 @@ def _in_released_names(stored: dict[str, Any]) -> dict[str, Any]:
 
     kept = [str(released_name(name)).removesuffix(".weight") for name in stored["modules_to_not_convert"] or ()]
     return {**stored, "modules_to_not_convert": kept or None}
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

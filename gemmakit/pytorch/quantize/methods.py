@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gemmakit.dtypes import dtype_name
 from gemmakit.errors import InputError
 from gemmakit.pytorch.layers import Linear
 from gemmakit.pytorch.quantize.modules import QuantizedEmbedding, QuantizedLinear, QuantizedWeight, resized
@@ -117,7 +118,7 @@ class QuantizedMethods(nn.Module):
         if self.is_quantized:
             dtype = torch._C._nn._parse_to(*args, **kwargs)[1]  # type: ignore[attr-defined]
             if dtype is not None:
-                self._refuse_cast(str(dtype).removeprefix("torch."))
+                self._refuse_cast(dtype_name(dtype))
         return super().to(*args, **kwargs)
 
     def half(self) -> Any:

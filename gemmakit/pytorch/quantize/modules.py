@@ -60,6 +60,9 @@ class QuantizedWeight(nn.Module):
         groups = "rows" if self.group_size == self._inputs else f"groups of {self.group_size}"
         return f"int{self.bits}, {groups}"
 
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.scheme()}"
+
     def plan(self) -> str:
         """Which form a decoding step takes, in words."""
         return packed_plan(self.packed)
@@ -91,9 +94,6 @@ class QuantizedLinear(QuantizedWeight, nn.Linear):
         """input: (..., I) -> (..., O)."""
         return linear_packed(input, self.packed, self.bias)
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {self.scheme()}"
-
 
 class QuantizedEmbedding(QuantizedWeight, GemmaScaledEmbedding):
     """Rows of codes, dequantized and rounded to `compute_dtype`, then scaled as GemmaScaledEmbedding does."""
@@ -115,9 +115,6 @@ class QuantizedEmbedding(QuantizedWeight, GemmaScaledEmbedding):
         rows = dequantize(Packed(*picked, *sizes), self.compute_dtype)  # type: ignore[arg-type]
         factor = torch.full((), self.embedding_dim**0.5, dtype=rows.dtype, device=rows.device)
         return rows.view(*input.shape, self.embedding_dim) * factor
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {self.scheme()}"
 
 
 @torch.no_grad()

@@ -71,6 +71,11 @@ class Quantizer(Protocol):
         ...
 
 
+def damaged(parts: Parts, checkpoint: Checkpoint, why: str) -> CheckpointError:
+    """The error for stored parts of a weight that do not fit each other, or its configuration."""
+    return CheckpointError(f"{parts['weight']} in {checkpoint.files[0].parent} {why}. Download or quantize it again.")
+
+
 def choose(config: GemmaConfig, asked: Any, heads: tuple[str, ...], device_map: Any = None) -> Quantizer | None:
     """The scheme of a checkpoint or of the call, or None.
 

@@ -18,6 +18,8 @@ from gemmakit.pytorch.kernels.packed import BLOCK, pack
 
 # Numbers that are worked on together: few enough for a core's cache, in which every pass but the first then finds them.
 CHUNK = 1 << 18
+# On an accelerator few enough for its memory: 128 MB in float32, of which about ten are needed.
+DEVICE_CHUNK = 1 << 25
 # Ranges to try, as shares of a group's own: outliers are few, and finer steps for the rest may be worth clipping them.
 SHARES_4_BITS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.74)
 SMALLEST = 2.0**-24  # of float16, above zero
@@ -93,7 +95,7 @@ def _by_pieces(weight: Tensor, device: torch.device, work: Callable[[slice, Tens
 
     Threads of torch's own would meet after every short operation, and wait there for one that another program holds up.
     """
-    step = max(1, CHUNK // weight.shape[1])
+    step = max(1, (CHUNK if device.type == "cpu" else DEVICE_CHUNK) // weight.shape[1])
     slices = [slice(begin, begin + step) for begin in range(0, len(weight), step)]
 
     @torch.no_grad()

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from gemmakit.checkpoint import Checkpoint
-from gemmakit.errors import CheckpointError, InputError
+from gemmakit.dtypes import dtype_name
+from gemmakit.errors import InputError
 from gemmakit.pytorch.kernels import Packed
 from gemmakit.pytorch.quantize import rounding
 from gemmakit.pytorch.quantize.modules import TABLES, QuantizedEmbedding, QuantizedLinear
-from gemmakit.pytorch.quantize.quantizer import Parts
+from gemmakit.pytorch.quantize.quantizer import Parts, damaged
 from gemmakit.quantization import GROUP_SIZES, WeightOnlyConfig
 
 _EMBEDDING, _HEAD = "embed_tokens", "lm_head"
@@ -70,17 +71,17 @@ class WeightOnlyQuantizer:
     def shape(self, name: str, expected: tuple[int, ...], parts: Parts, checkpoint: Checkpoint) -> tuple[int, ...]:
         layout = self.layout(name)
         if layout is None:
-            raise _damaged(parts, checkpoint, "is quantized, but config.json says that it was kept")
+            raise damaged(parts, checkpoint, "is quantized, but config.json says that it was kept")
         codes = checkpoint.info(parts["weight"])
         if len(codes.shape) != 2 or len(expected) != 2:
-            raise _damaged(parts, checkpoint, f"is {codes.dtype} of shape {codes.shape}, not a matrix")
+            raise damaged(parts, checkpoint, f"is {codes.dtype} of shape {codes.shape}, not a matrix")
         like = rounding.empty(codes.shape[0], expected[1], *layout, device="meta")
-        if codes.dtype == _dtype(like.codes) and codes.shape[1] != like.codes.shape[1]:
+        if codes.dtype == dtype_name(like.codes.dtype) and codes.shape[1] != like.codes.shape[1]:
             return codes.shape[0], codes.shape[1] * 8 // layout[0]
         for part, promised in zip(("weight", *("weight" + table for table in TABLES)), like[:3], strict=True):
             _require(part, promised, parts, checkpoint)
         if like.zero is not None and int(checkpoint.tensor(parts["weight_zero"]).max()) > 15:
-            raise _damaged(parts, checkpoint, "has a weight_zero above 15, which 4 bits do not reach")
+            raise damaged(parts, checkpoint, "has a weight_zero above 15, which 4 bits do not reach")
         return tuple(expected) if codes.shape[0] == expected[0] else (codes.shape[0], expected[1])
 
     def from_float(
@@ -115,28 +116,20 @@ def _module(module: nn.Module, packed: Packed, dtype: torch.dtype) -> nn.Module:
     return QuantizedLinear(packed)
 
 
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
 def _require(part: str, promised: Tensor | None, parts: Parts, checkpoint: Checkpoint) -> None:
     """`promised`: a tensor of the dtype and shape that `part` must have; None if it must not be there."""
     if promised is None or part not in parts:
         if (promised is None) != (part not in parts):
             verb = "lacks its" if promised is not None else "has no use for its"
-            raise _damaged(parts, checkpoint, f"{verb} {part}")
+            raise damaged(parts, checkpoint, f"{verb} {part}")
         return
     info = checkpoint.info(parts[part])
-    if (info.dtype, tuple(info.shape[1:])) != (_dtype(promised), tuple(promised.shape[1:])):
-        raise _damaged(
+    if (info.dtype, tuple(info.shape[1:])) != (dtype_name(promised.dtype), tuple(promised.shape[1:])):
+        raise damaged(
             parts,
             checkpoint,
-            f"needs a {part} of {_dtype(promised)} and {tuple(promised.shape)} by its config.json, and the file holds "
-            f"{info.dtype} of {tuple(info.shape)}",
+            f"needs a {part} of {dtype_name(promised.dtype)} and {tuple(promised.shape)} by its config.json, and the "
+            f"file holds {info.dtype} of {tuple(info.shape)}",
         )
     if info.shape[0] != promised.shape[0]:
-        raise _damaged(parts, checkpoint, f"has {promised.shape[0]} rows, but its {part} has {info.shape[0]}")
-
-
-def _damaged(parts: Parts, checkpoint: Checkpoint, why: str) -> CheckpointError:
-    return CheckpointError(f"{parts['weight']} in {checkpoint.files[0].parent} {why}. Download or quantize it again.")
+        raise damaged(parts, checkpoint, f"has {promised.shape[0]} rows, but its {part} has {info.shape[0]}")

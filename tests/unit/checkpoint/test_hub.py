@@ -305,6 +305,7 @@ def test_files_come_from_the_hub_once_and_from_the_cache_afterwards(endpoint, tm
     )
     assert (again, known) == (config, None)
     assert all("cannot be reached" in error["says"] and "proxy" in error["says"] for error in errors), errors
+    assert "there is no 'org/other' here" in errors[2]["says"]
 
 
 def test_interrupted_download_leaves_nothing_that_looks_whole_and_the_next_try_succeeds(

@@ -13,21 +13,19 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
+from killing import PYTHONPATH
 
-import gemmakit
 from gemmakit.checkpoint import open_checkpoint, read_header, save_checkpoint
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="kills processes by POSIX signals")
-ROOT = Path(next(iter(gemmakit.__path__))).parent
 
-# The killing is done by the interpreter's own audit events (rename, remove, open, mkdir): SIGKILL at the n-th of them.
 KILL_AT_EVERY_STEP = """
-import os, shutil, signal, sys
+import os, shutil, sys
 import numpy as np
+from killing import kill_at
 from gemmakit.checkpoint import open_checkpoint, read_header, save_checkpoint
 
 root = sys.argv[1]
-WATCHED = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree", "open", "fcntl.flock", "os.listdir"}
 
 def tensors(version):
     return {f"t{i}": np.full(50 + version, version, np.float32) for i in range(6)}
@@ -45,16 +43,6 @@ def version_of(folder):
         if file.endswith(".safetensors"):
             read_header(os.path.join(folder, file))
     return version
-
-def kill_at(step):
-    seen = 0
-    def hook(event, arguments):
-        nonlocal seen
-        if event in WATCHED:
-            seen += 1
-            if seen == step:
-                os.kill(os.getpid(), signal.SIGKILL)
-    sys.addaudithook(hook)
 
 total = {1: 0, 2: 0}
 for old in ("1MB", "400B", "700B"):
@@ -98,7 +86,7 @@ for version in itertools.count(int(sys.argv[2])):
 def start(code, *arguments, **options):
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": PYTHONPATH},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -214,7 +202,7 @@ def test_disk_that_fills_up_while_saving_leaves_the_old_checkpoint_and_no_rest(t
         pytest.skip("needs the right to mount a tmpfs in a namespace of its own")
     done = subprocess.run(
         ["unshare", "-Urm", "sh", "-c", inner],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "CODE": FILL_THE_DISK},
+        env={**os.environ, "PYTHONPATH": PYTHONPATH, "CODE": FILL_THE_DISK},
         capture_output=True,
         text=True,
     )

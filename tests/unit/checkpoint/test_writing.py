@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from gemmakit.checkpoint import LazyTensor, open_checkpoint, parse_size, read_header, save_checkpoint
-from gemmakit.checkpoint import writing as writing_module
+from gemmakit.checkpoint import (
+    LazyTensor,
+    open_checkpoint,
+    parse_size,
+    publishing,
+    read_header,
+    save_checkpoint,
+    shards,
+)
+from gemmakit.checkpoint.formats.msgpack import Leaf
 from gemmakit.errors import CheckpointError, InputError, UnsafeFile
 
 TENSORS = {
@@ -265,8 +274,41 @@ def test_any_tensors_come_back_as_they_were(tmp_path, seed, count, limit):
 
 
 def test_parts_that_the_system_takes_piecemeal_are_written_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(writing_module, "_CHUNK_BYTES", 1000)
+    monkeypatch.setattr(shards, "_CHUNK_BYTES", 1000)
     tensors = {"t": torch.arange(5000)}
     save_checkpoint(tensors, tmp_path)
     assert_holds(tmp_path, tensors)
     assert Path(tmp_path / "model.safetensors").stat().st_size == read_header(tmp_path / "model.safetensors")["t"].end
+
+
+@pytest.mark.parametrize("layout", [publishing.SAFETENSORS, publishing.MSGPACK], ids=lambda layout: layout.suffix)
+@pytest.mark.parametrize("step", range(5))
+def test_a_save_clears_away_what_a_killed_one_left(tmp_path, monkeypatch, layout, step):
+    def save(limit, text):
+        arrays = {f"t{i}": Leaf("int8", (100,), text) for i in range(3)}
+        return shards.save_shards(tmp_path, layout, arrays, encode, limit, {"config.json": text})
+
+    def encode(leaves):
+        return [leaf.load for leaf in leaves.values()]
+
+    class Killed(BaseException):
+        """Nothing catches it; and as after kill -9, nothing is cleaned."""
+
+    moved = 0
+
+    def replace(*paths):
+        nonlocal moved
+        moved += 1
+        if moved > step:
+            raise Killed
+        move(*paths)
+
+    save(100, b"1" * 100)
+    move = os.replace
+    with monkeypatch.context() as patched, suppress(Killed):
+        patched.setattr(os, "replace", replace)
+        patched.setattr(publishing, "clean", lambda staging: None)
+        save(200, b"2" * 100)
+    kept = save(150, b"3" * 100)
+    assert held(tmp_path) == sorted(["config.json", *(path.name for path in kept)])
+    assert all(path.read_bytes() == b"3" * 100 for path in kept[:-1])

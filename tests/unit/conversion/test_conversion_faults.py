@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conversion_tools import assert_same_bits, google_state, listing, make, state_of, write_google
+from killing import PYTHONPATH
 
 import gemmakit
 from gemmakit import convert_checkpoint, convert_tokenizer
@@ -27,8 +28,6 @@ from gemmakit.errors import (
     TokenizerError,
     UnsafeFile,
 )
-
-ROOT = Path(next(iter(gemmakit.__path__))).parent
 
 
 def refused(kind, match, source, out, **options):
@@ -240,7 +239,7 @@ def test_orbax_without_jax_says_what_to_install(tmp_path):
     )
     done = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "in", tmp_path / "out"],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": PYTHONPATH},
     )  # fmt: skip
     assert "pip install 'gemmakit[flax]'" in done.stdout, done.stderr
     assert not (tmp_path / "out").exists()
@@ -392,9 +391,9 @@ def test_a_failure_in_the_middle_leaves_the_target_as_it_was(folder, tmp_path, t
 @pytest.mark.parametrize("to", ["safetensors", "msgpack"])
 @pytest.mark.parametrize("room", [0, 9_000, 60_000])
 def test_a_disk_that_fills_up_leaves_the_target_as_it_was(folder, tmp_path, monkeypatch, to, room):
-    from gemmakit.checkpoint import writing
+    from gemmakit.checkpoint import shards
 
-    out, written, write = tmp_path / "out", [0], writing._write_all
+    out, written, write = tmp_path / "out", [0], shards.write_all
     convert_checkpoint(folder, out, to=to)
 
     def until_full(file, data):
@@ -403,32 +402,25 @@ def test_a_disk_that_fills_up_leaves_the_target_as_it_was(folder, tmp_path, monk
             raise OSError(errno.ENOSPC, "No space left on device")
         write(file, data)
 
-    monkeypatch.setattr(writing, "_write_all", until_full)
+    monkeypatch.setattr(shards, "write_all", until_full)
     refused(CheckpointError, "No space left", folder, out, to=to, overwrite=True, max_shard_size="9KB")
 
 
 KILLED = """
-import os, signal, sys
+import os, sys
+from killing import kill_at
 from gemmakit import convert_checkpoint
-step, source, out, to, shard = int(sys.argv[1]), *sys.argv[2:]
+source, out, to, shard = sys.argv[1:]
 from gemmakit.conversion import targets
 import gemmakit.text, gemmakit.pytorch.model
-seen = 0
-def hook(event, arguments):
-    global seen
-    if event in ("os.rename", "os.remove", "os.mkdir", "open") and out in str(arguments[0]):
-        seen += 1
-        if seen == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-for step_ in range(step, 200):
+for step in range(1, 200):
     child = os.fork()
     if not child:
-        step, seen = step_, 0
-        sys.addaudithook(hook)
+        kill_at(step, inside=out)
         convert_checkpoint(source, out, to=to, max_shard_size=shard, overwrite=True)
         os._exit(0)
     status = os.waitpid(child, 0)[1]
-    print(step_, flush=True)
+    print(step, flush=True)
     sys.stdin.readline()
     if not os.WIFSIGNALED(status):
         print("done", flush=True)
@@ -451,8 +443,8 @@ def test_sigkill_at_every_file_system_step_leaves_the_old_or_the_new_checkpoint(
     convert_checkpoint(tmp_path / "old", out, to=to, max_shard_size="7KB")
     kept = listing(out)
     process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, "1", tmp_path / "new", out, to, shard],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        [sys.executable, "-c", KILLED, tmp_path / "new", out, to, shard],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": PYTHONPATH},
     )  # fmt: skip
     outcomes = {"old": 0, "new": 0}
     while (line := process.stdout.readline().strip()) not in ("done", ""):

@@ -1,37 +1,22 @@
 """A tiny model with a real vocabulary in Gemma's layout, and both tokenizers of it."""
 
-import importlib.util
+import importlib
 import inspect
-import sys
-from pathlib import Path
 
+import demo_vocabulary
 import pytest
 import torch
 
 import gemmakit
 
-ROOT = Path(__file__).resolve().parents[3]
 TEXT = 'Größe façade naïve 杰玛 ジェマ 젬마 🙂 👍🏽 ½ ² ∑ → «…»\n{"key": [1, 2.5, true, null]}\n'
 TEXT += "<table><tr><td>1</td></tr>\n"
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
 def vocabulary_file(tmp_path_factory):
-    name = "demo_vocabulary"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / "demo_vocabulary.py")
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
     texts = [*(inspect.getsource(importlib.import_module(n)) for n in ("argparse", "typing", "textwrap")), TEXT * 8]
-    return sys.modules[name].train(texts, tmp_path_factory.mktemp("vocabulary"), vocab_size=1024)
+    return demo_vocabulary.train(texts, tmp_path_factory.mktemp("vocabulary"), vocab_size=1024)
 
 
 @pytest.fixture(scope="session")

@@ -391,6 +391,21 @@ def test_a_device_that_refuses_is_asked_once_and_the_tokens_come_anyway(monkeypa
     assert "not permitted" in model.loop_plan()
 
 
+def test_what_a_kernels_compiler_raises_is_a_reason_too(monkeypatch):
+    class Compiler(Exception):
+        pass
+
+    class Failing(graphs.Uncaptured):
+        def record(self, step):
+            raise Compiler
+
+    monkeypatch.setitem(graphs.RECORDERS, "cpu", Failing)
+    model, ids = tiny(), prompts(1)
+    with pytest.warns(UserWarning, match="failed .Compiler"):
+        ours = model.generate(ids, max_new_tokens=10)
+    assert torch.equal(plainly(model, ids, max_new_tokens=10), ours)
+
+
 def test_too_little_memory_steps_and_keeps_nothing(monkeypatch):
     class Full(graphs.Uncaptured):
         def record(self, step):

@@ -116,6 +116,8 @@ def test_a_request_that_could_never_run_is_refused_with_both_counts_and_the_reme
     scheduler = made(pages=4, page_size=4)
     with pytest.raises(PromptTooLong, match=r"15 tokens and may get 3 .* holds 16.* at most 2 .*cache_tokens=18"):
         added(scheduler, 0, [1] * 15, 3)
+    with pytest.raises(PromptTooLong, match=r"17 tokens and may get 1 .*Shorten the prompt, or pass cache_tokens=18"):
+        added(scheduler, 0, [1] * 17, 1)
     assert not scheduler.has_work
     added(scheduler, 1, [1] * 15, 2)  # the last token is never run, so 17 tokens fit in 16 places
 

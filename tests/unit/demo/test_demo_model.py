@@ -6,20 +6,16 @@ import json
 import math
 import random
 import re
-import sys
 from pathlib import Path
 
+import demo_card
+import demo_corpus
+import demo_tasks
 import pytest
 
 ROOT = Path(__file__).parents[3]
 DEMO = ROOT / "gemmakit" / "demo"
 HELD_OUT = ROOT / "benchmarks" / "data" / "held_out.txt"
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import demo_card  # noqa: E402
-import demo_corpus  # noqa: E402
-import demo_tasks  # noqa: E402
-
 SAMPLE = 50  # questions a task
 
 

@@ -8,11 +8,11 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import pytest
 from gguf_models import CONFIG, tensors_of, vocabulary
+from killing import PYTHONPATH
 
 import gemmakit
 from gemmakit.checkpoint import LazyTensor
@@ -21,12 +21,10 @@ from gemmakit.checkpoint.gguf.names import released_name
 from gemmakit.checkpoint.gguf.writing import _shapes
 from gemmakit.errors import CheckpointError, InputError
 
-ROOT = Path(next(iter(gemmakit.__path__))).parent
-
-# The interpreter's own audit events (rename, remove, open, mkdir) do the killing: SIGKILL at the n-th of them.
 KILL_AT_EVERY_STEP = """
-import os, signal, sys
+import os, sys
 import numpy as np
+from killing import kill_at
 from gemmakit import GemmaConfig
 from gemmakit.checkpoint.gguf import write_gguf
 from gemmakit.checkpoint.gguf.names import released_name
@@ -35,7 +33,6 @@ from gemmakit.gguf import Entry, Vocabulary, read_gguf_header
 
 folder = sys.argv[1]
 path = os.path.join(folder, "x.gguf")
-WATCHED = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree", "open", "fcntl.flock", "os.listdir"}
 config = GemmaConfig(vocab_size=8, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1,
                      num_key_value_heads=1, head_dim=32)
 words = Vocabulary([Entry("<unk>", 0.0, 2), Entry("<bos>", 0.0, 3), Entry("<eos>", 0.0, 3)])
@@ -52,16 +49,6 @@ def version():
         number = int(np.frombuffer(file.read(4), np.float32)[0]) - 1
     assert header.metadata["general.name"] == f"version {number}"
     return number
-
-def kill_at(step):
-    seen = 0
-    def hook(event, arguments):
-        nonlocal seen
-        if event in WATCHED:
-            seen += 1
-            if seen == step:
-                os.kill(os.getpid(), signal.SIGKILL)
-    sys.addaudithook(hook)
 
 write(1)
 write(1)  # everything that is imported late is imported now
@@ -86,7 +73,7 @@ print(counts[1], counts[2])
 
 @pytest.mark.skipif(sys.platform != "linux", reason="kills processes by POSIX signals")
 def test_sigkill_at_every_file_system_step_leaves_the_old_or_the_new_file(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
     done = subprocess.run(
         [sys.executable, "-c", KILL_AT_EVERY_STEP, str(tmp_path)], capture_output=True, text=True, env=environment
     )

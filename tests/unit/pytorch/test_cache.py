@@ -169,6 +169,12 @@ def test_a_full_static_cache_refuses_with_the_size_that_fits(model):
     assert cache.get_seq_length() == 10
 
 
+@pytest.mark.parametrize("length", [0, -1, 1.5, "9"])
+def test_a_static_cache_of_no_length_is_refused(model, length):
+    with pytest.raises(InputError, match="max_cache_len is"):
+        gemmakit.StaticCache(model.config, max_cache_len=length)
+
+
 def test_another_batch_size_is_refused(model):
     cache = filled(model, prompts(rows=2))
     with pytest.raises(InputError, match="holds 2 rows and this call has 3"):

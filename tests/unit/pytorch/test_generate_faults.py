@@ -107,7 +107,7 @@ def test_a_prompt_that_does_not_fit_the_context_is_refused_with_both_counts():
     with pytest.raises(PromptTooLong, match=r"9 tokens and max_new_tokens is 56.*holds 64.*at most 55"):
         MODEL.generate(prompts(), max_new_tokens=56)
     assert MODEL.generate(prompts(), max_new_tokens=55, eos_token_id=None).shape == (2, 64)
-    with pytest.raises(PromptTooLong, match=r"70 tokens.*holds 64"):
+    with pytest.raises(PromptTooLong, match=r"70 tokens.*holds 64. Shorten the prompt to fewer than 64 tokens\.$"):
         MODEL.generate(prompts(width=70))
 
 
@@ -179,6 +179,40 @@ def test_arguments_that_contradict_each_other_are_refused():
     ]:
         with pytest.raises(InputError, match=message):
             MODEL.generate(**asked)
+
+
+class NotATokenizersResult(dict):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (dict(inputs=NotATokenizersResult(input_ids=prompts())), r"unpack it, as in model\(\*\*inputs\)"),
+        (dict(inputs=[[2, 3]]), "inputs is a list; it must be a tensor"),
+        (dict(inputs=prompts().numpy()), "inputs is a ndarray"),
+        (dict(inputs=prompts(), attention_mask=[[1] * 9] * 2), "attention_mask is a list"),
+        (dict(inputs=prompts(), guidance_scale=2.0, negative_prompt_ids=[[2]]), "negative_prompt_ids is a list"),
+        (dict(inputs=prompts(), generation_config={"top_k": 1}), "generation_config is a dict"),
+        (dict(inputs=prompts(), past_key_values=5), "past_key_values is a builtins.int"),
+        (dict(inputs=prompts(), do_sample=True, generator=5), "generator is a int.*seed="),
+        (dict(inputs=prompts(), logits_processor=lambda ids, scores: scores), r"\[logits_processor\]"),
+        (dict(inputs=prompts(), stopping_criteria=[5]), "stopping_criteria holds a int"),
+        (dict(inputs=prompts(rows=1), assistant_model=torch.nn.Linear(2, 2)), "assistant_model is a torch.*Linear"),
+        (dict(inputs=prompts(), stop_strings=5), "stop_strings is 5"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused_by_name(asked, message):
+    with pytest.raises(InputError, match=message):
+        MODEL.generate(**asked)
+
+
+def test_a_cache_in_the_older_form_may_be_a_list():
+    ids = prompts(rows=1)
+    with torch.no_grad():
+        held = MODEL(ids[:, :4]).past_key_values.to_legacy_cache()
+    plain = MODEL.generate(ids, max_new_tokens=4)
+    assert torch.equal(MODEL.generate(ids, past_key_values=list(held), max_new_tokens=4), plain)
 
 
 # -- 15: numbers that are none ---------------------------------------------------------------------------------------

@@ -363,6 +363,32 @@ def test_labels_outside_the_vocabulary_are_named(bad):
         tiny()(prompts(), labels=labels)
 
 
+@pytest.mark.parametrize("wrong", [-1, 1.5, True, None, torch.tensor(3), torch.tensor([[0]])], ids=str)
+def test_logits_to_keep_of_another_kind_is_refused(wrong):
+    with pytest.raises(InputError, match="logits_to_keep is"):
+        tiny()(prompts(), logits_to_keep=wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_labels_may_be_of_any_whole_type(dtype):
+    model, ids = tiny(), prompts()
+    assert torch.equal(model(ids, labels=ids.to(dtype)).loss, model(ids, labels=ids).loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_labels_that_are_no_ids_are_refused(dtype):
+    with pytest.raises(InputError, match="must be token ids"):
+        tiny()(prompts(), labels=prompts().to(dtype))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"input_ids": prompts()}, [[2, 3]], prompts().numpy()], ids=lambda x: type(x).__name__
+)
+def test_what_is_no_tensor_is_refused_with_the_remedy(wrong):
+    with pytest.raises(InputError, match=r"input_ids is a .*must be a tensor"):
+        tiny()(wrong)
+
+
 def test_labels_of_another_shape_are_refused():
     with pytest.raises(InputError, match=r"\(2, 8\).*\(2, 9\)"):
         tiny()(prompts(), labels=prompts()[:, 1:])

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import inspect
 import random
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,8 +12,6 @@ from typing import Any
 import pytest
 
 from gemmakit.text import GemmaTokenizer, GemmaTokenizerFast
-
-ROOT = Path(__file__).resolve().parents[3]
 
 SAMPLE = """Gemma היא משפחה של מודלים. Gemma è una famiglia di modelli aperti, leggeri e all'avanguardia.
 Джемма — это семейство лёгких открытых моделей. 젬마는 가벼운 개방형 모델입니다. ジェマは軽量なモデルです。
@@ -33,13 +30,9 @@ def stdlib(*names: str) -> list[str]:
 
 @pytest.fixture(scope="session")
 def demo_vocabulary() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("demo_vocabulary", ROOT / "scripts" / "demo_vocabulary.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["demo_vocabulary"] = module
-    spec.loader.exec_module(module)
-    return module
+    import demo_vocabulary
+
+    return demo_vocabulary
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,12 @@ texts = st.lists(st.one_of(st.sampled_from(SNIPPETS), st.text(characters, max_si
 ordinary = texts.filter(lambda text: not any(token in text for token in CONTROL))
 
 
+def assert_ids_are_sentencepieces(text: str, sp: Any, *tokenizers: Any) -> None:
+    expected = sp.encode(text)
+    for tokenizer in tokenizers:
+        assert tokenizer.encode(text, add_special_tokens=False) == expected
+
+
 def test_slow_and_fast_equal_sentencepiece_on_a_million_characters(
     corpus: list[str], sp: Any, shared_slow: Any, shared_fast: Any
 ) -> None:
@@ -30,10 +36,7 @@ def test_slow_and_fast_equal_sentencepiece_on_a_million_characters(
 
 
 def test_a_million_characters_as_one_text(corpus: list[str], sp: Any, shared_slow: Any, shared_fast: Any) -> None:
-    text = "".join(corpus)
-    expected = sp.encode(text)
-    assert shared_slow.encode(text, add_special_tokens=False) == expected
-    assert shared_fast.encode(text, add_special_tokens=False) == expected
+    assert_ids_are_sentencepieces("".join(corpus), sp, shared_slow, shared_fast)
 
 
 @settings(max_examples=400, deadline=None)
@@ -44,9 +47,7 @@ def test_a_million_characters_as_one_text(corpus: list[str], sp: Any, shared_slo
 def test_slow_and_fast_equal_sentencepiece_on_random_unicode(
     sp: Any, shared_slow: Any, shared_fast: Any, text: str
 ) -> None:
-    expected = sp.encode(text)
-    assert shared_slow.encode(text, add_special_tokens=False) == expected
-    assert shared_fast.encode(text, add_special_tokens=False) == expected
+    assert_ids_are_sentencepieces(text, sp, shared_slow, shared_fast)
 
 
 @settings(max_examples=300, deadline=None)
@@ -54,9 +55,7 @@ def test_slow_and_fast_equal_sentencepiece_on_random_unicode(
 def test_runs_of_few_characters_merge_as_sentencepiece_merges_them(
     sp: Any, shared_slow: Any, shared_fast: Any, text: str
 ) -> None:
-    expected = sp.encode(text)
-    assert shared_slow.encode(text, add_special_tokens=False) == expected
-    assert shared_fast.encode(text, add_special_tokens=False) == expected
+    assert_ids_are_sentencepieces(text, sp, shared_slow, shared_fast)
 
 
 @settings(max_examples=300, deadline=None)

@@ -145,6 +145,8 @@ def _no_prompt_ngram(c: Context) -> Processor | None:
 
 
 def _min_length(c: Context) -> Processor | None:
+    if c.config.min_new_tokens is not None:
+        return None
     wanted = c.config.min_length - c.unseen
     return forcing.MinLength(wanted, c.eos) if c.eos is not None and wanted > 0 else None
 

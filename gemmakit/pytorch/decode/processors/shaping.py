@@ -91,7 +91,7 @@ class SequenceBias:
     def of(
         cls, biases: Mapping[tuple[int, ...], float], vocabulary: int, padding: Tensor | None, device: torch.device
     ) -> SequenceBias:
-        single = torch.zeros(vocabulary, device=device)
+        single = torch.zeros(vocabulary, dtype=torch.float32, device=device)
         by_length: dict[int, list[tuple[tuple[int, ...], float]]] = {}
         for ids, bias in biases.items():
             if len(ids) == 1:
@@ -116,7 +116,7 @@ class SequenceBias:
 def _group(group: Sequence[tuple[tuple[int, ...], float]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     beginnings = torch.tensor([ids[:-1] for ids, _ in group], device=device)
     last = torch.tensor([ids[-1] for ids, _ in group], device=device)
-    return beginnings, last, torch.tensor([bias for _, bias in group], device=device)
+    return beginnings, last, torch.tensor([bias for _, bias in group], dtype=torch.float32, device=device)
 
 
 def bad_words(words: Sequence[Sequence[int]], eos: Sequence[int]) -> dict[tuple[int, ...], float]:
