@@ -48,9 +48,13 @@ def comparison_table(result: dict[str, Any]) -> Table:
     random = ", random weights" if model["random_weights"] else ""
     title = (
         f"{model['name']}{random}: prompt {settings['prompt']}, new {settings['new']}, "
-        f"{result['threads']} threads, {len(result['rounds'])} rounds"
+        f"{_count(result['threads'], 'thread')}, {_count(len(result['rounds']), 'round')}"
     )
     return Table(title, ["", *sides, "of the limit"], rows, list(_notes(result)))
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 def _measures(result: dict[str, Any]) -> Iterator[tuple[str, Any, list[str]]]:

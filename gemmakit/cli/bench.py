@@ -214,8 +214,9 @@ def _contexts(text: str) -> tuple[int, ...]:
 def _source(model: str | None, size: str | None, dtype: str) -> tuple[str, str]:
     """(folder or Hub id, what to call it)."""
     if size is not None:
-        from gemmakit.bench.models import cached_random
+        from gemmakit.bench.models import cached_random, size_config
 
+        size_config(size)  # refuses one that there is not before anything is said of it
         folder = cached_random(size, "bfloat16" if dtype == "auto" else dtype, say=note)
         return str(folder), f"Gemma {size.upper()} shape"
     if model is not None:

@@ -104,11 +104,12 @@ WAITS = {"prefix_allowed_tokens_fn", "watermarking_config", "constraint"}
 def test_no_processor_waits_for_the_device(monkeypatch):
     settings = {k: v for s in SHAPING for k, v in s.items() if k not in WAITS | {"guidance_scale"}}
     settings |= dict(do_sample=True, temperature=0.7, top_k=9, top_p=0.9, min_p=0.01, top_h=0.9, typical_p=0.9,
-                     epsilon_cutoff=1e-4, eta_cutoff=1e-4, min_length=9, repetition_penalty=1.2, eos_token_id=[1, 9],
+                     epsilon_cutoff=1e-4, eta_cutoff=1e-4, repetition_penalty=1.2, eos_token_id=[1, 9],
                      remove_invalid_values=True, renormalize_logits=True, forced_bos_token_id=8)  # fmt: skip
     ids, mask = padded(rows(3, 9), 12)
     chain = processors.build(context(**settings, prompt=ids, padding=mask == 0, total=30))
-    assert len(chain) == len(PROCESSOR_ORDER) - len(WAITS | {"guidance_scale", "custom"})
+    # min_length gives way to min_new_tokens, whose kind it is.
+    assert len(chain) == len(PROCESSOR_ORDER) - len(WAITS | {"guidance_scale", "custom", "min_length"})
     chain.append(processors.build(context(watermarking_config={"ngram_len": 3, "keys": [5]}, prompt=ids))[0])
 
     def waiting(*_, **__):
