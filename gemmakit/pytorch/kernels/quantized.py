@@ -21,8 +21,7 @@ from gemmakit.pytorch.kernels import cpu
 from gemmakit.pytorch.kernels.packed import Packed
 from gemmakit.pytorch.kernels.panels import multiply, multiply_back
 
-# Bits -> rows up to which reading the codes once for every eight costs less than expanding them; where they are
-# multiplied in bytes, that is so up to eight.
+# Bits -> rows up to which reading the codes once for every eight costs less than expanding them.
 FEW_ROWS = {8: 16, 4: 24}
 
 
@@ -118,13 +117,11 @@ def _on_cpu(x: Tensor, packed: Packed, bias: Tensor | None, exact: bool) -> Tens
     if cpu.library() is None:
         _warn_once()
     elif x.dtype in cpu.FORMATS and cpu.reads(packed):
-        by_bytes = takes_bytes(packed) and not exact
-        if len(x) <= (cpu.MAX_ROWS if by_bytes else FEW_ROWS[packed.bits]):
+        if not exact and takes_bytes(packed):
+            bias = None if bias is None else bias.to(x.dtype).contiguous()
+            return cpu.project(x, [cpu.matrix(packed, bias)])[0]
+        if len(x) <= FEW_ROWS[packed.bits]:
             return few_rows(x, packed, bias)
-        if by_bytes:
-            return cpu.multiply(
-                x, cpu.matrix(packed, None if bias is None else (bias := bias.to(x.dtype).contiguous()))
-            )
     return multiply(x, packed, bias)
 
 

@@ -24,6 +24,7 @@ class Seams(Protocol):
     """One device's fused forms. Each rounds where the modules round: after the norm, each projection, each residual."""
 
     name: str
+    any_rows: bool  # whether it takes more than MAX_ROWS
 
     def norm_qkv(
         self, x: Tensor, norm: nn.Module, q_proj: nn.Module, k_proj: nn.Module, v_proj: nn.Module
@@ -60,10 +61,8 @@ class Seams(Protocol):
 # are on x's device, or says in words why there are none. What it gives is used for as long as the layer's modules and
 # the addresses, dtypes and sizes of their tensors stay what they are: so it may keep pointers, never values.
 FORMS = {"cpu": "gemmakit.pytorch.kernels.cpu.seams", "cuda": "gemmakit.pytorch.kernels.triton.seams"}
-# A step of more rows (B * S) is matrix work, which the modules do best.
+# A step of more rows (B * S) is matrix work, which the modules do best, but for forms that say otherwise.
 MAX_ROWS = 8
-# Types of devices whose forms are asked for any number of rows, and call the modules where they have nothing better.
-ANY_ROWS = {"cuda"}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -76,13 +75,14 @@ def choose(layer: nn.Module, x: Tensor, visible: Any, cache: Any, output_attenti
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or output_attentions or type(x) is not Tensor:
         return None
     B, S, _ = x.shape
-    few = B * S <= MAX_ROWS or x.device.type in ANY_ROWS
-    if not few or not B * S or not (x.is_cpu or x.is_cuda) or _watched(x):
+    if not B * S or not (x.is_cpu or x.is_cuda) or _watched(x):
         return None
     chosen: Chosen | None = layer.__dict__.get("chosen")
     if chosen is None or not chosen.still(layer, x):
         chosen = layer.__dict__["chosen"] = Chosen(layer, x)
     if chosen.dropout and layer.training:
+        return None
+    if B * S > MAX_ROWS and chosen.seams is not None and not chosen.seams.any_rows:
         return None
     return chosen.seams
 

@@ -91,16 +91,11 @@ def matrices_of(argument):
 def _project(call, m, count, x_format, x, rows, y, residual, threads):
     outs, size = [one.out for one in m], _SIZES.get(x_format, 4)
     call.structure(0, 0, m, lambda one: matrix_parts(one, x_format))
+    if x is None:  # a question only
+        return
     call.lead(0, 24, x, rows * m[0].in_ * size)
     call.addresses(5, y, [rows * out * size for out in outs])
     call.lead(0, 48, residual, rows * outs[0] * size)
-
-
-def _multiply(call, m, x_format, x, rows, y, threads):
-    one, size = matrices_of(m), _SIZES.get(x_format, 4)
-    call.structure(0, 0, one, lambda one: matrix_parts(one, x_format))
-    call.lead(0, 16, x, rows * one.in_ * size)
-    call.lead(0, 32, y, rows * one.out * size, back=True)
 
 
 def _expand(call, m, start, stop, y_format, y, threads):
@@ -109,7 +104,7 @@ def _expand(call, m, start, stop, y_format, y, threads):
     call.lead(0, 32, y, (stop - start) * one.in_ * _SIZES[y_format], back=True)
 
 
-def _norm(call, x_format, x, rows, width, w_format, w, eps, y):
+def _norm(call, x_format, x, rows, width, w_format, w, eps, y, threads):
     call.lead(0, 8, x, rows * width * _SIZES[x_format])
     call.lead(0, 40, w, width * _SIZES[w_format])
     call.lead(0, 56, y, rows * width * _SIZES[x_format], back=True)
@@ -152,7 +147,7 @@ def _choose(call, name):
         call.lead(0, 0, ctypes.addressof(kept), len(kept))
 
 
-KERNELS = {"project": _project, "multiply": _multiply, "expand": _expand, "norm": _norm, "gate": _gate,
+KERNELS = {"project": _project, "expand": _expand, "norm": _norm, "gate": _gate,
            "norm_project": _norm_project, "norm_gate": _norm_gate, "attend": _attend, "read": _read,
            "choose": _choose}  # fmt: skip
 

@@ -52,7 +52,7 @@ def normal(*shape, dtype=torch.float32, seed=0, size=1.0):
 def norm(x, w, eps):
     y = shifted(torch.zeros_like(x))
     pointers = x.data_ptr(), len(x), x.shape[1], cpu.FORMATS[w.dtype], w.data_ptr()
-    assert cpu.library().gemmakit_norm(cpu.FORMATS[x.dtype], *pointers, eps, y.data_ptr()) == 0
+    assert cpu.library().gemmakit_norm(cpu.FORMATS[x.dtype], *pointers, eps, y.data_ptr(), 2) == 0
     return y
 
 

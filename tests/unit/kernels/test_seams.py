@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import gemmakit.pytorch.model as model_file
 from gemmakit.pytorch.cache import DynamicCache, StaticCache
 from gemmakit.pytorch.kernels import Packed, cpu
+from gemmakit.pytorch.kernels.quantized import takes_bytes
 from gemmakit.pytorch.kernels.seams import MAX_ROWS, choose, seams_plan, weight_of
 from gemmakit.pytorch.quantize.modules import QuantizedLinear
 from gemmakit.pytorch.quantize.rounding import quantize
@@ -108,6 +109,45 @@ def test_projections_of_a_seam_are_the_modules(threads, dtype, weights, B, S):
             product = mlp.down_proj(expected)
             sums = seams.project_add(expected, mlp.down_proj, x)
             near(sums, x + product, dtype, terms=float(unit * product.abs().max()) + 1e-5)
+
+
+@native
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize(("B", "S"), [(3, 3), (1, 41)])
+def test_projections_of_many_rows_are_the_modules_where_codes_are_multiplied_in_bytes(threads, dtype, weights, B, S):
+    model = tiny(head_dim=48, hidden_size=72, intermediate_size=200).to(dtype)
+    quantized(model, int(weights[3:]), None if weights == "int8" else 32)
+    layer = model.model.layers[0]
+    attention, mlp = layer.self_attn, layer.mlp
+    x = torch.randn(B, S, 72, generator=torch.Generator().manual_seed(1)).to(dtype)
+    with torch.no_grad():
+        seams = choose(layer, x, None, None, False)
+        if not takes_bytes(mlp.up_proj.packed):
+            assert seams is None
+            pytest.skip("this processor has no fast products of bytes for these weights")
+        projections = attention.q_proj, attention.k_proj, attention.v_proj
+        normed, unit = layer.input_layernorm(x), torch.finfo(dtype).eps
+        for got, module in zip(seams.norm_qkv(x, layer.input_layernorm, *projections), projections, strict=True):
+            # Where the order of the norm's sum moves a number over an edge, it moves by one of 127 steps.
+            step = float(normed.abs().max() * module.dequantized().abs().max()) / 127
+            near(got, module(normed), dtype, terms=2 * step)
+            assert (got - module(normed)).abs().mean() < step / 20 + unit
+        gate, up = mlp.gate_proj(normed), mlp.up_proj(normed)
+        expected = mlp.act_fn(gate) * up
+        gated = seams.norm_gate_up(x, layer.input_layernorm, mlp.gate_proj, mlp.up_proj, mlp.act_fn)
+        step = float(normed.abs().max() * mlp.up_proj.dequantized().abs().max()) / 127
+        most = float(gate.abs().max() + up.abs().max())
+        near(gated, expected, dtype, roundings=2, terms=(2 * unit * most + 4 * step) * most)
+        # Nothing is left to a norm here: the product is the modules' to the bit, and the sum is rounded as theirs.
+        assert torch.equal(seams.project_add(expected, mlp.down_proj, x), x + mlp.down_proj(expected))
+
+
+@native
+def test_many_rows_of_plain_weights_stay_with_the_modules():
+    layer, x = one_layer(S=9)
+    assert chosen(layer, x) is None and chosen(layer, x[:, :8]) is not None
 
 
 @native

@@ -40,7 +40,6 @@ def both(monkeypatch):
         results = []
         for forms in ({}, TRITON):
             monkeypatch.setattr(seams, "FORMS", forms)
-            monkeypatch.setattr(seams, "ANY_ROWS", set(forms))
             for layer in model.model.layers:
                 layer.__dict__.pop("chosen", None)
             with torch.no_grad():
@@ -271,7 +270,6 @@ def test_the_modules_take_the_place_of_a_kernel_that_does_not_start(module, name
 
     expected, length = run()
     monkeypatch.setattr(seams, "FORMS", TRITON)
-    monkeypatch.setattr(seams, "ANY_ROWS", set(TRITON))
     for layer in model.model.layers:
         layer.__dict__.pop("chosen", None)
     monkeypatch.setattr(module, name, Broken())

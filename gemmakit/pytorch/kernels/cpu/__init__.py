@@ -78,9 +78,8 @@ def _declare(library: ctypes.CDLL) -> None:
     library.gemmakit_isa.restype = ctypes.c_char_p
     library.gemmakit_choose.argtypes = [ctypes.c_char_p]
     library.gemmakit_project.argtypes = [_POINTER, _INT, _INT, _POINTER, _INT, _POINTER, _POINTER, _INT]
-    library.gemmakit_multiply.argtypes = [_POINTER, _INT, _POINTER, _LONG, _POINTER, _INT]
     library.gemmakit_expand.argtypes = [_POINTER, _LONG, _LONG, _INT, _POINTER, _INT]
-    library.gemmakit_norm.argtypes = [_INT, _POINTER, _LONG, _LONG, _INT, _POINTER, _FLOAT, _POINTER]
+    library.gemmakit_norm.argtypes = [_INT, _POINTER, _LONG, _LONG, _INT, _POINTER, _FLOAT, _POINTER, _INT]
     library.gemmakit_gate.argtypes = [_INT, _INT, *[_POINTER] * 3, _LONG, _INT]
     normed = [_INT, _POINTER, _INT, _INT, _POINTER, _FLOAT]
     library.gemmakit_norm_project.argtypes = [_POINTER, _INT, *normed, _POINTER, _INT]
@@ -132,8 +131,19 @@ def matrix(weight: Tensor | Packed, bias: Tensor | None = None) -> Matrix:
     return Matrix(kind, group, O, I, weight.codes.data_ptr(), weight.scale.data_ptr(), zero_at, bias_at)
 
 
+def multiplies(packed: Packed) -> bool:
+    """Whether `project` takes more than MAX_ROWS rows by this weight: this processor is fast at products of bytes."""
+    found = library()
+    if found is None:
+        return False
+    return found.gemmakit_project((Matrix * 1)(matrix(packed)), 1, 0, None, MAX_ROWS + 1, None, None, 1) == 0
+
+
 def project(x: Tensor, matrices: Sequence[Matrix], residual: Tensor | None = None) -> list[Tensor]:
-    """x (..., I), contiguous, 1 to 8 rows -> each matrix's (..., O) in x's dtype; to a single one residual is added."""
+    """x (..., I), contiguous -> each matrix's (..., O) in x's dtype; to a single one residual is added.
+
+    Up to MAX_ROWS rows; any number for weights of which `multiplies` is true, with x rounded to 8 bits.
+    """
     found = library()
     assert found is not None
     count = len(matrices)
@@ -150,26 +160,6 @@ def project(x: Tensor, matrices: Sequence[Matrix], residual: Tensor | None = Non
     )
     assert not failed, f"project takes 1 to {MAX_ROWS} rows of 1 to 16 weights' common input, got {tuple(x.shape)}"
     return ys
-
-
-def multiplies(packed: Packed) -> bool:
-    """Whether this processor has fast products of bytes for a weight of these bits."""
-    found = library()
-    if found is None:
-        return False
-    m = matrix(packed)
-    return found.gemmakit_multiply(ctypes.byref(m), 0, None, 0, None, 1) == 0
-
-
-def multiply(x: Tensor, m: Matrix) -> Tensor:
-    """x (M, I), contiguous, any number of rows, rounded to 8 bits in blocks of 32 inputs -> (M, O) in x's dtype."""
-    found = library()
-    assert found is not None
-    y = x.new_empty(len(x), m.out)
-    arguments = x.data_ptr(), len(x), y.data_ptr(), torch.get_num_threads()
-    failed = found.gemmakit_multiply(ctypes.byref(m), FORMATS[x.dtype], *arguments)
-    assert not failed, f"multiply takes weights for which `multiplies` is true, not format {m.format}"
-    return y
 
 
 def expand(m: Matrix, rows: range, to: Tensor) -> None:

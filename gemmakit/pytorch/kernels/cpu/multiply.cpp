@@ -1,4 +1,4 @@
-// y = x @ W^T + bias for many rows of x and a weight in 8 or 4 bits, in products of bytes.
+// y = x @ W^T + bias for many rows of x and one or several weights in 8 or 4 bits, in products of bytes.
 //
 // x is rounded to 8 bits in blocks of 32 inputs of a token. A piece of the weight's rows, a few blocks of them at a time,
 // is laid out as bytes in the first cache, where all tokens meet it; sums of a block are exact, blocks are summed in
@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr int64_t MOST_TOKENS = 1024;  // whose sums with a piece stay in the second cache
+constexpr int64_t MOST_TOKENS = 1024;  // whose sums with a piece stay in the second cache, and x in the third
 
 template <int FORMAT>
 void fill(const Matrix& w, int64_t from, int64_t rows, int64_t block, int64_t count, Piece& piece) {
@@ -40,61 +40,83 @@ void sums_of(const Matrix& w, int64_t from, int64_t rows, const Tiles& x, int64_
 
 template <int F, int FORMAT>
 void finish(const Matrix& w, int64_t from, int64_t rows, int64_t token, int64_t tokens, int64_t next,
-            const float* sums, void* y) {
-  for (int64_t m = 0; m < tokens; m++) {
+            const float* sums, void* y, const void* residual) {
+  for (int64_t m = token; m < token + tokens; m++)
     for (int64_t r = 0; r < rows; r += L) {  // the room for sums is larger than a piece, so all L can be read
-      V v = gather(sums + r * next + m, next);
+      int64_t at_y = m * w.out + from + r, end = m * w.out + from + rows;
+      V v = gather(sums + r * next + m - token, next);
       if (FORMAT == INT8) v = mul(v, take<F32>(w.scale, from + r, from + rows));
       if (w.bias) v = add(v, take<F>(w.bias, from + r, from + rows));
-      give<F>(y, (token + m) * w.out + from + r, (token + m) * w.out + from + rows, v);
+      if (residual) v = add(rounded<F>(v), take<F>(residual, at_y, end));
+      give<F>(y, at_y, end, v);
     }
-  }
 }
 
+// OUTS rows of the weight from `from` on against `count` tiles from `tile` on; x has `tokens` in all.
 template <int F, int FORMAT>
-void run(const Matrix& w, const void* x, int64_t rows, void* y, int threads) {
-  int64_t tiles = (rows + L - 1) / L, blocks = (w.in + BLOCK - 1) / BLOCK;
+void multiply_piece(const Matrix& w, const Tiles& x, int64_t tokens, int64_t from, int64_t tile, int64_t count,
+                    void* y, const void* residual) {
+  int64_t rows = w.out - from < OUTS ? w.out - from : OUTS, next = (count + 1) * L, first = tile * L;
+  float* sums = scratch<float, 13>(OUTS * next);
+  sums_of<FORMAT>(w, from, rows, x, tile, count, sums);
+  finish<F, FORMAT>(w, from, rows, first, tokens - first < count * L ? tokens - first : count * L, next, sums, y,
+                    residual);
+}
+
+template <int F>
+auto piece_of(const Matrix& w) {
+  return w.format == INT4 ? multiply_piece<F, INT4> : w.format == INT8 ? multiply_piece<F, INT8>
+                                                                        : multiply_piece<F, INT8_GROUPS>;
+}
+
+// Up to MOST_TOKENS rows of x, laid out once for all matrices.
+template <int F>
+void multiply_some(const Matrix* w, int count, const void* x, int64_t tokens, int64_t done, void* const* y,
+                   const void* residual, int threads) {
+  int64_t tiles = (tokens + L - 1) / L, blocks = (w->in + BLOCK - 1) / BLOCK;
   Tiles t = {scratch<int8_t, 0>(tiles * blocks * BLOCK * L), scratch<float, 10>(tiles * blocks * L),
              scratch<float, 11>(tiles * blocks * L), scratch<int32_t, 0>(tiles * blocks * L), blocks};
-  int64_t pieces = (w.out + OUTS - 1) / OUTS, chunk = MOST_TOKENS / L;
-  while (chunk > TOKENS && pieces * ((tiles + chunk - 1) / chunk) < 4 * threads) chunk = (chunk + 1) / 2;
-  int64_t chunks = (tiles + chunk - 1) / chunk;
-#pragma omp parallel num_threads(threads) if (rows * w.out * w.in > 1 << 20)
+#pragma omp parallel num_threads(threads) if (tokens * w->out * w->in > 1 << 20)
   {
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < tiles; i++)
-      fill_tile<F>(at<F>(x, i * L * w.in), w.in, i, rows - i * L < L ? rows - i * L : L, t);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t p = 0; p < pieces * chunks; p++) {
-      int64_t from = p / chunks * OUTS, outs = w.out - from < OUTS ? w.out - from : OUTS;
-      int64_t first = p % chunks * chunk, count = tiles - first < chunk ? tiles - first : chunk;
-      float* sums = scratch<float, 13>(OUTS * (count + 1) * L);
-      sums_of<FORMAT>(w, from, outs, t, first, count, sums);
-      int64_t tokens = rows - first * L < count * L ? rows - first * L : count * L;
-      finish<F, FORMAT>(w, from, outs, first * L, tokens, (count + 1) * L, sums, y);
+      fill_tile<F>(at<F>(x, i * L * w->in), w->in, i, tokens - i * L < L ? tokens - i * L : L, t);
+    for (int i = 0; i < count; i++) {
+      auto piece = piece_of<F>(w[i]);
+      int64_t pieces = (w[i].out + OUTS - 1) / OUTS, each = tiles;
+      while (each > TOKENS && pieces * ((tiles + each - 1) / each) < 4 * threads) each = (each + 1) / 2;
+      int64_t parts = (tiles + each - 1) / each;
+      void* to = (char*)y[i] + done * w[i].out * size_of<F>;
+#pragma omp for schedule(dynamic, 1) nowait
+      for (int64_t p = 0; p < pieces * parts; p++) {
+        int64_t tile = p % parts * each;
+        piece(w[i], t, tokens, p / parts * OUTS, tile, tiles - tile < each ? tiles - tile : each, to, residual);
+      }
     }
   }
 }
 
 template <int F>
-int run_format(const Matrix& w, const void* x, int64_t rows, void* y, int threads) {
-  switch (w.format) {
-    case INT8: return run<F, INT8>(w, x, rows, y, threads), 0;
-    case INT8_GROUPS: return run<F, INT8_GROUPS>(w, x, rows, y, threads), 0;
-    case INT4: return run<F, INT4>(w, x, rows, y, threads), 0;
+int run(const Matrix* w, int count, const void* x, int64_t rows, void* const* y, const void* residual, int threads) {
+  for (int64_t done = 0; done < rows; done += MOST_TOKENS) {
+    int64_t tokens = rows - done < MOST_TOKENS ? rows - done : MOST_TOKENS;
+    multiply_some<F>(w, count, at<F>(x, done * w->in), tokens, done, y,
+                     residual ? at<F>(residual, done * w->out) : nullptr, threads);
   }
-  return 1;
+  return 0;
 }
 
 }  // namespace
 
-extern "C" int NATIVE(multiply)(const Matrix* m, int x_format, const void* x, int64_t rows, void* y, int threads) {
-  if (m->in < 1 || rows < 0 || m->format < INT8 || (!DOT4 && m->format != INT4)) return 1;
+extern "C" int NATIVE(multiply)(const Matrix* m, int count, int x_format, const void* x, int64_t rows, void* const* y,
+                                const void* residual, int threads) {
+  for (int i = 0; i < count; i++)
+    if (m[i].format < INT8 || (!DOT4 && m[i].format != INT4)) return 1;
   if (!x) return 0;
   switch (x_format) {
-    case BF16: return run_format<BF16>(*m, x, rows, y, threads);
-    case F16: return run_format<F16>(*m, x, rows, y, threads);
-    case F32: return run_format<F32>(*m, x, rows, y, threads);
+    case BF16: return run<BF16>(m, count, x, rows, y, residual, threads);
+    case F16: return run<F16>(m, count, x, rows, y, residual, threads);
+    case F32: return run<F32>(m, count, x, rows, y, residual, threads);
   }
   return 1;
 }

@@ -52,25 +52,24 @@ struct Attention {
 // Every kernel, as DO(name, parameters, arguments). All give 0, or 1 where the arguments are outside what they take.
 //
 // project: y[i] (rows, m[i].out) = x (rows, in) @ m[i]^T + bias, rounded to x_format (BF16, F16 or F32), for `count`
-//   matrices that share x, in one parallel region; 1 <= rows <= 8. Where residual is not null (count 1, rows * out, in
-//   x_format), it is added to the rounded product and the sum is rounded. Sums are float32.
-// multiply: the same for one matrix of whole numbers (INT8, INT8_GROUPS, INT4) and any number of rows, with x rounded to
-//   8 bits in blocks of 32. 1 where this processor has no fast products of bytes for the format, also when x is null.
+//   matrices that share x, in one parallel region. Where residual is not null (count 1, rows * out, in x_format), it is
+//   added to the rounded product and the sum is rounded. Sums are float32. Up to 8 rows; more, in products of bytes with
+//   x rounded to 8 bits in blocks of 32, for whole numbers (INT8, INT8_GROUPS, INT4) where the processor is fast at
+//   them: 1 elsewhere, also when x is null, which asks only that.
 // expand: rows from..to of m as a dense panel y (to - from, in) of y_format (BF16, F16 or F32), each number rounded once.
 // norm: y (rows, width) = RMSNorm of x with 1 + w. gate: y = act(gate) * up, n numbers, act rounded before the product.
-// norm_project, norm_gate: norm then project, and then gate, for m[0] and m[1] of one shape.
+// norm_project, norm_gate: norm then project, and then gate, for m[0] and m[1] of one shape; up to 8 rows.
 // attend: rotates q and k, puts k and v into the cache, and attends.
 // read: reads every byte once and sums it up as 64-bit words into *sum: the memory's speed, and a way to page in a file.
 #define GEMMAKIT_FUNCTIONS(DO)                                                                                       \
   DO(project, (const Matrix* m, int count, int x_format, const void* x, int rows, void* const* y, const void* residual, \
                int threads),                                                                                         \
      (m, count, x_format, x, rows, y, residual, threads))                                                            \
-  DO(multiply, (const Matrix* m, int x_format, const void* x, int64_t rows, void* y, int threads),                    \
-     (m, x_format, x, rows, y, threads))                                                                             \
   DO(expand, (const Matrix* m, int64_t from, int64_t to, int y_format, void* y, int threads),                         \
      (m, from, to, y_format, y, threads))                                                                            \
-  DO(norm, (int format, const void* x, int64_t rows, int64_t width, int w_format, const void* w, float eps, void* y), \
-     (format, x, rows, width, w_format, w, eps, y))                                                                  \
+  DO(norm, (int format, const void* x, int64_t rows, int64_t width, int w_format, const void* w, float eps, void* y, \
+            int threads),                                                                                            \
+     (format, x, rows, width, w_format, w, eps, y, threads))                                                         \
   DO(gate, (int format, int act, const void* gate, const void* up, void* y, int64_t n, int threads),                 \
      (format, act, gate, up, y, n, threads))                                                                         \
   DO(norm_project, (const Matrix* m, int count, int format, const void* x, int rows, int w_format, const void* w,    \
@@ -91,4 +90,7 @@ struct Kernels {
 #if defined(ISA)
 #define GEMMAKIT_DECLARE(name, parameters, arguments) extern "C" int NATIVE(name) parameters;
 GEMMAKIT_FUNCTIONS(GEMMAKIT_DECLARE)
+// `project` for more than MAX_ROWS rows.
+extern "C" int NATIVE(multiply)(const Matrix* m, int count, int x_format, const void* x, int64_t rows, void* const* y,
+                                const void* residual, int threads);
 #endif

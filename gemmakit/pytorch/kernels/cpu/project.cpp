@@ -1,4 +1,4 @@
-// y = x @ W^T + bias for 1 to 8 rows of x and one or several weights in any format.
+// y = x @ W^T + bias for 1 to 8 rows of x and one or several weights in any format; more rows are multiply.cpp's.
 
 #include <utility>
 
@@ -120,9 +120,10 @@ int run(const Matrix* w, int count, const void* x, int rows, void* const* y, con
 
 extern "C" int NATIVE(project)(const Matrix* m, int count, int x_format, const void* x, int rows, void* const* y,
                                const void* residual, int threads) {
-  if (m->in < 1 || rows < 1 || rows > MAX_ROWS || count < 1 || count > 16 || (residual && count > 1)) return 1;
+  if (m->in < 1 || rows < 1 || count < 1 || count > 16 || (residual && count > 1)) return 1;
   for (int i = 1; i < count; i++)
     if (m[i].in != m[0].in) return 1;
+  if (rows > MAX_ROWS) return NATIVE(multiply)(m, count, x_format, x, rows, y, residual, threads);
   switch (x_format) {
     case BF16: return run<BF16>(m, count, x, rows, y, residual, threads);
     case F16: return run<F16>(m, count, x, rows, y, residual, threads);

@@ -1,5 +1,8 @@
 """The seams of a decoder layer on the CPU: five native calls, which read each weight once for all rows.
 
+More rows than eight go through the same calls, a norm and a gate apart, where all weights are codes that are multiplied
+in bytes; attention goes through torch then.
+
 Everything that a call needs and that stays the same is put together once a layer: pointers into the modules' own
 tensors, nothing else. Axis letters: B batch, S positions, D hidden, F mlp, N heads, K kv heads, H head_dim, T keys.
 """
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 
 from gemmakit.pytorch.kernels import cpu
 from gemmakit.pytorch.kernels.packed import Packed
+from gemmakit.pytorch.kernels.quantized import takes_bytes
 from gemmakit.pytorch.kernels.seams import PROJECTIONS, Seams, weight_of
 
 # Below so many bytes a second thread costs more than it saves.
@@ -98,8 +102,14 @@ class NativeSeams:
         self.name = f"native {cpu.instruction_set()}"
         self.format = cpu.FORMATS[dtype]
         self.stacks: dict[tuple[nn.Module, ...], Stack] = {}
+        self.any_rows = all(
+            isinstance(weight := weight_of(module), Packed) and takes_bytes(weight)
+            for name, module in layer.named_modules()
+            if name.rpartition(".")[2] in PROJECTIONS
+        )
         why = _no_native_attention(layer.get_submodule("self_attn"))
         self.plan = f"{self.name}, attention by torch ({why})" if why else self.name
+        self.beyond = "; beyond that too, in products of bytes" if self.any_rows else ""
 
     def _stack(self, *modules: nn.Module) -> Stack:
         found = self.stacks.get(modules)
@@ -115,6 +125,8 @@ class NativeSeams:
 
     def _norm_project(self, x: Tensor, norm: Any, stack: Stack) -> list[Tensor]:
         B, S, D = x.shape
+        if B * S > cpu.MAX_ROWS:
+            return self._project(self._norm(x, norm), stack)
         x, weight = x.contiguous(), norm.weight
         ys = [x.new_empty(B, S, out) for out in stack.outs]
         failed = self.library.gemmakit_norm_project(
@@ -132,33 +144,45 @@ class NativeSeams:
         assert not failed, f"norm_project takes 1 to {cpu.MAX_ROWS} rows, got {B * S} of {D}"
         return ys
 
-    def project_add(self, x: Tensor, projection: nn.Module, residual: Tensor) -> Tensor:
-        stack = self._stack(projection)
+    def _norm(self, x: Tensor, norm: Any) -> Tensor:
+        x, weight = x.contiguous(), norm.weight
+        y, D = torch.empty_like(x), x.shape[-1]
+        kind, threads = cpu.FORMATS[weight.dtype], torch.get_num_threads()
+        failed = self.library.gemmakit_norm(
+            self.format, x.data_ptr(), x.numel() // D, D, kind, weight.data_ptr(), norm.eps, y.data_ptr(), threads
+        )
+        assert not failed
+        return y
+
+    def _project(self, x: Tensor, stack: Stack, residual: Tensor | None = None) -> list[Tensor]:
         B, S, _ = x.shape
-        x, residual = x.contiguous(), residual.contiguous()
-        y = torch.empty_like(residual)
+        x = x.contiguous()
+        ys = [x.new_empty(B, S, out) for out in stack.outs]
         failed = self.library.gemmakit_project(
             stack.matrices,
-            1,
+            stack.count,
             self.format,
             x.data_ptr(),
             B * S,
-            stack.pointers(y.data_ptr()),
-            residual.data_ptr(),
+            stack.pointers(*[y.data_ptr() for y in ys]),
+            None if residual is None else residual.data_ptr(),
             stack.threads,
         )
-        assert not failed, f"project takes 1 to {cpu.MAX_ROWS} rows, got {B * S}"
-        return y
+        assert not failed, f"project takes 1 to {cpu.MAX_ROWS} rows of these weights, got {B * S}"
+        return ys
+
+    def project_add(self, x: Tensor, projection: nn.Module, residual: Tensor) -> Tensor:
+        return self._project(x, self._stack(projection), residual.contiguous())[0]
 
     def norm_gate_up(
         self, x: Tensor, norm: Any, gate: nn.Module, up: nn.Module, act: Callable[[Tensor], Tensor]
     ) -> Tensor:
         stack = self._stack(gate, up)
         kind = _activations().get(act)
-        if kind is None:
-            gated, passed = self._norm_project(x, norm, stack)
-            return act(gated) * passed
         B, S, _ = x.shape
+        if kind is None or B * S > cpu.MAX_ROWS:
+            gated, passed = self._norm_project(x, norm, stack)
+            return act(gated) * passed if kind is None else self._gate(kind, gated, passed)
         x, weight = x.contiguous(), norm.weight
         y = x.new_empty(B, S, stack.outs[0])
         failed = self.library.gemmakit_norm_gate(
@@ -176,6 +200,13 @@ class NativeSeams:
         assert not failed, f"norm_gate takes 1 to {cpu.MAX_ROWS} rows, got {B * S}"
         return y
 
+    def _gate(self, kind: int, gated: Tensor, passed: Tensor) -> Tensor:
+        """In the memory of `gated`."""
+        at, threads = gated.data_ptr(), torch.get_num_threads()
+        failed = self.library.gemmakit_gate(self.format, kind, at, passed.data_ptr(), at, gated.numel(), threads)
+        assert not failed
+        return gated
+
     def attend(
         self,
         q: Tensor,
@@ -190,6 +221,8 @@ class NativeSeams:
         """As the protocol says; what the native kernel does not take goes through torch, cache and all."""
         B, S, width = q.shape
         H = attention.head_dim
+        if B * S > cpu.MAX_ROWS:
+            return attention.attend(q, k, v, tables, visible, cache, cache_position)[0]
         sizes = (B, k.shape[2] // H, H)
         held = _plain_layer(cache, cache_position, attention, sizes)
         past = 0 if held is None or held is NEW else int(held.length)

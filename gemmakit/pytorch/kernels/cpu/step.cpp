@@ -30,8 +30,10 @@ void norm_row(const void* x, int64_t width, const void* w, float eps, void* y) {
 }
 
 template <int F>
-int norm_rows(const void* x, int64_t rows, int64_t width, int w_format, const void* w, float eps, void* y) {
+int norm_rows(const void* x, int64_t rows, int64_t width, int w_format, const void* w, float eps, void* y,
+              int threads) {
   auto one = w_format == BF16 ? norm_row<F, BF16> : w_format == F16 ? norm_row<F, F16> : norm_row<F, F32>;
+#pragma omp parallel for num_threads(threads) if (rows * width > 1 << 16 && threads > 1)
   for (int64_t r = 0; r < rows; r++) one(at<F>(x, r * width), width, w, eps, (char*)y + r * width * size_of<F>);
   return 0;
 }
@@ -65,12 +67,12 @@ int gate_all(int act, const void* gate, const void* up, void* y, int64_t n, int 
 }  // namespace
 
 extern "C" int NATIVE(norm)(int format, const void* x, int64_t rows, int64_t width, int w_format, const void* w,
-                            float eps, void* y) {
+                            float eps, void* y, int threads) {
   if (w_format < BF16 || w_format > F32) return 1;
   switch (format) {
-    case BF16: return norm_rows<BF16>(x, rows, width, w_format, w, eps, y);
-    case F16: return norm_rows<F16>(x, rows, width, w_format, w, eps, y);
-    case F32: return norm_rows<F32>(x, rows, width, w_format, w, eps, y);
+    case BF16: return norm_rows<BF16>(x, rows, width, w_format, w, eps, y, threads);
+    case F16: return norm_rows<F16>(x, rows, width, w_format, w, eps, y, threads);
+    case F32: return norm_rows<F32>(x, rows, width, w_format, w, eps, y, threads);
   }
   return 1;
 }
@@ -88,7 +90,7 @@ extern "C" int NATIVE(norm_project)(const Matrix* m, int count, int format, cons
                                     const void* w, float eps, void* const* y, int threads) {
   if (rows < 1 || rows > MAX_ROWS) return 1;
   void* normed = scratch<float, 0>(rows * m->in);
-  return NATIVE(norm)(format, x, rows, m->in, w_format, w, eps, normed) ||
+  return NATIVE(norm)(format, x, rows, m->in, w_format, w, eps, normed, 1) ||
          NATIVE(project)(m, count, format, normed, rows, y, nullptr, threads);
 }
 

@@ -67,7 +67,7 @@ class TritonSeams:
 
     def __init__(self, layer: nn.Module):
         why = _no_attention(layer.get_submodule("self_attn"))
-        self.name = "Triton"
+        self.name, self.any_rows = "Triton", True
         self.plan = f"Triton, attention by torch ({why})" if why else "Triton"
         self.beyond = "; beyond that modules between fused norms and gates"
         self.device = next(layer.parameters()).device
