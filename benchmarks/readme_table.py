@@ -83,7 +83,8 @@ def beside(rounds: Rounds, ours: str, program: str, key: str, unit: str) -> str:
 def share_of(key: str, result: dict[str, Any]) -> str:
     shares = result.get("shares", {})
     if key == "prefill_tokens_per_s" and "prefill_of_matmul" in shares:
-        return f"{shares['prefill_of_matmul']:.0%} of matmul"
+        kind = {"bfloat16": "bf16", "float32": "fp32"}.get(shares["matmul_dtype"], shares["matmul_dtype"])
+        return f"{shares['prefill_of_matmul']:.0%} of {kind} matmul"
     context = key.partition("_after_")[2] or "0"
     share = shares.get("decode_of_bandwidth", {}).get(context) if key.startswith("decode") else None
     return "" if share is None else f"{share:.0%} of bandwidth"

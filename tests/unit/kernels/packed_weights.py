@@ -47,6 +47,7 @@ def room(x, packed, dtype, most=32767):
         zeros = packed._replace(codes=pack(torch.zeros_like(unpack(packed))))
         codes = codes + F.linear(x.abs() + step, dequantize(zeros).double().abs())
     quantized = F.linear(step, dequantize(packed).double().abs())
-    rounding = exact(x, packed).abs() * torch.finfo(dtype).eps / 2
+    kind = torch.finfo(dtype)
+    rounding = exact(x, packed).abs() * kind.eps / 2 + kind.tiny * kind.eps / 2  # the latter near zero
     # Twenty float32 roundings on the way to a block's term, one a block in the sum.
     return quantized * 1.001 + codes * (I / 32 + 20) * 2.0**-24 + rounding * 1.01 + 1e-30
