@@ -44,20 +44,10 @@ def device_memory(torch: Any, device: str) -> dict[str, float]:
     return {} if device == "cpu" else {"peak_device_gb": torch.cuda.max_memory_allocated() / 1e9}
 
 
-def filled(torch: Any, model: Any, context: int) -> Any:
-    """A cache of random keys and values for `context` tokens."""
-    from transformers import DynamicCache
-
-    cache, c = DynamicCache(), model.config
-    for layer in range(c.num_hidden_layers):
-        shape = (1, c.num_key_value_heads, context, c.head_dim)
-        k, v = (torch.randn(shape, dtype=model.dtype, device=model.device) for _ in "kv")
-        cache.update(k, v, layer)
-    return cache
-
-
 def generate(spec: dict[str, Any]) -> dict[str, Any]:
     torch, model, times = load(spec)
+    from transformers import DynamicCache
+
     device, static = spec["device"], spec.get("static", False)
     ids = torch.tensor([common.prompt_ids(spec["prompt"], model.config.vocab_size)], device=device)
     extra = {"cache_implementation": "static"} if static else {}
@@ -69,7 +59,7 @@ def generate(spec: dict[str, Any]) -> dict[str, Any]:
             model.generate(long, max_new_tokens=new, do_sample=False, streamer=streamer, **extra)
         elif context:
             if context not in caches:
-                caches[context] = filled(torch, model, context)
+                caches[context] = common.filled(torch, model, DynamicCache(), context)
             cache = caches[context]
             if cache.get_seq_length() > context:
                 cache.crop(context - cache.get_seq_length())

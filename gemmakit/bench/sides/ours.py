@@ -57,20 +57,10 @@ def _position(context: int, spec: dict[str, Any]) -> int:
     return (context or spec["prompt"]) + spec["new"] // 2 + 1
 
 
-def filled(torch: Any, model: Any, context: int) -> Any:
-    """A cache of random keys and values for `context` tokens: as fast as real ones, and there at once."""
-    from gemmakit import DynamicCache
-
-    cache, c = DynamicCache(), model.config
-    for layer in range(c.num_hidden_layers):
-        shape = (1, c.num_key_value_heads, context, c.head_dim)
-        k, v = (torch.randn(shape, dtype=model.dtype, device=model.device) for _ in "kv")
-        cache.update(k, v, layer)
-    return cache
-
-
 def generate(spec: dict[str, Any]) -> dict[str, Any]:
     torch, model, times = load(spec)
+    from gemmakit import DynamicCache
+
     device, vocabulary = spec["device"], model.config.vocab_size
     ids = torch.tensor([common.prompt_ids(spec["prompt"], vocabulary)], device=device)
     caches: dict[int, Any] = {}
@@ -79,7 +69,7 @@ def generate(spec: dict[str, Any]) -> dict[str, Any]:
         prompt, cache = ids, None
         if context and spec.get("fill") == "random":
             if context not in caches:
-                caches[context] = filled(torch, model, context)
+                caches[context] = common.filled(torch, model, DynamicCache(), context)
             cache = caches[context]
             cache.crop(context)
             prompt = torch.full((1, context + 1), 5, device=device)

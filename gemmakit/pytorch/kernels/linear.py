@@ -20,10 +20,8 @@ from gemmakit.pytorch.kernels.quantized import few_rows, packed_plan
 
 # Smaller weights stay in the processor's caches, where torch is as good and the call costs more than it saves.
 MIN_WEIGHT = 1 << 20
-# Types of devices that the Triton kernel is for, the dtypes it reads, and rows up to which it reads a weight once.
+# Types of devices that the Triton kernel is for.
 GPU = {"cuda"}
-GPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-GPU_ROWS = 8
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -50,9 +48,9 @@ def _few_on_gpu(x: Tensor, weight: Tensor) -> bool:
     return (
         weight.numel() >= MIN_WEIGHT
         and x.dtype == weight.dtype
-        and x.dtype in GPU_DTYPES
+        and x.dtype in triton.DTYPES
         and not torch.compiler.is_compiling()  # before the row count, as below
-        and 0 < x.numel() <= GPU_ROWS * weight.shape[1]
+        and 0 < x.numel() <= triton.MAX_ROWS * weight.shape[1]
         and weight.is_contiguous()
         and not torch.is_autocast_enabled(weight.device.type)
         and triton.available(weight.device)
@@ -76,12 +74,12 @@ def linear_plan(weight: Tensor | Packed) -> str:
 
 def _gpu_plan(weight: Tensor) -> str:
     on = f"torch on {weight.device.type}"
-    if weight.dtype not in GPU_DTYPES:
+    if weight.dtype not in triton.DTYPES:
         return f"{on} ({str(weight.dtype).removeprefix('torch.')} has no Triton kernel)"
     if weight.numel() < MIN_WEIGHT:
         return f"{on} ({weight.numel():,} weights are few)"
     why = triton.why_not(weight.device)
-    return f"{on} (Triton kernels: {why})" if why else f"Triton, without gradients, up to {GPU_ROWS} rows"
+    return f"{on} (Triton kernels: {why})" if why else f"Triton, without gradients, up to {triton.MAX_ROWS} rows"
 
 
 def _linear_rows_on_gpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -75,10 +75,14 @@ def _warn_once() -> None:
 
 def few_rows(x: Tensor, weight: Tensor | Packed, bias: Tensor | None) -> Tensor:
     """x: (M, I), in pieces of at most eight rows, none much smaller than the others."""
-    matrix = cpu.matrix(weight, None if bias is None else (bias := bias.to(x.dtype).contiguous()))
     if len(x) <= cpu.MAX_ROWS:
-        return cpu.project(x, [matrix])[0]
-    return torch.cat([cpu.project(piece, [matrix])[0] for piece in x.tensor_split(-(-len(x) // cpu.MAX_ROWS))])
+        return _native(x, weight, bias)
+    return torch.cat([_native(piece, weight, bias) for piece in x.tensor_split(-(-len(x) // cpu.MAX_ROWS))])
+
+
+def _native(x: Tensor, weight: Tensor | Packed, bias: Tensor | None) -> Tensor:
+    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    return cpu.project(x, [cpu.matrix(weight, bias)])[0]
 
 
 def _on_gpu(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor | None:
@@ -89,7 +93,7 @@ def _on_gpu(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor | None:
         return None
     from gemmakit.pytorch.kernels.triton import launch
 
-    return launch.linear_packed(x, packed, bias) if x.dtype in launch.DTYPES else None
+    return launch.linear_packed(x, packed, bias) if x.dtype in triton.DTYPES else None
 
 
 def _linear_packed(
@@ -117,9 +121,8 @@ def _on_cpu(x: Tensor, packed: Packed, bias: Tensor | None, exact: bool) -> Tens
     if cpu.library() is None:
         _warn_once()
     elif x.dtype in cpu.FORMATS and cpu.reads(packed):
-        if not exact and takes_bytes(packed):
-            bias = None if bias is None else bias.to(x.dtype).contiguous()
-            return cpu.project(x, [cpu.matrix(packed, bias)])[0]
+        if len(x) <= cpu.MAX_ROWS or (not exact and takes_bytes(packed)):
+            return _native(x, packed, bias)
         if len(x) <= FEW_ROWS[packed.bits]:
             return few_rows(x, packed, bias)
     return multiply(x, packed, bias)

@@ -18,7 +18,6 @@ from gemmakit.pytorch.kernels.triton import reference
 
 # Types of devices on which the modules call the operators.
 DEVICES = {"cuda"}
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _DENSE = (Tensor, nn.Parameter)
 
 
@@ -44,7 +43,7 @@ def _transformed() -> bool:
 
 def _dense(tensors: tuple[Tensor, ...], device: torch.device) -> bool:
     """Whether they are plain memory of this device, of dtypes that the kernels read."""
-    return all(type(t) in _DENSE and t.device == device and t.dtype in DTYPES for t in tensors)
+    return all(type(t) in _DENSE and t.device == device and t.dtype in triton.DTYPES for t in tensors)
 
 
 def training_plan(device: torch.device | str | None = None) -> str:
@@ -71,7 +70,7 @@ def gated(gate: Tensor, up: Tensor, act: int) -> Tensor:
 
 def _compute(name: str, first: Tensor, *rest: Any) -> Any:
     """An operator by its kernel where that runs, by its plain form elsewhere."""
-    if first.device.type in DEVICES and first.dtype in DTYPES and triton.available(first.device):
+    if first.device.type in DEVICES and first.dtype in triton.DTYPES and triton.available(first.device):
         from gemmakit.pytorch.kernels.triton import training
 
         with suppress(triton.Refused):

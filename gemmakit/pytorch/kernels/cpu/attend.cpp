@@ -51,7 +51,7 @@ void rotate(const void* x, const void* cos, const void* sin, int64_t H, void* y)
   int64_t half = H / 2;
   for (int64_t i = 0; i < half; i += L) {
     V low = take<F>(x, i, half), high = take<F>(at<F>(x, half), i, half);
-    V turned_low = mul(subtract(zero(), high), take<F>(sin, i, half));
+    V turned_low = mul(sub(zero(), high), take<F>(sin, i, half));
     V turned_high = mul(low, take<F>(at<F>(sin, half), i, half));
     low = mul(low, take<F>(cos, i, half));
     high = mul(high, take<F>(at<F>(cos, half), i, half));
@@ -181,7 +181,7 @@ float weigh(float* scores, uint32_t bits, float scale, float& best, float& total
   float next = most(best, largest(top));
   V sums = zero();
   for (int i = 0; i < TILE; i += L) {
-    V p = exponential(subtract(load(scores + i), splat(next)));
+    V p = exponential(sub(load(scores + i), splat(next)));
     store(scores + i, p);
     sums = add(sums, p);
   }

@@ -9,7 +9,6 @@ namespace {
 // ---- the rest of a vector's arithmetic -------------------------------------------------------------------------
 
 #if defined(__AVX512F__)
-inline V subtract(V a, V b) { return _mm512_sub_ps(a, b); }
 inline V divide(V a, V b) { return _mm512_div_ps(a, b); }
 inline V smaller(V a, V b) { return _mm512_min_ps(a, b); }
 inline V whole(V a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -42,7 +41,6 @@ inline void store_f16(void* p, V v) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 #elif defined(__AVX2__)
-inline V subtract(V a, V b) { return _mm256_sub_ps(a, b); }
 inline V divide(V a, V b) { return _mm256_div_ps(a, b); }
 inline V smaller(V a, V b) { return _mm256_min_ps(a, b); }
 inline V whole(V a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -80,7 +78,6 @@ inline void store_f16(void* p, V v) {
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 #elif defined(__ARM_NEON)
-inline V subtract(V a, V b) { return vsubq_f32(a, b); }
 inline V divide(V a, V b) { return vdivq_f32(a, b); }
 inline V smaller(V a, V b) { return vminq_f32(a, b); }
 inline V whole(V a) { return vrndnq_f32(a); }
@@ -168,12 +165,12 @@ inline V exponential(V x) {
   return scaled(y, n);
 }
 
-inline V silu(V x) { return divide(x, add(splat(1.0f), exponential(subtract(zero(), x)))); }
+inline V silu(V x) { return divide(x, add(splat(1.0f), exponential(sub(zero(), x)))); }
 
 // x (1 + tanh u) / 2 = x / (1 + e^-2u), u = sqrt(2 / pi) (x + 0.044715 x^3): nothing cancels where tanh is near -1.
 inline V gelu_tanh(V x) {
   V u = mul(splat(1.5957691216f), mul(x, fma(mul(x, x), splat(0.044715f), splat(1.0f))));
-  return divide(x, add(splat(1.0f), exponential(subtract(zero(), u))));
+  return divide(x, add(splat(1.0f), exponential(sub(zero(), u))));
 }
 
 inline V relu(V x) { return larger(zero(), x); }

@@ -15,6 +15,10 @@ from contextlib import contextmanager
 
 import torch
 
+# What the kernels compute in, and how many rows those that read weights take at once.
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_ROWS = 8
+
 # Below 8.0 there is neither bfloat16 nor an asynchronous copy, and Triton no longer supports them.
 LEAST_CAPABILITY = (8, 0)
 

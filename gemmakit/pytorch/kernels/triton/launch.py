@@ -18,11 +18,18 @@ from torch import Tensor
 from gemmakit.errors import InputError
 from gemmakit.pytorch.kernels.packed import Packed
 from gemmakit.pytorch.kernels.panels import multiply
-from gemmakit.pytorch.kernels.triton import Refused, attention, dequantize, gemv, interpreted, starting, tuning
+from gemmakit.pytorch.kernels.triton import (
+    MAX_ROWS,
+    Refused,
+    attention,
+    dequantize,
+    gemv,
+    interpreted,
+    starting,
+    tuning,
+)
 
-MAX_ROWS = 8  # one block of rows; `linear` and `linear_packed` take several
 MAX_HEAD_DIM = 256
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @functools.cache

@@ -14,13 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gemmakit.pytorch.kernels.packed import Packed
-from gemmakit.pytorch.kernels.seams import MAX_ROWS, PROJECTIONS, Seams, weight_of
-from gemmakit.pytorch.kernels.triton import Refused, starting, why_not
+from gemmakit.pytorch.kernels.seams import PROJECTIONS, Seams, weight_of
+from gemmakit.pytorch.kernels.triton import DTYPES, MAX_ROWS, Refused, starting, why_not
 
 if TYPE_CHECKING:
     from gemmakit.pytorch.kernels.triton.launch import Norm, Operand, Room
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def fused(layer: nn.Module, x: Tensor) -> Seams | str:
