@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 
 from gemmakit.checkpoint.readahead import read_ahead, weights_at
 from gemmakit.config import HUB_ARGUMENTS, GemmaConfig
-from gemmakit.errors import ConfigError, InputError
+from gemmakit.errors import InputError
+from gemmakit.family import kind_of
 from gemmakit.hub import find_file, refuse_code
 
 Name = str | os.PathLike[str]
@@ -124,5 +125,4 @@ def _check_model_type(name: Name, where: dict[str, Any]) -> None:
         kind = json.loads(path.read_text(encoding="utf-8")).get("model_type", "gemma")
     except (ValueError, AttributeError, RecursionError):
         return  # a damaged config.json is the model's business, not the vocabulary's
-    if kind != GemmaConfig.model_type:
-        raise ConfigError(f"model_type is {kind!r}: gemmakit runs Gemma 1, 1.1 and CodeGemma ('gemma').")
+    kind_of(kind)

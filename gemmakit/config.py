@@ -13,6 +13,7 @@ from typing import Any
 
 from gemmakit.dtypes import dtype_name
 from gemmakit.errors import CheckpointError, ConfigError
+from gemmakit.family import Kind, LayerSpec, kept_heads, kind_of
 from gemmakit.files import read_json_object, write_text
 from gemmakit.gguf import read_gguf_header
 from gemmakit.gguf.settings import config_values
@@ -71,6 +72,8 @@ class GemmaConfig:
         rope_parameters: `{"rope_type": ..., "rope_theta": ..., ...}` with a type of `gemmakit.rotary.ROPE_TYPES`.
         rope_scaling: the older spelling of the same without theta (`{"type": ..., "factor": ...}`).
         use_bidirectional_attention: every token sees every non-padding token.
+        pruned_heads: {layer: query heads that are gone}, in the numbers of the whole model; gives a saved pruned model
+            its shapes.
         num_labels, id2label, label2id, problem_type, classifier_dropout: for the classification heads.
         dtype: dtype name of the stored weights (`torch_dtype`, the older key, is read too).
 
@@ -109,6 +112,7 @@ class GemmaConfig:
         rope_scaling: dict[str, Any] | None = None,
         hidden_activation: str | Callable[[Any], Any] | None = None,
         use_bidirectional_attention: bool | None = None,
+        pruned_heads: dict[int, list[int]] | None = None,
         num_labels: int | None = None,
         id2label: dict[int, str] | None = None,
         label2id: dict[str, int] | None = None,
@@ -143,6 +147,7 @@ class GemmaConfig:
         self.attention_bias = attention_bias
         self.attention_dropout = attention_dropout
         self.use_bidirectional_attention = use_bidirectional_attention
+        self.pruned_heads = _pruned_heads(pruned_heads)
         self.problem_type = problem_type
         self.classifier_dropout = classifier_dropout
         self.output_attentions = output_attentions
@@ -217,6 +222,39 @@ class GemmaConfig:
             return ()
         return tuple(self.eos_token_id) if isinstance(self.eos_token_id, (list, tuple)) else (self.eos_token_id,)
 
+    # -- layers ----------------------------------------------------------------------------------------------------
+
+    @property
+    def kind(self) -> Kind:
+        """What this model_type says of every layer."""
+        return kind_of(self.model_type)
+
+    def layer(self, index: int) -> LayerSpec:
+        """What layer `index`, counted from 0, is made of."""
+        queries, kv = self.heads(index)
+        scale = self.kind.scale
+        return LayerSpec(
+            head_dim=self.head_dim,
+            num_attention_heads=len(queries),
+            num_key_value_heads=len(kv),
+            intermediate_size=self.intermediate_size,
+            scale=self.head_dim**-0.5 if scale is None else scale,
+        )
+
+    def heads(self, layer: int, gone: Iterable[int] | None = None) -> tuple[list[int], list[int]]:
+        """The query and the kv heads of a layer, in the numbers of the whole model.
+
+        gone: the query heads without which; those of `pruned_heads` by default. Raises ConfigError, see `kept_heads`.
+        """
+        gone = set(self.pruned_heads.get(layer, ()) if gone is None else gone)
+        if not 0 <= layer < self.num_hidden_layers:
+            raise ConfigError(f"layer {layer} does not exist: there are {self.num_hidden_layers}, counted from 0.")
+        return kept_heads(layer, self.num_attention_heads, self.num_key_value_heads, gone)
+
+    def rope(self, name: str) -> dict[str, Any]:
+        """The settings of the rotary table that a `LayerSpec.rope` names."""
+        return self.rope_parameters
+
     def _set_labels(self, num: int | None, id2label: dict[Any, str] | None, label2id: dict[str, int] | None) -> None:
         if num is not None:
             whole_number("num_labels", num, low=1, high=1 << 20)
@@ -254,6 +292,8 @@ class GemmaConfig:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be true or false.")
         check_rope(self.rope_parameters, self.head_dim)
+        for layer in self.pruned_heads:
+            self.heads(layer)
 
     def _check_token(self, name: str, token: int | None) -> None:
         # Released files hold -1 for "there is no such token".
@@ -274,9 +314,7 @@ class GemmaConfig:
         """Build from config.json's content. Unknown keys are kept as data, whatever they are called."""
         _refuse_misspelled(k for k in overrides if k not in values and k not in _FIELDS and not k.startswith("_"))
         values = _merged(values, overrides)
-        kind = values.pop("model_type", cls.model_type)
-        if kind != cls.model_type:
-            raise ConfigError(f"model_type is {kind!r}: gemmakit runs Gemma 1, 1.1 and CodeGemma ('gemma').")
+        kind_of(values.pop("model_type", cls.model_type))
         if "id2label" in values and "num_labels" not in overrides:
             values.pop("num_labels", None)
         elif "num_labels" in overrides:
@@ -335,6 +373,8 @@ class GemmaConfig:
         out["rope_scaling"] = self.rope_scaling
         if self.dtype is not None:
             out["torch_dtype"] = self.dtype
+        if not self.pruned_heads:
+            del out["pruned_heads"]
         if [*self.id2label.values()] == ["LABEL_0", "LABEL_1"]:
             del out["id2label"], out["label2id"]
         return out
@@ -374,8 +414,8 @@ _STORED = (
     "architectures", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps",
     "use_cache", "pad_token_id", "eos_token_id", "bos_token_id", "tie_word_embeddings", "rope_parameters",
-    "attention_bias", "attention_dropout", "use_bidirectional_attention", "id2label", "label2id", "problem_type",
-    "classifier_dropout", "dtype",
+    "attention_bias", "attention_dropout", "use_bidirectional_attention", "pruned_heads", "id2label", "label2id",
+    "problem_type", "classifier_dropout", "dtype",
 )  # fmt: skip
 
 _FIELDS = frozenset(GemmaConfig.__init__.__code__.co_varnames[: GemmaConfig.__init__.__code__.co_argcount
@@ -400,6 +440,13 @@ def _activation(name: str | Callable[[Any], Any]) -> str | Callable[[Any], Any]:
     if name not in ACTIVATIONS:
         raise ConfigError(f"hidden_act is {name!r}; it must be a callable or one of {', '.join(ACTIVATIONS)}.")
     return name
+
+
+def _pruned_heads(stored: Any) -> dict[int, list[int]]:
+    try:
+        return {int(layer): sorted({*map(int, heads)}) for layer, heads in (stored or {}).items() if len(heads)}
+    except (AttributeError, TypeError, ValueError) as e:
+        raise ConfigError(f"pruned_heads is {stored!r}; it must be {{layer: [query heads]}}.") from e
 
 
 def _head_dim(hidden_size: Any, heads: Any) -> int:

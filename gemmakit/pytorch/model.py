@@ -25,7 +25,6 @@ from gemmakit.pytorch.layers import GemmaMLP, GemmaRMSNorm, GemmaRotaryEmbedding
 from gemmakit.pytorch.loss import causal_loss, check_labels, chunked_loss, next_labels
 from gemmakit.pytorch.masks import Visibility, visibility
 from gemmakit.pytorch.pretrained import GemmaPreTrainedModel
-from gemmakit.pytorch.pruning import layer_heads
 from gemmakit.pytorch.quantize import QuantizedLinear
 
 
@@ -36,11 +35,12 @@ class GemmaAttention(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.scaling = config.head_dim**-0.5
+        spec = config.layer(layer_idx)
+        self.head_dim = spec.head_dim
+        self.scaling = spec.scale
         self.attention_dropout = config.attention_dropout
-        D, H, bias = config.hidden_size, config.head_dim, config.attention_bias
-        N, K = layer_heads(config, layer_idx)
+        D, H, bias = config.hidden_size, spec.head_dim, config.attention_bias
+        N, K = spec.num_attention_heads, spec.num_key_value_heads
         self.q_proj = Linear(D, N * H, bias=bias)
         self.k_proj = Linear(D, K * H, bias=bias)
         self.v_proj = Linear(D, K * H, bias=bias)

@@ -55,7 +55,7 @@ def to_grouped_query(source: Any, num_key_value_heads: int, config: GemmaConfig 
         raise ConfigError(
             f"num_key_value_heads is {num_key_value_heads!r}; it must divide the {heads} key/value heads of the source."
         )
-    if old.extra.get("pruned_heads"):
+    if old.pruned_heads:
         raise InputError("the model has pruned heads, whose groups are uneven: pool before pruning.")
     weights = cast("Mapping[str, Tensor]", source if model is None else model.state_dict())
     pooled = {name: _pooled(name, t, old, num_key_value_heads) for name, t in weights.items()}

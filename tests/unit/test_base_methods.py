@@ -213,7 +213,8 @@ def test_a_pruning_that_attention_cannot_compute_changes_nothing(heads, message)
     with pytest.raises(ConfigError, match=message):
         model.prune_heads(heads)
     assert model.model.layers[0].self_attn.q_proj.weight.shape == (48, 20)
-    assert "pruned_heads" not in model.config.extra
+    assert model.config.pruned_heads == {}
+    assert "pruned_heads" not in model.config.to_dict()
 
 
 def test_a_nonsense_record_of_pruned_heads_is_refused():

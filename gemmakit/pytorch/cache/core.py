@@ -17,7 +17,6 @@ from torch import Tensor
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError, PromptTooLong
 from gemmakit.pytorch.cache.files import load_cache, save_cache
-from gemmakit.pytorch.pruning import layer_heads
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -355,7 +354,8 @@ class StaticCache(Cache):
             layer.first = self.layers[0]
         if max_batch_size is not None and dtype is not None:
             for i, layer in enumerate(self.layers):
-                shape = (max_batch_size, layer_heads(config, i)[1], self.max_cache_len, config.head_dim)
+                spec = config.layer(i)
+                shape = (max_batch_size, spec.num_key_value_heads, self.max_cache_len, spec.head_dim)
                 layer._keys = torch.zeros(shape, dtype=dtype, device=device)
                 layer._values = torch.zeros(shape, dtype=dtype, device=device)
 
