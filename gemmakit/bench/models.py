@@ -120,7 +120,7 @@ def random_model(config: GemmaConfig, dtype: Any, device: Any, quantization: Any
 
     from gemmakit.pytorch.methods import assign
     from gemmakit.pytorch.model import GemmaForCausalLM
-    from gemmakit.pytorch.pretrained import HEADS, _finish
+    from gemmakit.pytorch.pretrained import HEADS, complete
     from gemmakit.pytorch.quantize import adopt, choose
 
     with torch.device("meta"):
@@ -137,5 +137,5 @@ def random_model(config: GemmaConfig, dtype: Any, device: Any, quantization: Any
             if not adopt(quantizer, model, name, tensor, device, dtype):
                 assign(model, name, torch.nn.Parameter(tensor))
     model._set_quantizer(quantizer)
-    _finish(model, [], dtype, device)
+    complete(model, [], dtype, device)
     return model.eval()

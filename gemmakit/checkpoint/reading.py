@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, Protocol
 
+from gemmakit.checkpoint.arrays import as_bytes
 from gemmakit.checkpoint.header import TensorInfo, scan
 from gemmakit.checkpoint.index import check_index, read_index
 from gemmakit.checkpoint.memory import require_memory
@@ -18,6 +19,8 @@ from gemmakit.errors import CheckpointError, HubError, MissingDependency, NotEno
 from gemmakit.gguf import is_gguf
 from gemmakit.hub import Name, Token, check_relative, commit_of, find_file, find_files, list_files, local_directory
 
+# Bytes that are compared at a time.
+_STEP = 16 << 20
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")
 _VARIANT = re.compile(r"[A-Za-z0-9_.-]+")
 
@@ -37,8 +40,8 @@ class _File(Protocol):
 class Checkpoint:
     """The tensors of one checkpoint by name, in the order of the files. Nothing but headers is read until asked for.
 
-    Iterating gives names. `files` are the paths read, `metadata` is that of the first file, `total_bytes` the size of
-    all tensors. Also a context manager; tensors that were handed out stay valid after `close`.
+    Iterating gives names. `files` are the paths read, `where` is their folder, `metadata` is that of the first file,
+    `total_bytes` the size of all tensors. Also a context manager; tensors that were handed out stay valid after it.
     """
 
     def __init__(self, files: list[_File]):
@@ -50,6 +53,7 @@ class Checkpoint:
                 self._holder[name] = file
         self._files = files
         self.files: list[Path] = [file.path for file in files]
+        self.where: Path = files[0].path if files[0].path.is_dir() else files[0].path.parent
         self.metadata: Mapping[str, str] = MappingProxyType(dict(files[0].metadata))
         self.total_bytes: int = sum(info.nbytes for file in files for info in file.tensors.values())
 
@@ -72,6 +76,18 @@ class Checkpoint:
         if framework not in ("pt", "np", "flax"):
             raise ValueError(f"framework must be 'pt', 'np' or 'flax', found {framework!r}.")
         return self._file(name).tensor(name, framework, device)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape, in the order of the files."""
+        return {name: tuple(self.info(name).shape) for name in self._holder}
+
+    def equal(self, one: str, other: str, framework: str = "pt") -> bool:
+        """Whether two tensors are the same, bit for bit."""
+        infos = [(info.dtype, tuple(info.shape)) for info in map(self.info, (one, other))]
+        if infos[0] != infos[1]:
+            return False
+        a, b = (as_bytes(self.tensor(name, framework)) for name in (one, other))
+        return all(bytes(a[i : i + _STEP]) == bytes(b[i : i + _STEP]) for i in range(0, len(a), _STEP))
 
     def items(self, framework: str = "pt", device: Any = "cpu") -> Iterator[tuple[str, Any]]:
         """(name, tensor) one at a time, in the order of the files."""

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from gemmakit.checkpoint import Checkpoint, TensorInfo
-from gemmakit.checkpoint.formats import TITLES, OrbaxFile, architecture_of, differences, open_weights, tensor_shapes
-from gemmakit.checkpoint.formats.layout import released_size
+from gemmakit.checkpoint.formats import TITLES, OrbaxFile, open_weights
 from gemmakit.checkpoint.formats.opening import GGUF, SAFETENSORS
 from gemmakit.checkpoint.index import read_index
+from gemmakit.checkpoint.layout import CAUSAL, architecture_of, differences, released_size, tensor_shapes, tied_names
 from gemmakit.checkpoint.reading import SafetensorsFile
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import CheckpointError, GemmakitError
@@ -107,7 +107,7 @@ def memory(config: GemmaConfig, architecture: str | None = None) -> dict[str, di
     int8: a byte a weight and a float32 a row; int4: half a byte, and 3 bytes a group of 32 or 128, embedding and head
     in int8. Norms, and keys and values, are then in bfloat16.
     """
-    shapes = tensor_shapes(config, architecture or "GemmaForCausalLM")
+    shapes = tensor_shapes(config, architecture or CAUSAL)
     kv = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 1000
     out: dict[str, dict[str, int]] = {}
     for name, wide in (("float32", 4), ("bfloat16", 2), ("float16", 2)):
@@ -183,7 +183,7 @@ def _own_config(found: Findings, checkpoint: Checkpoint) -> None:
             found.config = GemmaConfig.from_dict(config_values(read_gguf_header(file.path)))
     except GemmakitError as error:
         found.problems.append(Problem(file.path.name, None, None, None, str(error)))
-    size = released_size({name: tuple(checkpoint.info(name).shape) for name in checkpoint.names()})
+    size = released_size(checkpoint.shapes())
     if found.config is None and size is not None and not found.problems:
         found.config = GemmaConfig.preset(size)
         found.notes.append(f"no config.json: compared with Gemma {size.upper()}, which has the same width")
@@ -277,7 +277,7 @@ def _quantization(found: Findings) -> str | None:
 
 
 def _wanted(found: Findings) -> dict[str, tuple[int, ...]]:
-    return tensor_shapes(found.config, found.architecture or "GemmaForCausalLM") if found.config else {}
+    return tensor_shapes(found.config, found.architecture or CAUSAL) if found.config else {}
 
 
 def _compare(found: Findings) -> None:
@@ -288,17 +288,17 @@ def _compare(found: Findings) -> None:
             found.notes.append("no config.json: the tensors are compared with no model")
         return
     held, parts = _plain(found, wanted)
-    missing, extra, other = differences(held, wanted)
+    assert found.config is not None
+    tied = tied_names(found.config, found.architecture or CAUSAL)
+    told = differences(wanted, {name: shape for name, shape in held.items() if name not in parts}, tied, heads=False)
     unread = any(problem.file.endswith(".safetensors") and problem.tensor is None for problem in found.problems)
     named = {problem.tensor for problem in found.problems}
-    for name in () if unread else missing:
-        if name not in named:
-            found.problems.append(Problem(_holder(found), name, _spelled(wanted[name]), "nothing"))
-    for name in extra:
-        if name not in parts and name not in named:
-            found.problems.append(Problem(_holder(found), name, "no such tensor", _spelled(held[name])))
-    for name in other:
-        found.problems.append(Problem(_holder(found), name, _spelled(wanted[name]), _spelled(held[name])))
+    file = _holder(found)
+    lines = [(name, _spelled(wanted[name]), "nothing") for name in (() if unread else told.missing)]
+    lines += [(name, "no such tensor", _spelled(held[name])) for name in told.unexpected]
+    found.problems += [Problem(file, *line) for line in lines if line[0] not in named]
+    shapes = told.misshapen.items()
+    found.problems += [Problem(file, name, _spelled(wants), _spelled(has)) for name, (has, wants) in shapes]
 
 
 def _plain(found: Findings, wanted: Mapping[str, Any]) -> tuple[dict[str, tuple[int, ...]], set[str]]:

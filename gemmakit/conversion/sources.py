@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from gemmakit.checkpoint import Checkpoint
-from gemmakit.checkpoint.formats import (
-    OrbaxFile,
-    Weights,
+from gemmakit.checkpoint.formats import OrbaxFile, Weights, open_weights
+from gemmakit.checkpoint.formats.opening import GGUF, GOOGLE, ORBAX
+from gemmakit.checkpoint.layout import (
+    BARE,
     architecture_of,
     config_from_shapes,
     differences,
-    open_weights,
+    released_size,
     tensor_shapes,
+    tied_names,
+    warn_of_copies,
 )
-from gemmakit.checkpoint.formats.layout import BARE, released_size
-from gemmakit.checkpoint.formats.opening import GGUF, GOOGLE, ORBAX
 from gemmakit.config import PRESETS, GemmaConfig
 from gemmakit.conversion.tokenizers import TokenizerFiles, read_tokenizer
 from gemmakit.errors import CheckpointError, InputError
@@ -110,40 +111,13 @@ def open_source(
 
 def check_whole(where: str, weights: Weights, config: GemmaConfig) -> list[str]:
     """The names to convert, in the customary order. Raises CheckpointError for what is missing, over or misshapen."""
-    checkpoint = weights.checkpoint
-    shapes = {name: tuple(checkpoint.info(name).shape) for name in checkpoint.names()}
-    wanted = tensor_shapes(config, architecture_of(config, shapes))
-    missing, extra, other = differences(shapes, wanted)
-    if other:
-        raise CheckpointError(
-            f"{where}: {other[0]} has shape {shapes[other[0]]}, expected {wanted[other[0]]}{_more(other)}. "
-            "Is the configuration (or --model_size) that of another model?"
-        )
-    if missing:
-        raise CheckpointError(f"{where} lacks {missing[0]}{_more(missing)}: it is no whole Gemma of this size.")
-    if extra:
-        raise CheckpointError(f"{where} holds {extra[0]}{_more(extra)}, for which a Gemma of this size has no place.")
-    _compare_head(where, checkpoint, wanted)
+    shapes = weights.checkpoint.shapes()
+    architecture = architecture_of(config, shapes)
+    wanted = tensor_shapes(config, architecture)
+    found = differences(wanted, shapes, tied_names(config, architecture), heads=False)
+    found.refuse(where, architecture)
+    warn_of_copies(weights.checkpoint, found.copies, stacklevel=4)
     return list(wanted)
-
-
-def _compare_head(where: str, checkpoint: Checkpoint, wanted: Mapping[str, Any]) -> None:
-    """A stored copy of the tied head is not converted: the loader ties it again. Say so where it is no copy."""
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    if head not in checkpoint or head in wanted or embedding not in checkpoint:
-        return
-    import torch
-
-    if not torch.equal(checkpoint.tensor(head), checkpoint.tensor(embedding)):
-        warnings.warn(
-            f"{where}: {head} differs from {embedding}, but the configuration ties them; {embedding} is used. "
-            "Set tie_word_embeddings to false in config.json to keep both.",
-            stacklevel=5,
-        )
-
-
-def _more(names: list[str]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
 # -- configuration -----------------------------------------------------------------------------------------------------
@@ -165,8 +139,7 @@ def _config(weights: Weights, where: str, beside: Name, size: str | None, hub: M
         return file.config()
     if size is not None and weights.kind == GOOGLE:
         return GemmaConfig.preset(size.lower())
-    checkpoint = weights.checkpoint
-    shapes = {name: tuple(checkpoint.info(name).shape) for name in checkpoint.names()}
+    shapes = weights.checkpoint.shapes()
     if architecture_of(None, shapes) == BARE:
         shapes = {f"model.{name}": shape for name, shape in shapes.items()}
     return config_from_shapes(shapes, where)
@@ -176,7 +149,7 @@ def _check_size(where: str, config: GemmaConfig, checkpoint: Checkpoint, size: s
     """InputError unless the checkpoint is of the released size that was said."""
     if size.lower() not in PRESETS:
         raise InputError(f"model_size is {size!r}; it must be one of {', '.join(s.upper() for s in PRESETS)}.")
-    found = released_size({name: tuple(checkpoint.info(name).shape) for name in checkpoint.names()})
+    found = released_size(checkpoint.shapes())
     wrong = [n for n, value in PRESETS[size.lower()].items() if getattr(config, n) != value]
     if found is not None and found != size.lower():
         raise InputError(f"{where} is a {found.upper()} model by its shapes, but model_size is {size}.")

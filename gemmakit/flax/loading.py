@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import sys
-import warnings
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemmakit.checkpoint import LazyTensor, require_memory
+from gemmakit.checkpoint import Checkpoint, LazyTensor, TensorInfo, require_memory
 from gemmakit.checkpoint.arrays import as_bytes
 from gemmakit.checkpoint.formats import OrbaxFile, is_orbax
 from gemmakit.checkpoint.formats.msgpack import Leaf, encode
+from gemmakit.checkpoint.layout import differences, tied_names, warn_of_copies
 from gemmakit.checkpoint.publishing import MSGPACK, encode_files
 from gemmakit.checkpoint.shards import save_shards
 from gemmakit.config import GemmaConfig
@@ -25,7 +26,6 @@ from gemmakit.errors import CheckpointError, InputError
 from gemmakit.flax.layers import embedding_init
 from gemmakit.flax.names import PREFIX, pytorch_name
 from gemmakit.flax.sharding import Rules
-from gemmakit.flax.sources import Source, Stored, is_head
 
 
 def fresh(path: str, shape: Any, key: jax.Array, config: GemmaConfig) -> jax.Array:
@@ -64,51 +64,44 @@ def config_of(name: Any, config: GemmaConfig | None, hub: dict[str, Any], overri
 
 
 def load(
-    model: Any, source: Source, shapes: dict[str, Any], dtype: Any, rules: Rules | None, ignore_mismatched: bool
+    model: Any, checkpoint: Checkpoint, shapes: dict[str, Any], dtype: Any, rules: Rules | None, ignore_mismatched: bool
 ) -> dict[str, jax.Array]:
     """path -> array for every path of `shapes`. dtype: None keeps what is stored.
 
     Raises CheckpointError, naming every difference between file and model, and NotEnoughMemory.
     """
-    _refuse_differences(type(model).__name__, source, shapes)
+    kind = type(model).__name__
+    names = {path: pytorch_name(path) for path in shapes}
+    wanted = {names[path][0]: _turned(shape.shape, names[path][1]) for path, shape in shapes.items()}
+    tied = tied_names(model.config, kind.removeprefix("Flax"))
+    found = differences(wanted, checkpoint.shapes(), tied, ignore_mismatched=ignore_mismatched)
+    found.refuse(checkpoint.where, kind)
+    found.warn(checkpoint.where, kind, stacklevel=3)
+    warn_of_copies(checkpoint, found.copies, stacklevel=3, framework="np")
     dtype = None if dtype is None else dtype_of(dtype)
-    _require_room(source, dtype)
+    _require_room(checkpoint, found.names.values(), dtype)
     out: dict[str, jax.Array] = {}
     for path, shape in shapes.items():
-        stored = source.held.get(path)
-        if stored is not None and stored.shape != tuple(shape.shape):
-            if not (ignore_mismatched and is_head(path)):
-                raise CheckpointError(
-                    f"{path} has shape {stored.shape} in {source.where}, but the config asks for {tuple(shape.shape)}."
-                )
-            stored = None
-        if stored is None:
-            warnings.warn(f"{path} not in the checkpoint: freshly initialised. Train it before use.", stacklevel=4)
-        value = fresh(path, shape, model.key, model.config) if stored is None else stored.read()
+        name, transposed = names[path]
+        if name in found.names:
+            value = checkpoint.tensor(found.names[name], framework="np")
+            value = value.T if transposed else value
+        else:
+            value = fresh(path, shape, model.key, model.config)
         out[path] = _place(value, dtype, None if rules is None else rules.parameter(path, value.shape))
     return out
 
 
-def _refuse_differences(name: str, source: Source, shapes: dict[str, Any]) -> None:
-    missing = [p for p in shapes if p not in source.held and not is_head(p)]
-    if missing:
-        raise CheckpointError(f"{source.where} lacks {_listed(missing)}, which {name} needs.")
-    unknown = [n for n in source.unused if not is_head(n.replace(".", "/"))]
-    if unknown:
-        raise CheckpointError(
-            f"{source.where} holds {_listed(unknown)}, for which {name} with this config has no place."
-        )
-    heads = [n for n in source.unused if n not in unknown and not n.startswith("lm_head")]
-    if heads:
-        warnings.warn(f"{source.where}: {_listed(heads)} not used by {name}.", stacklevel=5)
+def _turned(shape: tuple[int, ...], transposed: bool) -> tuple[int, ...]:
+    return tuple(shape[::-1] if transposed else shape)
 
 
-def _require_room(source: Source, dtype: Any) -> None:
-    def size(stored: Stored) -> int:
-        changes = dtype is not None and "float" in stored.dtype
-        return math.prod(stored.shape) * np.dtype(dtype if changes else stored.dtype).itemsize
+def _require_room(checkpoint: Checkpoint, names: Iterable[str], dtype: Any) -> None:
+    def size(info: TensorInfo) -> int:
+        changes = dtype is not None and "float" in info.dtype
+        return math.prod(info.shape) * np.dtype(dtype if changes else info.dtype).itemsize
 
-    require_memory(sum(map(size, source.held.values())), f"{source.where} as parameters")
+    require_memory(sum(size(checkpoint.info(name)) for name in names), f"{checkpoint.where} as parameters")
 
 
 def _place(array: Any, dtype: Any, sharding: Any) -> jax.Array:
@@ -121,7 +114,7 @@ def _place(array: Any, dtype: Any, sharding: Any) -> jax.Array:
 
 def pytorch_tensor(path: str, leaf: jax.Array) -> LazyTensor:
     transposed = pytorch_name(path)[1]
-    shape = tuple(leaf.shape[::-1] if transposed else leaf.shape)
+    shape = _turned(leaf.shape, transposed)
     return LazyTensor(str(leaf.dtype), shape, lambda: np.asarray(leaf).T if transposed else np.asarray(leaf))
 
 
@@ -143,8 +136,3 @@ def dtype_of(dtype: Any) -> Any:
     if str(found) not in ("float32", "bfloat16", "float16"):
         raise InputError(f"dtype is {dtype!r}; it must be float32, bfloat16 or float16.")
     return found
-
-
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(names[:4])
-    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"

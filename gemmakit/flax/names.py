@@ -6,7 +6,6 @@ A parameter's path is its keys in the tree joined by "/": "model/layers/0/self_a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,30 +14,18 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from gemmakit.checkpoint.formats.msgpack import pytorch_name
 
 __all__ = [
-    "HEADS",
     "PREFIX",
     "flat",
     "is_stacked",
     "nested",
-    "other_spelling",
     "pytorch_name",
     "stack_layers",
     "unstack_layers",
 ]
 
 PREFIX = "model/"
-# Heads that another class of this family may or may not have; only these may be absent from or extra in a file.
-HEADS = ("lm_head/", "score/")
 
 _LAYER = re.compile(r"layers/(\d+)/(.+)")
-
-
-def other_spelling(path: str, held: Iterable[str]) -> str:
-    """The same parameter as a file names it that has a head where the model has none, or the other way round."""
-    file_has_head = any(name.startswith(PREFIX) for name in held)
-    if path.startswith((PREFIX, *HEADS)):
-        return path if file_has_head else path.removeprefix(PREFIX)
-    return PREFIX + path if file_has_head else path
 
 
 def flat(params: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemmakit.checkpoint import save_checkpoint
-from gemmakit.checkpoint.formats import is_orbax
+from gemmakit.checkpoint.formats import is_orbax, open_weights
 from gemmakit.config import HUB_ARGUMENTS, GemmaConfig
 from gemmakit.errors import InputError, TokenOutOfRange
 from gemmakit.flax import cache as caches
@@ -21,7 +21,6 @@ from gemmakit.flax.attention import implementation
 from gemmakit.flax.loading import config_of, dtype_of, fresh, load, pytorch_tensor, save_msgpack
 from gemmakit.flax.names import flat, nested, pytorch_name, stack_layers, unstack_layers
 from gemmakit.flax.sharding import Rules
-from gemmakit.flax.sources import open_source
 from gemmakit.flax.static import FrozenConfig, Wanted
 from gemmakit.flax.training import known
 from gemmakit.generation import GenerationConfig
@@ -297,9 +296,9 @@ class FlaxGemmaPreTrainedModel:
         config.attn_implementation = attn_implementation or config.attn_implementation
         model = cls(config, input_shape, seed, jnp.float32, _do_init=False, scan_layers=scan_layers)
         shapes = flat(model.params_shape_tree)
-        source = open_source(name, shapes, config, {**where, "allow_pickle": allow_pickle})
+        opened = open_weights(name, vocab_size=config.vocab_size, allow_pickle=allow_pickle, **where)
         rules = None if mesh is None else Rules(mesh, config, mesh_axes)
-        params = load(model, source, shapes, param_dtype, rules, ignore_mismatched_sizes)
+        params = load(model, opened.checkpoint, shapes, param_dtype, rules, ignore_mismatched_sizes)
         alone = gguf is not None or is_orbax(name)
         found = None if alone else find_file(name, "generation_config.json", optional=True, **hub)
         if found is not None:

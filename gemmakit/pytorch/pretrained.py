@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,26 +11,23 @@ import torch
 from torch import nn
 
 from gemmakit.checkpoint import Checkpoint, open_checkpoint, require_memory, save_checkpoint
+from gemmakit.checkpoint.layout import HEADS, differences, stored_names, warn_of_copies
 from gemmakit.checkpoint.readahead import read_ahead
 from gemmakit.config import HUB_ARGUMENTS, GemmaConfig
 from gemmakit.dtypes import dtype_name
-from gemmakit.errors import CheckpointError, InputError, NotEnoughMemory
+from gemmakit.errors import InputError, NotEnoughMemory
 from gemmakit.generation import GenerationConfig
 from gemmakit.hub import find_file, find_gguf, push_folder, refuse_code
 from gemmakit.pytorch.attention import implementation
 from gemmakit.pytorch.loading import weights
 from gemmakit.pytorch.methods import ModelMethods, assign
 from gemmakit.pytorch.placement import DeviceMap, MaxMemory, one_device, spread
-from gemmakit.pytorch.quantize import TABLES, QuantizedMethods, Quantizer, adopt, choose, stored_groups
+from gemmakit.pytorch.quantize import TABLES, QuantizedMethods, Quantizer, adopt, choose, stored_groups, unpacked_shapes
 from gemmakit.pytorch.quantize.gguf import open_gguf_for
 from gemmakit.pytorch.quantize.quantizer import Parts
 
 Model = TypeVar("Model", bound="GemmaPreTrainedModel")
 
-# Heads that another class of this family may or may not have; only these may be absent from or extra in a file.
-HEADS = ("lm_head.", "score.")
-# Tables that early releases stored and that every model computes.
-COMPUTED = ("rotary_emb.inv_freq",)
 # What older code passes, and what says it now.
 _INSTEAD = {
     "use_auth_token": "token=",
@@ -231,32 +227,34 @@ def _load(
     """Fill a model made on "meta" with the checkpoint's tensors; every difference is named."""
     if quantizer is not None:
         quantizer.require(device)
-    wanted = {n: p for n, p in model.named_parameters(remove_duplicate=False) if n not in _tied(model)}
-    stored = _stored_names(model, checkpoint, wanted)
-    packed = stored_groups(quantizer, model, checkpoint, stored)
-    _refuse_differences(model, checkpoint, wanted, stored, {key for parts in packed.values() for key in parts.values()})
+    wanted, kind = wanted_shapes(model), type(model).__name__
+    packed = stored_groups(quantizer, model, checkpoint, stored_names(wanted, checkpoint))
+    held = unpacked_shapes(quantizer, wanted, packed, checkpoint)
+    found = differences(wanted, held, _tied(model), ignore_mismatched=ignore_mismatched)
+    found.refuse(checkpoint.where, kind)
+    found.warn(checkpoint.where, kind, stacklevel=3)
+    warn_of_copies(checkpoint, found.copies, stacklevel=3)
     if dtype is not None or device.type != "cpu" or quantizer is not None:
-        _require_room(checkpoint, stored.values(), dtype, device, quantizer)
-    with weights(checkpoint, _sent(stored, packed, quantizer), device) as taken:
-        for name, parameter in wanted.items():
-            key, parts = stored.get(name), packed.get(name)
-            shape = () if key is None else tuple(checkpoint.info(key).shape)
-            if quantizer is not None and parts is not None:
-                shape = quantizer.shape(name.rpartition(".")[0], tuple(parameter.shape), parts, checkpoint)
-            if key is not None and shape != tuple(parameter.shape):
-                if not (ignore_mismatched and name.startswith(HEADS)):
-                    _require_shape(key, shape, tuple(parameter.shape), checkpoint)
-                key = None
-            if key is not None and parts is not None:
-                adopt(quantizer, model, name, {p: taken.take(k) for p, k in parts.items()}, device, dtype)
-            elif key is not None:
-                tensor = taken.take(key)
-                if not adopt(quantizer, model, name, tensor, device, dtype):
-                    tensor = tensor.to(device).to(dtype if tensor.is_floating_point() else None)
-                    assign(model, name, nn.Parameter(tensor))
+        _require_room(checkpoint, found.names.values(), dtype, device, quantizer)
+    with weights(checkpoint, _sent(found.names, packed, quantizer), device) as taken:
+        for name, key in found.names.items():
+            if name in packed:
+                parts = {part: taken.take(stored) for part, stored in packed[name].items()}
+                adopt(quantizer, model, name, parts, device, dtype)
+                continue
+            tensor = taken.take(key)
+            if not adopt(quantizer, model, name, tensor, device, dtype):
+                tensor = tensor.to(device).to(dtype if tensor.is_floating_point() else None)
+                assign(model, name, nn.Parameter(tensor))
         taken.settle(model)
     model._set_quantizer(quantizer)
-    _finish(model, [n for n in wanted if model.get_parameter(n).is_meta], dtype, device)
+    complete(model, found.fresh, dtype, device)
+
+
+def wanted_shapes(model: GemmaPreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the parameters that a checkpoint of this model stores: all but the tied ones."""
+    tied = _tied(model)
+    return {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False) if n not in tied}
 
 
 def _sent(stored: Mapping[str, str], packed: Mapping[str, Parts], quantizer: Quantizer | None) -> list[str]:
@@ -288,68 +286,6 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _tied(model: GemmaPreTrainedModel) -> dict[str, str]:
     return dict(model.tied_weights) if model.config.tie_word_embeddings else {}
-
-
-def _stored_names(
-    model: GemmaPreTrainedModel, checkpoint: Checkpoint, wanted: dict[str, nn.Parameter]
-) -> dict[str, str]:
-    """The model's parameter name -> the file's tensor name; base models and headed ones open each other's files."""
-    prefix = model.base_model_prefix + "."
-    names = set(checkpoint.names())
-    file_has_head = any(n.startswith(prefix) for n in names)
-    model_has_head = model.base_model is not model
-    out = {}
-    for name in wanted:
-        key = name
-        if file_has_head and not model_has_head:
-            key = prefix + name
-        elif model_has_head and not file_has_head:
-            key = name.removeprefix(prefix)
-        if key in names:
-            out[name] = key
-    return out
-
-
-def _refuse_differences(
-    model: GemmaPreTrainedModel,
-    checkpoint: Checkpoint,
-    wanted: dict[str, nn.Parameter],
-    stored: dict[str, str],
-    parts: set[str],
-) -> None:
-    """`parts`: tensors of the file that belong to quantized weights."""
-    where = checkpoint.files[0].parent
-    missing = [n for n in wanted if n not in stored and not n.startswith(HEADS)]
-    if missing:
-        raise CheckpointError(f"{where} lacks {_listed(missing)}, which {type(model).__name__} needs.")
-    used = set(stored.values()) | set(_tied(model)) | parts
-    extra = [n for n in checkpoint.names() if n not in used and not n.endswith(COMPUTED)]
-    unknown = [n for n in extra if not n.startswith(HEADS)]
-    if unknown:
-        raise CheckpointError(
-            f"{where} holds {_listed(unknown)}, for which {type(model).__name__} with this config.json has no place."
-        )
-    if extra:
-        warnings.warn(f"{where}: {_listed(extra)} not used by {type(model).__name__}.", stacklevel=5)
-    for tied, source in _tied(model).items():
-        if tied in checkpoint and not torch.equal(checkpoint.tensor(tied), checkpoint.tensor(stored[source])):
-            warnings.warn(
-                f"{where}: {tied} differs from {source}, but config.json ties them; {source} is used. "
-                "Load with tie_word_embeddings=False to keep both.",
-                stacklevel=5,
-            )
-
-
-def _require_shape(key: str, found: tuple[int, ...], asked: tuple[int, ...], checkpoint: Checkpoint) -> None:
-    if tuple(found) != tuple(asked):
-        raise CheckpointError(
-            f"{key} has shape {tuple(found)} in {checkpoint.files[0].parent}, but config.json asks for {tuple(asked)}."
-        )
-
-
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(names[:4])
-    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more tensors"
 
 
 def _bytes(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None, quantizer: Quantizer | None) -> int:
@@ -396,8 +332,10 @@ def _require_room(
             )
 
 
-def _finish(model: GemmaPreTrainedModel, fresh: list[str], dtype: torch.dtype | None, device: torch.device) -> None:
-    """Initialise what the file did not hold, restore ties, compute tables."""
+def complete(
+    model: GemmaPreTrainedModel, fresh: Iterable[str], dtype: torch.dtype | None, device: torch.device
+) -> None:
+    """Initialise the parameters `fresh`, which no file held, restore ties, compute tables."""
     known = (p.dtype for p in model.parameters() if not p.is_meta and p.is_floating_point())
     like = next(known, torch.float32)
     for name in fresh:
@@ -406,11 +344,6 @@ def _finish(model: GemmaPreTrainedModel, fresh: list[str], dtype: torch.dtype | 
         with torch.no_grad():
             owner, _, only = name.rpartition(".")
             _init_module(model.get_submodule(owner), model.config.initializer_range, only)
-    if fresh:
-        warnings.warn(
-            f"{_listed(fresh)} not in the checkpoint: freshly initialised. Train {type(model).__name__} before use.",
-            stacklevel=4,
-        )
     model.tie_weights()
     for module in model.modules():
         reset = getattr(module, "reset_parameters", None)

@@ -1,10 +1,9 @@
 """Checkpoints of every origin as named arrays of the PyTorch layout, read lazily, one tensor at a time.
 
 Names are data: a table a format, in google.py (released PyTorch files), msgpack.py (Flax) and orbax.py (google-deepmind
-/gemma); layout.py says which tensors a Gemma has. GGUF is a package of its own beside this one.
+/gemma). GGUF is a package of its own beside this one.
 """
 
-from gemmakit.checkpoint.formats.layout import architecture_of, config_from_shapes, differences, tensor_shapes
 from gemmakit.checkpoint.formats.opening import TITLES, Weights, open_weights
 from gemmakit.checkpoint.formats.orbax import OrbaxFile, is_orbax
 
@@ -12,10 +11,6 @@ __all__ = [
     "TITLES",
     "OrbaxFile",
     "Weights",
-    "architecture_of",
-    "config_from_shapes",
-    "differences",
     "is_orbax",
     "open_weights",
-    "tensor_shapes",
 ]

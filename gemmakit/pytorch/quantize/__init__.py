@@ -2,7 +2,7 @@
 
 from gemmakit.pytorch.quantize.methods import QuantizedMethods
 from gemmakit.pytorch.quantize.modules import TABLES, QuantizedEmbedding, QuantizedLinear, QuantizedWeight
-from gemmakit.pytorch.quantize.quantizer import Quantizer, adopt, choose, stored_groups
+from gemmakit.pytorch.quantize.quantizer import Quantizer, adopt, choose, stored_groups, unpacked_shapes
 
 __all__ = [
     "TABLES",
@@ -14,4 +14,5 @@ __all__ = [
     "adopt",
     "choose",
     "stored_groups",
+    "unpacked_shapes",
 ]

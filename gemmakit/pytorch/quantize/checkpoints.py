@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gemmakit.checkpoint import Checkpoint, LazyTensor, open_checkpoint, require_memory, save_checkpoint
+from gemmakit.checkpoint.layout import differences, warn_of_copies
 from gemmakit.config import HUB_ARGUMENTS, GemmaConfig
 from gemmakit.dtypes import dtype_name
 from gemmakit.errors import InputError
@@ -140,14 +141,13 @@ def _hollow(config: GemmaConfig) -> Any:
 
 def _stored(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
     """Parameter name -> tensor name, once every difference between model and file has been named."""
-    from gemmakit.pytorch import pretrained
-
-    wanted = {n: p for n, p in model.named_parameters(remove_duplicate=False) if n not in pretrained._tied(model)}
-    stored = pretrained._stored_names(model, checkpoint, wanted)
-    pretrained._refuse_differences(model, checkpoint, wanted, stored, set())
-    for name, key in stored.items():
-        pretrained._require_shape(key, checkpoint.info(key).shape, wanted[name].shape, checkpoint)
-    return stored
+    tied = model.tied_weights if model.config.tie_word_embeddings else {}
+    parameters = model.named_parameters(remove_duplicate=False)
+    found = differences({n: tuple(p.shape) for n, p in parameters if n not in tied}, checkpoint.shapes(), tied)
+    found.refuse(checkpoint.where, type(model).__name__)
+    found.warn(checkpoint.where, type(model).__name__, stacklevel=3)
+    warn_of_copies(checkpoint, found.copies, stacklevel=3)
+    return found.names
 
 
 # -- each weight by itself ---------------------------------------------------------------------------------------------

@@ -155,6 +155,23 @@ def stored_groups(
     return groups
 
 
+def unpacked_shapes(
+    quantizer: Quantizer | None,
+    wanted: Mapping[str, tuple[int, ...]],
+    groups: Mapping[str, Parts],
+    checkpoint: Checkpoint,
+) -> dict[str, tuple[int, ...]]:
+    """The checkpoint's shapes by name, of quantized weights those that they stand for, without their other parts."""
+    if quantizer is None:
+        return checkpoint.shapes()
+    parts = {key for group in groups.values() for part, key in group.items() if part != "weight"}
+    shapes = {name: shape for name, shape in checkpoint.shapes().items() if name not in parts}
+    for name, group in groups.items():
+        owner = name.rpartition(".")[0]
+        shapes[group["weight"]] = quantizer.shape(owner, wanted[name], group, checkpoint)
+    return shapes
+
+
 def adopt(
     quantizer: Quantizer | None,
     model: nn.Module,

@@ -6,8 +6,8 @@ import torch
 from conversion_tools import make
 
 import gemmakit
-from gemmakit.checkpoint.formats import msgpack, open_weights, tensor_shapes
-from gemmakit.checkpoint.formats.layout import architecture_of
+from gemmakit.checkpoint.formats import msgpack, open_weights
+from gemmakit.checkpoint.layout import architecture_of, tensor_shapes
 from gemmakit.cli.inspection import memory
 
 CLASSES = (

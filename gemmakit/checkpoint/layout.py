@@ -1,0 +1,222 @@
+"""Which tensors a Gemma has, by the names and shapes of its PyTorch layout, and how those of a file differ.
+
+Loading into either backend, converting and inspecting ask `differences`.
+
+Axis letters: D hidden, F mlp, N heads, K kv heads, H head_dim, V vocabulary, C labels.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from gemmakit.checkpoint.reading import Checkpoint
+from gemmakit.config import PRESETS, GemmaConfig
+from gemmakit.errors import CheckpointError
+
+PREFIX = "model."
+# Heads that another class of this family may or may not have.
+HEADS = ("lm_head.", "score.")
+# A table that early releases stored and that every model computes.
+COMPUTED = ("rotary_emb.inv_freq",)
+CAUSAL, SEQUENCE, TOKEN, BARE = (
+    "GemmaForCausalLM",
+    "GemmaForSequenceClassification",
+    "GemmaForTokenClassification",
+    "GemmaModel",
+)
+
+Shape = tuple[int, ...]
+HEAD = "lm_head.weight"
+EMBEDDING = "embed_tokens.weight"
+# name within a layer -> shape by axis letters ("NH" is N * H)
+LAYER: dict[str, tuple[str, ...]] = {
+    "input_layernorm.weight": ("D",),
+    "self_attn.q_proj.weight": ("NH", "D"),
+    "self_attn.k_proj.weight": ("KH", "D"),
+    "self_attn.v_proj.weight": ("KH", "D"),
+    "self_attn.o_proj.weight": ("D", "NH"),
+    "post_attention_layernorm.weight": ("D",),
+    "mlp.gate_proj.weight": ("F", "D"),
+    "mlp.up_proj.weight": ("F", "D"),
+    "mlp.down_proj.weight": ("D", "F"),
+}
+BIASES: dict[str, tuple[str, ...]] = {
+    "self_attn.q_proj.bias": ("NH",),
+    "self_attn.k_proj.bias": ("KH",),
+    "self_attn.v_proj.bias": ("KH",),
+    "self_attn.o_proj.bias": ("D",),
+}
+
+
+def tensor_shapes(config: GemmaConfig, architecture: str = CAUSAL) -> dict[str, Shape]:
+    """name -> shape of all that a checkpoint of this class stores, in the customary order; no tied head."""
+    axes = {
+        "D": config.hidden_size,
+        "F": config.intermediate_size,
+        "V": config.vocab_size,
+        "NH": config.num_attention_heads * config.head_dim,
+        "KH": config.num_key_value_heads * config.head_dim,
+    }
+    prefix = "" if architecture == BARE else PREFIX
+    layer = {**LAYER, **(BIASES if config.attention_bias else {})}
+    shapes: dict[str, Shape] = {prefix + EMBEDDING: (axes["V"], axes["D"])}
+    for i in range(config.num_hidden_layers):
+        shapes.update({f"{prefix}layers.{i}.{name}": tuple(axes[a] for a in shape) for name, shape in layer.items()})
+    shapes[f"{prefix}norm.weight"] = (axes["D"],)
+    return {**shapes, **_head(config, architecture)}
+
+
+def _head(config: GemmaConfig, architecture: str) -> dict[str, Shape]:
+    D, V, C = config.hidden_size, config.vocab_size, config.num_labels
+    if architecture == CAUSAL:
+        return {} if config.tie_word_embeddings else {HEAD: (V, D)}
+    if architecture == SEQUENCE:
+        return {"score.weight": (C, D)}
+    return {"score.weight": (C, D), "score.bias": (C,)} if architecture == TOKEN else {}
+
+
+def architecture_of(config: GemmaConfig | None, names: Iterable[str]) -> str:
+    """The class a checkpoint is of: what config.json says where that can be, else what its names tell."""
+    names = set(names)
+    if not any(name.startswith((PREFIX, "lm_head.", "score.")) for name in names):
+        return BARE
+    said = [a for a in (config.architectures if config else None) or () if a in (CAUSAL, SEQUENCE, TOKEN)]
+    if said:
+        return said[0]
+    return CAUSAL if "score.weight" not in names else TOKEN if "score.bias" in names else SEQUENCE
+
+
+@dataclass(frozen=True)
+class Differences:
+    """How the tensors of a file differ from those that a model wants. `names` are the wanted ones, by the file's name.
+
+    missing, fresh: wanted and not there; of `fresh`, heads that another class of the family lacks, new ones are made.
+    unexpected, unused: there and not wanted; `unused` are heads that this class does without.
+    misshapen: name in the file -> (its shape, the shape wanted).
+    copies: tensors of the file that are tied to another one and not read -> that other one.
+    """
+
+    names: dict[str, str]
+    missing: list[str]
+    fresh: list[str]
+    unexpected: list[str]
+    unused: list[str]
+    misshapen: dict[str, tuple[Shape, Shape]]
+    copies: dict[str, str]
+
+    def refuse(self, where: object, model: str) -> None:
+        """CheckpointError that names everything missing, unexpected or misshapen; `where` the tensors are."""
+        said = [f"{name} has shape {found}, expected {wanted}" for name, (found, wanted) in self.misshapen.items()]
+        said = [*said[:4], *([f"{len(said) - 4} more have other shapes"] if said[4:] else [])]
+        if self.missing:
+            said.append(f"it lacks {listed(self.missing)}")
+        if self.unexpected:
+            said.append(f"it holds {listed(self.unexpected)}, for which there is no place")
+        if said:
+            raise CheckpointError(
+                f"{where} does not fit {model} with this configuration: {'; '.join(said)}. Is the config.json that of "
+                "another model? Otherwise download or save the checkpoint again."
+            )
+
+    def warn(self, where: object, model: str, stacklevel: int) -> None:
+        """Say which heads the file lacks or holds for nothing."""
+        if self.unused:
+            warnings.warn(f"{where}: {listed(self.unused)} not used by {model}.", stacklevel=stacklevel + 1)
+        if self.fresh:
+            warnings.warn(
+                f"{listed(self.fresh)} not in the checkpoint: freshly initialised. Train {model} before use.",
+                stacklevel=stacklevel + 1,
+            )
+
+
+def differences(
+    wanted: Mapping[str, Shape],
+    held: Mapping[str, Shape],
+    tied: Mapping[str, str],
+    *,
+    heads: bool = True,
+    ignore_mismatched: bool = False,
+) -> Differences:
+    """Compare what a model wants with what a file holds, name -> shape each. Tables that every model computes are none.
+
+    tied: names that the model does not store -> the wanted ones that they share. heads: those may be absent or left
+    over, because another class of the family wrote the file; ignore_mismatched: and be of another shape, to start anew.
+    """
+
+    def free(name: str) -> bool:
+        return heads and name.startswith(HEADS)
+
+    names = stored_names(wanted, held)
+    other = {k: (tuple(held[k]), tuple(wanted[n])) for n, k in names.items() if tuple(held[k]) != tuple(wanted[n])}
+    misshapen = {key: shapes for key, shapes in other.items() if not (ignore_mismatched and free(key))}
+    read = {name: key for name, key in names.items() if key not in other or key in misshapen}
+    absent = [name for name in wanted if name not in read]
+    used = {*names.values(), *tied}
+    extra = [name for name in held if name not in used and not name.endswith(COMPUTED)]
+    return Differences(
+        names=read,
+        missing=[name for name in absent if not free(name)],
+        fresh=[name for name in absent if free(name)],
+        unexpected=[name for name in extra if not free(name)],
+        unused=[name for name in extra if free(name)],
+        misshapen=misshapen,
+        copies={name: names[source] for name, source in tied.items() if name in held and source in names},
+    )
+
+
+def stored_names(wanted: Iterable[str], held: Iterable[str]) -> dict[str, str]:
+    """Wanted name -> its name in the file, where it is there; base models and headed ones open each other's files."""
+    wanted, held = list(wanted), set(held)
+    headed_model, headed_file = (any(name.startswith(PREFIX) for name in names) for names in (wanted, held))
+
+    def spelled(name: str) -> str:
+        if headed_file:
+            return name if headed_model else PREFIX + name
+        return name.removeprefix(PREFIX)
+
+    return {name: spelled(name) for name in wanted if spelled(name) in held}
+
+
+def tied_names(config: GemmaConfig, architecture: str) -> dict[str, str]:
+    """Name that is not stored -> the one it shares memory with."""
+    return {HEAD: PREFIX + EMBEDDING} if config.tie_word_embeddings and architecture == CAUSAL else {}
+
+
+def warn_of_copies(checkpoint: Checkpoint, copies: Mapping[str, str], stacklevel: int, framework: str = "pt") -> None:
+    """Say so where a stored tensor is not what the one is that it is tied to; only that other one is used."""
+    for copy, source in copies.items():
+        if not checkpoint.equal(copy, source, framework):
+            warnings.warn(
+                f"{checkpoint.where}: {copy} differs from {source}, but the configuration ties them; {source} is used. "
+                "Keep both with tie_word_embeddings=False, an argument of from_pretrained or in config.json.",
+                stacklevel=stacklevel + 1,
+            )
+
+
+def listed(names: list[str]) -> str:
+    """The first of many names, and how many more there are."""
+    shown = ", ".join(names[:4])
+    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more tensors"
+
+
+def released_size(shapes: Mapping[str, Shape]) -> str | None:
+    """ "2b" or "7b" where the embedding is as wide as that model's; whether the rest fits is `differences`' to say."""
+    width = shapes.get(PREFIX + EMBEDDING, ())[-1:]
+    return next((size for size, preset in PRESETS.items() if width == (preset["hidden_size"],)), None)
+
+
+def config_from_shapes(shapes: Mapping[str, Shape], where: str) -> GemmaConfig:
+    """The configuration of a checkpoint that came without one: a released model's, as shapes do not tell N from H.
+
+    Raises CheckpointError for any other model.
+    """
+    size = released_size(shapes)
+    if size is not None:
+        return GemmaConfig.preset(size, vocab_size=shapes[PREFIX + EMBEDDING][0], architectures=[CAUSAL])
+    embedding = "x".join(map(str, shapes.get(PREFIX + EMBEDDING, ()))) or "no"
+    raise CheckpointError(
+        f"{where} comes without a config.json, and with {embedding} embedding it is no released Gemma. "
+        "Put the model's config.json beside it, or name one: --config FILE."
+    )
