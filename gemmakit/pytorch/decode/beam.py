@@ -1,17 +1,24 @@
-"""Beam search and beam sampling: the most probable continuations instead of the most probable next token.
+"""Beam search: the most probable continuations instead of the most probable next token.
 
-Axis letters: B prompts, n beams a prompt, K candidates a prompt, V vocabulary, T places of a row.
-Scores are sums of log probabilities; what has ended is compared by sum / length ** length_penalty.
+One loop for all of it: beams may be drawn instead of taken (do_sample), stand in groups that avoid each other's tokens
+(num_beam_groups, arXiv:1610.02424), or have to hold phrases (constraints, force_words_ids, arXiv:1804.06609).
+
+Axis letters: B prompts, n beams that compete, K candidates a prompt, R rows (all beams of all prompts), V vocabulary,
+T places of a row. Scores are sums of log probabilities; what has ended is compared by sum / length ** length_penalty.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
+from operator import add, and_, or_
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gemmakit.errors import TokenOutOfRange
+from gemmakit.generation.constraints import Constraint, Progress, from_words
 from gemmakit.outputs import GenerateBeamDecoderOnlyOutput
 from gemmakit.pytorch.decode.plan import Mail, Plan, refuse_no_token
 from gemmakit.pytorch.decode.prompt import Prompt
@@ -20,6 +27,8 @@ from gemmakit.pytorch.decode.sampling import NO_TOKEN
 
 # Below every real score, yet finite: sums and comparisons stay free of NaN.
 UNLIKELY = -1.0e9
+# Weight of one step of progress with phrases against log probabilities, when candidates are sorted.
+BANK = 100.0
 
 
 @dataclass
@@ -57,11 +66,12 @@ def _pick(values: Tensor, index: Tensor) -> Tensor:
 class Beams:
     """The beams of each prompt that compete with each other: those that run, and the best of those that ended."""
 
-    def __init__(self, prompt: Tensor, total: int, beams: int, plan: Plan, first: int = 0):
+    def __init__(self, prompt: Tensor, plan: Plan, beams: int, first: int = 0):
         """prompt: (B, P) ids. first: which of the prompt's rows is the first beam."""
         B, P = prompt.shape
-        device = prompt.device
+        device, total = prompt.device, plan.total
         self.plan, self.size, self.prompt_length = plan, beams, P
+        self.place = slice(first, first + beams)  # among the rows of a prompt
         ids = torch.full((B, beams, total), plan.pad, dtype=torch.long, device=device)
         ids[:, :, :P] = prompt[:, None]
         scores = torch.full((B, beams), UNLIKELY, dtype=torch.float32, device=device)
@@ -149,7 +159,9 @@ class Beams:
         return usable, self.open.any() & ~candidates.ended.all()
 
     def _hope(self, candidates: Hypotheses) -> Tensor:
-        return self.running.scores[:, :1]
+        """(B, 1). Groups judge by what has just ended too, as the search of transformers 4.46 did."""
+        alone = self.size == self.plan.copies
+        return self.running.scores[:, :1] if alone else candidates.scores.amax(-1, keepdim=True)
 
     def _ended(self, candidates: Hypotheses, logprobs: Tensor, place: int) -> Tensor:
         """bool (B, K), by eos or by a criterion."""
@@ -160,8 +172,129 @@ class Beams:
         return self.plan.ended(candidates.ids[:, :, : place + 1].flatten(0, 1), scores).view_as(candidates.ended)
 
 
+@dataclass(frozen=True)
+class Next:
+    """A beam, a token after it, the score of both, and how far they are together."""
+
+    beam: int
+    token: int
+    score: float
+    progress: Progress
+
+
+class ConstrainedBeams(Beams):
+    """Beams that bring required phrases further are kept beside the likeliest ones (dynamic beam allocation).
+
+    Candidates are the likeliest continuations and every token that a phrase needs next; sorted into banks by how far
+    they are, they take turns. Progress is kept on the host, so every step waits for the device once.
+    """
+
+    def __init__(self, prompt: Tensor, plan: Plan, beams: int, constraints: list[Constraint]):
+        super().__init__(prompt, plan, beams)
+        self.longest = max(c.longest for c in constraints)
+        start = Progress(tuple(constraints))
+        self.texts: list[list[tuple[int, ...]]] = [[()] * beams for _ in prompt]  # new tokens of each beam
+        self.progress = [[start.through(row)] * beams for row in prompt.tolist()]
+
+    def advance(self, logprobs: Tensor, place: int) -> tuple[Tensor, Tensor]:
+        totals = logprobs + self.running.scores[..., None]
+        usable = self.usable(totals)
+        candidates = self.extend(totals, place)
+        candidates.ended = self._by_eos(candidates.ids[:, :, place])
+        length = place + 1 - self.prompt_length
+        self._offer_complete(candidates, length, place)
+        nexts = self._allocate(candidates, totals, place)
+        self._follow(nexts, place)
+        self.reconsider(candidates.scores.amax(-1, keepdim=True), length)
+        ids = self.running.ids[:, :, : place + 1].flatten(0, 1)
+        stopped = self.plan.ended(ids, logprobs.flatten(0, 1)).all() if self.plan.criteria else False
+        if place + 1 == self.running.ids.shape[-1] or bool(stopped):
+            self._offer_rest(length)
+            return usable, torch.zeros_like(self.open.any())
+        return usable, self.open.any()
+
+    def _by_eos(self, tokens: Tensor) -> Tensor:
+        if self.plan.eos is None:
+            return torch.zeros_like(tokens, dtype=torch.bool)
+        return torch.isin(tokens, self.plan.eos)
+
+    def _offer_complete(self, candidates: Hypotheses, length: int, place: int) -> None:
+        """What ended among the first n candidates, if it holds all phrases."""
+        parents = (candidates.parents[:, :, place - self.prompt_length] - self.rows)[:, : self.size]
+        complete = torch.tensor([[p.complete for p in row] for row in self.progress], device=parents.device)
+        eligible = torch.zeros_like(candidates.ended)
+        eligible[:, : self.size] = candidates.ended[:, : self.size] & complete.gather(1, parents)
+        self.offer(candidates, eligible, length)
+
+    def _allocate(self, candidates: Hypotheses, totals: Tensor, place: int) -> list[list[Next]]:
+        """The n beams of each prompt that run on."""
+        needed = [
+            [(beam, token) for beam, progress in enumerate(row) for token in dict.fromkeys(progress.next())]
+            for row in self.progress
+        ]
+        flat = [(b, beam, token) for b, row in enumerate(needed) for beam, token in row]
+        at = torch.tensor(flat, dtype=torch.long, device=totals.device).view(-1, 3).unbind(1)
+        scores = iter(totals[at].tolist())
+        parents = (candidates.parents[:, :, place - self.prompt_length] - self.rows).tolist()
+        likely = zip(parents, candidates.ids[:, :, place].tolist(), candidates.scores.tolist(), strict=True)
+        ended = candidates.ended.tolist()
+        out = []
+        for b, row in enumerate(likely):
+            best = [self._next(b, *one) for one, over in zip(zip(*row, strict=True), ended[b], strict=True) if not over]
+            chosen = best[: self.size]
+            seen = {(self.texts[b][x.beam], x.token) for x in chosen}
+            for beam, token in needed[b]:
+                score = next(scores)
+                if (self.texts[b][beam], token) not in seen:  # beams may still hold the same text
+                    seen.add((self.texts[b][beam], token))
+                    chosen.append(self._next(b, beam, token, score))
+            out.append(self._in_turns(chosen))
+        return out
+
+    def _next(self, b: int, beam: int, token: int, score: float) -> Next:
+        return Next(beam, token, score, self.progress[b][beam].after(token))
+
+    def _in_turns(self, candidates: list[Next]) -> list[Next]:
+        """The best of every bank, the furthest bank first, then the second best of every bank, and so on."""
+        if len(candidates) == self.size:
+            return candidates
+        banks = [x.progress.bank(self.longest) for x in candidates]
+        order = sorted(range(len(candidates)), key=lambda i: -(banks[i] * BANK + candidates[i].score))
+        turns, count, bank = [], -1, None
+        for i in order:
+            count = count + 1 if banks[i] == bank else 0
+            bank = banks[i]
+            turns.append((count, candidates[i]))
+        return [x for _, x in sorted(turns, key=lambda turn: turn[0])][: self.size]
+
+    def _follow(self, nexts: list[list[Next]], place: int) -> None:
+        device = self.open.device
+        beam = torch.tensor([[x.beam for x in row] for row in nexts], device=device)
+        self.running = self.running.take(beam)
+        self.running.ids[:, :, place] = torch.tensor([[x.token for x in row] for row in nexts], device=device)
+        self.running.scores = torch.tensor(
+            [[x.score for x in row] for row in nexts], dtype=torch.float32, device=device
+        )
+        self.running.parents[:, :, place - self.prompt_length] = beam + self.rows
+        self.texts = [[(*self.texts[b][x.beam], x.token) for x in row] for b, row in enumerate(nexts)]
+        self.progress = [[x.progress for x in row] for row in nexts]
+
+    def _offer_rest(self, length: int) -> None:
+        """At the end the running beams that hold all phrases count; others only where there are too few of those."""
+        complete = torch.tensor([[p.complete for p in row] for row in self.progress], device=self.open.device)
+        self.offer(self.running, complete, length)
+        enough = self.finished.ended.sum(-1, keepdim=True) >= self.plan.config.num_return_sequences
+        lacking = ~complete & ~enough & self.open
+        scores = torch.where(lacking, self.running.scores / length**self.plan.config.length_penalty, float("-inf"))
+        rest = Hypotheses(self.running.ids, scores, self.running.parents, lacking)
+        late = torch.cat((torch.zeros_like(self.finished.scores), lacking.float() * UNLIKELY / 2), dim=1)
+        both = self.finished + rest
+        # In float64 a score keeps its digits beside the handicap.
+        self.finished = both.take((both.scores.double() + late).topk(self.size).indices)
+
+
 class Search:
-    """The rows of all beams, the steps over them, and what the host is told."""
+    """The rows of all beams, a prompt's groups side by side; the steps over them, and what the host is told."""
 
     def __init__(self, model: Any, prompt: Prompt, plan: Plan):
         record = plan.record
@@ -169,18 +302,42 @@ class Search:
         self.rows = Rows(model, prompt, plan.total, plan.pad, **wanted)
         self.prompts = prompt.ids
         self.plan = plan
+        self.groups = _groups(model, prompt.ids, plan)
         self.mail = Mail(self.rows.device)
         self.going = torch.ones((), dtype=torch.bool, device=self.rows.device)
         self.delivered = 0
 
-    def logprobs(self, out: Any) -> Tensor:
-        """(B, n, V) processed log probabilities of the next token."""
+    def step(self, out: Any) -> None:
+        """Give every beam its next token, group after group. out: of the pass over the newest tokens of all rows."""
+        plan, rows, place = self.plan, self.rows, self.rows.length
         logits = out.logits[:, -1].float()
-        logprobs = self.plan.process(self.rows.ids, logits.log_softmax(-1))
-        self.plan.record.step(out, logits, logprobs)
-        return logprobs.view(len(self.prompts), self.plan.copies, -1)
+        plain = logits.log_softmax(-1)
+        # (B, V): how often the groups before chose a token at this step
+        used = torch.zeros_like(self._by_prompt(plain)[:, 0]) if len(self.groups) > 1 else None
+        seen, usable, going = [], [], []
+        for group in self.groups:
+            apart = plain if used is None else self._apart(plain, used)
+            logprobs = self._by_prompt(plan.process(rows.ids, apart))[:, group.place]
+            seen.append(logprobs)
+            group.open = was_open = group.open & self.going  # a step behind the end changes nothing
+            could, goes = group.advance(logprobs, place)
+            usable.append(could)
+            going.append(goes)
+            if used is not None:
+                tokens = torch.where(was_open, group.running.ids[:, :, place], plan.pad)  # a closed one chooses nothing
+                used = used.scatter_add(1, tokens, torch.ones_like(tokens, dtype=used.dtype))
+        plan.record.step(out, logits, _joined(seen).flatten(0, 1))
+        self._move(reduce(add, (group.running for group in self.groups)), reduce(and_, usable), reduce(or_, going))
 
-    def move(self, running: Hypotheses, usable: Tensor, going: Tensor) -> None:
+    def _by_prompt(self, values: Tensor) -> Tensor:
+        """(R, V) -> (B, beams of a prompt, V)."""
+        return values.view(len(self.prompts), self.plan.copies, -1)
+
+    def _apart(self, logprobs: Tensor, used: Tensor) -> Tensor:
+        """(R, V): less for what other groups have chosen."""
+        return (self._by_prompt(logprobs) - self.plan.config.diversity_penalty * used[:, None]).flatten(0, 1)
+
+    def _move(self, running: Hypotheses, usable: Tensor, going: Tensor) -> None:
         """Rows, cache and host follow the beams that run on. usable: bool (B,); going: one bool."""
         rows = self.rows
         step = rows.length - self.prompts.shape[1]
@@ -200,8 +357,11 @@ class Search:
                 return True
         return last
 
-    def output(self, finished: Hypotheses) -> GenerateBeamDecoderOnlyOutput:
+    def output(self) -> GenerateBeamDecoderOnlyOutput:
         """The first num_return_sequences of each prompt, (B * that, P + longest) with padding after shorter ones."""
+        finished = reduce(add, (group.finished for group in self.groups))
+        if len(self.groups) > 1:
+            finished = finished.best(self.plan.copies)
         count = torch.arange(self.plan.config.num_return_sequences, device=finished.ids.device)
         best = finished.take(count.expand(len(finished.ids), -1))
         parents = best.parents.flatten(0, 1)
@@ -217,16 +377,33 @@ class Search:
         )
 
 
+def _groups(model: Any, prompt: Tensor, plan: Plan) -> list[Beams]:
+    constraints = _constraints(plan, model.config.vocab_size)
+    if constraints:
+        return [ConstrainedBeams(prompt, plan, plan.copies, constraints)]
+    size = plan.copies // plan.config.num_beam_groups
+    return [Beams(prompt, plan, size, first) for first in range(0, plan.copies, size)]
+
+
+def _constraints(plan: Plan, vocabulary: int) -> list[Constraint]:
+    config = plan.config
+    constraints = list(config.constraints or ()) + from_words(config.force_words_ids or ())
+    for token in (t for c in constraints for phrase in c.phrases for t in phrase):
+        if token >= vocabulary:
+            raise TokenOutOfRange(
+                f"a constraint holds the token id {token}, which is outside the vocabulary of {vocabulary} ids."
+            )
+    return constraints
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
 def beam_search(model: Any, prompt: Prompt, plan: Plan) -> GenerateBeamDecoderOnlyOutput:
     """Keep the num_beams best continuations of each prompt, or with do_sample draw them by probability."""
     search = Search(model, prompt, plan)
-    rows = search.rows
-    beams = Beams(prompt.ids, plan.total, plan.copies, plan)
-    out = rows.prefill(plan.copies, plan.config.prefill_chunk_size)
-    while True:
-        beams.open = beams.open & search.going  # a step behind the end changes nothing
-        usable, going = beams.advance(search.logprobs(out), rows.length)
-        search.move(beams.running, usable, going)
-        if search.over():
-            return search.output(beams.finished)
-        out = rows.next()
+    search.step(search.rows.prefill(plan.copies, plan.config.prefill_chunk_size))
+    while not search.over():
+        search.step(search.rows.next())
+    return search.output()

@@ -15,9 +15,7 @@ from gemmakit.errors import GenerationConfigError, InputError
 from gemmakit.generation import GenerationConfig
 from gemmakit.pytorch.decode.assisted import assisted
 from gemmakit.pytorch.decode.beam import beam_search
-from gemmakit.pytorch.decode.constrained_beam import constrained_beam_search
 from gemmakit.pytorch.decode.contrastive import contrastive_search
-from gemmakit.pytorch.decode.diverse import diverse_beam_search
 from gemmakit.pytorch.decode.lookup import prompt_lookup
 from gemmakit.pytorch.decode.loop import decode
 from gemmakit.pytorch.decode.plan import Plan
@@ -29,8 +27,8 @@ STRATEGIES: dict[str, Callable[[Any, Prompt, Plan], Any]] = {
     "sample": decode,
     "beam_search": beam_search,
     "beam_sample": beam_search,
-    "group_beam_search": diverse_beam_search,
-    "constrained_beam_search": constrained_beam_search,
+    "group_beam_search": beam_search,
+    "constrained_beam_search": beam_search,
     "contrastive_search": contrastive_search,
     "assisted_generation": assisted,
     "prompt_lookup": prompt_lookup,
