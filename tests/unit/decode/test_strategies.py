@@ -405,7 +405,7 @@ def test_reading_a_step_late_changes_nothing(name, monkeypatch):
         given = settings(name, max_new_tokens=14, eos_token_id=[1, 7, *range(10 + seed, 30, 3)], **wanted)
         now = model().generate(ids, attention_mask=mask, **given)
         with monkeypatch.context() as patch:
-            for module in ("loop", "beam"):
+            for module in ("loop", "strategies.beam"):
                 patch.setattr(f"gemmakit.pytorch.decode.{module}.Mail", Late)
             late = model().generate(ids, attention_mask=mask, **given)
         assert now.past_key_values.get_seq_length() == late.past_key_values.get_seq_length()

@@ -12,10 +12,10 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from strategy_models import BOS, model, rows, settings
 
-from gemmakit.pytorch.decode import assisted
-from gemmakit.pytorch.decode.assisted import speculative
-from gemmakit.pytorch.decode.lookup import LOSS, HeldNoise, Ledger, Ngrams
 from gemmakit.pytorch.decode.sampling import NO_TOKEN, Exponential
+from gemmakit.pytorch.decode.strategies import assisted
+from gemmakit.pytorch.decode.strategies.assisted import speculative
+from gemmakit.pytorch.decode.strategies.prompt_lookup import LOSS, HeldNoise, Ledger, Ngrams
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -97,7 +97,7 @@ def test_assisted_sampling_is_distributed_as_plain_sampling(warped, threshold):
 
 
 def test_the_schedule_follows_what_was_right():
-    from gemmakit.pytorch.decode.assisted import DraftModel
+    from gemmakit.pytorch.decode.strategies.assisted import DraftModel
 
     drafter = SimpleNamespace(count=5, fixed=False)
     for proposed, accepted, then in ((5, 5, 7), (7, 3, 6), (6, 0, 5), (0, 0, 5)):

@@ -240,7 +240,7 @@ def one_row(prompt: Prompt) -> None:
         )
 
 
-def assisted(model: Any, prompt: Prompt, plan: Plan) -> GenerateDecoderOnlyOutput:
+def assisted_generation(model: Any, prompt: Prompt, plan: Plan) -> GenerateDecoderOnlyOutput:
     """A draft model (`plan.assistant`) proposes, the model checks."""
     one_row(prompt)
     if prompt.embeds is not None:

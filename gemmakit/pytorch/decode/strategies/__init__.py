@@ -13,13 +13,13 @@ from torch import Tensor
 
 from gemmakit.errors import GenerationConfigError, InputError
 from gemmakit.generation import GenerationConfig
-from gemmakit.pytorch.decode.assisted import assisted
-from gemmakit.pytorch.decode.beam import beam_search
-from gemmakit.pytorch.decode.contrastive import contrastive_search
-from gemmakit.pytorch.decode.lookup import prompt_lookup
 from gemmakit.pytorch.decode.loop import decode
 from gemmakit.pytorch.decode.plan import Plan
 from gemmakit.pytorch.decode.prompt import Prompt
+from gemmakit.pytorch.decode.strategies.assisted import assisted_generation
+from gemmakit.pytorch.decode.strategies.beam import beam_search
+from gemmakit.pytorch.decode.strategies.contrastive import contrastive_search
+from gemmakit.pytorch.decode.strategies.prompt_lookup import prompt_lookup_decoding
 
 # The names are those of GenerationConfig.get_generation_mode, and prompt_lookup for assistance without a model.
 STRATEGIES: dict[str, Callable[[Any, Prompt, Plan], Any]] = {
@@ -30,8 +30,8 @@ STRATEGIES: dict[str, Callable[[Any, Prompt, Plan], Any]] = {
     "group_beam_search": beam_search,
     "constrained_beam_search": beam_search,
     "contrastive_search": contrastive_search,
-    "assisted_generation": assisted,
-    "prompt_lookup": prompt_lookup,
+    "assisted_generation": assisted_generation,
+    "prompt_lookup": prompt_lookup_decoding,
 }
 BEAMS = tuple(name for name in STRATEGIES if "beam" in name)
 TAKING_BACK = ("contrastive_search", "assisted_generation", "prompt_lookup")
