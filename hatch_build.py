@@ -2,6 +2,7 @@
 
 import os
 import platform
+import runpy
 import subprocess
 import sys
 import sysconfig
@@ -69,6 +70,7 @@ def compile_library(root: Path) -> bool:
 def compile_objects(compiler: str, machine: str, source: Path, scratch: Path) -> list[Path]:
     """The object files of all instruction sets of a machine that the compiler knows, and of what picks one; or none."""
     dispatch = source / "dispatch.cpp"
+    (scratch / "ids.h").write_text(ids_header(source.with_name("ids.py")))
     kernels = sorted(set(source.glob("*.cpp")) - {dispatch})
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         # Set -> its object files, all compiled at the same time.
@@ -80,7 +82,7 @@ def compile_objects(compiler: str, machine: str, source: Path, scratch: Path) ->
     objects = {isa: [file for file in files if file] for isa, files in made.items() if all(files)}
     isas = "-DGEMMAKIT_ISAS(DO)=" + " ".join(f"DO({isa})" for isa in objects)
     chosen = scratch / "dispatch.o"
-    if not objects or not run(compiler, "-c", isas, dispatch, "-o", chosen):
+    if not objects or not run(compiler, "-c", isas, "-I", scratch, dispatch, "-o", chosen):
         return []
     return [*(file for files in objects.values() for file in files), chosen]
 
@@ -88,7 +90,17 @@ def compile_objects(compiler: str, machine: str, source: Path, scratch: Path) ->
 def compile_one(compiler: str, scratch: Path, file: Path, isa: str, flags: list[str]) -> Path | None:
     compiling, _ = OPENMP.get(platform.system(), OPENMP["Linux"])
     made = scratch / f"{file.stem}.{isa}.o"
-    return made if run(compiler, "-c", *compiling, *flags, f"-DISA={isa}", file, "-o", made) else None
+    done = run(compiler, "-c", *compiling, *flags, f"-DISA={isa}", "-I", scratch, file, "-o", made)
+    return made if done else None
+
+
+def ids_header(ids: Path) -> str:
+    """The numbers of weight formats and activations as C++ enumerations."""
+    numbered = runpy.run_path(str(ids))
+    enums = (numbered["WeightFormat"], numbered["Activation"])
+    bodies = (", ".join(f"{one.name} = {one.value}" for one in enum) for enum in enums)
+    lines = [f"enum {enum.__name__} : int32_t {{ {body} }};" for enum, body in zip(enums, bodies, strict=True)]
+    return "\n".join(["#pragma once", "#include <cstdint>", *lines, ""])
 
 
 def run(compiler: str, *arguments: object) -> bool:

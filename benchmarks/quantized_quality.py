@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import random
 import subprocess
@@ -31,7 +30,7 @@ from torch import Tensor
 
 import gemmakit
 from gemmakit.errors import GemmakitError
-from gemmakit.pytorch.kernels.quantized import activation_bits
+from gemmakit.pytorch.quantize.modules import QuantizedWeight
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -105,13 +104,14 @@ class Unrounded(Side):
     """The same without the rounding of activations to 8 bits that passes over many tokens may do."""
 
     def whole(self, piece: list[int]) -> Tensor:
-        os.environ["GEMMAKIT_ACTIVATION_BITS"] = "16"
-        activation_bits.cache_clear()
+        weights = [m for m in self.model.modules() if isinstance(m, QuantizedWeight)]
+        for module in weights:
+            module.activation_bits = 16
         try:
             return super().whole(piece)
         finally:
-            del os.environ["GEMMAKIT_ACTIVATION_BITS"]
-            activation_bits.cache_clear()
+            for module in weights:
+                module.activation_bits = 8
 
 
 class Llama:

@@ -125,6 +125,8 @@ class WeightOnlyConfig:
         calibration: how the codes were chosen: None, each weight by itself, or "gptq", by their effect on a text.
             Written by `quantize_checkpoint`, which takes the text.
         head_group_size: of a head in 8 bits beside projections in 4: None, a scale a row, or 32, as in GGUF files.
+        activation_bits: to how many bits a product of more than 8 rows may round its input where the processor is fast
+            at products of bytes: 8, or 16, which writes the weights out instead. With gradients nothing is rounded.
 
     Keys of a file that mean nothing here are kept in `extra` and written back.
 
@@ -138,6 +140,7 @@ class WeightOnlyConfig:
     modules_to_not_convert: list[str] | None = None
     calibration: str | None = None
     head_group_size: int | None = None
+    activation_bits: int = 8
     extra: dict[str, Any] = field(default_factory=dict)
 
     quant_method = "gemmakit"  # not annotated: the same for every instance
@@ -154,6 +157,7 @@ class WeightOnlyConfig:
         _one_of("head_bits", self.head_bits, (8, 4, None))
         _one_of("head_group_size", self.head_group_size, (None, *GROUP_SIZES))
         _one_of("calibration", self.calibration, (None, "gptq"))
+        _one_of("activation_bits", self.activation_bits, (8, 16))
         _check_names("modules_to_not_convert", self.modules_to_not_convert)
 
     def layout(self, head: bool) -> tuple[int, int | None] | None:

@@ -78,7 +78,7 @@ def native_read() -> Callable[[Any], object] | None:
     """The native kernels' read of a tensor; None without the library."""
     from gemmakit.pytorch.kernels import cpu
 
-    return None if cpu.library() is None else cpu.touch
+    return None if cpu.library() is None else cpu.read_memory
 
 
 def matmul_rate(device: Any, dtype: str, limit_s: float) -> float:

@@ -28,6 +28,9 @@ def quantize(
     head_bits: Annotated[
         str, Option(metavar="N", help="Of the embedding and the head: 8, 4, or none to keep them.")
     ] = "8",
+    activation_bits: Annotated[
+        int, Option(metavar="N", help="To which prompts may be rounded on their way: 8, or 16 for not at all. Slower.")
+    ] = 8,
     keep: Annotated[list[str] | None, Option(metavar="NAME", help="A module to keep; may be repeated.")] = None,
     calibrate: Annotated[
         list[Path] | None,
@@ -56,6 +59,7 @@ def quantize(
         group_size=group_size,
         head_bits=None if head_bits == "none" else int(head_bits),
         modules_to_not_convert=keep or None,
+        activation_bits=activation_bits,
     )
     from gemmakit.pytorch.quantize.checkpoints import quantize_checkpoint
 

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gemmakit.config import GemmaConfig
 from gemmakit.pytorch.kernels import linear
+from gemmakit.pytorch.kernels.ids import Activation
+from gemmakit.pytorch.kernels.reference import ACTIVATION_OF, ACTIVATIONS
 from gemmakit.pytorch.kernels.training import fuses, gated, rms_norm
 
 
@@ -63,21 +64,16 @@ class GemmaScaledEmbedding(nn.Embedding):
 
 
 def activation(act: str | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    return act if callable(act) else _ACTIVATIONS[act]
+    """The function of a configuration's `hidden_act`."""
+    return act if callable(act) else ACTIVATIONS[_NUMBERS[act]]
 
 
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu_pytorch_tanh": _gelu_tanh,
-    "gelu_erf": F.gelu,
-    "relu": F.relu,
-    "silu": F.silu,
+_NUMBERS = {
+    "gelu_pytorch_tanh": Activation.GELU_TANH,
+    "gelu_erf": Activation.GELU_ERF,
+    "relu": Activation.RELU,
+    "silu": Activation.SILU,
 }
-# In the order in which the kernels number them.
-_NUMBERED = tuple(_ACTIVATIONS.values())
 
 
 class GemmaMLP(nn.Module):
@@ -93,8 +89,8 @@ class GemmaMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, S, D), same out."""
-        if fuses(x) and self.act_fn in _NUMBERED:
-            return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), _NUMBERED.index(self.act_fn)))
+        if fuses(x) and self.act_fn in ACTIVATION_OF:
+            return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), ACTIVATION_OF[self.act_fn]))
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -138,12 +134,6 @@ class GemmaRotaryEmbedding(nn.Module):
         if scaling != 1.0:
             cos, sin = cos * scaling, sin * scaling
         return cos.to(dtype), sin.to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding in the half-split layout: feature i turns with feature i + H/2. x: (B, heads, S, H)."""
-    half = x.shape[-1] // 2
-    return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
 
 
 def rope_frequencies(config: GemmaConfig, length: int = 0, device: torch.device | None = None) -> tuple[Tensor, float]:

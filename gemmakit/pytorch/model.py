@@ -20,8 +20,9 @@ from gemmakit.pytorch.cache import Cache, DynamicCache
 from gemmakit.pytorch.decode.arguments import check_tensor
 from gemmakit.pytorch.decode.generate import GenerationMixin
 from gemmakit.pytorch.kernels import linear_plan
+from gemmakit.pytorch.kernels.reference import rotate
 from gemmakit.pytorch.kernels.seams import choose, seams_plan
-from gemmakit.pytorch.layers import GemmaMLP, GemmaRMSNorm, GemmaRotaryEmbedding, GemmaScaledEmbedding, Linear, rotate
+from gemmakit.pytorch.layers import GemmaMLP, GemmaRMSNorm, GemmaRotaryEmbedding, GemmaScaledEmbedding, Linear
 from gemmakit.pytorch.loss import causal_loss, check_labels, chunked_loss, next_labels
 from gemmakit.pytorch.masks import Visibility, visibility
 from gemmakit.pytorch.pretrained import GemmaPreTrainedModel

@@ -21,7 +21,7 @@ POSITIONS, FEATURES = -2, -1
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedKV:
     """Numbers in groups, each group with its own scale and lowest value.
 
     data: uint8 (B, K, T, H), or (B, K, T, H / 2) with two 4-bit numbers a byte. scale, low: float32, one a group:
@@ -34,16 +34,16 @@ class Packed:
     bits: int
     along: int
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> Packed:
+    def map(self, change: Callable[[Tensor], Tensor]) -> PackedKV:
         return replace(self, data=change(self.data), scale=change(self.scale), low=change(self.low))
 
-    def joined(self, more: Packed) -> Packed:
+    def joined(self, more: PackedKV) -> PackedKV:
         """The positions of `more` after these."""
         pairs = ((getattr(self, n), getattr(more, n)) for n in ("data", "scale", "low"))
         data, scale, low = (torch.cat(pair, dim=2) for pair in pairs)
         return replace(self, data=data, scale=scale, low=low)
 
-    def slice(self, start: int, end: int) -> Packed:
+    def slice(self, start: int, end: int) -> PackedKV:
         """Positions start..end, whole groups."""
         rows = self.data.shape[2] // self.scale.shape[2]  # positions a row of scales
         a, b = start // rows, end // rows
@@ -55,7 +55,7 @@ class Packed:
         return self.data.nbytes + self.scale.nbytes + self.low.nbytes
 
 
-def pack(x: Tensor, bits: int, group: int, along: int) -> Packed:
+def pack(x: Tensor, bits: int, group: int, along: int) -> PackedKV:
     """x: (B, K, T, H); `group` divides T or H, whichever axis `along` names."""
     grouped = x.float().unflatten(along, (-1, group))
     low, high = grouped.aminmax(dim=along, keepdim=True)
@@ -64,10 +64,10 @@ def pack(x: Tensor, bits: int, group: int, along: int) -> Packed:
     if bits == 4:
         first, second = data.chunk(2, dim=-1)
         data = first | (second << 4)
-    return Packed(data, scale, low, bits, along)
+    return PackedKV(data, scale, low, bits, along)
 
 
-def unpack(packed: Packed, dtype: torch.dtype) -> Tensor:
+def unpack(packed: PackedKV, dtype: torch.dtype) -> Tensor:
     """(B, K, T, H) in `dtype`, before its rounding off from what was packed by half a scale at most."""
     data = packed.data
     if packed.bits == 4:
@@ -78,12 +78,12 @@ def unpack(packed: Packed, dtype: torch.dtype) -> Tensor:
 
 
 class QuantizedLayer(CacheLayer):
-    """Packed whole groups of older positions; CacheLayer's own buffers hold the newest, without spare room."""
+    """PackedKV whole groups of older positions; CacheLayer's own buffers hold the newest, without spare room."""
 
     def __init__(self, bits: int, group: int, recent: int):
         super().__init__(None)
         self.bits, self.group, self.recent = bits, group, recent
-        self.older: tuple[Packed, Packed] | None = None
+        self.older: tuple[PackedKV, PackedKV] | None = None
 
     @property
     def keys(self) -> Tensor | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gemmakit.pytorch.kernels import cpu, triton
 from gemmakit.pytorch.kernels.cpu import MAX_ROWS
-from gemmakit.pytorch.kernels.packed import Packed
+from gemmakit.pytorch.kernels.packed import PackedWeight
 from gemmakit.pytorch.kernels.panels import multiply, product_dtype
 from gemmakit.pytorch.kernels.quantized import few_rows, packed_plan
 
@@ -57,9 +57,9 @@ def _few_on_gpu(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def linear_plan(weight: Tensor | Packed) -> str:
+def linear_plan(weight: Tensor | PackedWeight) -> str:
     """Which form a decoding step takes for this weight, and why, in words."""
-    if isinstance(weight, Packed):
+    if isinstance(weight, PackedWeight):
         return packed_plan(weight)
     if weight.device.type in GPU:
         return _gpu_plan(weight)

@@ -12,14 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gemmakit.pytorch.kernels.ids import WeightFormat
+
+# Of plain weights, and of activations.
+FORMATS = {torch.bfloat16: WeightFormat.BF16, torch.float16: WeightFormat.F16, torch.float32: WeightFormat.F32}
 # Codes of 4 bits lie in blocks of 32 inputs: byte j of a block's 16 holds input j (low bits) and input j + 16.
 BLOCK = 32
 
 
-class Packed(NamedTuple):
-    """8 bits: codes int8 (O, I), no zero; scale float32 (O, 1), a row each, or float16 (O, G).
+class PackedWeight(NamedTuple):
+    """INT8_ROWS: codes int8 (O, I), scale float32 (O, 1), no zero. INT8_GROUPS: scale float16 (O, G), no zero.
 
-    4 bits: codes uint8 (O, 16 * ceil(I / 32)), scale float16 (O, G), zero uint8 (O, G), 0 to 15.
+    INT4: codes uint8 (O, 16 * ceil(I / 32)), scale float16 (O, G), zero uint8 (O, G), 0 to 15.
     """
 
     codes: Tensor
@@ -27,10 +31,12 @@ class Packed(NamedTuple):
     zero: Tensor | None
     in_features: int
     group_size: int  # a multiple of 32; in_features where a row is one group
+    format: WeightFormat
+    activation_bits: int = 8  # to which a product of many rows may round its input; 16: not at all
 
     @property
     def bits(self) -> int:
-        return 8 if self.codes.dtype == torch.int8 else 4
+        return self.format.bits
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -39,17 +45,28 @@ class Packed(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.codes, self.scale, self.zero) if t is not None)
+        return sum(t.nbytes for t in self.tensors)
 
-    def rows(self, index: slice | Tensor) -> Packed:
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.codes, self.scale) if self.zero is None else (self.codes, self.scale, self.zero)
+
+    def rows(self, index: slice | Tensor) -> PackedWeight:
         """The same for some outputs."""
         zero = None if self.zero is None else self.zero[index]
         return self._replace(codes=self.codes[index], scale=self.scale[index], zero=zero)
 
 
-def unpack(packed: Packed) -> Tensor:
+def packed_format(bits: int, group_size: int | None) -> WeightFormat:
+    """Of codes of 8 or 4 bits with a scale a group of inputs, or (None, 8 bits) a row."""
+    if bits == 4:
+        return WeightFormat.INT4
+    return WeightFormat.INT8_ROWS if group_size is None else WeightFormat.INT8_GROUPS
+
+
+def unpack(packed: PackedWeight) -> Tensor:
     """The codes, one an element: int8 (O, I)."""
-    if packed.bits == 8:
+    if packed.format != WeightFormat.INT4:
         return packed.codes
     blocks = packed.codes.view(len(packed.codes), -1, BLOCK // 2)
     codes = torch.cat((blocks & 15, blocks >> 4), dim=-1)
@@ -63,7 +80,7 @@ def pack(codes: Tensor) -> Tensor:
     return (low | high << 4).flatten(1)
 
 
-def dequantize(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weight (O, I), computed in float32 and rounded once to `dtype`."""
     codes = unpack(packed).float()
     O, I = packed.shape

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemmakit.pytorch.kernels import cpu
-from gemmakit.pytorch.kernels.packed import Packed, dequantize
+from gemmakit.pytorch.kernels.packed import PackedWeight, dequantize
 
 # A share of a large cache; smaller panels would make more, less efficient, products.
 PANEL_BYTES = 4 << 20
@@ -33,7 +33,7 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if torch.backends.mkldnn.is_available() and asked is not None and asked() else torch.float32
 
 
-def panels(weight: Tensor | Packed, dtype: torch.dtype) -> Panels:
+def panels(weight: Tensor | PackedWeight, dtype: torch.dtype) -> Panels:
     """(which rows, they as (rows, I) of dtype) on the weight's device, one panel after the other in the same memory."""
     O, I = weight.shape
     rows = max(64, PANEL_BYTES // (I * dtype.itemsize) // 64 * 64)
@@ -50,7 +50,7 @@ def panels(weight: Tensor | Packed, dtype: torch.dtype) -> Panels:
         yield part, panel
 
 
-def multiply(x: Tensor, weight: Tensor | Packed, bias: Tensor | None) -> Tensor:
+def multiply(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None) -> Tensor:
     """x: (M, I) -> (M, O) in x's dtype."""
     dtype = product_dtype(x.dtype) if x.device.type == "cpu" else x.dtype
     y = x.new_empty(len(x), weight.shape[0])
@@ -63,7 +63,7 @@ def multiply(x: Tensor, weight: Tensor | Packed, bias: Tensor | None) -> Tensor:
     return y
 
 
-def multiply_back(gradient: Tensor, weight: Tensor | Packed) -> Tensor:
+def multiply_back(gradient: Tensor, weight: Tensor | PackedWeight) -> Tensor:
     """gradient: (M, O) -> gradient @ weight: (M, I), in its dtype, summed over the panels in float32."""
     dtype = product_dtype(gradient.dtype) if gradient.device.type == "cpu" else gradient.dtype
     total: Tensor | None = None

@@ -2,13 +2,12 @@
 
 On the CPU a few rows go through the native kernel, which computes with the codes as they lie and with x rounded to 16
 bits in blocks of 32 (cpu/inputs.h bounds the error). More rows are multiplied in bytes, with x rounded to 8 bits in
-blocks of 32, where the processor is fast at that, gradients are off and GEMMAKIT_ACTIVATION_BITS is not 16; else with
+blocks of 32, where the processor is fast at that, gradients are off and the weight's `activation_bits` are 8; else with
 panels of the weight, expanded in turn. The reference is dequantize and torch's linear.
 """
 
 from __future__ import annotations
 
-import os
 import warnings
 from functools import lru_cache
 from typing import Any
@@ -16,43 +15,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemmakit.errors import InputError
 from gemmakit.pytorch.kernels import cpu
-from gemmakit.pytorch.kernels.packed import Packed
+from gemmakit.pytorch.kernels.ids import WeightFormat
+from gemmakit.pytorch.kernels.packed import PackedWeight
 from gemmakit.pytorch.kernels.panels import multiply, multiply_back
 
 # Bits -> rows up to which reading the codes once for every eight costs less than expanding them.
 FEW_ROWS = {8: 16, 4: 24}
 
 
-def linear_packed(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+def linear_packed(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """x: (..., I), packed: (O, I) of weights, bias: (O,) or None -> (..., O), in x's dtype.
 
     Gradients reach x and the bias.
     """
-    codes, scale, zero, in_features, group_size = packed
-    exact = torch.is_grad_enabled()
-    return torch.ops.gemmakit.linear_packed(x, codes, scale, zero, bias, in_features, group_size, exact)
+    codes, scale, zero, in_features, group_size, format, activation_bits = packed
+    bits = 16 if torch.is_grad_enabled() else activation_bits
+    return torch.ops.gemmakit.linear_packed(x, codes, scale, zero, bias, in_features, group_size, int(format), bits)
 
 
-@lru_cache(maxsize=1)
-def activation_bits() -> int:
-    """To how many bits a pass over many rows may round x: 8, or 16 for not at all.
-
-    Raises InputError for another GEMMAKIT_ACTIVATION_BITS.
-    """
-    wanted = os.environ.get("GEMMAKIT_ACTIVATION_BITS", "8")
-    if wanted not in ("8", "16"):
-        raise InputError(f"GEMMAKIT_ACTIVATION_BITS is {wanted!r}; it must be 8 or 16.")
-    return int(wanted)
+def takes_bytes(packed: PackedWeight) -> bool:
+    """Whether many rows are multiplied by this weight in bytes, with x rounded to 8 bits in blocks of 32."""
+    return packed.activation_bits == 8 and cpu.multiplies_bytes(packed)
 
 
-def takes_bytes(packed: Packed) -> bool:
-    """Whether many rows are multiplied by this weight in bytes."""
-    return activation_bits() == 8 and cpu.multiplies(packed)
-
-
-def packed_plan(packed: Packed) -> str:
+def packed_plan(packed: PackedWeight) -> str:
     """Which form a decoding step takes for this weight, and why, in words."""
     kind = f"int{packed.bits}"
     if packed.codes.device.type != "cpu":
@@ -61,7 +48,8 @@ def packed_plan(packed: Packed) -> str:
         return f"torch, {kind} expanded (native kernel {cpu.why_not()})"
     if not cpu.reads(packed):
         return f"torch, {kind} expanded (no kernel reads scales of {str(packed.scale.dtype).removeprefix('torch.')})"
-    return f"native {cpu.instruction_set()} {kind}"
+    many = "; beyond 8 rows activations in 8 bits" if takes_bytes(packed) else ""
+    return f"native {cpu.instruction_set()} {kind}{many}"
 
 
 @lru_cache(maxsize=1)
@@ -73,19 +61,19 @@ def _warn_once() -> None:
     )
 
 
-def few_rows(x: Tensor, weight: Tensor | Packed, bias: Tensor | None) -> Tensor:
+def few_rows(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None) -> Tensor:
     """x: (M, I), in pieces of at most eight rows, none much smaller than the others."""
     if len(x) <= cpu.MAX_ROWS:
         return _native(x, weight, bias)
     return torch.cat([_native(piece, weight, bias) for piece in x.tensor_split(-(-len(x) // cpu.MAX_ROWS))])
 
 
-def _native(x: Tensor, weight: Tensor | Packed, bias: Tensor | None) -> Tensor:
+def _native(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None) -> Tensor:
     bias = None if bias is None else bias.to(x.dtype).contiguous()
     return cpu.project(x, [cpu.matrix(weight, bias)])[0]
 
 
-def _on_gpu(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor | None:
+def _on_gpu(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor | None:
     """The Triton kernel's answer where it runs."""
     from gemmakit.pytorch.kernels import triton
 
@@ -104,9 +92,10 @@ def _linear_packed(
     bias: Tensor | None,
     in_features: int,
     group_size: int,
-    exact: bool = False,
+    format: int,
+    activation_bits: int,
 ) -> Tensor:
-    packed = _contiguous(codes, scale, zero, in_features, group_size)
+    packed = _contiguous(codes, scale, zero, in_features, group_size, format, activation_bits)
     shape = (*x.shape[:-1], len(codes))
     flat = x.reshape(-1, in_features).contiguous()
     if flat.numel() == 0 or len(codes) == 0:
@@ -114,40 +103,41 @@ def _linear_packed(
     if x.device.type != "cpu":
         found = _on_gpu(flat, packed, bias)
         return (multiply(flat, packed, bias) if found is None else found).view(shape)
-    return _on_cpu(flat, packed, bias, exact).view(shape)
+    return _on_cpu(flat, packed, bias).view(shape)
 
 
-def _on_cpu(x: Tensor, packed: Packed, bias: Tensor | None, exact: bool) -> Tensor:
+def _on_cpu(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
     if cpu.library() is None:
         _warn_once()
     elif x.dtype in cpu.FORMATS and cpu.reads(packed):
-        if len(x) <= cpu.MAX_ROWS or (not exact and takes_bytes(packed)):
+        if len(x) <= cpu.MAX_ROWS or takes_bytes(packed):
             return _native(x, packed, bias)
         if len(x) <= FEW_ROWS[packed.bits]:
             return few_rows(x, packed, bias)
     return multiply(x, packed, bias)
 
 
-def _contiguous(codes: Tensor, scale: Tensor, zero: Tensor | None, in_features: int, group_size: int) -> Packed:
-    """The kernels read rows without gaps."""
+def _contiguous(codes: Tensor, scale: Tensor, zero: Tensor | None, *facts: int) -> PackedWeight:
+    """The kernels read rows without gaps. facts: PackedWeight's fields after the tensors."""
+    in_features, group_size, format, bits = facts
     zero = None if zero is None else zero.contiguous()
-    return Packed(codes.contiguous(), scale.contiguous(), zero, in_features, group_size)
+    codes, scale = codes.contiguous(), scale.contiguous()
+    return PackedWeight(codes, scale, zero, in_features, group_size, WeightFormat(format), bits)
 
 
 def _linear_packed_back(
-    gradient: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, in_features: int, group_size: int
+    gradient: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, in_features: int, group_size: int, format: int
 ) -> Tensor:
-    packed = _contiguous(codes, scale, zero, in_features, group_size)
+    packed = _contiguous(codes, scale, zero, in_features, group_size, format, 16)
     flat = gradient.reshape(-1, len(codes))
     return multiply_back(flat, packed).view(*gradient.shape[:-1], in_features)
 
 
 _ops = torch.library.Library("gemmakit", "FRAGMENT")
 _weight = "Tensor codes, Tensor scale, Tensor? zero"
-_ops.define(
-    f"linear_packed(Tensor x, {_weight}, Tensor? bias, int in_features, int group_size, bool exact=False) -> Tensor"
-)
-_ops.define(f"linear_packed_back(Tensor gradient, {_weight}, int in_features, int group_size) -> Tensor")
+_facts = "int in_features, int group_size, int format"
+_ops.define(f"linear_packed(Tensor x, {_weight}, Tensor? bias, {_facts}, int activation_bits) -> Tensor")
+_ops.define(f"linear_packed_back(Tensor gradient, {_weight}, {_facts}) -> Tensor")
 _ops.impl("linear_packed", _linear_packed, "CompositeExplicitAutograd")
 _ops.impl("linear_packed_back", _linear_packed_back, "CompositeExplicitAutograd")
 
@@ -157,13 +147,13 @@ def _shape(x: Tensor, codes: Tensor, *_: Any) -> Tensor:
 
 
 def _shape_back(
-    gradient: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, in_features: int, group_size: int
+    gradient: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, in_features: int, group_size: int, format: int
 ) -> Tensor:
     return gradient.new_empty(*gradient.shape[:-1], in_features)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, codes, scale, zero, bias, ctx.in_features, ctx.group_size, _ = inputs
+    _, codes, scale, zero, bias, *ctx.facts, _ = inputs
     ctx.save_for_backward(codes, scale, zero)
     ctx.biased = bias is not None
 
@@ -172,10 +162,10 @@ def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     codes, scale, zero = ctx.saved_tensors
     for_x = for_bias = None
     if ctx.needs_input_grad[0]:
-        for_x = torch.ops.gemmakit.linear_packed_back(gradient, codes, scale, zero, ctx.in_features, ctx.group_size)
+        for_x = torch.ops.gemmakit.linear_packed_back(gradient, codes, scale, zero, *ctx.facts)
     if ctx.biased and ctx.needs_input_grad[4]:
         for_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)
-    return for_x, None, None, None, for_bias, None, None, None
+    return for_x, None, None, None, for_bias, None, None, None, None
 
 
 torch.library.register_fake("gemmakit::linear_packed", _shape)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
-from gemmakit.pytorch.kernels.packed import Packed
+from gemmakit.pytorch.kernels.packed import PackedWeight
 
 
 class Seams(Protocol):
@@ -192,7 +192,7 @@ def _forms(layer: nn.Module, x: Tensor) -> Seams | str:
     return forms.fused(layer, x)
 
 
-def weight_of(module: nn.Module) -> Tensor | Packed | None:
+def weight_of(module: nn.Module) -> Tensor | PackedWeight | None:
     """The weight (O, I) behind a projection that computes x @ weight.T + bias and nothing else; None for any other.
 
     None means that the module must be called: an adapter, bitsandbytes, a subclass, hooks, a forward of its own.
@@ -203,7 +203,7 @@ def weight_of(module: nn.Module) -> Tensor | Packed | None:
         weight = module._parameters.get("weight")
         return weight if type(weight) in _DENSE else None
     packed = getattr(module, "packed", None) if type(module).__module__.startswith("gemmakit.") else None
-    return packed if isinstance(packed, Packed) else None
+    return packed if isinstance(packed, PackedWeight) else None
 
 
 @functools.cache

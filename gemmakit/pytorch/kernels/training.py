@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gemmakit.pytorch.kernels import triton
-from gemmakit.pytorch.kernels.triton import reference
+from gemmakit.pytorch.kernels import reference, triton
+from gemmakit.pytorch.kernels.ids import Activation
 
 # Types of devices on which the modules call the operators.
 DEVICES = {"cuda"}
@@ -58,8 +58,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return torch.ops.gemmakit.rms_norm(x, weight, eps)[0]
 
 
-def gated(gate: Tensor, up: Tensor, act: int) -> Tensor:
-    """act(gate) * up, each step rounded. gate, up: (..., F) -> (..., F). act: as reference.ACTIVATIONS number them.
+def gated(gate: Tensor, up: Tensor, act: Activation) -> Tensor:
+    """act(gate) * up, each step rounded. gate, up: (..., F) -> (..., F). act: an Activation.
 
     What projections gave that are not alike, as an adapter on one of them may leave them, goes through torch.
     """

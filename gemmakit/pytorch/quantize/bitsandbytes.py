@@ -87,7 +87,9 @@ class BitsAndBytesQuantizer:
         layer.weight = packed.to(device)
         return layer
 
-    def from_parts(self, module: nn.Module, tensors: Mapping[str, Tensor], device: torch.device) -> nn.Module:
+    def from_parts(
+        self, module: nn.Module, name: str, tensors: Mapping[str, Tensor], device: torch.device
+    ) -> nn.Module:
         bnb, layer = _package(), self._layer(module)
         if self.bits == 8:
             weight, scale = tensors["weight"].to(device), tensors["SCB"].to(device)

@@ -17,7 +17,7 @@ from gemmakit.config import HUB_ARGUMENTS, GemmaConfig
 from gemmakit.dtypes import dtype_name
 from gemmakit.errors import InputError
 from gemmakit.hub import find_file, local_directory
-from gemmakit.pytorch.kernels import Packed
+from gemmakit.pytorch.kernels import PackedWeight
 from gemmakit.pytorch.quantize import rounding
 from gemmakit.pytorch.quantize.modules import TABLES
 from gemmakit.pytorch.quantize.quantizer import adopt
@@ -179,7 +179,7 @@ def _streamed(
     return out
 
 
-def _parts(key: str, packed: Packed) -> Iterator[tuple[str, Tensor, str]]:
+def _parts(key: str, packed: PackedWeight) -> Iterator[tuple[str, Tensor, str]]:
     """(stored name, tensor, field) of what a packed weight consists of."""
     names = zip((key, *(key + table for table in TABLES)), packed[:3], ("codes", "scale", "zero"), strict=True)
     return ((name, tensor, field) for name, tensor, field in names if tensor is not None)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError, NumericalError
-from gemmakit.pytorch.kernels import Packed
+from gemmakit.pytorch.kernels import PackedWeight
 from gemmakit.pytorch.quantize import rounding
 from gemmakit.pytorch.quantize.modules import QuantizedLinear
 from gemmakit.pytorch.quantize.weight_only import WeightOnlyQuantizer
@@ -151,7 +151,9 @@ def _hessian(layer: nn.Module, name: str, calls: list[_Call]) -> Tensor:
     return total[0]
 
 
-def gptq(weight: Tensor, hessian: Tensor, bits: int, group_size: int | None, *, name: str = "the weight") -> Packed:
+def gptq(
+    weight: Tensor, hessian: Tensor, bits: int, group_size: int | None, *, name: str = "the weight"
+) -> PackedWeight:
     """Round a weight (O, I) given the second derivatives (I, I) of the error in its outputs, up to a factor."""
     weight = weight.detach().float()
     packed = rounding.quantize(weight, bits, group_size, name=name, importance=hessian.diagonal())

@@ -1,4 +1,4 @@
-"""A projection, an embedding and a tied head whose weight is `Packed`; modules like any others.
+"""A projection, an embedding and a tied head whose weight is `PackedWeight`; modules like any others.
 
 Their tensors are called `weight` (the codes), `weight_scale` and `weight_zero` (4 bits only), in files too.
 """
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gemmakit.pytorch.kernels import Packed, linear_packed
+from gemmakit.pytorch.kernels import PackedWeight, linear_packed
+from gemmakit.pytorch.kernels.ids import WeightFormat
 from gemmakit.pytorch.kernels.packed import dequantize
 from gemmakit.pytorch.kernels.quantized import packed_plan
 from gemmakit.pytorch.layers import GemmaScaledEmbedding
@@ -28,14 +29,16 @@ class QuantizedWeight(nn.Module):
     weight_scale: Tensor
     weight_zero: Tensor | None
     group_size: int
+    weight_format: WeightFormat
+    activation_bits: int
     _inputs: int
 
-    def hold(self, packed: Packed) -> None:
+    def hold(self, packed: PackedWeight) -> None:
         """Take these tensors, without a copy, in place of the ones before."""
         self.weight = nn.Parameter(packed.codes, requires_grad=False)
         self.register_buffer("weight_scale", packed.scale)
         self.register_buffer("weight_zero", packed.zero)
-        self.group_size, self._inputs = packed.group_size, packed.in_features
+        self._inputs, self.group_size, self.weight_format, self.activation_bits = packed[3:]
 
     def share(self, other: QuantizedWeight) -> None:
         """Hold the very tensors of another module."""
@@ -43,13 +46,21 @@ class QuantizedWeight(nn.Module):
         self.weight = other.weight
 
     @property
-    def packed(self) -> Packed:
+    def packed(self) -> PackedWeight:
         """The weight as kernels take it."""
-        return Packed(self.weight, self.weight_scale, self.weight_zero, self._inputs, self.group_size)
+        return PackedWeight(
+            self.weight,
+            self.weight_scale,
+            self.weight_zero,
+            self._inputs,
+            self.group_size,
+            self.weight_format,
+            self.activation_bits,
+        )
 
     @property
     def bits(self) -> int:
-        return self.packed.bits
+        return self.weight_format.bits
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight (O, I) that the codes stand for."""
@@ -84,7 +95,7 @@ class QuantizedWeight(nn.Module):
 class QuantizedLinear(QuantizedWeight, nn.Linear):
     """x @ w.T + bias in x's dtype, by `linear_packed`; gradients reach x, never w."""
 
-    def __init__(self, packed: Packed, bias: nn.Parameter | None = None):
+    def __init__(self, packed: PackedWeight, bias: nn.Parameter | None = None):
         nn.Module.__init__(self)
         self.out_features, self.in_features = packed.shape
         self.hold(packed)
@@ -98,7 +109,7 @@ class QuantizedLinear(QuantizedWeight, nn.Linear):
 class QuantizedEmbedding(QuantizedWeight, GemmaScaledEmbedding):
     """Rows of codes, dequantized and rounded to `compute_dtype`, then scaled as GemmaScaledEmbedding does."""
 
-    def __init__(self, packed: Packed, compute_dtype: torch.dtype, padding_idx: int | None = None):
+    def __init__(self, packed: PackedWeight, compute_dtype: torch.dtype, padding_idx: int | None = None):
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim = packed.shape
         self.padding_idx, self.max_norm, self.norm_type = padding_idx, None, 2.0
@@ -112,13 +123,13 @@ class QuantizedEmbedding(QuantizedWeight, GemmaScaledEmbedding):
         codes, scale, zero, *sizes = self.packed
         # index_select refuses negative ids, which indexing would count from the end.
         picked = (None if t is None else t.index_select(0, ids) for t in (codes, scale, zero))
-        rows = dequantize(Packed(*picked, *sizes), self.compute_dtype)  # type: ignore[arg-type]
+        rows = dequantize(PackedWeight(*picked, *sizes), self.compute_dtype)  # type: ignore[arg-type]
         factor = torch.full((), self.embedding_dim**0.5, dtype=rows.dtype, device=rows.device)
         return rows.view(*input.shape, self.embedding_dim) * factor
 
 
 @torch.no_grad()
-def resized(old: QuantizedWeight, size: int, std: float | None) -> Packed:
+def resized(old: QuantizedWeight, size: int, std: float | None) -> PackedWeight:
     """The rows of `old` that stay, and new ones: the mean of the old ones, or drawn from Normal(0, std)."""
     packed = old.packed
     O, I = packed.shape
@@ -129,7 +140,7 @@ def resized(old: QuantizedWeight, size: int, std: float | None) -> Packed:
         new = (torch.stack(list(pieces)).sum(0) / O).expand(size - O, I)
     else:
         new = torch.empty(size - O, I, device=packed.codes.device).normal_(0.0, std)
-    per_row = packed.scale.dtype == torch.float32
-    more = rounding.quantize(new, packed.bits, None if per_row else packed.group_size, name="the new rows")
+    group_size = None if packed.format == WeightFormat.INT8_ROWS else packed.group_size
+    more = rounding.quantize(new, packed.bits, group_size, name="the new rows")
     joined = (None if a is None or b is None else torch.cat((a, b)) for a, b in zip(packed[:3], more[:3], strict=True))
-    return Packed(*joined, I, packed.group_size)  # type: ignore[arg-type]
+    return PackedWeight(*joined, *packed[3:])  # type: ignore[arg-type]

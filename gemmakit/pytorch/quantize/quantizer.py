@@ -62,8 +62,10 @@ class Quantizer(Protocol):
         """
         ...
 
-    def from_parts(self, module: nn.Module, tensors: Mapping[str, Tensor], device: torch.device) -> nn.Module:
-        """What replaces the module, from the stored tensors of `parts`."""
+    def from_parts(
+        self, module: nn.Module, name: str, tensors: Mapping[str, Tensor], device: torch.device
+    ) -> nn.Module:
+        """What replaces the module `name`, from the stored tensors of `parts`."""
         ...
 
     def to_dict(self) -> dict[str, Any]:
@@ -128,6 +130,8 @@ def _merged(stored: QuantizationConfig, asked: QuantizationConfig | None) -> Qua
     if isinstance(stored, BitsAndBytesConfig) and isinstance(asked, BitsAndBytesConfig):
         stored.bnb_4bit_compute_dtype = asked.bnb_4bit_compute_dtype
         stored.llm_int8_threshold = asked.llm_int8_threshold
+    if isinstance(stored, WeightOnlyConfig) and isinstance(asked, WeightOnlyConfig):
+        stored.activation_bits = asked.activation_bits
     return stored
 
 
@@ -189,7 +193,7 @@ def adopt(
     if quantizer is None or attribute != "weight" or not isinstance(old, quantizer.kinds):
         return False
     if isinstance(tensor, Mapping):
-        module = quantizer.from_parts(old, tensor, device)
+        module = quantizer.from_parts(old, owner, tensor, device)
     elif quantizer.takes(owner):
         module = quantizer.from_float(old, owner, tensor, device, dtype)
     else:

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemmakit.errors import CheckpointError
-from gemmakit.pytorch.kernels import Packed
-from gemmakit.pytorch.kernels.packed import BLOCK, pack
+from gemmakit.pytorch.kernels import PackedWeight
+from gemmakit.pytorch.kernels.packed import BLOCK, pack, packed_format
 
 # Numbers that are worked on together: few enough for a core's cache, in which every pass but the first then finds them.
 CHUNK = 1 << 18
@@ -33,7 +33,7 @@ def quantize(
     device: torch.device | None = None,
     name: str = "the weight",
     importance: Tensor | None = None,
-) -> Packed:
+) -> PackedWeight:
     """Round a weight (O, I) of any float dtype to `bits`, with a scale a row or a group of inputs.
 
     Works through the rows piece by piece, so beside the result it takes a few MB.
@@ -129,16 +129,17 @@ def _scales(
     return scale, zero
 
 
-def empty(O: int, I: int, bits: int, group_size: int | None, device: torch.device | str = "cpu") -> Packed:
-    """A Packed of this size, not filled."""
+def empty(O: int, I: int, bits: int, group_size: int | None, device: torch.device | str = "cpu") -> PackedWeight:
+    """A PackedWeight of this size, not filled."""
     G = 1 if group_size is None else -(-I // group_size)
     width, codes = (I, torch.int8) if bits == 8 else (-(-I // BLOCK) * BLOCK // 2, torch.uint8)
-    return Packed(
+    return PackedWeight(
         torch.empty(O, width, dtype=codes, device=device),
         torch.empty(O, G, dtype=torch.float32 if group_size is None else torch.float16, device=device),
         torch.empty(O, G, dtype=torch.uint8, device=device) if bits == 4 else None,
         I,
         I if group_size is None else group_size,
+        packed_format(bits, group_size),
     )
 
 

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from gemmakit.checkpoint import Checkpoint
 from gemmakit.dtypes import dtype_name
 from gemmakit.errors import InputError
-from gemmakit.pytorch.kernels import Packed
+from gemmakit.pytorch.kernels import PackedWeight
+from gemmakit.pytorch.kernels.packed import packed_format
 from gemmakit.pytorch.quantize import rounding
 from gemmakit.pytorch.quantize.modules import TABLES, QuantizedEmbedding, QuantizedLinear
 from gemmakit.pytorch.quantize.quantizer import Parts, damaged
-from gemmakit.quantization import GROUP_SIZES, WeightOnlyConfig
+from gemmakit.quantization import WeightOnlyConfig
 
 _EMBEDDING, _HEAD = "embed_tokens", "lm_head"
 _CLASSIFIER = "score"
@@ -91,17 +92,23 @@ class WeightOnlyQuantizer:
         layout = self.layout(name)
         assert layout is not None
         packed = rounding.quantize(weight.detach(), *layout, device=device, name=f"{name}.weight")
+        packed = packed._replace(activation_bits=self.config.activation_bits)
         return _module(module, packed, dtype or weight.dtype)
 
-    def from_parts(self, module: nn.Module, tensors: Mapping[str, Tensor], device: torch.device) -> nn.Module:
+    def from_parts(
+        self, module: nn.Module, name: str, tensors: Mapping[str, Tensor], device: torch.device
+    ) -> nn.Module:
         tables = (tensors["weight"], tensors["weight_scale"], tensors.get("weight_zero"))
         codes, scale, zero = (None if t is None else t.to(device) for t in tables)
         assert codes is not None and scale is not None
         assert isinstance(module, (nn.Linear, nn.Embedding))
         I = module.in_features if isinstance(module, nn.Linear) else module.embedding_dim
-        by_row = scale.dtype == torch.float32
-        group_size = I if by_row else next(size for size in GROUP_SIZES if -(-I // size) == scale.shape[1])
-        return _module(module, Packed(codes, scale, zero, I, group_size), torch.float32)
+        layout = self.layout(name)
+        assert layout is not None
+        bits, group_size = layout
+        format, group_size = packed_format(bits, group_size), I if group_size is None else group_size
+        packed = PackedWeight(codes, scale, zero, I, group_size, format, self.config.activation_bits)
+        return _module(module, packed, torch.float32)
 
     # -- out -------------------------------------------------------------------------------------------------------
 
@@ -109,7 +116,7 @@ class WeightOnlyQuantizer:
         return self.config.to_dict()
 
 
-def _module(module: nn.Module, packed: Packed, dtype: torch.dtype) -> nn.Module:
+def _module(module: nn.Module, packed: PackedWeight, dtype: torch.dtype) -> nn.Module:
     """What takes the place of a projection or embedding. An embedding learns the model's dtype once all is loaded."""
     if isinstance(module, nn.Embedding):
         return QuantizedEmbedding(packed, dtype, module.padding_idx)

@@ -61,11 +61,12 @@ def test_q4_0_is_our_own_int4_in_groups_of_32():
     """The same bytes: what is read from a GGUF needs no repacking."""
     raw = np.random.default_rng(0).integers(0, 256, (12, 18), dtype=np.uint8)
     raw[:, 1] &= 0x3F  # finite scales
-    ours = packed.Packed(
+    ours = packed.PackedWeight(
         torch.from_numpy(raw[:, 2:].copy()).view(4, 48),
         torch.from_numpy(raw[:, :2].copy()).view(torch.float16).view(4, 3),
         torch.full((4, 3), 8, dtype=torch.uint8),
         96,
         32,
+        packed.WeightFormat.INT4,
     )
     np.testing.assert_array_equal(packed.dequantize(ours).numpy().reshape(12, 32), dequantize("Q4_0", raw))

@@ -13,20 +13,20 @@ import struct
 import subprocess
 
 from gemmakit.pytorch.kernels import cpu
+from gemmakit.pytorch.kernels.ids import WeightFormat
 
-_INT8, _INT8_GROUPS, _INT4 = 3, 4, 5
-_SIZES = {0: 2, 1: 2, 2: 4}  # bytes of a number in each float format
+_SIZES = {WeightFormat.BF16: 2, WeightFormat.F16: 2, WeightFormat.F32: 4}  # bytes of a number
 
 
 def matrix_parts(m, x_format):
     """Field of native.h's Matrix -> bytes behind it."""
     groups = -(-m.in_ // m.group) if m.group else 0
     sizes = {"codes": m.out * m.in_ * _SIZES.get(m.format, 1), "bias": m.out * _SIZES.get(x_format, 0)}
-    if m.format == _INT8:
+    if m.format == WeightFormat.INT8_ROWS:
         sizes["scale"] = 4 * m.out
-    if m.format in (_INT8_GROUPS, _INT4):
+    if m.format in (WeightFormat.INT8_GROUPS, WeightFormat.INT4):
         sizes |= {"scale": 2 * m.out * groups, "zero": m.out * groups}
-    if m.format == _INT4:
+    if m.format == WeightFormat.INT4:
         sizes["codes"] = m.out * -(-m.in_ // 32) * 16
     return sizes
 
@@ -104,13 +104,13 @@ def _expand(call, m, start, stop, y_format, y, threads):
     call.lead(0, 32, y, (stop - start) * one.in_ * _SIZES[y_format], back=True)
 
 
-def _norm(call, x_format, x, rows, width, w_format, w, eps, y, threads):
+def _rms_norm(call, x_format, x, rows, width, w_format, w, eps, y, threads):
     call.lead(0, 8, x, rows * width * _SIZES[x_format])
     call.lead(0, 40, w, width * _SIZES[w_format])
     call.lead(0, 56, y, rows * width * _SIZES[x_format], back=True)
 
 
-def _gate(call, x_format, act, gate, up, y, n, threads):
+def _gated(call, x_format, act, gate, up, y, n, threads):
     for at, pointer in ((2, gate), (3, up), (4, y)):
         call.lead(0, 8 * at, pointer, n * _SIZES[x_format], back=at == 4)
 
@@ -122,7 +122,7 @@ def _norm_project(call, m, count, x_format, x, rows, w_format, w, eps, y, thread
     call.addresses(8, y, [rows * one.out * _SIZES[x_format] for one in m])
 
 
-def _norm_gate(call, m, x_format, x, rows, w_format, w, eps, act, y, threads):
+def _norm_gate_up(call, m, x_format, x, rows, w_format, w, eps, act, y, threads):
     call.structure(0, 0, m, lambda one: matrix_parts(one, x_format))
     call.lead(0, 16, x, rows * m[0].in_ * _SIZES[x_format])
     call.lead(0, 40, w, m[0].in_ * _SIZES[w_format])
@@ -136,20 +136,19 @@ def _attend(call, a):
     call.structure(0, 0, one, attention_parts if sound else lambda one: {}, back=("y", "keys", "values"))
 
 
-def _read(call, start, size, total, threads):
+def _read_memory(call, start, size, total, threads):
     call.lead(0, 0, start, size)
     call.lead(0, 16, ctypes.addressof(total._obj), 8, back=True)
 
 
-def _choose(call, name):
+def _use_instruction_set(call, name):
     if name is not None:
         kept = ctypes.create_string_buffer(name)
         call.lead(0, 0, ctypes.addressof(kept), len(kept))
 
 
-KERNELS = {"project": _project, "expand": _expand, "norm": _norm, "gate": _gate,
-           "norm_project": _norm_project, "norm_gate": _norm_gate, "attend": _attend, "read": _read,
-           "choose": _choose}  # fmt: skip
+KERNELS = {"gemmakit_" + known.__name__[1:]: known for known in (_project, _expand, _rms_norm, _gated, _norm_project,
+           _norm_gate_up, _attend, _read_memory, _use_instruction_set)}  # fmt: skip
 
 
 class Emulated:
@@ -159,20 +158,19 @@ class Emulated:
         self.program = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.best = self.isa = self.program.stdout.readline().strip() or None
 
-    def gemmakit_isa(self):
+    def gemmakit_instruction_set(self):
         return self.isa
 
-    def gemmakit_choose(self, name):
-        failed = self.run("choose", name)
+    def gemmakit_use_instruction_set(self, name):
+        failed = self.run("gemmakit_use_instruction_set", name)
         if not failed:
             self.isa = name or self.best
         return failed
 
     def __getattr__(self, name):
-        kernel = name.removeprefix("gemmakit_")
-        if kernel not in KERNELS:
+        if name not in KERNELS:
             raise AttributeError(f"emulated_library.py does not know which memory {name} reads and writes: tell it")
-        return lambda *arguments: self.run(kernel, *arguments)
+        return lambda *arguments: self.run(name, *arguments)
 
     def run(self, kernel, *arguments):
         call = Call(len(arguments))

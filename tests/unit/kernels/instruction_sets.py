@@ -12,8 +12,8 @@ FORMATS = [torch.bfloat16, torch.float16, torch.float32]
 
 def runnable():
     """What was compiled and this processor runs; empty without the library."""
-    found = [isa for isa in BEST_FIRST if cpu.choose(isa)]
-    cpu.choose(None)
+    found = [isa for isa in BEST_FIRST if cpu.use_instruction_set(isa)]
+    cpu.use_instruction_set(None)
     return found
 
 
@@ -22,11 +22,11 @@ def using(isa, threads):
     """One instruction set's kernels, whichever the dispatcher would take."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    assert cpu.choose(isa)
+    assert cpu.use_instruction_set(isa)
     try:
         yield
     finally:
-        cpu.choose(None)
+        cpu.use_instruction_set(None)
         torch.set_num_threads(before)
 
 

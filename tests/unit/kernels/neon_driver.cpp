@@ -14,9 +14,9 @@
 
 #include "native.h"
 
-extern "C" const char* gemmakit_isa();
-extern "C" int gemmakit_choose(const char* name);
-#define DECLARE(name, parameters, arguments) extern "C" int gemmakit_##name parameters;
+extern "C" const char* gemmakit_instruction_set();
+extern "C" int gemmakit_use_instruction_set(const char* name);
+#define DECLARE(name, parameters, arguments) extern "C" int name parameters;
 GEMMAKIT_FUNCTIONS(DECLARE)
 
 namespace {
@@ -67,9 +67,9 @@ int apply(int (*function)(T...), const char* words) {
 }
 
 int call(const char* name, const char* words) {
-  if (!strcmp(name, "choose")) return apply(gemmakit_choose, words);
+  if (!strcmp(name, "gemmakit_use_instruction_set")) return apply(gemmakit_use_instruction_set, words);
 #define CALL(known, parameters, arguments) \
-  if (!strcmp(name, #known)) return apply(gemmakit_##known, words);
+  if (!strcmp(name, #known)) return apply(known, words);
   GEMMAKIT_FUNCTIONS(CALL)
   _exit(3);
 }
@@ -95,7 +95,7 @@ void answer() {
 }  // namespace
 
 int main() {
-  const char* isa = gemmakit_isa();
+  const char* isa = gemmakit_instruction_set();
   printf("%s\n", isa ? isa : "");
   fflush(stdout);
   for (;;) answer();

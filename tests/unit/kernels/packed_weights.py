@@ -1,9 +1,10 @@
-"""Packed weights with any codes, and how far a product with 16-bit activations may be from the exact one."""
+"""PackedWeight weights with any codes, and how far a product with 16-bit activations may be from the exact one."""
 
 import torch
 import torch.nn.functional as F
 
-from gemmakit.pytorch.kernels.packed import Packed, dequantize, pack, unpack
+from gemmakit.pytorch.kernels.ids import WeightFormat
+from gemmakit.pytorch.kernels.packed import PackedWeight, dequantize, pack, packed_format, unpack
 
 # name -> (bits, group size; None: one float32 scale a row)
 SCHEMES = {"int8": (8, None), "int8-32": (8, 32), "int8-96": (8, 96), "int4-32": (4, 32), "int4-128": (4, 128),
@@ -20,10 +21,12 @@ def random_packed(scheme, O, I, seed=0):
     if bits == 8:
         codes = torch.randint(-128, 128, (O, I), generator=g, dtype=torch.int8)
         by_row = SCHEMES[scheme][1] is None
-        return Packed(codes, scale if by_row else scale.half(), None, I, group)
+        return PackedWeight(
+            codes, scale if by_row else scale.half(), None, I, group, packed_format(8, SCHEMES[scheme][1])
+        )
     codes = torch.randint(0, 16, (O, I), generator=g)
     zero = torch.randint(0, 16, (O, G), generator=g, dtype=torch.uint8)
-    return Packed(pack(codes), scale.half(), zero, I, group)
+    return PackedWeight(pack(codes), scale.half(), zero, I, group, WeightFormat.INT4)
 
 
 def exact(x, packed, bias=None):

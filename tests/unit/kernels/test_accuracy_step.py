@@ -9,24 +9,24 @@ import ctypes
 import pytest
 import torch
 import torch.nn.functional as F
+from instruction_sets import FORMATS, runnable
 
 from gemmakit.pytorch.kernels import cpu
 from gemmakit.pytorch.kernels.cpu.seams import Attention
+from gemmakit.pytorch.kernels.ids import Activation
 from gemmakit.pytorch.layers import GemmaRMSNorm, rotate
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason=f"needs the compiled kernels: {cpu.why_not()}")
 
-SETS = [s for s in ("avx512bf16", "avx512vnni", "avx512", "avxvnni", "avx2", "neondot", "neon") if cpu.choose(s)]
-cpu.choose(None)
-FORMATS = [torch.bfloat16, torch.float16, torch.float32]
+SETS = runnable()
 u = 2.0**-24
 
 
 @pytest.fixture(params=SETS, autouse=True)
 def isa(request):
-    assert cpu.choose(request.param)
+    assert cpu.use_instruction_set(request.param)
     yield request.param
-    cpu.choose(None)
+    cpu.use_instruction_set(None)
 
 
 def half_unit(dtype):
@@ -52,7 +52,7 @@ def normal(*shape, dtype=torch.float32, seed=0, size=1.0):
 def norm(x, w, eps):
     y = shifted(torch.zeros_like(x))
     pointers = x.data_ptr(), len(x), x.shape[1], cpu.FORMATS[w.dtype], w.data_ptr()
-    assert cpu.library().gemmakit_norm(cpu.FORMATS[x.dtype], *pointers, eps, y.data_ptr(), 2) == 0
+    assert cpu.library().gemmakit_rms_norm(cpu.FORMATS[x.dtype], *pointers, eps, y.data_ptr(), 2) == 0
     return y
 
 
@@ -87,7 +87,7 @@ def test_rms_norm_of_extremes_is_the_modules():
 def gate(act, g, up, threads):
     y = shifted(torch.zeros_like(g))
     pointers = g.data_ptr(), up.data_ptr(), y.data_ptr()
-    assert cpu.library().gemmakit_gate(cpu.FORMATS[g.dtype], act, *pointers, g.numel(), threads) == 0
+    assert cpu.library().gemmakit_gated(cpu.FORMATS[g.dtype], act, *pointers, g.numel(), threads) == 0
     return y
 
 
@@ -97,9 +97,9 @@ def gelu(x):
 
 
 ACTIVATIONS = {
-    "gelu_tanh": (0, gelu),
-    "silu": (1, lambda x: (F.silu(x), x)),
-    "relu": (2, lambda x: (F.relu(x), torch.zeros_like(x))),
+    "gelu_tanh": (Activation.GELU_TANH, gelu),
+    "silu": (Activation.SILU, lambda x: (F.silu(x), x)),
+    "relu": (Activation.RELU, lambda x: (F.relu(x), torch.zeros_like(x))),
 }
 
 

@@ -1,9 +1,5 @@
 """Products of many rows in bytes: within their stated error of float64, by every instruction set that has them."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,10 +8,10 @@ from hypothesis import strategies as st
 from instruction_sets import FORMATS, runnable, shifted, using
 from packed_weights import SCHEMES, exact, random_packed, room
 
-from gemmakit.errors import InputError
 from gemmakit.pytorch.kernels import cpu, linear_packed
-from gemmakit.pytorch.kernels.packed import Packed, dequantize
-from gemmakit.pytorch.kernels.quantized import activation_bits, takes_bytes
+from gemmakit.pytorch.kernels.ids import WeightFormat
+from gemmakit.pytorch.kernels.packed import PackedWeight, dequantize
+from gemmakit.pytorch.kernels.quantized import takes_bytes
 
 MOST = 127
 
@@ -25,7 +21,7 @@ def multiplied_by():
     found = []
     for isa in runnable():
         with using(isa, 1):
-            found += [(isa, scheme) for scheme in SCHEMES if cpu.multiplies(random_packed(scheme, 3, 64))]
+            found += [(isa, scheme) for scheme in SCHEMES if cpu.multiplies_bytes(random_packed(scheme, 3, 64))]
     return found
 
 
@@ -136,7 +132,7 @@ def test_codes_of_8_bits_are_left_to_panels_where_their_sums_could_overflow():
     for isa in {"avx512", "avx2", "neon"} & set(runnable()):
         with using(isa, 1):
             packed, x = random_packed("int8", 20, 300), torch.randn(40, 300)
-            assert cpu.multiplies(random_packed("int4-32", 20, 300)) and not cpu.multiplies(packed)
+            assert cpu.multiplies_bytes(random_packed("int4-32", 20, 300)) and not cpu.multiplies_bytes(packed)
             assert not takes_bytes(packed)
             with torch.no_grad():
                 torch.testing.assert_close(linear_packed(x, packed), F.linear(x, dequantize(packed)))
@@ -153,42 +149,23 @@ def test_with_gradients_activations_are_not_rounded_to_bytes(scheme):
     torch.testing.assert_close(linear_packed(x, packed), F.linear(x, dequantize(packed)))
 
 
-def test_activation_bits_are_8_unless_16_are_asked_for():
-    code = "from gemmakit.pytorch.kernels.quantized import activation_bits; print(activation_bits())"
-    for wanted, said in (({}, "8"), ({"GEMMAKIT_ACTIVATION_BITS": "16"}, "16")):
-        base = {k: v for k, v in os.environ.items() if k != "GEMMAKIT_ACTIVATION_BITS"}
-        done = subprocess.run(
-            [sys.executable, "-c", code], env=base | wanted, capture_output=True, text=True, check=True
-        )
-        assert done.stdout.strip() == said
-
-
-def test_other_activation_bits_are_refused(monkeypatch):
-    monkeypatch.setenv("GEMMAKIT_ACTIVATION_BITS", "4")
-    activation_bits.cache_clear()
-    with pytest.raises(InputError, match="GEMMAKIT_ACTIVATION_BITS is '4'; it must be 8 or 16"):
-        activation_bits()
-    activation_bits.cache_clear()
-
-
 @native
-def test_with_16_activation_bits_many_rows_go_through_panels(monkeypatch):
+def test_with_16_activation_bits_many_rows_go_through_panels():
     packed, x = random_packed("int4-32", 64, 320), torch.randn(40, 320)
-    monkeypatch.setenv("GEMMAKIT_ACTIVATION_BITS", "16")
-    activation_bits.cache_clear()
     with torch.no_grad():
-        torch.testing.assert_close(linear_packed(x, packed), F.linear(x, dequantize(packed)))
-    monkeypatch.undo()
-    activation_bits.cache_clear()
+        exact_inputs = linear_packed(x, packed._replace(activation_bits=16))
+        torch.testing.assert_close(exact_inputs, F.linear(x, dequantize(packed)))
+        assert torch.equal(exact_inputs, linear_packed(x, packed)) != takes_bytes(packed)
+    assert not takes_bytes(packed._replace(activation_bits=16))
 
 
 @native
 def test_a_group_that_is_the_row_needs_no_multiple_of_32():
     isa, _ = PAIRS[0]
     codes = torch.randint(-128, 128, (70, 45), dtype=torch.int8)
-    packed = Packed(codes, torch.ones(70, 1).half(), None, 45, 45)
+    packed = PackedWeight(codes, torch.ones(70, 1).half(), None, 45, 45, WeightFormat.INT8_GROUPS)
     x = torch.randn(12, 45)
     with using(isa, 1):
-        if cpu.multiplies(packed):
+        if cpu.multiplies_bytes(packed):
             got = product(x, packed).double()
             assert ((got - exact(x, packed)).abs() <= room(x, packed, torch.float32, MOST)).all()

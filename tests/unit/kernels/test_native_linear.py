@@ -128,11 +128,12 @@ def test_touch_reads_every_byte(size):
         int.from_bytes(bytes(p[i : i + 8].tolist()), sys.byteorder) for p in words for i in range(0, len(p) // 8 * 8, 8)
     )
     expected += sum(int(b) for b in words[1][len(words[1]) // 8 * 8 :])
-    assert cpu.touch(buffer) == expected % 2**64
+    assert cpu.read_memory(buffer) == expected % 2**64
 
 
 def test_an_instruction_set_can_be_asked_for():
-    code = "import ctypes, sys; f = ctypes.CDLL(sys.argv[1]).gemmakit_isa; f.restype = ctypes.c_char_p; print(f())"
+    code = "import ctypes, sys; f = ctypes.CDLL(sys.argv[1]).gemmakit_instruction_set; "
+    code += "f.restype = ctypes.c_char_p; print(f())"
 
     def said(isa):
         command = [sys.executable, "-c", code, cpu.library()._name]

@@ -40,7 +40,7 @@ def driver(tmp_path_factory):
     made = scratch / "driver"
     # Static, so that the emulator needs no libraries of that machine.
     assert hatch_build.run(
-        COMPILER, "-fopenmp", "-static", "-I", source, HERE / "neon_driver.cpp", *objects, "-o", made
+        COMPILER, "-fopenmp", "-static", "-I", source, "-I", scratch, HERE / "neon_driver.cpp", *objects, "-o", made
     )
     return made
 

@@ -10,7 +10,8 @@ from packed_weights import SCHEMES, exact, random_packed, room
 
 from gemmakit.pytorch.kernels import cpu, linear_packed, linear_plan
 from gemmakit.pytorch.kernels.cpu import MAX_ROWS
-from gemmakit.pytorch.kernels.packed import Packed, dequantize, pack
+from gemmakit.pytorch.kernels.ids import WeightFormat
+from gemmakit.pytorch.kernels.packed import PackedWeight, dequantize, pack
 from gemmakit.pytorch.kernels.quantized import FEW_ROWS, takes_bytes
 
 native = pytest.mark.skipif(cpu.library() is None, reason=f"needs the compiled kernels: {cpu.why_not()}")
@@ -199,11 +200,15 @@ def test_without_the_library_it_is_torch_and_says_so_once(monkeypatch):
 @native
 def test_the_plan_names_bits_and_instructions():
     for scheme, (bits, _) in SCHEMES.items():
-        assert linear_plan(random_packed(scheme, 7, 64)) == f"native {cpu.instruction_set()} int{bits}"
+        packed = random_packed(scheme, 7, 64)
+        many = "; beyond 8 rows activations in 8 bits" if takes_bytes(packed) else ""
+        assert linear_plan(packed) == f"native {cpu.instruction_set()} int{bits}{many}"
 
 
 def test_a_group_that_is_the_row_needs_no_multiple_of_32():
     codes = torch.randint(0, 16, (3, 45))
-    packed = Packed(pack(codes), torch.ones(3, 1).half(), torch.full((3, 1), 8, dtype=torch.uint8), 45, 45)
+    packed = PackedWeight(
+        pack(codes), torch.ones(3, 1).half(), torch.full((3, 1), 8, dtype=torch.uint8), 45, 45, WeightFormat.INT4
+    )
     x = torch.randn(1, 45)
     torch.testing.assert_close(linear_packed(x, packed), x @ (codes - 8).float().T, rtol=1e-4, atol=1e-3)

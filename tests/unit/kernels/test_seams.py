@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import gemmakit.pytorch.model as model_file
 from gemmakit.pytorch.cache import DynamicCache, StaticCache
-from gemmakit.pytorch.kernels import Packed, cpu
+from gemmakit.pytorch.kernels import PackedWeight, cpu
 from gemmakit.pytorch.kernels.quantized import takes_bytes
 from gemmakit.pytorch.kernels.seams import MAX_ROWS, choose, seams_plan, weight_of
 from gemmakit.pytorch.quantize.modules import QuantizedLinear
@@ -571,7 +570,7 @@ def test_weights_behind_modules():
     assert weight_of(linear) is linear.weight
     assert weight_of(nn.Linear(3, 2)) is not None
     packed = QuantizedLinear(quantize(torch.randn(4, 64), 8, None))
-    assert isinstance(weight_of(packed), Packed)
+    assert isinstance(weight_of(packed), PackedWeight)
     for other in (nn.Identity(), type("Mine", (nn.Linear,), {})(3, 2), nn.Bilinear(2, 2, 2)):
         assert weight_of(other) is None
     linear.register_forward_hook(lambda *arguments: None)
@@ -593,14 +592,3 @@ def test_a_number_that_is_none_shows_in_the_logits():
     with torch.no_grad():
         model.model.layers[0].self_attn.k_proj.weight[0, 0] = torch.nan
         assert model(prompts(1, 4)).logits.isnan().any()
-
-
-@native
-def test_functional_forms_are_what_the_activations_are_known_by():
-    # The kernel's numbers are found by these very functions: a wrapper would go through torch, right but slower.
-    from gemmakit.pytorch.kernels.cpu.seams import _activations
-
-    assert _activations()[F.silu] == 1
-    assert {tiny(hidden_act=a).model.layers[0].mlp.act_fn for a in ("gelu_pytorch_tanh", "silu", "relu")} == set(
-        _activations()
-    )

@@ -8,7 +8,8 @@ import interpreting  # noqa: F401  before triton
 import pytest
 import torch
 
-from gemmakit.pytorch.kernels.triton import launch, reference, tuning
+from gemmakit.pytorch.kernels import reference
+from gemmakit.pytorch.kernels.triton import launch, tuning
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 

@@ -14,6 +14,7 @@ from tiny_gemma import far, left_padded, prompts
 from gemmakit.pytorch.cache import DynamicCache, StaticCache
 from gemmakit.pytorch.cache.paged import PagedCache, Span
 from gemmakit.pytorch.kernels import linear, linear_plan, seams, triton
+from gemmakit.pytorch.kernels.ids import WeightFormat
 from gemmakit.pytorch.kernels.seams import PROJECTIONS
 from gemmakit.pytorch.kernels.triton import attention, gemv, launch, rowwise
 from gemmakit.pytorch.kernels.triton import seams as triton_seams
@@ -143,7 +144,7 @@ def test_layers_in_8_and_4_bits(both, bits, mixed):
         packed = rounding.quantize(module.weight.detach(), bits, 32 if bits == 4 else None, name=name)
         setattr(parent, name, QuantizedLinear(packed, module.bias))
     with torch.no_grad():
-        assert (launch.operand(seams.weight_of(layer.mlp.down_proj)).form == gemv.INT4) == (bits == 4)
+        assert (launch.operand(seams.weight_of(layer.mlp.down_proj)).format == WeightFormat.INT4) == (bits == 4)
     modules, fused = both(model, lambda: steps(model, prompts(2, 7), DynamicCache()))
     # The CPU's kernel rounds the inputs to 16 bits in blocks of 32 (2^-16 of the block's largest).
     assert far(fused, modules) < 2e-4

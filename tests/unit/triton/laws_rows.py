@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from gemmakit.errors import InputError
-from gemmakit.pytorch.kernels.packed import Packed, dequantize, pack
-from gemmakit.pytorch.kernels.triton import gemv, launch, reference, tuning
+from gemmakit.pytorch.kernels import reference
+from gemmakit.pytorch.kernels.ids import Activation, WeightFormat
+from gemmakit.pytorch.kernels.packed import PackedWeight, dequantize, pack, packed_format
+from gemmakit.pytorch.kernels.triton import launch, tuning
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 FORMS = ["plain", "int8 rows", "int8 g32", "int4 g32", "int4 g128", "int4 rows"]
@@ -29,10 +31,12 @@ def weight(form, O, I, dtype, seed=0):
     if form.startswith("int8"):
         codes = torch.randint(-127, 128, (O, I), generator=g, dtype=torch.int8)
         scale = scale / 73 / I**0.5
-        return Packed(codes, scale if G == 1 else scale.half(), None, I, group)
+        return PackedWeight(
+            codes, scale if G == 1 else scale.half(), None, I, group, packed_format(8, None if G == 1 else group)
+        )
     codes = pack(torch.randint(0, 16, (O, I), generator=g))
     zero = torch.randint(0, 16, (O, G), generator=g, dtype=torch.uint8)
-    return Packed(codes, (scale / 5 / I**0.5).half(), zero, I, group)
+    return PackedWeight(codes, (scale / 5 / I**0.5).half(), zero, I, group, WeightFormat.INT4)
 
 
 def random(*shape, dtype, seed=1, scale=1.0):
@@ -113,7 +117,9 @@ def test_the_sum_is_of_float32():
     """4,096 ones and a half: bfloat16 sums would stop at 256."""
     x, w = torch.ones(1, 4097, dtype=torch.bfloat16), torch.ones(2, 4097, dtype=torch.bfloat16)
     assert launch.linear(x, w).tolist() == [[4096.0, 4096.0]]
-    packed = Packed(torch.ones(2, 4096, dtype=torch.int8), torch.full((2, 1), 0.5), None, 4096, 4096)
+    packed = PackedWeight(
+        torch.ones(2, 4096, dtype=torch.int8), torch.full((2, 1), 0.5), None, 4096, 4096, WeightFormat.INT8_ROWS
+    )
     assert launch.linear_packed(x[:, :4096], packed).tolist() == [[2048.0, 2048.0]]
 
 
@@ -126,7 +132,7 @@ def test_gate_and_up_equal_the_modules(dtype, act):
 @pytest.mark.parametrize("M", [1, 5])
 @pytest.mark.parametrize("form", FORMS)
 def test_gate_and_up_of_every_form(form, M):
-    check_gate(torch.bfloat16, gemv.GELU_TANH, form, M, 320, 7)
+    check_gate(torch.bfloat16, Activation.GELU_TANH, form, M, 320, 7)
 
 
 @pytest.mark.slow
@@ -135,7 +141,7 @@ def test_gate_and_up_of_every_form(form, M):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_gate_and_up_over_a_grid(form, dtype, I, M):
-    check_gate(dtype, gemv.GELU_TANH, form, M, I, 17)
+    check_gate(dtype, Activation.GELU_TANH, form, M, I, 17)
 
 
 def check_gate(dtype, act, form, M, I, O):
@@ -161,7 +167,7 @@ def test_gelu_of_extreme_gates_is_finite_and_right(value):
     """The gate alone decides: up is 1. tanh by an exponential must not overflow."""
     x, norm = torch.ones(1, 32), launch.Norm(torch.zeros(32), 0.0)
     gate, up = torch.full((1, 32), value / 32), torch.full((1, 32), 1 / 32)
-    y = launch.gate_up(x, norm, launch.operand(gate), launch.operand(up), (None, None), gemv.GELU_TANH)
+    y = launch.gate_up(x, norm, launch.operand(gate), launch.operand(up), (None, None), Activation.GELU_TANH)
     expected = F.gelu(torch.tensor(value, dtype=torch.float64), approximate="tanh")
     assert abs(float(y) - float(expected)) <= 2e-6 * max(abs(float(expected)), 1e-2)
 
@@ -191,7 +197,14 @@ def test_every_code_of_four_bits_is_exact_in_every_place():
     """One input at a time: 32 places of a block times 16 codes, zero 0 and 15."""
     codes = torch.arange(16)[:, None].expand(16, 32)
     for zero in (0, 15):
-        w = Packed(pack(codes), torch.ones(16, 1).half(), torch.full((16, 1), zero, dtype=torch.uint8), 32, 32)
+        w = PackedWeight(
+            pack(codes),
+            torch.ones(16, 1).half(),
+            torch.full((16, 1), zero, dtype=torch.uint8),
+            32,
+            32,
+            WeightFormat.INT4,
+        )
         y = launch.linear_packed(torch.eye(32), w)
         assert torch.equal(y, (torch.arange(16) - zero).float().expand(32, 16))
 

@@ -16,10 +16,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "pytorch"))
 import tiny_gemma
 from tiny_gemma import far, prompts
 
-from gemmakit.pytorch.kernels import training, triton
-from gemmakit.pytorch.kernels.triton import gemv, reference
+from gemmakit.config import ACTIVATIONS
+from gemmakit.pytorch.kernels import reference, training, triton
+from gemmakit.pytorch.kernels.ids import Activation
 from gemmakit.pytorch.kernels.triton import training as launch
-from gemmakit.pytorch.layers import _ACTIVATIONS, _NUMBERED, GemmaMLP, GemmaRMSNorm, activation
+from gemmakit.pytorch.layers import GemmaMLP, GemmaRMSNorm, activation
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SHAPES = [(1, 1), (3, 20), (2, 3, 96), (5, 300), (2, 2048), (1, 3072), (2, 3001)]
@@ -160,14 +161,11 @@ def test_a_row_of_zeros_and_no_rows():
 # -- the gate -----------------------------------------------------------------------------------------------------
 
 
-def test_activations_have_the_kernels_numbers():
-    numbers = {"gelu_pytorch_tanh": gemv.GELU_TANH, "gelu_erf": gemv.GELU_ERF, "relu": gemv.RELU, "silu": gemv.SILU}
-    assert {name: _NUMBERED.index(activation(name)) for name in _ACTIVATIONS} == numbers
-    x = torch.linspace(-4, 4, 50)
-    assert all(torch.equal(activation(name)(x), reference.ACTIVATIONS[i](x)) for name, i in numbers.items())
+def test_every_activation_of_a_configuration_has_the_kernels_number():
+    assert [reference.ACTIVATION_OF[activation(name)] for name in ACTIVATIONS] == list(Activation)
 
 
-@pytest.mark.parametrize("act", range(4), ids=list(_ACTIVATIONS))
+@pytest.mark.parametrize("act", list(Activation), ids=ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 20), (2, 3, 700), (1, 2048), (2, 3001)], ids=str)
 def test_gate_and_its_gradients_are_right(shape, dtype, act):
@@ -191,7 +189,7 @@ def test_gate_and_its_gradients_are_right(shape, dtype, act):
         assert far(got, other) < (2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("act", range(4), ids=list(_ACTIVATIONS))
+@pytest.mark.parametrize("act", list(Activation), ids=ACTIVATIONS)
 def test_far_gates_have_finite_slopes(act):
     gate = torch.tensor([-3e38, -1e20, -1e4, -80.0, -20.5, -0.0, 0.0, 20.5, 80.0, 1e4, 1e20, 3e38])
     y, (slopes, value) = (
@@ -201,11 +199,11 @@ def test_far_gates_have_finite_slopes(act):
     assert torch.equal(y, value)
     assert torch.equal(y[7:], gate[7:])
     assert y[:5].abs().max() < 1e-6
-    limits = torch.tensor([0.0] * 5 + [0.5 * (act != gemv.RELU)] * 2 + [1.0] * 5)
+    limits = torch.tensor([0.0] * 5 + [0.5 * (act != Activation.RELU)] * 2 + [1.0] * 5)
     assert torch.allclose(slopes, limits, atol=1e-6)
 
 
-@pytest.mark.parametrize("act", range(4), ids=list(_ACTIVATIONS))
+@pytest.mark.parametrize("act", list(Activation), ids=ACTIVATIONS)
 def test_what_is_not_a_number_stays_so(act):
     gate, ones = torch.full((3,), torch.nan), torch.ones(3)
     assert launch.gated(gate, ones, act).isnan().all()
@@ -239,7 +237,7 @@ def directional(f, x, v, h=1e-2):
     return (f(x + h * v).double() - f(x - h * v).double()).sum() / (2 * h)
 
 
-@pytest.mark.parametrize("act", range(4), ids=list(_ACTIVATIONS))
+@pytest.mark.parametrize("act", list(Activation), ids=ACTIVATIONS)
 def test_gradients_are_what_differences_say(forced, act):
     """Central differences in float32: about 1e-3 of the size of what is summed, away from the bend of ReLU."""
     x, v, weight, up = (random(4, 33, dtype=torch.float32, seed=i) for i in range(4))

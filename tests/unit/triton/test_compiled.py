@@ -15,6 +15,7 @@ triton = pytest.importorskip("triton", reason="needs triton: pip install 'triton
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from gemmakit.pytorch.kernels.ids import Activation, WeightFormat  # noqa: E402
 from gemmakit.pytorch.kernels.triton import attention, dequantize, gemv, launch, tuning  # noqa: E402
 
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -29,10 +30,15 @@ MATRICES = {
 }  # fmt: skip
 GATES = {"2B": 2048, "7B": 3072}
 FORMS = {
-    "16 bits": (gemv.PLAIN, 1), "int8": (gemv.INT8_ROWS, 1), "int8 g32": (gemv.INT8_GROUPS, 32),
-    "int4 g32": (gemv.INT4, 32), "int4 g128": (gemv.INT4, 128),
+    "16 bits": (WeightFormat.BF16, 1), "int8": (WeightFormat.INT8_ROWS, 1), "int8 g32": (WeightFormat.INT8_GROUPS, 32),
+    "int4 g32": (WeightFormat.INT4, 32), "int4 g128": (WeightFormat.INT4, 128),
 }  # fmt: skip
-CODES = {gemv.PLAIN: "*bf16", gemv.INT8_ROWS: "*i8", gemv.INT8_GROUPS: "*i8", gemv.INT4: "*i32"}
+CODES = {
+    WeightFormat.BF16: "*bf16",
+    WeightFormat.INT8_ROWS: "*i8",
+    WeightFormat.INT8_GROUPS: "*i8",
+    WeightFormat.INT4: "*i32",
+}
 NUMBERS = {"eps": "fp32", "scale": "fp32", "rows": "i32", "start": "i32"}
 
 
@@ -82,12 +88,12 @@ def rows_kernel(kernel, I, form, rows, capability, share, **flags):
     number, group = FORMS[form]
     shape = launch.Shape(I, number, group)
     constants = launch.block_constants(TUNINGS[capability], shape, rows, itemsize=2, share=share)
-    scale = "*fp32" if number == gemv.INT8_ROWS else "*fp16"
-    pointers = {f"w{i}": CODES[number] for i in range(3)} | {f"scale{i}": scale for i in range(3)}
+    scale = "*fp32" if number == WeightFormat.INT8_ROWS else "*fp16"
+    pointers = {f"w{i}": CODES.get(number, "*i8") for i in range(3)} | {f"scale{i}": scale for i in range(3)}
     pointers |= {f"zero{i}": "*u8" for i in range(3)}
     pointers = {name: kind for name, kind in pointers.items() if name in kernel.arg_names}
     found = compiled(kernel, constants | flags, capability, pointers, {"O0", "O1", "O2", "O"})
-    size = {gemv.PLAIN: 2, gemv.INT4: 0.5}.get(number, 1)
+    size = {WeightFormat.BF16: 2, WeightFormat.INT4: 0.5}.get(number, 1)
     # Of one tile of each weight, all bytes come in loads of 16.
     needed = share * constants["BO"] * constants["BI"] * size / 16 / (32 * constants["num_warps"])
     assert wide_loads(found.asm["ptx"]) >= needed
@@ -101,7 +107,7 @@ def check_projection(matrix, form, rows, capability, tmp_path):
 
 
 def check_gate(model, form, rows, capability, tmp_path):
-    flags = dict(BIAS=False, ACT=gemv.GELU_TANH)
+    flags = dict(BIAS=False, ACT=Activation.GELU_TANH)
     assert_fits(rows_kernel(gemv.gate_up, GATES[model], form, rows, capability, 2, **flags), capability, tmp_path)
 
 
@@ -184,7 +190,7 @@ def test_expanding_a_weight_reads_and_writes_16_bytes(capability, tmp_path):
 
 def test_the_reader_of_widths_sees_a_narrow_load(tmp_path):
     """Unless pointers are promised to be multiples of 16, loads come out two bytes wide, and the test must say so."""
-    constants = launch.block_constants(tuning.HOPPER, launch.Shape(2048, gemv.PLAIN), 1, itemsize=2)
+    constants = launch.block_constants(tuning.HOPPER, launch.Shape(2048, WeightFormat.BF16), 1, itemsize=2)
     constants |= dict(NORM=True, RESIDUAL=False, BIAS=False, WEIGHTS=1)
     kernel = gemv.project
     signature = {n: "constexpr" if n in constants else "*bf16" for n in kernel.arg_names}

@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.compiler import CUDABackend  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
+from gemmakit.pytorch.kernels.ids import Activation  # noqa: E402
 from gemmakit.pytorch.kernels.triton import attention, gemv, launch, tuning  # noqa: E402
 
 H = 64
@@ -84,6 +85,6 @@ def test_the_number_of_rows_makes_one_kernel_a_power_of_two(seen):
         x = torch.zeros(rows, 256, dtype=torch.bfloat16)
         launch.project(x, weights, [None] * 3, norm)
         if rows <= launch.MAX_ROWS:
-            launch.gate_up(x, norm, *weights[1:], (None, None), gemv.GELU_TANH)
+            launch.gate_up(x, norm, *weights[1:], (None, None), Activation.GELU_TANH)
     assert len({found for found in seen if found[0] == "project"}) == 4
     assert len({found for found in seen if found[0] == "gate_up"}) == 4

@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gemmakit.pytorch.kernels.packed import Packed
+from gemmakit.pytorch.kernels.ids import Activation, WeightFormat
+from gemmakit.pytorch.kernels.packed import FORMATS, PackedWeight
 
 MAX_ROWS = 8
-FORMATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-_INT8, _INT8_GROUPS, _INT4 = 3, 4, 5
+# Of the gate; others go through torch.
+ACTIVATIONS = (Activation.GELU_TANH, Activation.RELU, Activation.SILU)
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 
 
@@ -53,7 +54,7 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
         _declare(library)
     except (OSError, AttributeError) as error:
         return None, f"{path.name} does not load: {error}"
-    if library.gemmakit_isa() is None:
+    if library.gemmakit_instruction_set() is None:
         wanted = os.environ.get("GEMMAKIT_ISA")
         sort = f"the instruction set GEMMAKIT_ISA={wanted}" if wanted else "none of AVX2, AVX-512, NEON"
         return None, f"has {sort} neither compiled nor in this processor" if wanted else f"this processor has {sort}"
@@ -75,17 +76,17 @@ def _share_threads(torch_folder: Path) -> None:
 
 
 def _declare(library: ctypes.CDLL) -> None:
-    library.gemmakit_isa.restype = ctypes.c_char_p
-    library.gemmakit_choose.argtypes = [ctypes.c_char_p]
+    library.gemmakit_instruction_set.restype = ctypes.c_char_p
+    library.gemmakit_use_instruction_set.argtypes = [ctypes.c_char_p]
     library.gemmakit_project.argtypes = [_POINTER, _INT, _INT, _POINTER, _INT, _POINTER, _POINTER, _INT]
     library.gemmakit_expand.argtypes = [_POINTER, _LONG, _LONG, _INT, _POINTER, _INT]
-    library.gemmakit_norm.argtypes = [_INT, _POINTER, _LONG, _LONG, _INT, _POINTER, _FLOAT, _POINTER, _INT]
-    library.gemmakit_gate.argtypes = [_INT, _INT, *[_POINTER] * 3, _LONG, _INT]
+    library.gemmakit_rms_norm.argtypes = [_INT, _POINTER, _LONG, _LONG, _INT, _POINTER, _FLOAT, _POINTER, _INT]
+    library.gemmakit_gated.argtypes = [_INT, _INT, *[_POINTER] * 3, _LONG, _INT]
     normed = [_INT, _POINTER, _INT, _INT, _POINTER, _FLOAT]
     library.gemmakit_norm_project.argtypes = [_POINTER, _INT, *normed, _POINTER, _INT]
-    library.gemmakit_norm_gate.argtypes = [_POINTER, *normed, _INT, _POINTER, _INT]
+    library.gemmakit_norm_gate_up.argtypes = [_POINTER, *normed, _INT, _POINTER, _INT]
     library.gemmakit_attend.argtypes = [_POINTER]
-    library.gemmakit_read.argtypes = [_POINTER, _LONG, _POINTER, _INT]
+    library.gemmakit_read_memory.argtypes = [_POINTER, _LONG, _POINTER, _INT]
 
 
 def library() -> ctypes.CDLL | None:
@@ -100,38 +101,36 @@ def why_not() -> str:
 def instruction_set() -> str | None:
     """The instruction set in use: avx512bf16, avx512vnni, avx512, avxvnni, avx2, neondot or neon; None without one."""
     found = library()
-    return None if found is None else found.gemmakit_isa().decode()
+    return None if found is None else found.gemmakit_instruction_set().decode()
 
 
-def choose(isa: str | None) -> bool:
+def use_instruction_set(isa: str | None) -> bool:
     """Use this instruction set from now on (None: the best); False when it was not compiled or does not run here."""
     found = library()
-    return found is not None and not found.gemmakit_choose(None if isa is None else isa.encode())
+    return found is not None and not found.gemmakit_use_instruction_set(None if isa is None else isa.encode())
 
 
-def reads(weight: Tensor | Packed) -> bool:
+def reads(weight: Tensor | PackedWeight) -> bool:
     """Whether the kernels take this weight: what packed.py says of its parts, on the CPU, without gaps."""
     if isinstance(weight, Tensor):
         return weight.dtype in FORMATS and weight.device.type == "cpu" and weight.is_contiguous()
-    codes, scale, zero, _, _ = weight
-    by_row = codes.dtype == torch.int8 and scale.dtype == torch.float32 and scale.shape[1] == 1
-    parts = (codes, scale) if zero is None else (codes, scale, zero)
-    return (by_row or scale.dtype == torch.float16) and all(t.device.type == "cpu" and t.is_contiguous() for t in parts)
+    by_row = weight.format == WeightFormat.INT8_ROWS
+    known = weight.scale.dtype == (torch.float32 if by_row else torch.float16)
+    return known and all(t.device.type == "cpu" and t.is_contiguous() for t in weight.tensors)
 
 
-def matrix(weight: Tensor | Packed, bias: Tensor | None = None) -> Matrix:
+def matrix(weight: Tensor | PackedWeight, bias: Tensor | None = None) -> Matrix:
     """What the kernels know of a weight (O, I) and its bias (O,): contiguous tensors on the CPU, bias in x's dtype."""
     bias_at = None if bias is None else bias.data_ptr()
     O, I = weight.shape
     if isinstance(weight, Tensor):
         return Matrix(FORMATS[weight.dtype], 0, O, I, weight.data_ptr(), None, None, bias_at)
-    kind = _INT4 if weight.bits == 4 else _INT8 if weight.scale.dtype == torch.float32 else _INT8_GROUPS
     zero_at = None if weight.zero is None else weight.zero.data_ptr()
     group = min(weight.group_size, 2**31 - 1)
-    return Matrix(kind, group, O, I, weight.codes.data_ptr(), weight.scale.data_ptr(), zero_at, bias_at)
+    return Matrix(weight.format, group, O, I, weight.codes.data_ptr(), weight.scale.data_ptr(), zero_at, bias_at)
 
 
-def multiplies(packed: Packed) -> bool:
+def multiplies_bytes(packed: PackedWeight) -> bool:
     """Whether `project` takes more than MAX_ROWS rows by this weight: this processor is fast at products of bytes."""
     found = library()
     if found is None:
@@ -142,7 +141,7 @@ def multiplies(packed: Packed) -> bool:
 def project(x: Tensor, matrices: Sequence[Matrix], residual: Tensor | None = None) -> list[Tensor]:
     """x (..., I), contiguous -> each matrix's (..., O) in x's dtype; to a single one residual is added.
 
-    Up to MAX_ROWS rows; any number for weights of which `multiplies` is true, with x rounded to 8 bits.
+    Up to MAX_ROWS rows; any number for weights of which `multiplies_bytes` is true, with x rounded to 8 bits.
     """
     found = library()
     assert found is not None
@@ -172,7 +171,7 @@ def expand(m: Matrix, rows: range, to: Tensor) -> None:
     assert not failed, f"expand takes rows within 0 to {m.out}, got {rows}"
 
 
-def touch(buffer: Tensor) -> int:
+def read_memory(buffer: Tensor) -> int:
     """Read every byte once, as fast as the memory (or, the first time, the disk behind a mapped file) gives them.
 
     Returns their sum as 64-bit words, so that nothing can leave the reading out.
@@ -181,5 +180,5 @@ def touch(buffer: Tensor) -> int:
     if found is None:
         return int(buffer.view(torch.uint8).sum())
     total = ctypes.c_uint64()
-    found.gemmakit_read(buffer.data_ptr(), buffer.nbytes, ctypes.byref(total), torch.get_num_threads())
+    found.gemmakit_read_memory(buffer.data_ptr(), buffer.nbytes, ctypes.byref(total), torch.get_num_threads())
     return total.value

@@ -325,7 +325,7 @@ int run(const Attention& a) {
 
 }  // namespace
 
-extern "C" int NATIVE(attend)(const Attention* a) {
+extern "C" int NATIVE(gemmakit_attend)(const Attention* a) {
   bool sound = a->B >= 1 && a->S >= 1 && a->B * a->S <= MAX_ROWS && a->K >= 1 && a->N % a->K == 0 && a->H % 2 == 0 &&
                a->start >= 0 && a->start + a->S <= a->T && a->T <= a->capacity;
   if (!sound) return 1;

@@ -130,7 +130,7 @@ template <int FORMAT, int GROUP>
 void fill_piece(const Matrix& w, int64_t from, int64_t rows, int64_t block, int64_t count, Piece& piece) {
   for (int64_t r = 0; r < rows; r++) {
     fill_codes<FORMAT>(w, from + r, block, count, piece.codes[r]);
-    if (FORMAT == INT8) continue;
+    if (FORMAT == INT8_ROWS) continue;
     Groups g = groups(w, from + r);
     Scales s = count == L ? scales<GROUP, true>(g, block) : scales<GROUP, false>(g, block);
     store(piece.scale[r], s.scale);
@@ -167,7 +167,7 @@ INLINE void multiply_tile(const Piece& piece, int64_t row, const Tiles& x, int64
       int64_t at_scale = x.scales(tile + t, block + b);
       V scale = load(x.scale + at_scale), minus = load(x.minus + at_scale);
       UNROLL for (int r = 0; r < R; r++) {
-        V by = FORMAT == INT8 ? scale : mul(scale, splat(piece.scale[row + r][b]));
+        V by = FORMAT == INT8_ROWS ? scale : mul(scale, splat(piece.scale[row + r][b]));
         total[r][t] = fma(to_float(acc[r][t]), by, total[r][t]);
         if (FORMAT == INT4) total[r][t] = fma(splat(piece.offset[row + r][b]), minus, total[r][t]);
       }

@@ -1,5 +1,5 @@
 // Which of the compiled instruction sets is used: the best that this processor runs, decided when the library is
-// loaded; GEMMAKIT_ISA or gemmakit_choose asks for another.
+// loaded; GEMMAKIT_ISA or gemmakit_use_instruction_set asks for another.
 
 #include <cstdlib>
 #include <cstring>
@@ -61,17 +61,17 @@ extern "C" __attribute__((visibility("hidden"))) void __kmpc_dispatch_deinit(voi
 extern "C" {
 
 // The instruction set in use, or null when this processor has none of those compiled (or not the one asked for).
-const char* gemmakit_isa() { return chosen ? chosen->isa : nullptr; }
+const char* gemmakit_instruction_set() { return chosen ? chosen->isa : nullptr; }
 
 // Use another from now on, or the best where name is null: 0, or 1 when it was not compiled or does not run here.
 // Not while kernels run.
-int gemmakit_choose(const char* name) {
+int gemmakit_use_instruction_set(const char* name) {
   const Kernels* found = find(name);
   if (found) chosen = found;
   return !found;
 }
 
 #define EXPORT(name, parameters, arguments) \
-  int gemmakit_##name parameters { return chosen->name arguments; }
+  int name parameters { return chosen->name arguments; }
 GEMMAKIT_FUNCTIONS(EXPORT)
 }

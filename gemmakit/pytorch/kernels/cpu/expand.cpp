@@ -5,7 +5,7 @@
 
 namespace {
 
-// 32 weights of one group: FORMAT is INT4, or INT8 for bytes.
+// 32 weights of one group: FORMAT is INT4, or INT8_ROWS for any bytes.
 template <int F, int FORMAT>
 inline void expand_block(const void* from, V scale, V offset, void* y, int64_t i) {
   uint8_t codes[BLOCK];
@@ -22,8 +22,8 @@ void expand_packed(const Matrix& w, int64_t row, void* y) {
   int64_t row_bytes = FORMAT == INT4 ? (w.in + BLOCK - 1) / BLOCK * 16 : w.in;
   const char* codes = (const char*)w.codes + row * row_bytes;
   Groups g = {nullptr, nullptr, 1, INT64_MAX};
-  if (w.format != INT8) g = groups(w, row);
-  V scale = splat(w.format == INT8 ? number<F32>(w.scale, row) : 0.0f), offset = zero();
+  if (w.format != INT8_ROWS) g = groups(w, row);
+  V scale = splat(w.format == INT8_ROWS ? number<F32>(w.scale, row) : 0.0f), offset = zero();
   int64_t i = 0, left = 0, k = 0;
   for (; i < w.in; i += BLOCK, codes += BYTES) {
     if (g.scale && left-- == 0) {
@@ -56,7 +56,8 @@ void expand_plain(const Matrix& w, int64_t row, void* y) {
 
 template <int F>
 int run(const Matrix& w, int64_t from, int64_t to, void* y, int threads) {
-  void (*row_of)(const Matrix&, int64_t, void*) = w.format == INT4 ? expand_packed<F, INT4> : expand_packed<F, INT8>;
+  void (*row_of)(const Matrix&, int64_t, void*) = expand_packed<F, INT8_ROWS>;
+  if (w.format == INT4) row_of = expand_packed<F, INT4>;
   if (w.format == BF16) row_of = expand_plain<F, BF16>;
   if (w.format == F16) row_of = expand_plain<F, F16>;
   if (w.format == F32) row_of = expand_plain<F, F32>;
@@ -67,7 +68,7 @@ int run(const Matrix& w, int64_t from, int64_t to, void* y, int threads) {
 
 }  // namespace
 
-extern "C" int NATIVE(expand)(const Matrix* m, int64_t from, int64_t to, int y_format, void* y, int threads) {
+extern "C" int NATIVE(gemmakit_expand)(const Matrix* m, int64_t from, int64_t to, int y_format, void* y, int threads) {
   if (from < 0 || from > to || to > m->out || m->format < BF16 || m->format > INT4) return 1;
   switch (y_format) {
     case BF16: return run<BF16>(*m, from, to, y, threads);
@@ -77,7 +78,7 @@ extern "C" int NATIVE(expand)(const Matrix* m, int64_t from, int64_t to, int y_f
   return 1;
 }
 
-extern "C" int NATIVE(read)(const void* bytes, int64_t size, uint64_t* sum, int threads) {
+extern "C" int NATIVE(gemmakit_read_memory)(const void* bytes, int64_t size, uint64_t* sum, int threads) {
   constexpr int64_t PIECE = 1 << 18;
   int64_t pieces = (size + PIECE - 1) / PIECE;
   uint64_t total = 0;

@@ -25,7 +25,7 @@ namespace {
 struct Inputs {
   const uint16_t* pairs = nullptr;  // (M, in) bfloat16 as it came, where the processor multiplies it
   const float* wide = nullptr;      // (M, in)
-  const int16_t* q = nullptr;       // (M, blocks * 32) in order, for INT8; where HALVED as halve() leaves it, for both
+  const int16_t* q = nullptr;       // (M, blocks * 32) in order, for INT8_ROWS; where HALVED as halve() leaves it, for both
   const int16_t* planes = nullptr;  // the same in the order in which nibble<0..3> gives a vector's codes, for INT4
   const int32_t* flips = nullptr;   // (M, blocks), where HALVED: 128 times the sum of the block's low bytes
   const float* scale = nullptr;     // (M, blocks)
@@ -174,7 +174,7 @@ void prepare(const Matrix* w, int count, const void* x, int rows, Inputs& made) 
 #endif
     pairs |= paired;
     wide |= w[i].format <= F32 && !paired;
-    bytes |= w[i].format == INT8 || w[i].format == INT8_GROUPS;
+    bytes |= w[i].format == INT8_ROWS || w[i].format == INT8_GROUPS;
     nibbles |= w[i].format == INT4;
   }
   if (pairs) prepare_pairs(x, w->in, rows, made);

@@ -92,7 +92,7 @@ INLINE void step4(const uint8_t* codes, const Groups& g, const Inputs& x, int64_
 template <int GROUP, bool WHOLE, int M>
 INLINE void step8(const int8_t* codes, const Groups& g, const Inputs& x, int64_t b, V* acc) {
   I sums[M];
-  block_sums<INT8, M>((const uint8_t*)codes, x.q + b * BLOCK, x.q_next, sums);
+  block_sums<INT8_ROWS, M>((const uint8_t*)codes, x.q + b * BLOCK, x.q_next, sums);
   V own = GROUP < 0 ? splat(1.0f) : scales<GROUP, WHOLE>(g, b).scale;
   UNROLL for (int m = 0; m < M; m++) {
     V by = load(x.scale + m * x.blocks + b);

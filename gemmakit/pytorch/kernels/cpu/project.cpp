@@ -1,4 +1,4 @@
-// y = x @ W^T + bias for 1 to 8 rows of x and one or several weights in any format; more rows are multiply.cpp's.
+// y = x @ W^T + bias for 1 to 8 rows of x and one or several weights in any format; more rows are project_bytes.cpp's.
 
 #include <utility>
 
@@ -22,7 +22,7 @@ Sums sums_of(const Matrix& w) {
     case BF16: return plain<BF16, M>;
     case F16: return plain<F16, M>;
     case F32: return plain<F32, M>;
-    case INT8: return packed<INT8, -1, M>;
+    case INT8_ROWS: return packed<INT8_ROWS, -1, M>;
     case INT8_GROUPS: return packed_sums<INT8_GROUPS, M>(w.group);
     case INT4: return packed_sums<INT4, M>(w.group);
   }
@@ -39,7 +39,7 @@ Sums sums_of(const Matrix& w, int rows, std::integer_sequence<int, M...>) {
 int64_t row_bytes(const Matrix& w) {
   switch (w.format) {
     case F32: return w.in * 4;
-    case INT8: case INT8_GROUPS: return w.in;
+    case INT8_ROWS: case INT8_GROUPS: return w.in;
     case INT4: return (w.in + 31) / 32 * 16;
   }
   return w.in * 2;
@@ -118,12 +118,12 @@ int run(const Matrix* w, int count, const void* x, int rows, void* const* y, con
 
 }  // namespace
 
-extern "C" int NATIVE(project)(const Matrix* m, int count, int x_format, const void* x, int rows, void* const* y,
-                               const void* residual, int threads) {
+extern "C" int NATIVE(gemmakit_project)(const Matrix* m, int count, int x_format, const void* x, int rows,
+                                        void* const* y, const void* residual, int threads) {
   if (m->in < 1 || rows < 1 || count < 1 || count > 16 || (residual && count > 1)) return 1;
   for (int i = 1; i < count; i++)
     if (m[i].in != m[0].in) return 1;
-  if (rows > MAX_ROWS) return NATIVE(multiply)(m, count, x_format, x, rows, y, residual, threads);
+  if (rows > MAX_ROWS) return NATIVE(project_bytes)(m, count, x_format, x, rows, y, residual, threads);
   switch (x_format) {
     case BF16: return run<BF16>(m, count, x, rows, y, residual, threads);
     case F16: return run<F16>(m, count, x, rows, y, residual, threads);

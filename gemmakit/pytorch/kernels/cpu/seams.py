@@ -15,12 +15,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gemmakit.pytorch.kernels import cpu
-from gemmakit.pytorch.kernels.packed import Packed
+from gemmakit.pytorch.kernels.packed import PackedWeight
 from gemmakit.pytorch.kernels.quantized import takes_bytes
+from gemmakit.pytorch.kernels.reference import ACTIVATION_OF
 from gemmakit.pytorch.kernels.seams import PROJECTIONS, Seams, weight_of
 
 # Below so many bytes a second thread costs more than it saves.
@@ -61,8 +61,8 @@ def fused(layer: nn.Module, x: Tensor) -> Seams | str:
 def _unfit(module: nn.Module, dtype: torch.dtype) -> str:
     """Why the native kernels do not multiply by this weight."""
     weight, bias = weight_of(module), module.bias
-    if isinstance(weight, Packed):
-        parts = [t for t in (weight.codes, weight.scale, weight.zero) if t is not None]
+    if isinstance(weight, PackedWeight):
+        parts = list(weight.tensors)
     else:
         assert weight is not None
         parts = [weight]
@@ -103,7 +103,7 @@ class NativeSeams:
         self.format = cpu.FORMATS[dtype]
         self.stacks: dict[tuple[nn.Module, ...], Stack] = {}
         self.any_rows = all(
-            isinstance(weight := weight_of(module), Packed) and takes_bytes(weight)
+            isinstance(weight := weight_of(module), PackedWeight) and takes_bytes(weight)
             for name, module in layer.named_modules()
             if name.rpartition(".")[2] in PROJECTIONS
         )
@@ -148,7 +148,7 @@ class NativeSeams:
         x, weight = x.contiguous(), norm.weight
         y, D = torch.empty_like(x), x.shape[-1]
         kind, threads = cpu.FORMATS[weight.dtype], torch.get_num_threads()
-        failed = self.library.gemmakit_norm(
+        failed = self.library.gemmakit_rms_norm(
             self.format, x.data_ptr(), x.numel() // D, D, kind, weight.data_ptr(), norm.eps, y.data_ptr(), threads
         )
         assert not failed
@@ -178,14 +178,15 @@ class NativeSeams:
         self, x: Tensor, norm: Any, gate: nn.Module, up: nn.Module, act: Callable[[Tensor], Tensor]
     ) -> Tensor:
         stack = self._stack(gate, up)
-        kind = _activations().get(act)
+        kind = ACTIVATION_OF.get(act)
+        kind = kind if kind in cpu.ACTIVATIONS else None
         B, S, _ = x.shape
         if kind is None or B * S > cpu.MAX_ROWS:
             gated, passed = self._norm_project(x, norm, stack)
             return act(gated) * passed if kind is None else self._gate(kind, gated, passed)
         x, weight = x.contiguous(), norm.weight
         y = x.new_empty(B, S, stack.outs[0])
-        failed = self.library.gemmakit_norm_gate(
+        failed = self.library.gemmakit_norm_gate_up(
             stack.matrices,
             self.format,
             x.data_ptr(),
@@ -203,7 +204,7 @@ class NativeSeams:
     def _gate(self, kind: int, gated: Tensor, passed: Tensor) -> Tensor:
         """In the memory of `gated`."""
         at, threads = gated.data_ptr(), torch.get_num_threads()
-        failed = self.library.gemmakit_gate(self.format, kind, at, passed.data_ptr(), at, gated.numel(), threads)
+        failed = self.library.gemmakit_gated(self.format, kind, at, passed.data_ptr(), at, gated.numel(), threads)
         assert not failed
         return gated
 
@@ -322,15 +323,3 @@ def _fit(q: Tensor, tables: tuple[Tensor, Tensor], held: Any) -> bool:
 def _steps(mask: Tensor) -> tuple[int, int]:
     """From row to row and from query to query of a mask (B or 1, 1, S or 1, ...), in bytes."""
     return mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(2) if mask.shape[2] > 1 else 0
-
-
-_KINDS: dict[Any, int] = {}
-
-
-def _activations() -> dict[Any, int]:
-    """native.h's number of each activation that it has."""
-    if not _KINDS:
-        from gemmakit.pytorch.layers import activation  # it stands above this module
-
-        _KINDS.update({activation("gelu_pytorch_tanh"): 0, F.silu: 1, F.relu: 2})
-    return _KINDS

@@ -16,17 +16,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Forms of a weight; numbers because a kernel compares them.
-PLAIN, INT8_ROWS, INT8_GROUPS, INT4 = 0, 1, 2, 3
-# Activations of the gate.
-GELU_TANH, GELU_ERF, RELU, SILU = 0, 1, 2, 3
+from gemmakit.pytorch.kernels.ids import Activation, WeightFormat
 
-_INT8_ROWS = tl.constexpr(INT8_ROWS)
-_INT8_GROUPS = tl.constexpr(INT8_GROUPS)
-_INT4 = tl.constexpr(INT4)
-_GELU_TANH = tl.constexpr(GELU_TANH)
-_GELU_ERF = tl.constexpr(GELU_ERF)
-_RELU = tl.constexpr(RELU)
+_INT8_ROWS = tl.constexpr(int(WeightFormat.INT8_ROWS))
+_INT8_GROUPS = tl.constexpr(int(WeightFormat.INT8_GROUPS))
+_INT4 = tl.constexpr(int(WeightFormat.INT4))
+_GELU_TANH = tl.constexpr(int(Activation.GELU_TANH))
+_GELU_ERF = tl.constexpr(int(Activation.GELU_ERF))
+_RELU = tl.constexpr(int(Activation.RELU))
 
 
 @triton.jit
@@ -66,12 +63,12 @@ def inputs(x_ptr, norm_ptr, scales, rows, i, I: tl.constexpr, R: tl.constexpr, N
 @triton.jit
 def input_tiles(
     x_ptr, norm_ptr, scales, rows, start,
-    I: tl.constexpr, R: tl.constexpr, BI: tl.constexpr, C: tl.constexpr, NORM: tl.constexpr, FORM: tl.constexpr,
+    I: tl.constexpr, R: tl.constexpr, BI: tl.constexpr, C: tl.constexpr, NORM: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
     """The inputs from `start` in the order in which codes lie: all of them, or for INT4 those that meet the low and
     those that meet the high halves of the bytes. (R, 1, n, C) each.
     """
-    if FORM == _INT4:
+    if FORMAT == _INT4:
         low = inputs(x_ptr, norm_ptr, scales, rows, places(start, BI // 32, 16, 32), I, R, NORM)
         high = inputs(x_ptr, norm_ptr, scales, rows, places(start + 16, BI // 32, 16, 32), I, R, NORM)
         return low, high
@@ -99,20 +96,20 @@ def group_values(ptr, o, i, O, I: tl.constexpr, GROUP: tl.constexpr):
 @triton.jit
 def weight_tile(
     w_ptr, scale_ptr, zero_ptr, o, O, start,
-    I: tl.constexpr, BI: tl.constexpr, FORM: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr,
+    I: tl.constexpr, BI: tl.constexpr, FORMAT: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """codes (1, BO, n, C), scale and zero (1, BO, n) of BI inputs from `start`: all that a program reads of a weight.
 
     INT4 comes as words of 32 bits, 8 codes each.
     """
-    if FORM == _INT4:
+    if FORMAT == _INT4:
         words = codes_of(w_ptr, o, places(start // 8, BI // 32, 4, 4), O, (I + 31) // 32 * 4)
         block = start + tl.arange(0, BI // 32)[None, None, :] * 32
         scale = group_values(scale_ptr, o, block, O, I, GROUP)
         return words, scale, group_values(zero_ptr, o, block, O, I, GROUP)
     else:
         codes = codes_of(w_ptr, o, places(start, BI // C, C, C), O, I)
-        if FORM == _INT8_GROUPS:
+        if FORMAT == _INT8_GROUPS:
             scale = group_values(scale_ptr, o, start + tl.arange(0, BI // C)[None, None, :] * C, O, I, GROUP)
         else:
             scale = tl.zeros((1, 1, 1), tl.float32)
@@ -162,24 +159,24 @@ def int4_sums(words, low, high, rows):
 
 
 @triton.jit
-def partial_sums(codes, scale, zero, x, x_high, rows, FORM: tl.constexpr):
+def partial_sums(codes, scale, zero, x, x_high, rows, FORMAT: tl.constexpr):
     """What a tile of the weight adds to the partial sums: (R, BO, n), n runs of codes that one thread reads at once."""
-    if FORM == _INT4:
+    if FORMAT == _INT4:
         sums = int4_sums(codes.to(tl.uint32, bitcast=True), x, x_high, rows)
         totals = tl.sum(x.to(tl.float32) + x_high.to(tl.float32), 3)
         return (sums - zero.to(tl.float32) * totals) * scale.to(tl.float32)
     else:
         sums = tl.sum(codes.to(tl.float32) * x.to(tl.float32), 3)
-        if FORM == _INT8_GROUPS:
+        if FORMAT == _INT8_GROUPS:
             sums = sums * scale.to(tl.float32)
         return sums
 
 
 @triton.jit
-def finished(sums, scale_ptr, bias_ptr, o, O, BIAS: tl.constexpr, FORM: tl.constexpr):
+def finished(sums, scale_ptr, bias_ptr, o, O, BIAS: tl.constexpr, FORMAT: tl.constexpr):
     """Partial sums (R, BO, n) -> outputs (R, BO) float32, not rounded."""
     y = tl.sum(sums, 2)
-    if FORM == _INT8_ROWS:
+    if FORMAT == _INT8_ROWS:
         y = y * tl.load(scale_ptr + o, mask=o < O, other=0.0)[None, :]
     if BIAS:
         y += tl.load(bias_ptr + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
@@ -192,7 +189,7 @@ def project(
     w0, w1, w2, scale0, scale1, scale2, zero0, zero1, zero2, bias0, bias1, bias2, y0, y1, y2,
     O0, O1, O2,
     I: tl.constexpr, R: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, C: tl.constexpr,
-    NORM: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, FORM: tl.constexpr, GROUP: tl.constexpr,
+    NORM: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr,
     WEIGHTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """y = (residual +) norm(x) @ w.T + bias for one to three weights (O0, O1, O2 outputs) in one launch.
@@ -215,21 +212,21 @@ def project(
                     block -= second
                     w, scale_ptr, zero_ptr, bias_ptr, y_ptr, O = w2, scale2, zero2, bias2, y2, O2
     o = block * BO + tl.arange(0, BO)
-    RUN: tl.constexpr = 32 if FORM == _INT4 else C
+    RUN: tl.constexpr = 32 if FORMAT == _INT4 else C
     if NORM and BI >= I:
         # Weights do not depend on what ran before, so they are asked for before the norm is summed.
-        codes, scale, zero = weight_tile(w, scale_ptr, zero_ptr, o, O, 0, I, BI, FORM, C, GROUP)
+        codes, scale, zero = weight_tile(w, scale_ptr, zero_ptr, o, O, 0, I, BI, FORMAT, C, GROUP)
         scales = row_scales(x_ptr, rows, eps, I, R, BI, C)
-        x, x_high = input_tiles(x_ptr, norm_ptr, scales, rows, 0, I, R, BI, C, NORM, FORM)
-        sums = partial_sums(codes, scale, zero, x, x_high, rows, FORM)
+        x, x_high = input_tiles(x_ptr, norm_ptr, scales, rows, 0, I, R, BI, C, NORM, FORMAT)
+        sums = partial_sums(codes, scale, zero, x, x_high, rows, FORMAT)
     else:
         scales = row_scales(x_ptr, rows, eps, I, R, BI, C) if NORM else 0.0
         sums = tl.zeros((R, BO, BI // RUN), tl.float32)
         for start in tl.range(0, I, BI, num_stages=STAGES):
-            codes, scale, zero = weight_tile(w, scale_ptr, zero_ptr, o, O, start, I, BI, FORM, C, GROUP)
-            x, x_high = input_tiles(x_ptr, norm_ptr, scales, rows, start, I, R, BI, C, NORM, FORM)
-            sums += partial_sums(codes, scale, zero, x, x_high, rows, FORM)
-    y = finished(sums, scale_ptr, bias_ptr, o, O, BIAS, FORM).to(y_ptr.dtype.element_ty)
+            codes, scale, zero = weight_tile(w, scale_ptr, zero_ptr, o, O, start, I, BI, FORMAT, C, GROUP)
+            x, x_high = input_tiles(x_ptr, norm_ptr, scales, rows, start, I, R, BI, C, NORM, FORMAT)
+            sums += partial_sums(codes, scale, zero, x, x_high, rows, FORMAT)
+    y = finished(sums, scale_ptr, bias_ptr, o, O, BIAS, FORMAT).to(y_ptr.dtype.element_ty)
     r = tl.arange(0, R)[:, None]
     at, mask = (above + r) * O + o[None, :], (r < rows) & (o < O)[None, :]
     if RESIDUAL:
@@ -259,31 +256,31 @@ def gate_up(
     w0, w1, scale0, scale1, zero0, zero1, bias0, bias1, y_ptr,
     O,
     I: tl.constexpr, R: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, C: tl.constexpr,
-    BIAS: tl.constexpr, FORM: tl.constexpr, GROUP: tl.constexpr, ACT: tl.constexpr,
+    BIAS: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr, ACT: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """act(norm(x) @ gate.T) * (norm(x) @ up.T), each step rounded as the modules round. x: (rows, I), y: (rows, O)."""
     o = tl.program_id(0) * BO + tl.arange(0, BO)
-    RUN: tl.constexpr = 32 if FORM == _INT4 else C
+    RUN: tl.constexpr = 32 if FORMAT == _INT4 else C
     if BI >= I:
-        codes0, s0, z0 = weight_tile(w0, scale0, zero0, o, O, 0, I, BI, FORM, C, GROUP)
-        codes1, s1, z1 = weight_tile(w1, scale1, zero1, o, O, 0, I, BI, FORM, C, GROUP)
+        codes0, s0, z0 = weight_tile(w0, scale0, zero0, o, O, 0, I, BI, FORMAT, C, GROUP)
+        codes1, s1, z1 = weight_tile(w1, scale1, zero1, o, O, 0, I, BI, FORMAT, C, GROUP)
         scales = row_scales(x_ptr, rows, eps, I, R, BI, C)
-        x, x_high = input_tiles(x_ptr, norm_ptr, scales, rows, 0, I, R, BI, C, True, FORM)
-        gates = partial_sums(codes0, s0, z0, x, x_high, rows, FORM)
-        ups = partial_sums(codes1, s1, z1, x, x_high, rows, FORM)
+        x, x_high = input_tiles(x_ptr, norm_ptr, scales, rows, 0, I, R, BI, C, True, FORMAT)
+        gates = partial_sums(codes0, s0, z0, x, x_high, rows, FORMAT)
+        ups = partial_sums(codes1, s1, z1, x, x_high, rows, FORMAT)
     else:
         scales = row_scales(x_ptr, rows, eps, I, R, BI, C)
         gates = tl.zeros((R, BO, BI // RUN), tl.float32)
         ups = tl.zeros((R, BO, BI // RUN), tl.float32)
         for start in tl.range(0, I, BI, num_stages=STAGES):
-            codes0, s0, z0 = weight_tile(w0, scale0, zero0, o, O, start, I, BI, FORM, C, GROUP)
-            codes1, s1, z1 = weight_tile(w1, scale1, zero1, o, O, start, I, BI, FORM, C, GROUP)
-            x, x_high = input_tiles(x_ptr, norm_ptr, scales, rows, start, I, R, BI, C, True, FORM)
-            gates += partial_sums(codes0, s0, z0, x, x_high, rows, FORM)
-            ups += partial_sums(codes1, s1, z1, x, x_high, rows, FORM)
-    gate = finished(gates, scale0, bias0, o, O, BIAS, FORM).to(y_ptr.dtype.element_ty)
-    up = finished(ups, scale1, bias1, o, O, BIAS, FORM).to(y_ptr.dtype.element_ty)
+            codes0, s0, z0 = weight_tile(w0, scale0, zero0, o, O, start, I, BI, FORMAT, C, GROUP)
+            codes1, s1, z1 = weight_tile(w1, scale1, zero1, o, O, start, I, BI, FORMAT, C, GROUP)
+            x, x_high = input_tiles(x_ptr, norm_ptr, scales, rows, start, I, R, BI, C, True, FORMAT)
+            gates += partial_sums(codes0, s0, z0, x, x_high, rows, FORMAT)
+            ups += partial_sums(codes1, s1, z1, x, x_high, rows, FORMAT)
+    gate = finished(gates, scale0, bias0, o, O, BIAS, FORMAT).to(y_ptr.dtype.element_ty)
+    up = finished(ups, scale1, bias1, o, O, BIAS, FORMAT).to(y_ptr.dtype.element_ty)
     act = activated(gate.to(tl.float32), ACT).to(gate.dtype)
     r = tl.arange(0, R)[:, None]
     y = (act.to(tl.float32) * up.to(tl.float32)).to(gate.dtype)

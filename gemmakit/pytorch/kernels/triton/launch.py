@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemmakit.errors import InputError
-from gemmakit.pytorch.kernels.packed import Packed
+from gemmakit.pytorch.kernels.ids import WeightFormat
+from gemmakit.pytorch.kernels.packed import FORMATS, PackedWeight
 from gemmakit.pytorch.kernels.panels import multiply
 from gemmakit.pytorch.kernels.triton import (
     MAX_ROWS,
@@ -45,7 +46,7 @@ class Operand(NamedTuple):
     zero: Tensor | None
     O: int
     I: int
-    form: int
+    format: WeightFormat
     group: int
 
 
@@ -53,32 +54,29 @@ class Shape(NamedTuple):
     """What `block_constants` reads of an Operand."""
 
     I: int
-    form: int
+    format: WeightFormat
     group: int = 1
 
 
-def operand(weight: Tensor | Packed) -> Operand:
+def operand(weight: Tensor | PackedWeight) -> Operand:
     """Raises InputError for a packed weight that no kernel reads."""
     O, I = weight.shape
     if isinstance(weight, Tensor):
-        return Operand(weight.contiguous(), None, None, O, I, gemv.PLAIN, 1)
+        return Operand(weight.contiguous(), None, None, O, I, FORMATS[weight.dtype], 1)
     if (weight.bits == 4) != (weight.zero is not None):
         raise InputError(
             f"a weight of {weight.bits} bits comes {'with' if weight.bits == 8 else 'without'} zeros: "
             "4 bits have zeros, 8 bits have none; use packed.dequantize."
         )
-    scale, zero = weight.scale.contiguous(), None if weight.zero is None else weight.zero.contiguous()
-    one = scale.shape[1] == 1
-    if weight.bits == 4:
-        words = weight.codes.contiguous().view(torch.int32)
-        return Operand(words, scale, zero, O, I, gemv.INT4, I if one else weight.group_size)
-    form = gemv.INT8_ROWS if one else gemv.INT8_GROUPS
-    return Operand(weight.codes.contiguous(), scale, None, O, I, form, 1 if one else weight.group_size)
+    codes, scale = weight.codes.contiguous(), weight.scale.contiguous()
+    codes = codes.view(torch.int32) if weight.format == WeightFormat.INT4 else codes
+    group = 1 if weight.format == WeightFormat.INT8_ROWS else weight.group_size
+    return Operand(codes, scale, None if weight.zero is None else weight.zero.contiguous(), O, I, weight.format, group)
 
 
 def alike(operands: Sequence[Operand]) -> bool:
     """Whether one launch takes them all."""
-    return len({(w.form, w.group, w.I, w.codes.dtype) for w in operands}) == 1
+    return len({(w.format, w.group, w.I) for w in operands}) == 1
 
 
 def _start(kernel: Any, grid: tuple[int, ...], x: Tensor, *arguments: Any, **named: Any) -> None:
@@ -100,11 +98,12 @@ def block_constants(
     rows: of x; itemsize: bytes of an element of x; share: weights that a program reads side by side.
     """
     R = min(1 << (rows - 1).bit_length(), MAX_ROWS)
-    blocks = {gemv.PLAIN: table.plain, gemv.INT4: table.int4}.get(w.form, table.int8)[R]
+    packed = table.int4 if w.format == WeightFormat.INT4 else table.int8
+    blocks = (packed if w.format.is_packed else table.plain)[R]
     most = blocks.inputs * 2 // itemsize  # the tables are for 16 bits
     BI = min(most, max(1 << (w.I - 1).bit_length(), 32))
-    run = 16 if w.form else 16 // itemsize
-    return dict(I=w.I, R=R, BO=max(blocks.outputs // share, 1), BI=BI, C=run, FORM=w.form, GROUP=w.group,
+    run = 16 if w.format.is_packed else 16 // itemsize
+    return dict(I=w.I, R=R, BO=max(blocks.outputs // share, 1), BI=BI, C=run, FORMAT=int(w.format), GROUP=w.group,
                 STAGES=blocks.stages, num_warps=blocks.warps)  # fmt: skip
 
 
@@ -170,7 +169,7 @@ def gate_up(
     _start(
         gemv.gate_up, (-(-gate.O // shape["BO"]),), x, norm.weight, norm.eps, M, gate.codes, up.codes,
         _or(gate.scale, x), _or(up.scale, x), _or(gate.zero, x), _or(up.zero, x), b0, b1, y, gate.O, BIAS=bias,
-        ACT=act, **shape,
+        ACT=int(act), **shape,
     )  # fmt: skip
     return y
 
@@ -184,7 +183,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
 
 
-def linear_packed(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+def linear_packed(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """The same for a weight in 8 or 4 bits. x: (..., I) -> (..., O) in x's dtype; not differentiable.
 
     Up to `dequantize_above` rows the weight is read as it is; more take it written out in x's dtype.
@@ -198,7 +197,7 @@ def linear_packed(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tens
         return multiply(flat, packed, bias).view(*x.shape[:-1], packed.shape[0])
 
 
-def expand(packed: Packed, dtype: torch.dtype) -> Tensor:
+def expand(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
     """packed.dequantize on the device: (O, I), computed in float32, rounded once."""
     w = operand(packed)
     y = torch.empty(w.O, w.I, dtype=dtype, device=w.codes.device)

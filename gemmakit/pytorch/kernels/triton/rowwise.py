@@ -13,12 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gemmakit.pytorch.kernels.triton import gemv
-from gemmakit.pytorch.kernels.triton.gemv import activated
-
-_GELU_TANH = tl.constexpr(gemv.GELU_TANH)
-_GELU_ERF = tl.constexpr(gemv.GELU_ERF)
-_RELU = tl.constexpr(gemv.RELU)
+from gemmakit.pytorch.kernels.triton.gemv import _GELU_ERF, _GELU_TANH, _RELU, activated
 
 
 @triton.jit

@@ -10,10 +10,10 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gemmakit.pytorch.kernels.packed import Packed
+from gemmakit.pytorch.kernels.packed import PackedWeight
+from gemmakit.pytorch.kernels.reference import ACTIVATION_OF
 from gemmakit.pytorch.kernels.seams import PROJECTIONS, Seams, weight_of
 from gemmakit.pytorch.kernels.triton import DTYPES, MAX_ROWS, Refused, starting, why_not
 
@@ -39,8 +39,8 @@ def fused(layer: nn.Module, x: Tensor) -> Seams | str:
 def _unfit(module: nn.Module, dtype: torch.dtype) -> str:
     """Why no kernel multiplies by this weight."""
     weight = weight_of(module)
-    if isinstance(weight, Packed):
-        parts = [t for t in (weight.codes, weight.scale, weight.zero) if t is not None]
+    if isinstance(weight, PackedWeight):
+        parts = list(weight.tensors)
         if (weight.bits == 4) != (weight.zero is not None):
             return f"in {weight.bits} bits {'without' if weight.bits == 4 else 'with'} zeros"
     elif weight is None:
@@ -86,7 +86,7 @@ class TritonSeams:
     def _gated(self, gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
         from gemmakit.pytorch.kernels.triton import training
 
-        kind = _activations().get(act)
+        kind = ACTIVATION_OF.get(act)
         if kind is not None and not why_not(self.device):
             with suppress(Refused), starting(self.device):
                 return training.gated(gate, up, kind)
@@ -150,7 +150,7 @@ class TritonSeams:
     def _norm_gate_up(self, x: Tensor, norm: nn.Module, gate: nn.Module, up: nn.Module, act: Any) -> Tensor:
         from gemmakit.pytorch.kernels.triton import launch
 
-        kind, weights = _activations().get(act), self._operands(gate, up)
+        kind, weights = ACTIVATION_OF.get(act), self._operands(gate, up)
         if kind is None or not launch.alike(weights):
             gated, passed = self._norm_project(x, norm, gate, up)
             return act(gated) * passed
@@ -257,17 +257,3 @@ def _pages(q: Tensor, cache: Any, layer: int) -> Room | None:
     if store.dtype != q.dtype or any(t.device != store.device for t in (where.table, where.lengths)):
         return None
     return Room(store[0], store[1], places=where.lengths, table=where.table, most=where.keys)
-
-
-_KINDS: dict[Any, int] = {}
-
-
-def _activations() -> dict[Any, int]:
-    """gemv's number of each activation that it has."""
-    if not _KINDS:
-        from gemmakit.pytorch.kernels.triton import gemv
-        from gemmakit.pytorch.layers import activation  # it stands above this module
-
-        _KINDS.update({activation("gelu_pytorch_tanh"): gemv.GELU_TANH, F.gelu: gemv.GELU_ERF})
-        _KINDS.update({F.relu: gemv.RELU, F.silu: gemv.SILU})
-    return _KINDS

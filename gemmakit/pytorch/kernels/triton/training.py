@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemmakit.pytorch.kernels.triton import reference, rowwise, starting
+from gemmakit.pytorch.kernels import reference
+from gemmakit.pytorch.kernels.triton import rowwise, starting
 
 # A program of the norm keeps a row in its registers, of its backward three rows and the sums: longer ones would spill,
 # and go through torch.
@@ -72,7 +73,7 @@ def gated_back(gradient: Tensor, gate: Tensor, up: Tensor, act: int) -> tuple[Te
 
 def _start_gate(kernel: Any, tensors: Sequence[Tensor], act: int) -> None:
     n = tensors[0].numel()
-    _start(kernel, -(-n // GATE_BLOCK), (*tensors, n), ACT=act, BLOCK=GATE_BLOCK, num_warps=GATE_WARPS)
+    _start(kernel, -(-n // GATE_BLOCK), (*tensors, n), ACT=int(act), BLOCK=GATE_BLOCK, num_warps=GATE_WARPS)
 
 
 def _start(kernel: Any, programs: int, arguments: Sequence[Any], **constants: Any) -> None:

@@ -1,29 +1,39 @@
-"""What the kernels compute, in plain torch: the same roundings, sums in float32. Names as in launch.
+"""What the kernels compute, in plain torch: the same roundings, sums in float32. Names as the kernels have them.
 
-Each step that a module rounds to its dtype is rounded here; what lies between is float32. Axis letters as in launch.
+Each step that a module rounds to its dtype is rounded here; what lies between is float32. Axis letters: M rows,
+O outputs, I inputs, B batch, S positions, N heads, K kv heads, H head_dim, T key positions.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemmakit.pytorch.kernels.packed import Packed, dequantize
+from gemmakit.pytorch.kernels.ids import Activation
+from gemmakit.pytorch.kernels.packed import PackedWeight, dequantize
 
-ACTIVATIONS = {
-    0: lambda x: F.gelu(x, approximate="tanh"),
-    1: F.gelu,
-    2: F.relu,
-    3: F.silu,
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[int, Callable[[Tensor], Tensor]] = {
+    Activation.GELU_TANH: gelu_tanh,
+    Activation.GELU_ERF: F.gelu,
+    Activation.RELU: F.relu,
+    Activation.SILU: F.silu,
 }
-
+# By the function itself: a wrapper of it is another, which goes through torch.
+ACTIVATION_OF = {function: Activation(number) for number, function in ACTIVATIONS.items()}
 # Of the gradient to what they give, and what they were given.
-_ACTIVATIONS_BACK = {
-    0: lambda dy, x: torch.ops.aten.gelu_backward(dy, x, approximate="tanh"),
-    1: torch.ops.aten.gelu_backward,
-    2: lambda dy, x: torch.ops.aten.threshold_backward(dy, x, 0),
-    3: torch.ops.aten.silu_backward,
+_ACTIVATIONS_BACK: dict[int, Callable[[Tensor, Tensor], Tensor]] = {
+    Activation.GELU_TANH: lambda dy, x: torch.ops.aten.gelu_backward(dy, x, approximate="tanh"),
+    Activation.GELU_ERF: torch.ops.aten.gelu_backward,
+    Activation.RELU: lambda dy, x: torch.ops.aten.threshold_backward(dy, x, 0),
+    Activation.SILU: torch.ops.aten.silu_backward,
 }
 
 
@@ -70,20 +80,23 @@ def gated_back(gradient: Tensor, gate: Tensor, up: Tensor, act: int) -> tuple[Te
     return for_gate.to(gate.dtype), (dy * ACTIVATIONS[act](gate).float()).to(up.dtype)
 
 
-def linear(x: Tensor, weight: Tensor | Packed, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias in float32 from the weight's exact values, rounded once to x's dtype."""
     exact = weight.float() if isinstance(weight, Tensor) else dequantize(weight)
     return F.linear(x.float(), exact, None if bias is None else bias.float()).to(x.dtype)
 
 
-def gate_up(x: Tensor, gate: Tensor | Packed, up: Tensor | Packed, act: int) -> Tensor:
+def gate_up(x: Tensor, gate: Tensor | PackedWeight, up: Tensor | PackedWeight, act: int) -> Tensor:
     """act(x @ gate.T) * (x @ up.T), both projections, the activation and the product rounded. x is normalised."""
     activated = ACTIVATIONS[act](linear(x, gate).float()).to(x.dtype)
     return activated * linear(x, up)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """layers.rotate: x (B, S, heads, H); cos, sin (B or 1, S, 1, H)."""
+    """Rotary embedding in the half-split layout: feature i turns with feature i + H/2.
+
+    x: (B, heads, S, H), or (B, S, heads, H); cos, sin: the same with 1 for heads, and B or 1.
+    """
     half = x.shape[-1] // 2
     return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
 

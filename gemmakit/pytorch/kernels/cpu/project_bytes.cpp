@@ -1,7 +1,7 @@
 // y = x @ W^T + bias for many rows of x and one or several weights in 8 or 4 bits, in products of bytes.
 //
-// x is rounded to 8 bits in blocks of 32 inputs of a token. A piece of the weight's rows, a few blocks of them at a time,
-// is laid out as bytes in the first cache, where all tokens meet it; sums of a block are exact, blocks are summed in
+// x is rounded to 8 bits in blocks of 32 inputs of a token. A piece of the weight's rows, a few blocks of them at a
+// time, is laid out as bytes in the first cache, where all tokens meet it; sums of a block are exact, blocks are summed in
 // float32 in the order of the inputs, whatever the other tokens are.
 
 #include "bytes.h"
@@ -45,7 +45,7 @@ void finish(const Matrix& w, int64_t from, int64_t rows, int64_t token, int64_t 
     for (int64_t r = 0; r < rows; r += L) {  // the room for sums is larger than a piece, so all L can be read
       int64_t at_y = m * w.out + from + r, end = m * w.out + from + rows;
       V v = gather(sums + r * next + m - token, next);
-      if (FORMAT == INT8) v = mul(v, take<F32>(w.scale, from + r, from + rows));
+      if (FORMAT == INT8_ROWS) v = mul(v, take<F32>(w.scale, from + r, from + rows));
       if (w.bias) v = add(v, take<F>(w.bias, from + r, from + rows));
       if (residual) v = add(rounded<F>(v), take<F>(residual, at_y, end));
       give<F>(y, at_y, end, v);
@@ -65,7 +65,7 @@ void multiply_piece(const Matrix& w, const Tiles& x, int64_t tokens, int64_t fro
 
 template <int F>
 auto piece_of(const Matrix& w) {
-  return w.format == INT4 ? multiply_piece<F, INT4> : w.format == INT8 ? multiply_piece<F, INT8>
+  return w.format == INT4 ? multiply_piece<F, INT4> : w.format == INT8_ROWS ? multiply_piece<F, INT8_ROWS>
                                                                         : multiply_piece<F, INT8_GROUPS>;
 }
 
@@ -108,10 +108,10 @@ int run(const Matrix* w, int count, const void* x, int64_t rows, void* const* y,
 
 }  // namespace
 
-extern "C" int NATIVE(multiply)(const Matrix* m, int count, int x_format, const void* x, int64_t rows, void* const* y,
-                                const void* residual, int threads) {
+extern "C" int NATIVE(project_bytes)(const Matrix* m, int count, int x_format, const void* x, int64_t rows,
+                                     void* const* y, const void* residual, int threads) {
   for (int i = 0; i < count; i++)
-    if (m[i].format < INT8 || (!DOT4 && m[i].format != INT4)) return 1;
+    if (m[i].format < INT8_ROWS || (!DOT4 && m[i].format != INT4)) return 1;
   if (!x) return 0;
   switch (x_format) {
     case BF16: return run<BF16>(m, count, x, rows, y, residual, threads);

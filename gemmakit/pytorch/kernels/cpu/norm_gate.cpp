@@ -48,8 +48,8 @@ void gated(Function f, const void* gate, const void* up, void* y, int64_t from, 
 }
 
 template <int F>
-int gate_all(int act, const void* gate, const void* up, void* y, int64_t n, int threads) {
-  if (act < GELU_TANH || act > RELU) return 1;
+int gated_all(int act, const void* gate, const void* up, void* y, int64_t n, int threads) {
+  if (act != GELU_TANH && act != RELU && act != SILU) return 1;
   constexpr int64_t piece = 1 << 14;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (n > 2 * piece && threads > 1)
   for (int64_t from = 0; from < n; from += piece) {
@@ -66,8 +66,8 @@ int gate_all(int act, const void* gate, const void* up, void* y, int64_t n, int 
 
 }  // namespace
 
-extern "C" int NATIVE(norm)(int format, const void* x, int64_t rows, int64_t width, int w_format, const void* w,
-                            float eps, void* y, int threads) {
+extern "C" int NATIVE(gemmakit_rms_norm)(int format, const void* x, int64_t rows, int64_t width, int w_format,
+                                         const void* w, float eps, void* y, int threads) {
   if (w_format < BF16 || w_format > F32) return 1;
   switch (format) {
     case BF16: return norm_rows<BF16>(x, rows, width, w_format, w, eps, y, threads);
@@ -77,29 +77,30 @@ extern "C" int NATIVE(norm)(int format, const void* x, int64_t rows, int64_t wid
   return 1;
 }
 
-extern "C" int NATIVE(gate)(int format, int act, const void* gate, const void* up, void* y, int64_t n, int threads) {
+extern "C" int NATIVE(gemmakit_gated)(int format, int act, const void* gate, const void* up, void* y, int64_t n,
+                                      int threads) {
   switch (format) {
-    case BF16: return gate_all<BF16>(act, gate, up, y, n, threads);
-    case F16: return gate_all<F16>(act, gate, up, y, n, threads);
-    case F32: return gate_all<F32>(act, gate, up, y, n, threads);
+    case BF16: return gated_all<BF16>(act, gate, up, y, n, threads);
+    case F16: return gated_all<F16>(act, gate, up, y, n, threads);
+    case F32: return gated_all<F32>(act, gate, up, y, n, threads);
   }
   return 1;
 }
 
-extern "C" int NATIVE(norm_project)(const Matrix* m, int count, int format, const void* x, int rows, int w_format,
-                                    const void* w, float eps, void* const* y, int threads) {
+extern "C" int NATIVE(gemmakit_norm_project)(const Matrix* m, int count, int format, const void* x, int rows,
+                                             int w_format, const void* w, float eps, void* const* y, int threads) {
   if (rows < 1 || rows > MAX_ROWS) return 1;
   void* normed = scratch<float, 0>(rows * m->in);
-  return NATIVE(norm)(format, x, rows, m->in, w_format, w, eps, normed, 1) ||
-         NATIVE(project)(m, count, format, normed, rows, y, nullptr, threads);
+  return NATIVE(gemmakit_rms_norm)(format, x, rows, m->in, w_format, w, eps, normed, 1) ||
+         NATIVE(gemmakit_project)(m, count, format, normed, rows, y, nullptr, threads);
 }
 
-extern "C" int NATIVE(norm_gate)(const Matrix* m, int format, const void* x, int rows, int w_format, const void* w,
-                                 float eps, int act, void* y, int threads) {
+extern "C" int NATIVE(gemmakit_norm_gate_up)(const Matrix* m, int format, const void* x, int rows, int w_format,
+                                             const void* w, float eps, int act, void* y, int threads) {
   if (rows < 1 || rows > MAX_ROWS) return 1;
   int64_t n = rows * m->out;
   char* both = (char*)scratch<float, 1>(2 * n);
   void* halves[2] = {both, both + n * 4};
-  return NATIVE(norm_project)(m, 2, format, x, rows, w_format, w, eps, halves, threads) ||
-         NATIVE(gate)(format, act, halves[0], halves[1], y, n, threads);
+  return NATIVE(gemmakit_norm_project)(m, 2, format, x, rows, w_format, w, eps, halves, threads) ||
+         NATIVE(gemmakit_gated)(format, act, halves[0], halves[1], y, n, threads);
 }
