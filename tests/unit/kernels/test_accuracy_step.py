@@ -14,7 +14,8 @@ from instruction_sets import FORMATS, runnable
 from gemmakit.pytorch.kernels import cpu
 from gemmakit.pytorch.kernels.cpu.seams import Attention
 from gemmakit.pytorch.kernels.ids import Activation
-from gemmakit.pytorch.layers import GemmaRMSNorm, rotate
+from gemmakit.pytorch.kernels.reference import rotate
+from gemmakit.pytorch.layers import GemmaRMSNorm
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason=f"needs the compiled kernels: {cpu.why_not()}")
 

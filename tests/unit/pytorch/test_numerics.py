@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from tiny_gemma import prompts, tiny, tiny_config
 
 import gemmakit
-from gemmakit.pytorch.layers import GemmaRMSNorm, GemmaRotaryEmbedding, GemmaScaledEmbedding, rotate
+from gemmakit.pytorch.kernels.reference import rotate
+from gemmakit.pytorch.layers import GemmaRMSNorm, GemmaRotaryEmbedding, GemmaScaledEmbedding
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF)

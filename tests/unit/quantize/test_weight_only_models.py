@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import gemmakit
 from gemmakit.errors import CheckpointError, ConfigError, InputError, TokenOutOfRange
-from gemmakit.pytorch.kernels import quantized as quantized_kernels
 from gemmakit.pytorch.quantize import QuantizedEmbedding, QuantizedLinear, QuantizedWeight
+from gemmakit.quantization import parse_quantization
 
 # Ragged: neither 32 nor 128 divides every size.
 SHAPE = dict(vocab_size=90, hidden_size=72, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
@@ -108,15 +108,31 @@ def test_calibration_cannot_be_asked_of_a_plain_load(plain):
 
 
 @pytest.mark.parametrize("how", KINDS)
-def test_logits_are_those_of_the_weights_that_the_codes_stand_for(plain, how, monkeypatch):
+def test_logits_are_those_of_the_weights_that_the_codes_stand_for(plain, how):
     quantized = load(plain, how)
     exact = logits(expanded(quantized, plain))
     # With activations in 8 bits, which are off by half a step in 127 of their block's largest, two layers long.
     assert float((logits(quantized) - exact).abs().max() / exact.abs().max()) < 0.06
-    monkeypatch.setattr(quantized_kernels, "activation_bits", lambda: 16)
-    # The same products in float32, summed in another order. Asked for as a process begins, so by a model of its own.
-    assert float((logits(load(plain, how)) - exact).abs().max() / exact.abs().max()) < 1e-4
+    wanted = parse_quantization(how)
+    wanted.activation_bits = 16
+    # The same products in float32, summed in another order.
+    assert float((logits(load(plain, wanted)) - exact).abs().max() / exact.abs().max()) < 1e-4
     assert not torch.equal(exact, logits(load(plain)))
+
+
+def test_activation_bits_are_kept_in_the_checkpoint_and_reach_every_weight(plain, tmp_path):
+    load(plain, gemmakit.WeightOnlyConfig(bits=4, activation_bits=16)).save_pretrained(tmp_path)
+    stored = load(tmp_path)
+    assert stored.quantization_config.activation_bits == 16
+    assert {m.packed.activation_bits for m in stored.modules() if isinstance(m, QuantizedLinear)} == {16}
+    asked = load(tmp_path, gemmakit.WeightOnlyConfig(bits=4))  # the call decides how to compute
+    assert asked.model.layers[0].mlp.up_proj.packed.activation_bits == 8
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["quantization_config"]["activation_bits"]  # as older checkpoints are
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load(tmp_path).quantization_config.activation_bits == 8
+    with pytest.raises(ConfigError, match="activation_bits is 4; it must be one of 8, 16"):
+        gemmakit.WeightOnlyConfig(activation_bits=4)
 
 
 def test_embedding_rows_are_rounded_and_scaled_as_a_plain_model_does(plain):
