@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Generator, Iterable
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 from gemmakit.errors import CheckpointError
-
-# What a file system takes beside the bytes of the files, and what a format says of a tensor: name, type, shape, place.
-_SLACK_BYTES, _BYTES_A_PIECE = 64 * 1024, 256
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -54,17 +51,3 @@ def free_disk_bytes(path: Path) -> int:
     """Bytes free on the disk that holds `path`, or will once it is made."""
     folder = next(folder for folder in (path, *path.absolute().parents) if os.path.isdir(folder))
     return shutil.disk_usage(folder).free
-
-
-def require_disk(path: Path, sizes: Iterable[int]) -> None:
-    """CheckpointError unless pieces of `sizes` bytes fit on the disk of `path`, a file or folder, beside what it holds.
-
-    To be asked before the first byte is written.
-    """
-    needed = _SLACK_BYTES + sum(_BYTES_A_PIECE + size for size in sizes)
-    free = free_disk_bytes(path)
-    if needed > free:
-        raise CheckpointError(
-            f"Saving {str(path)!r} needs {needed} bytes, but the disk has {free} bytes free (what is there already is "
-            "kept until the new is whole). Free some space or save elsewhere. Nothing was changed."
-        )

@@ -4,11 +4,11 @@ Opening checks everything that can be checked without reading a tensor; saving n
 Importing this package loads neither torch nor numpy nor huggingface_hub.
 """
 
-from gemmakit.checkpoint.arrays import LazyTensor
-from gemmakit.checkpoint.header import TensorInfo, read_header
+from gemmakit.checkpoint.arrays import LazyTensor, TensorInfo
+from gemmakit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from gemmakit.checkpoint.formats.safetensors import read_header
 from gemmakit.checkpoint.memory import free_memory_bytes, require_memory
-from gemmakit.checkpoint.reading import Checkpoint, open_checkpoint
-from gemmakit.checkpoint.writing import parse_size, save_checkpoint
+from gemmakit.checkpoint.save import parse_size, save_checkpoint
 
 __all__ = [
     "Checkpoint",

@@ -1,12 +1,60 @@
-"""Arrays of any library, or what makes them: their dtype, shape and bytes, asked without importing the library."""
+"""Arrays of any library, in files or in memory: their dtype, shape and bytes, asked without importing the library."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from gemmakit.dtypes import dtype_name
+from gemmakit.errors import CheckpointError, MissingDependency
+
+# name that torch and ml_dtypes use -> bits an element
+BITS = {
+    "bool": 8,
+    "uint8": 8,
+    "int8": 8,
+    "uint16": 16,
+    "int16": 16,
+    "uint32": 32,
+    "int32": 32,
+    "uint64": 64,
+    "int64": 64,
+    "float16": 16,
+    "bfloat16": 16,
+    "float32": 32,
+    "float64": 64,
+    "complex64": 64,
+    "float8_e4m3fn": 8,
+    "float8_e5m2": 8,
+    "float8_e4m3fnuz": 8,
+    "float8_e5m2fnuz": 8,
+    "float8_e8m0fnu": 8,
+    "float6_e2m3fn": 6,
+    "float6_e3m2fn": 6,
+    "float4_e2m1fn_x2": 4,
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor as its file declares it: dtype name ("bfloat16"), shape, and the byte range [begin, end) in the file.
+
+    Tensors of a pickle file have no known place: begin is 0 and end is the number of bytes. So have those that are not
+    `mapped`: they are made from other bytes when asked for, and then take memory.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+    mapped: bool = True
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the tensor's data in bytes."""
+        return self.end - self.begin
 
 
 @dataclass(frozen=True)
@@ -46,3 +94,32 @@ def as_bytes(tensor: Any) -> memoryview:
 
 def _is_maker(value: Any) -> bool:
     return callable(value) and not hasattr(value, "shape")
+
+
+def numpy_dtype(name: str, dtype: str) -> Any:
+    """The numpy dtype of tensor `name`. Raises MissingDependency, and CheckpointError where there is none."""
+    import numpy as np
+
+    try:
+        return np.dtype(dtype)
+    except TypeError:
+        pass
+    try:
+        ml_dtypes = import_module("ml_dtypes")
+    except ImportError as error:
+        raise MissingDependency(
+            f"Tensor {name!r} is {dtype}, which numpy lacks: `pip install ml_dtypes`, or read it with framework='pt'."
+        ) from error
+    kind = getattr(ml_dtypes, dtype, None)
+    if kind is None or dtype.startswith(("float4", "float6")):
+        raise CheckpointError(f"Tensor {name!r} is {dtype}, which has no numpy dtype.")
+    return np.dtype(kind)
+
+
+def to_jax(array: Any) -> Any:
+    """A numpy array as jax's. Raises MissingDependency."""
+    try:
+        jnp = import_module("jax.numpy")
+    except ImportError as error:
+        raise MissingDependency("framework='flax' needs jax: `pip install 'gemmakit[flax]'`.") from error
+    return jnp.asarray(array)

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from gemmakit.checkpoint.reading import Checkpoint
+from gemmakit.checkpoint.checkpoint import Checkpoint
 from gemmakit.config import PRESETS, GemmaConfig
 from gemmakit.errors import CheckpointError
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from gemmakit.checkpoint import Checkpoint, TensorInfo
-from gemmakit.checkpoint.formats import TITLES, OrbaxFile, open_weights
-from gemmakit.checkpoint.formats.opening import GGUF, SAFETENSORS
-from gemmakit.checkpoint.index import read_index
+from gemmakit.checkpoint.checkpoint import read_index
+from gemmakit.checkpoint.formats.orbax import OrbaxFile
+from gemmakit.checkpoint.formats.safetensors import SafetensorsFile
 from gemmakit.checkpoint.layout import CAUSAL, architecture_of, differences, released_size, tensor_shapes, tied_names
-from gemmakit.checkpoint.reading import SafetensorsFile
+from gemmakit.checkpoint.opening import GGUF, SAFETENSORS, TITLES, open_weights
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import CheckpointError, GemmakitError
 

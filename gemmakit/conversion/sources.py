@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gemmakit.checkpoint import Checkpoint
-from gemmakit.checkpoint.formats import OrbaxFile, Weights, open_weights
-from gemmakit.checkpoint.formats.opening import GGUF, GOOGLE, ORBAX
+from gemmakit.checkpoint.formats.orbax import OrbaxFile
 from gemmakit.checkpoint.layout import (
     BARE,
     architecture_of,
@@ -22,6 +21,7 @@ from gemmakit.checkpoint.layout import (
     tied_names,
     warn_of_copies,
 )
+from gemmakit.checkpoint.opening import GGUF, GOOGLE, ORBAX, Weights, open_weights
 from gemmakit.config import PRESETS, GemmaConfig
 from gemmakit.conversion.tokenizers import TokenizerFiles, read_tokenizer
 from gemmakit.errors import CheckpointError, InputError

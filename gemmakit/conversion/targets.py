@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from gemmakit.checkpoint import LazyTensor, publishing, save_checkpoint
+from gemmakit.checkpoint import LazyTensor, save, save_checkpoint
 from gemmakit.checkpoint.arrays import as_bytes
 from gemmakit.checkpoint.formats import msgpack
-from gemmakit.checkpoint.formats.opening import GGUF, MSGPACK, SAFETENSORS
-from gemmakit.checkpoint.shards import save_shards
+from gemmakit.checkpoint.opening import GGUF, MSGPACK, SAFETENSORS
+from gemmakit.checkpoint.save import save_shards
 from gemmakit.conversion.sources import Source
 from gemmakit.conversion.tokenizers import vocabulary
 from gemmakit.errors import InputError
@@ -105,9 +105,7 @@ def _write_safetensors(order: Order) -> list[Path]:
 
 
 def _write_msgpack(order: Order) -> list[Path]:
-    return save_shards(
-        order.out, publishing.MSGPACK, _leaves(order.tensors), msgpack.encode, order.shard_bytes, order.files
-    )
+    return save_shards(order.out, save.MSGPACK, _leaves(order.tensors), msgpack.encode, order.shard_bytes, order.files)
 
 
 def _leaves(tensors: Mapping[str, LazyTensor]) -> dict[str, msgpack.Leaf]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gemmakit.checkpoint.publishing import same_content
+from gemmakit.checkpoint.save import same_content
 from gemmakit.errors import CheckpointError, InputError
 from gemmakit.files import replacing
 from gemmakit.hub import Name, find_file, local_directory

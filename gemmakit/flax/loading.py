@@ -16,11 +16,10 @@ import numpy as np
 
 from gemmakit.checkpoint import Checkpoint, LazyTensor, TensorInfo, require_memory
 from gemmakit.checkpoint.arrays import as_bytes
-from gemmakit.checkpoint.formats import OrbaxFile, is_orbax
 from gemmakit.checkpoint.formats.msgpack import Leaf, encode
+from gemmakit.checkpoint.formats.orbax import OrbaxFile, is_orbax
 from gemmakit.checkpoint.layout import differences, tied_names, warn_of_copies
-from gemmakit.checkpoint.publishing import MSGPACK, encode_files
-from gemmakit.checkpoint.shards import save_shards
+from gemmakit.checkpoint.save import MSGPACK, encode_files, save_shards
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import CheckpointError, InputError
 from gemmakit.flax.layers import embedding_init

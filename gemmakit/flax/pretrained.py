@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemmakit.checkpoint import save_checkpoint
-from gemmakit.checkpoint.formats import is_orbax, open_weights
+from gemmakit.checkpoint.formats.orbax import is_orbax
+from gemmakit.checkpoint.opening import open_weights
 from gemmakit.config import HUB_ARGUMENTS, GemmaConfig
 from gemmakit.errors import InputError, TokenOutOfRange
 from gemmakit.flax import cache as caches

@@ -1,4 +1,6 @@
-"""Google's released PyTorch checkpoint: `{"model_state_dict": {...}}` in one pickle, q, k and v in one matrix.
+"""Files of torch.save, read with weights_only: plain ones, and Google's released PyTorch checkpoint.
+
+That one is `{"model_state_dict": {...}}` with q, k and v in one matrix.
 
 Source of the names: google/gemma_pytorch, and the conversion script that the documents of Gemma name.
 """
@@ -6,13 +8,15 @@ Source of the names: google/gemma_pytorch, and the conversion script that the do
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gemmakit.checkpoint.header import TensorInfo
-from gemmakit.checkpoint.reading import PickleFile, unpickle
-from gemmakit.errors import CheckpointError
+from gemmakit.checkpoint.arrays import TensorInfo, numpy_dtype, to_jax
+from gemmakit.checkpoint.memory import require_memory
+from gemmakit.dtypes import dtype_name
+from gemmakit.errors import CheckpointError, NotEnoughMemory, UnsafeFile
 
 STATE = "model_state_dict"
 EMBEDDER = "embedder.weight"
@@ -27,6 +31,75 @@ SAME_IN_LAYER = (
 # The rotary table, which every model computes.
 DROPPED = ("freqs_cis",)
 _LAYER = re.compile(r"(?:model\.)?layers\.(\d{1,4})\.(.+)")
+
+
+class PickleFile:
+    """One file of torch.save, read with weights_only: plain tensors, no code. `held` is name -> torch.Tensor."""
+
+    def __init__(self, path: Path, content: Any = None):
+        self.path = path
+        self.metadata: Mapping[str, str] = {}
+        self.held = _tensors_only(path, unpickle(path) if content is None else content)
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: TensorInfo(dtype_name(t.dtype), tuple(t.shape), 0, t.numel() * t.element_size())
+            for name, t in self.held.items()
+        }
+
+    def tensor(self, name: str, framework: str, device: Any) -> Any:
+        held = self.held[name]
+        if framework == "pt":
+            return held.to(device)
+        info = self.tensors[name]
+        import torch
+
+        flat = held.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        array = flat.view(numpy_dtype(name, info.dtype)).reshape(info.shape)
+        return array if framework == "np" else to_jax(array)
+
+    def close(self) -> None:
+        self.held = dict(self.held)
+
+
+def unpickle(path: Path) -> Any:
+    """What torch.save wrote, tensors mapped from the file where they can be. Raises UnsafeFile, CheckpointError."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's on what it then refuses
+        return _unpickle(path)
+
+
+def _unpickle(path: Path) -> Any:
+    import pickle
+
+    import torch
+
+    try:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # torch before 1.6 did not write zip archives, which alone can be mapped
+            remedy = "Save it again with a newer torch, then it is mapped."
+            require_memory(path.stat().st_size, str(path), remedy=remedy)
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except NotEnoughMemory:
+        raise
+    except pickle.UnpicklingError as error:
+        raise UnsafeFile(f"{path} holds more than tensors and is refused: {_first_line(error)}") from error
+    except Exception as error:  # a damaged pickle can raise anything
+        raise CheckpointError(f"{path} cannot be read: {_first_line(error)}. Download it again.") from error
+
+
+def _tensors_only(path: Path, content: Any) -> dict[str, Any]:
+    import torch
+
+    def plain(value: Any) -> bool:
+        return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+
+    if not isinstance(content, dict) or not all(isinstance(n, str) and plain(value) for n, value in content.items()):
+        raise CheckpointError(f"{path} does not hold a plain mapping of names to tensors.")
+    return content
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def is_google(names: Mapping[str, Any]) -> bool:

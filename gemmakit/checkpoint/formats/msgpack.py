@@ -17,8 +17,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from gemmakit.checkpoint.header import BITS, TensorInfo
-from gemmakit.checkpoint.reading import numpy_dtype, to_jax
+from gemmakit.checkpoint.arrays import BITS, TensorInfo, numpy_dtype, to_jax
 from gemmakit.errors import CheckpointError
 
 # last key of a path in the tree -> (its name in PyTorch, whether PyTorch stores it transposed)

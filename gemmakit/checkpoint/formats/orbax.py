@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemmakit.checkpoint.header import BITS, TensorInfo
-from gemmakit.checkpoint.reading import to_jax
+from gemmakit.checkpoint.arrays import BITS, TensorInfo, to_jax
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import CheckpointError, MissingDependency
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
+from gemmakit.checkpoint.checkpoint import Checkpoint
 from gemmakit.checkpoint.gguf.reading import GgufFile
 from gemmakit.checkpoint.gguf.writing import write_gguf
-from gemmakit.checkpoint.reading import Checkpoint
 
 __all__ = ["GgufFile", "open_gguf", "write_gguf"]
 

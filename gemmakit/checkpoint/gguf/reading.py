@@ -12,8 +12,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from gemmakit.checkpoint.arrays import BITS, TensorInfo
 from gemmakit.checkpoint.gguf.names import is_norm, released_name
-from gemmakit.checkpoint.header import BITS, TensorInfo
 from gemmakit.errors import CheckpointError
 from gemmakit.gguf import GgufHeader, GgufTensor, read_gguf_header
 from gemmakit.gguf.kinds import PLAIN
@@ -51,7 +51,7 @@ class GgufFile:
         array = self._makers[name]("np")
         if framework == "np":
             return array
-        from gemmakit.checkpoint.reading import to_jax
+        from gemmakit.checkpoint.arrays import to_jax
 
         return to_jax(array)
 
@@ -74,7 +74,7 @@ class GgufFile:
     # -- numbers ----------------------------------------------------------------------------------------------------
 
     def _view(self, name: str, info: TensorInfo, framework: str) -> Any:
-        from gemmakit.checkpoint.reading import numpy_dtype
+        from gemmakit.checkpoint.arrays import numpy_dtype
 
         raw = self._raw(info.begin, info.end)
         if framework == "pt":
@@ -101,7 +101,7 @@ class GgufFile:
             return out.view(held.shape)
         import numpy as np
 
-        from gemmakit.checkpoint.reading import numpy_dtype
+        from gemmakit.checkpoint.arrays import numpy_dtype
 
         array = np.empty(prod(held.shape), numpy_dtype(name, self._dtype))
         for begin, numbers in self._numbers(held):

@@ -12,10 +12,8 @@ from typing import Any
 
 from gemmakit.checkpoint.arrays import describe, made
 from gemmakit.checkpoint.gguf.names import gguf_name, is_norm
-from gemmakit.checkpoint.publishing import saving_into, sync_directory
-from gemmakit.checkpoint.shards import write
+from gemmakit.checkpoint.save import require_disk, saving_into, sync_directory, write
 from gemmakit.errors import InputError
-from gemmakit.files import require_disk
 from gemmakit.gguf import KINDS, Kind, Vocabulary
 from gemmakit.gguf.encoding import encode_header, padding
 from gemmakit.gguf.settings import EMBEDDING, FILE_TYPES, metadata_of

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from gemmakit.checkpoint import TensorInfo, read_header
-from gemmakit.checkpoint.header import DTYPES, encode_header, scan
+from gemmakit.checkpoint.arrays import BITS
+from gemmakit.checkpoint.formats.safetensors import DTYPES, encode_header, scan
 from gemmakit.errors import CheckpointError
 
 TENSORS = {"a": torch.arange(6, dtype=torch.float32).reshape(2, 3), "b": torch.ones(5, dtype=torch.bfloat16)}
@@ -60,7 +61,8 @@ def test_encoded_header_is_read_by_safetensors_and_by_us(tmp_path):
 
 @pytest.mark.parametrize("code", sorted(DTYPES))
 def test_every_dtype_of_the_format_is_known(tmp_path, code):
-    name, bits = DTYPES[code]
+    name = DTYPES[code]
+    bits = BITS[name]
     nbytes = 8 * bits // 8
     header = {"t": {"dtype": code, "shape": [8], "data_offsets": [0, nbytes]}}
     path = write(tmp_path / "x.safetensors", header, b"\0" * nbytes)

@@ -17,10 +17,9 @@ from gemmakit.checkpoint import (
     LazyTensor,
     open_checkpoint,
     parse_size,
-    publishing,
     read_header,
+    save,
     save_checkpoint,
-    shards,
 )
 from gemmakit.checkpoint.formats.msgpack import Leaf
 from gemmakit.errors import CheckpointError, InputError, UnsafeFile
@@ -274,19 +273,19 @@ def test_any_tensors_come_back_as_they_were(tmp_path, seed, count, limit):
 
 
 def test_parts_that_the_system_takes_piecemeal_are_written_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "_CHUNK_BYTES", 1000)
+    monkeypatch.setattr(save, "_CHUNK_BYTES", 1000)
     tensors = {"t": torch.arange(5000)}
     save_checkpoint(tensors, tmp_path)
     assert_holds(tmp_path, tensors)
     assert Path(tmp_path / "model.safetensors").stat().st_size == read_header(tmp_path / "model.safetensors")["t"].end
 
 
-@pytest.mark.parametrize("layout", [publishing.SAFETENSORS, publishing.MSGPACK], ids=lambda layout: layout.suffix)
+@pytest.mark.parametrize("layout", [save.SAFETENSORS, save.MSGPACK], ids=lambda layout: layout.suffix)
 @pytest.mark.parametrize("step", range(5))
 def test_a_save_clears_away_what_a_killed_one_left(tmp_path, monkeypatch, layout, step):
-    def save(limit, text):
+    def saved(limit, text):
         arrays = {f"t{i}": Leaf("int8", (100,), text) for i in range(3)}
-        return shards.save_shards(tmp_path, layout, arrays, encode, limit, {"config.json": text})
+        return save.save_shards(tmp_path, layout, arrays, encode, limit, {"config.json": text})
 
     def encode(leaves):
         return [leaf.load for leaf in leaves.values()]
@@ -303,12 +302,12 @@ def test_a_save_clears_away_what_a_killed_one_left(tmp_path, monkeypatch, layout
             raise Killed
         move(*paths)
 
-    save(100, b"1" * 100)
+    saved(100, b"1" * 100)
     move = os.replace
     with monkeypatch.context() as patched, suppress(Killed):
         patched.setattr(os, "replace", replace)
-        patched.setattr(publishing, "clean", lambda staging: None)
-        save(200, b"2" * 100)
-    kept = save(150, b"3" * 100)
+        patched.setattr(save, "clean", lambda staging: None)
+        saved(200, b"2" * 100)
+    kept = saved(150, b"3" * 100)
     assert held(tmp_path) == sorted(["config.json", *(path.name for path in kept)])
     assert all(path.read_bytes() == b"3" * 100 for path in kept[:-1])

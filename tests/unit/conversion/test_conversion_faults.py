@@ -391,9 +391,9 @@ def test_a_failure_in_the_middle_leaves_the_target_as_it_was(folder, tmp_path, t
 @pytest.mark.parametrize("to", ["safetensors", "msgpack"])
 @pytest.mark.parametrize("room", [0, 9_000, 60_000])
 def test_a_disk_that_fills_up_leaves_the_target_as_it_was(folder, tmp_path, monkeypatch, to, room):
-    from gemmakit.checkpoint import shards
+    from gemmakit.checkpoint import save
 
-    out, written, write = tmp_path / "out", [0], shards.write_all
+    out, written, write = tmp_path / "out", [0], save.write_all
     convert_checkpoint(folder, out, to=to)
 
     def until_full(file, data):
@@ -402,7 +402,7 @@ def test_a_disk_that_fills_up_leaves_the_target_as_it_was(folder, tmp_path, monk
             raise OSError(errno.ENOSPC, "No space left on device")
         write(file, data)
 
-    monkeypatch.setattr(shards, "write_all", until_full)
+    monkeypatch.setattr(save, "write_all", until_full)
     refused(CheckpointError, "No space left", folder, out, to=to, overwrite=True, max_shard_size="9KB")
 
 

@@ -6,8 +6,9 @@ import torch
 from conversion_tools import make
 
 import gemmakit
-from gemmakit.checkpoint.formats import msgpack, open_weights
+from gemmakit.checkpoint.formats import msgpack
 from gemmakit.checkpoint.layout import architecture_of, tensor_shapes
+from gemmakit.checkpoint.opening import open_weights
 from gemmakit.cli.inspection import memory
 
 CLASSES = (
@@ -114,7 +115,7 @@ def test_opening_msgpack_needs_neither_flax_nor_jax(tmp_path):
     gemmakit.convert_checkpoint(tmp_path / "a", tmp_path / "b", to="msgpack")
     code = (
         "import sys; sys.modules['jax'] = sys.modules['flax'] = sys.modules['msgpack'] = None\n"
-        "from gemmakit.checkpoint.formats import open_weights\n"
+        "from gemmakit.checkpoint.opening import open_weights\n"
         "c = open_weights(sys.argv[1]).checkpoint; print(c.tensor('model.norm.weight').shape[0])"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "b")], capture_output=True, text=True)

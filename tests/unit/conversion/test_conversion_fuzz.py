@@ -25,7 +25,7 @@ import json, resource, sys, warnings
 from pathlib import Path
 from hypothesis import HealthCheck, given, settings, strategies as st
 from gemmakit.errors import GemmakitError
-from gemmakit.checkpoint.formats import open_weights
+from gemmakit.checkpoint.opening import open_weights
 from gemmakit.text import GemmaTokenizer, GemmaTokenizerFast
 
 warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""The header of a safetensors file, read and written in plain Python.
+"""A safetensors file as named arrays; its header is read and written in plain Python.
 
 Layout: 8 bytes little-endian header length N, N bytes of JSON (padded with spaces), then the tensors' bytes without
 holes. The native parser only sees a file whose header passed here, so a damaged or hostile one gives an error that
@@ -16,6 +16,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from gemmakit.checkpoint.arrays import BITS, TensorInfo, numpy_dtype, to_jax
 from gemmakit.errors import CheckpointError
 
 HEADER_LIMIT_BYTES = 100_000_000
@@ -24,53 +25,32 @@ _DATA_ALIGNMENT_BYTES = 64
 _SPACE = re.compile(r"[ \t\n\r]*")
 _VALUE = json.JSONDecoder()
 
-# code in the file -> (name that torch and ml_dtypes use, bits an element)
-DTYPES: dict[str, tuple[str, int]] = {
-    "BOOL": ("bool", 8),
-    "U8": ("uint8", 8),
-    "I8": ("int8", 8),
-    "U16": ("uint16", 16),
-    "I16": ("int16", 16),
-    "U32": ("uint32", 32),
-    "I32": ("int32", 32),
-    "U64": ("uint64", 64),
-    "I64": ("int64", 64),
-    "F16": ("float16", 16),
-    "BF16": ("bfloat16", 16),
-    "F32": ("float32", 32),
-    "F64": ("float64", 64),
-    "C64": ("complex64", 64),
-    "F8_E4M3": ("float8_e4m3fn", 8),
-    "F8_E5M2": ("float8_e5m2", 8),
-    "F8_E4M3FNUZ": ("float8_e4m3fnuz", 8),
-    "F8_E5M2FNUZ": ("float8_e5m2fnuz", 8),
-    "F8_E8M0": ("float8_e8m0fnu", 8),
-    "F6_E2M3": ("float6_e2m3fn", 6),
-    "F6_E3M2": ("float6_e3m2fn", 6),
-    "F4": ("float4_e2m1fn_x2", 4),
+# code in the file -> name that torch and ml_dtypes use
+DTYPES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "U16": "uint16",
+    "I16": "int16",
+    "U32": "uint32",
+    "I32": "int32",
+    "U64": "uint64",
+    "I64": "int64",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+    "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F6_E2M3": "float6_e2m3fn",
+    "F6_E3M2": "float6_e3m2fn",
+    "F4": "float4_e2m1fn_x2",
 }
-CODES = {name: code for code, (name, _) in DTYPES.items()}
-BITS = dict(DTYPES.values())
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor as its file declares it: dtype name ("bfloat16"), shape, and the byte range [begin, end) in the file.
-
-    Tensors of a pickle file have no known place: begin is 0 and end is the number of bytes. So have those that are not
-    `mapped`: they are made from other bytes when asked for, and then take memory.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-    mapped: bool = True
-
-    @property
-    def nbytes(self) -> int:
-        """The size of the tensor's data in bytes."""
-        return self.end - self.begin
+CODES = {name: code for code, name in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -79,6 +59,50 @@ class Header:
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
+
+
+class SafetensorsFile:
+    """One safetensors file: header checked on opening, bytes mapped on demand."""
+
+    def __init__(self, path: Path):
+        header = scan(path)
+        self.path = path
+        self.tensors: Mapping[str, TensorInfo] = header.tensors
+        self.metadata: Mapping[str, str] = header.metadata
+        self._handles: dict[str, Any] = {}
+
+    def tensor(self, name: str, framework: str, device: Any) -> Any:
+        if framework == "pt":
+            return self._handle(device).get_tensor(name)
+        array = _map_array(self.path, name, self.tensors[name])
+        return array if framework == "np" else to_jax(array)
+
+    def close(self) -> None:
+        self._handles.clear()
+
+    def _handle(self, device: Any) -> Any:
+        key = str(device)
+        if key not in self._handles:
+            from safetensors import SafetensorError, safe_open
+
+            try:
+                self._handles[key] = safe_open(self.path, framework="pt", device=key)
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(
+                    f"{self.path} cannot be read: {error}. If it was not changed meanwhile, safetensors may be too "
+                    "old for its dtypes: `pip install -U safetensors`."
+                ) from error
+        return self._handles[key]
+
+
+def _map_array(path: Path, name: str, info: TensorInfo) -> Any:
+    import numpy as np
+
+    dtype = numpy_dtype(name, info.dtype)
+    if info.nbytes == 0:
+        return np.empty(info.shape, dtype)
+    flat = np.memmap(path, np.uint8, mode="c", offset=info.begin, shape=(info.nbytes,))
+    return np.asarray(flat).view(dtype).reshape(info.shape)
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, TensorInfo]:
@@ -244,8 +268,8 @@ def _tensor_info(name: str, value: dict[str, Any], data_begin: int) -> TensorInf
         raise ValueError(f"tensor {_show(name)} has the impossible shape {_show(shape)}")
     if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ValueError(f"tensor {_show(name)} has the impossible data_offsets {_show(offsets)}")
-    dtype, bits = DTYPES[code]
-    expected, found = prod(shape) * bits, (offsets[1] - offsets[0]) * 8
+    dtype = DTYPES[code]
+    expected, found = prod(shape) * BITS[dtype], (offsets[1] - offsets[0]) * 8
     if expected != found:
         raise ValueError(
             f"tensor {_show(name)} of dtype {code} and shape {_show(shape)} needs {_show(-(-expected // 8))} bytes, "

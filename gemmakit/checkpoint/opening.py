@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gemmakit.checkpoint import publishing
+from gemmakit.checkpoint import save
+from gemmakit.checkpoint.arrays import TensorInfo
+from gemmakit.checkpoint.checkpoint import PICKLE_SUFFIXES, Checkpoint, check_index, open_checkpoint, read_index
 from gemmakit.checkpoint.formats import google, msgpack, orbax
-from gemmakit.checkpoint.header import TensorInfo
-from gemmakit.checkpoint.index import check_index, read_index
-from gemmakit.checkpoint.reading import PICKLE_SUFFIXES, Checkpoint, SafetensorsFile, open_checkpoint
+from gemmakit.checkpoint.formats.safetensors import SafetensorsFile
 from gemmakit.errors import CheckpointError, UnsafeFile
 from gemmakit.hub import Name, Token, commit_of, find_file, find_files, local_directory
 
@@ -25,9 +25,9 @@ TITLES = {
     GGUF: "GGUF",
 }
 _LAYOUTS = {
-    SAFETENSORS: publishing.SAFETENSORS,
-    MSGPACK: publishing.MSGPACK,
-    PICKLE: publishing.Layout("pytorch_model.bin"),
+    SAFETENSORS: save.SAFETENSORS,
+    MSGPACK: save.MSGPACK,
+    PICKLE: save.Layout("pytorch_model.bin"),
 }
 
 

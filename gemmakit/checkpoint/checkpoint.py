@@ -1,27 +1,25 @@
-"""A checkpoint as named arrays: one safetensors file, shards with an index, or pickles where asked for."""
+"""A checkpoint as named arrays: one file, or shards and the index that says which of them holds which tensor."""
 
 from __future__ import annotations
 
+import json
 import re
-import warnings
 from collections.abc import Iterator, Mapping
-from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, Protocol
 
-from gemmakit.checkpoint.arrays import as_bytes
-from gemmakit.checkpoint.header import TensorInfo, scan
-from gemmakit.checkpoint.index import check_index, read_index
-from gemmakit.checkpoint.memory import require_memory
-from gemmakit.dtypes import dtype_name
-from gemmakit.errors import CheckpointError, HubError, MissingDependency, NotEnoughMemory, UnsafeFile
+from gemmakit.checkpoint.arrays import TensorInfo, as_bytes
+from gemmakit.checkpoint.formats.google import PickleFile
+from gemmakit.checkpoint.formats.safetensors import SafetensorsFile
+from gemmakit.errors import CheckpointError, HubError, UnsafeFile
 from gemmakit.gguf import is_gguf
 from gemmakit.hub import Name, Token, check_relative, commit_of, find_file, find_files, list_files, local_directory
 
 # Bytes that are compared at a time.
 _STEP = 16 << 20
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")
+INDEX_LIMIT_BYTES = 100_000_000
 _VARIANT = re.compile(r"[A-Za-z0-9_.-]+")
 
 
@@ -259,141 +257,56 @@ def _pickle_refused(name: str) -> UnsafeFile:
     )
 
 
-class SafetensorsFile:
-    """One safetensors file: header checked on opening, bytes mapped on demand."""
-
-    def __init__(self, path: Path):
-        header = scan(path)
-        self.path = path
-        self.tensors: Mapping[str, TensorInfo] = header.tensors
-        self.metadata: Mapping[str, str] = header.metadata
-        self._handles: dict[str, Any] = {}
-
-    def tensor(self, name: str, framework: str, device: Any) -> Any:
-        if framework == "pt":
-            return self._handle(device).get_tensor(name)
-        array = _map_array(self.path, name, self.tensors[name])
-        return array if framework == "np" else to_jax(array)
-
-    def close(self) -> None:
-        self._handles.clear()
-
-    def _handle(self, device: Any) -> Any:
-        key = str(device)
-        if key not in self._handles:
-            from safetensors import SafetensorError, safe_open
-
-            try:
-                self._handles[key] = safe_open(self.path, framework="pt", device=key)
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(
-                    f"{self.path} cannot be read: {error}. If it was not changed meanwhile, safetensors may be too "
-                    "old for its dtypes: `pip install -U safetensors`."
-                ) from error
-        return self._handles[key]
+# -- the index of shards -----------------------------------------------------------------------------------------------
 
 
-class PickleFile:
-    """One file of torch.save, read with weights_only: plain tensors, no code. `held` is name -> torch.Tensor."""
+def read_index(path: Path) -> dict[str, str]:
+    """The weight map of an index file, tensor name -> shard name, every shard name checked to stay in its folder.
 
-    def __init__(self, path: Path, content: Any = None):
-        self.path = path
-        self.metadata: Mapping[str, str] = {}
-        self.held = _tensors_only(path, unpickle(path) if content is None else content)
-        self.tensors: Mapping[str, TensorInfo] = {
-            name: TensorInfo(dtype_name(t.dtype), tuple(t.shape), 0, t.numel() * t.element_size())
-            for name, t in self.held.items()
-        }
-
-    def tensor(self, name: str, framework: str, device: Any) -> Any:
-        held = self.held[name]
-        if framework == "pt":
-            return held.to(device)
-        info = self.tensors[name]
-        import torch
-
-        flat = held.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-        array = flat.view(numpy_dtype(name, info.dtype)).reshape(info.shape)
-        return array if framework == "np" else to_jax(array)
-
-    def close(self) -> None:
-        self.held = dict(self.held)
-
-
-def unpickle(path: Path) -> Any:
-    """What torch.save wrote, tensors mapped from the file where they can be. Raises UnsafeFile, CheckpointError."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's on what it then refuses
-        return _unpickle(path)
-
-
-def _unpickle(path: Path) -> Any:
-    import pickle
-
-    import torch
-
+    `metadata.total_size` is not checked: released checkpoints have wrong ones.
+    Raises CheckpointError (not an index) or UnsafeFile (a shard name with `..` or the like), before any shard is read.
+    """
+    size = path.stat().st_size
+    if size > INDEX_LIMIT_BYTES:
+        raise CheckpointError(f"{path} has {size} bytes; an index has at most {INDEX_LIMIT_BYTES}. It is damaged.")
     try:
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # torch before 1.6 did not write zip archives, which alone can be mapped
-            remedy = "Save it again with a newer torch, then it is mapped."
-            require_memory(path.stat().st_size, str(path), remedy=remedy)
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except NotEnoughMemory:
-        raise
-    except pickle.UnpicklingError as error:
-        raise UnsafeFile(f"{path} holds more than tensors and is refused: {_first_line(error)}") from error
-    except Exception as error:  # a damaged pickle can raise anything
-        raise CheckpointError(f"{path} cannot be read: {_first_line(error)}. Download it again.") from error
+        content = json.loads(path.read_bytes(), object_pairs_hook=_no_repeats)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not a checkpoint index: {error}. Download or save it again.") from error
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path} is not a checkpoint index: it has no 'weight_map'. Download or save it again.")
+    for shard in dict.fromkeys(_texts(path, weight_map)):
+        check_relative(shard)
+    return weight_map
 
 
-def _tensors_only(path: Path, content: Any) -> dict[str, Any]:
-    import torch
-
-    def plain(value: Any) -> bool:
-        return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
-
-    if not isinstance(content, dict) or not all(isinstance(n, str) and plain(value) for n, value in content.items()):
-        raise CheckpointError(f"{path} does not hold a plain mapping of names to tensors.")
-    return content
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def _map_array(path: Path, name: str, info: TensorInfo) -> Any:
-    import numpy as np
-
-    dtype = numpy_dtype(name, info.dtype)
-    if info.nbytes == 0:
-        return np.empty(info.shape, dtype)
-    flat = np.memmap(path, np.uint8, mode="c", offset=info.begin, shape=(info.nbytes,))
-    return np.asarray(flat).view(dtype).reshape(info.shape)
+def check_index(index: Path, weight_map: Mapping[str, str], held: Mapping[str, Mapping[str, Any]]) -> None:
+    """CheckpointError unless index and shards agree on every tensor; `held` is shard name -> what that shard holds."""
+    for name, shard in weight_map.items():
+        if name not in held[shard]:
+            raise CheckpointError(
+                f"{index.name} says that {shard} holds tensor {name!r}, but the shard has {len(held[shard])} tensors "
+                "and not this one. Download or save the checkpoint again."
+            )
+    for shard, names in held.items():
+        extra = [name for name in names if weight_map.get(name) != shard]
+        if extra:
+            raise CheckpointError(
+                f"{shard} holds {len(extra)} tensors that {index.name} does not place there, first {extra[0]!r}. "
+                "Shards of two checkpoints are mixed: download or save the checkpoint again."
+            )
 
 
-def numpy_dtype(name: str, dtype: str) -> Any:
-    import numpy as np
-
-    try:
-        return np.dtype(dtype)
-    except TypeError:
-        pass
-    try:
-        ml_dtypes = import_module("ml_dtypes")
-    except ImportError as error:
-        raise MissingDependency(
-            f"Tensor {name!r} is {dtype}, which numpy lacks: `pip install ml_dtypes`, or read it with framework='pt'."
-        ) from error
-    kind = getattr(ml_dtypes, dtype, None)
-    if kind is None or dtype.startswith(("float4", "float6")):
-        raise CheckpointError(f"Tensor {name!r} is {dtype}, which has no numpy dtype.")
-    return np.dtype(kind)
+def _texts(path: Path, weight_map: dict[str, Any]) -> list[str]:
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str):
+            raise CheckpointError(f"{path} gives tensor {name!r} the shard {shard!r}, which is not a file name.")
+    return list(weight_map.values())
 
 
-def to_jax(array: Any) -> Any:
-    try:
-        jnp = import_module("jax.numpy")
-    except ImportError as error:
-        raise MissingDependency("framework='flax' needs jax: `pip install 'gemmakit[flax]'`.") from error
-    return jnp.asarray(array)
+def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return found
