@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from gemmakit.checks import FLAG, Real, Whole, check
 from gemmakit.dtypes import dtype_name
 from gemmakit.errors import CheckpointError, ConfigError
 from gemmakit.family import Kind, LayerSpec, kept_heads, kind_of
@@ -18,7 +19,7 @@ from gemmakit.files import read_json_object, write_text
 from gemmakit.gguf import read_gguf_header
 from gemmakit.gguf.settings import config_values
 from gemmakit.hub import find_file, find_gguf
-from gemmakit.rotary import check_rope, merged_rope, number, whole_number
+from gemmakit.rotary import check_rope, merged_rope
 
 # "gelu" is absent on purpose: in Gemma configurations it means the tanh form (see _activation).
 ACTIVATIONS = ("gelu_pytorch_tanh", "gelu_erf", "relu", "silu")
@@ -257,7 +258,7 @@ class GemmaConfig:
 
     def _set_labels(self, num: int | None, id2label: dict[Any, str] | None, label2id: dict[str, int] | None) -> None:
         if num is not None:
-            whole_number("num_labels", num, low=1, high=1 << 20)
+            check("num_labels", num, Whole(1, 1 << 20), ConfigError)
         if id2label is None:
             id2label = {i: f"LABEL_{i}" for i in range(2 if num is None else num)}
         try:
@@ -273,7 +274,7 @@ class GemmaConfig:
     def validate(self) -> None:
         """Refuse what no model can be built from. Raises ConfigError."""
         for name, high in _LARGEST.items():
-            whole_number(name, getattr(self, name), low=1, high=high)
+            check(name, getattr(self, name), Whole(1, high), ConfigError)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_key_value_heads is {self.num_key_value_heads}, which does not divide num_attention_heads = "
@@ -281,16 +282,15 @@ class GemmaConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim is {self.head_dim}; rotary embeddings rotate halves, so it must be even.")
-        number("rms_norm_eps", self.rms_norm_eps, low=0.0)
-        number("initializer_range", self.initializer_range, low=0.0)
-        number("attention_dropout", self.attention_dropout, low=0.0, below=1.0)
+        check("rms_norm_eps", self.rms_norm_eps, Real(0.0), ConfigError)
+        check("initializer_range", self.initializer_range, Real(0.0), ConfigError)
+        check("attention_dropout", self.attention_dropout, Real(0.0, 1.0, below=True), ConfigError)
         for name in ("pad_token_id", "bos_token_id"):
             self._check_token(name, getattr(self, name))
         for token in self.eos_token_ids:
             self._check_token("eos_token_id", token)
         for name in ("use_cache", "tie_word_embeddings", "attention_bias"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be true or false.")
+            check(name, getattr(self, name), FLAG, ConfigError)
         check_rope(self.rope_parameters, self.head_dim)
         for layer in self.pruned_heads:
             self.heads(layer)
@@ -298,7 +298,7 @@ class GemmaConfig:
     def _check_token(self, name: str, token: int | None) -> None:
         # Released files hold -1 for "there is no such token".
         if token is not None and token != -1:
-            whole_number(name, token, low=0, high=self.vocab_size - 1)
+            check(name, token, Whole(0, self.vocab_size - 1), ConfigError)
 
     # -- in and out ------------------------------------------------------------------------------------------------
 

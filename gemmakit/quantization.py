@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import math
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
+from gemmakit.checks import FLAG, OneOf, Real, check, check_fields
 from gemmakit.dtypes import dtype_name
 from gemmakit.errors import ConfigError
 
@@ -17,6 +17,27 @@ COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 STORAGE_DTYPES = ("uint8", "int8", "float16", "bfloat16", "float32", "float64")
 QUANT_TYPES = ("fp4", "nf4")
 GROUP_SIZES = (32, 128)
+
+
+class _ModuleNames:
+    """Modules by name: what `_named` reads."""
+
+    def holds(self, value: Any) -> bool:
+        return isinstance(value, (list, tuple)) and all(isinstance(n, str) and n and _compiles(n) for n in value)
+
+    def __str__(self) -> str:
+        return "a list of module names or regular expressions"
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
+
+
+MODULES = _ModuleNames()
 
 
 @dataclass
@@ -41,16 +62,16 @@ class BitsAndBytesConfig:
         ConfigError: a value is impossible; names the field, the value and the limit.
     """
 
-    load_in_8bit: bool = False
-    load_in_4bit: bool = False
-    llm_int8_threshold: float = 6.0
-    llm_int8_skip_modules: list[str] | None = None
-    llm_int8_enable_fp32_cpu_offload: bool = False
-    llm_int8_has_fp16_weight: bool = False
-    bnb_4bit_compute_dtype: Any = None
-    bnb_4bit_quant_type: str = "fp4"
-    bnb_4bit_use_double_quant: bool = False
-    bnb_4bit_quant_storage: Any = None
+    load_in_8bit: Annotated[bool, FLAG] = False
+    load_in_4bit: Annotated[bool, FLAG] = False
+    llm_int8_threshold: Annotated[float, Real(0)] = 6.0
+    llm_int8_skip_modules: Annotated[list[str] | None, MODULES] = None
+    llm_int8_enable_fp32_cpu_offload: Annotated[bool, FLAG] = False
+    llm_int8_has_fp16_weight: Annotated[bool, FLAG] = False
+    bnb_4bit_compute_dtype: Annotated[Any, OneOf(*COMPUTE_DTYPES)] = None
+    bnb_4bit_quant_type: Annotated[str, OneOf(*QUANT_TYPES)] = "fp4"
+    bnb_4bit_use_double_quant: Annotated[bool, FLAG] = False
+    bnb_4bit_quant_storage: Annotated[Any, OneOf(*STORAGE_DTYPES)] = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     quant_method = "bitsandbytes"  # not annotated: the same for every instance
@@ -63,18 +84,9 @@ class BitsAndBytesConfig:
 
     def validate(self) -> None:
         """Refuse what bitsandbytes cannot do. Raises ConfigError."""
-        for name, default in _DEFAULTS.items():
-            if isinstance(default, bool) and not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be true or false.")
+        check_fields(self, ConfigError)
         if self.load_in_4bit and self.load_in_8bit:
             raise ConfigError("load_in_4bit and load_in_8bit are both true: set one of them.")
-        _one_of("bnb_4bit_compute_dtype", self.bnb_4bit_compute_dtype, COMPUTE_DTYPES)
-        _one_of("bnb_4bit_quant_type", self.bnb_4bit_quant_type, QUANT_TYPES)
-        _one_of("bnb_4bit_quant_storage", self.bnb_4bit_quant_storage, STORAGE_DTYPES)
-        threshold = self.llm_int8_threshold
-        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < math.inf:
-            raise ConfigError(f"llm_int8_threshold is {threshold!r}; it must be a finite number of at least 0.")
-        _check_names("llm_int8_skip_modules", self.llm_int8_skip_modules)
 
     @property
     def is_quantizable(self) -> bool:
@@ -134,13 +146,13 @@ class WeightOnlyConfig:
         ConfigError: a value is impossible; names the field, the value and the limit.
     """
 
-    bits: int = 8
-    group_size: int | None = None
-    head_bits: int | None = 8
-    modules_to_not_convert: list[str] | None = None
-    calibration: str | None = None
-    head_group_size: int | None = None
-    activation_bits: int = 8
+    bits: Annotated[int, OneOf(4, 8)] = 8
+    group_size: Annotated[int | None, OneOf(*GROUP_SIZES)] = None
+    head_bits: Annotated[int | None, OneOf(8, 4, None)] = 8
+    modules_to_not_convert: Annotated[list[str] | None, MODULES] = None
+    calibration: Annotated[str | None, OneOf(None, "gptq")] = None
+    head_group_size: Annotated[int | None, OneOf(None, *GROUP_SIZES)] = None
+    activation_bits: Annotated[int, OneOf(8, 16)] = 8
     extra: dict[str, Any] = field(default_factory=dict)
 
     quant_method = "gemmakit"  # not annotated: the same for every instance
@@ -152,13 +164,7 @@ class WeightOnlyConfig:
 
     def validate(self) -> None:
         """Refuse what there is no layout for. Raises ConfigError."""
-        _one_of("bits", self.bits, (4, 8))
-        _one_of("group_size", self.group_size, GROUP_SIZES if self.bits == 4 else (None, *GROUP_SIZES))
-        _one_of("head_bits", self.head_bits, (8, 4, None))
-        _one_of("head_group_size", self.head_group_size, (None, *GROUP_SIZES))
-        _one_of("calibration", self.calibration, (None, "gptq"))
-        _one_of("activation_bits", self.activation_bits, (8, 16))
-        _check_names("modules_to_not_convert", self.modules_to_not_convert)
+        check_fields(self, ConfigError)
 
     def layout(self, head: bool) -> tuple[int, int | None] | None:
         """(bits, group size or None for a row) of the head and embedding, or of the projections; None: kept."""
@@ -211,7 +217,7 @@ def parse_quantization(value: Any) -> BitsAndBytesConfig | WeightOnlyConfig:
     A dictionary without quant_method is a WeightOnlyConfig's if it has `bits`. Raises ConfigError for other methods.
     """
     if isinstance(value, str):
-        _one_of("quantization_config", value, tuple(SHORT_NAMES))
+        check("quantization_config", value, OneOf(*SHORT_NAMES), ConfigError)
         return WeightOnlyConfig(**SHORT_NAMES[value])
     to_dict = getattr(value, "to_dict", None)
     values = value if to_dict is None else to_dict()
@@ -231,29 +237,9 @@ def parse_quantization(value: Any) -> BitsAndBytesConfig | WeightOnlyConfig:
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(BitsAndBytesConfig) if f.name != "extra"}
 
 
-def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    # 8.0 and True are not the numbers that they equal.
-    if value not in allowed or type(value) not in map(type, allowed):
-        raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}.")
-
-
 def _named(module: str, names: list[str] | None) -> bool:
     """Whether one of `names` is the module's end, its beginning up to a dot, or a regular expression for that."""
     return any(
         module.endswith(name) or re.match(rf"(?:{name})(?:(?<=\.)|(?=\.|$))", module) is not None
         for name in names or ()
     )
-
-
-def _check_names(field: str, names: Any) -> None:
-    if names is not None and not (isinstance(names, (list, tuple)) and all(isinstance(n, str) and n for n in names)):
-        raise ConfigError(f"{field} is {names!r}; it must be a list of module names.")
-    for name in names or ():
-        _check_pattern(field, name)
-
-
-def _check_pattern(field: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as e:
-        raise ConfigError(f"{field} holds {pattern!r}, which is no regular expression: {e}.") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+from gemmakit.checks import Real, check
 from gemmakit.errors import ConfigError
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
@@ -15,11 +16,18 @@ _ROPE_REQUIRED = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "longrope": ("short_factor", "long_factor"),
 }
-_ROPE_LIMITS: dict[str, dict[str, float]] = {
-    "factor": {"low": 1.0}, "original_max_position_embeddings": {"low": 2.0}, "attention_factor": {"above": 0.0},
-    "beta_fast": {"above": 0.0}, "beta_slow": {"above": 0.0}, "mscale": {"low": 0.0}, "mscale_all_dim": {"low": 0.0},
-    "low_freq_factor": {"above": 0.0}, "high_freq_factor": {"above": 0.0},
-}  # fmt: skip
+_POSITIVE = Real(0.0, above=True)
+_ROPE_RANGES = {
+    "factor": Real(1.0),
+    "original_max_position_embeddings": Real(2.0),
+    "attention_factor": _POSITIVE,
+    "beta_fast": _POSITIVE,
+    "beta_slow": _POSITIVE,
+    "mscale": Real(0.0),
+    "mscale_all_dim": Real(0.0),
+    "low_freq_factor": _POSITIVE,
+    "high_freq_factor": _POSITIVE,
+}
 
 
 def merged_rope(
@@ -54,10 +62,10 @@ def check_rope(rope: dict[str, Any], head_dim: int) -> None:
     for name in _ROPE_REQUIRED[kind]:
         if name not in rope or (rope[name] is None and kind != "yarn"):
             raise ConfigError(f"rope_type {kind!r} needs {name!r} in rope_parameters; got {sorted(rope)}.")
-    number("rope_theta", rope["rope_theta"], above=1.0 if kind == "yarn" else 0.0)
-    for name, limit in _ROPE_LIMITS.items():
+    check("rope_theta", rope["rope_theta"], Real(1.0, above=True) if kind == "yarn" else _POSITIVE, ConfigError)
+    for name, allowed in _ROPE_RANGES.items():
         if rope.get(name) is not None:
-            number(f"rope {name}", rope[name], **limit)
+            check(f"rope {name}", rope[name], allowed, ConfigError)
     if kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
         raise ConfigError(
             f"rope high_freq_factor is {rope['high_freq_factor']}; it must be above low_freq_factor, "
@@ -74,24 +82,4 @@ def _check_factors(name: str, factors: Any, count: int) -> None:
     if not isinstance(factors, (list, tuple)) or len(cast("list[Any]", factors)) != count:
         raise ConfigError(f"rope {name} is {factors!r}; head_dim {2 * count} needs a list of {count} numbers.")
     for factor in cast("list[Any]", factors):
-        number(f"rope {name}", factor, above=0.0)
-
-
-def whole_number(name: str, value: Any, low: int, high: int | None = None) -> None:
-    """ConfigError unless `value` is a whole number from `low` to `high`."""
-    limit = f"a whole number of at least {low}" + ("" if high is None else f" and at most {high}")
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-        raise ConfigError(f"{name} is {value!r}; it must be {limit}.")
-
-
-def number(
-    name: str, value: Any, *, low: float | None = None, above: float | None = None, below: float | None = None
-) -> None:
-    """ConfigError unless `value` is a finite number within the limits."""
-    limits = [f"{sign} {x}" for sign, x in ((">=", low), (">", above), ("<", below)) if x is not None]
-    # A comparison instead of isfinite, which raises OverflowError for whole numbers that no float holds.
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e308
-    if not ok or (low is not None and value < low) or (above is not None and value <= above) or (
-        below is not None and value >= below
-    ):  # fmt: skip
-        raise ConfigError(f"{name} is {value!r}; it must be a finite number {' and '.join(limits)}.")
+        check(f"rope {name}", factor, _POSITIVE, ConfigError)

@@ -1,8 +1,8 @@
 """What is asked of generate(): settings and the order in which logits are processed. Data; no tensors."""
 
 from gemmakit.generation.config import GenerationConfig
-from gemmakit.generation.order import PROCESSOR_ORDER
-from gemmakit.generation.watermarking import (
+from gemmakit.generation.rules import PROCESSOR_ORDER
+from gemmakit.generation.watermarks import (
     BaseWatermarkingConfig,
     SynthIDTextWatermarkingConfig,
     WatermarkingConfig,

@@ -1,4 +1,4 @@
-"""GenerationConfig: every setting of generate(). Their ranges are in ranges.py, their quarrels in rules.py."""
+"""GenerationConfig: the settings of generate(), what they mean together, and their file."""
 
 from __future__ import annotations
 
@@ -9,20 +9,23 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from gemmakit.config import GemmaConfig
-from gemmakit.errors import GenerationConfigError
+from gemmakit.checks import Real, TokenIds, Whole, check_fields, is_whole, ranges
+from gemmakit.config import HUB_ARGUMENTS, GemmaConfig
+from gemmakit.errors import GenerationConfigError, PromptTooLong, TokenOutOfRange
 from gemmakit.files import read_json_object, write_text
-from gemmakit.generation import ranges, rules
-from gemmakit.generation.watermarking import BaseWatermarkingConfig, watermark_of
+from gemmakit.generation import rules
+from gemmakit.generation.settings import DEFAULTS, REFUSED, Settings
+from gemmakit.generation.watermarks import BaseWatermarkingConfig, watermark_of
 from gemmakit.hub import find_file
 
 T = TypeVar("T")
 FILE = "generation_config.json"
+DEFAULT_NEW_TOKENS = 20
 
 
 def _refuses_unknown(cls: type[T]) -> type[T]:
@@ -31,7 +34,7 @@ def _refuses_unknown(cls: type[T]) -> type[T]:
 
     @functools.wraps(plain)
     def init(self: Any, **settings: Any) -> None:
-        _refuse_unknown(settings, {f.name for f in fields(self)})
+        _refuse_unknown(settings, {*DEFAULTS, "extra"})
         plain(self, **settings)
 
     cls.__init__ = init
@@ -40,7 +43,7 @@ def _refuses_unknown(cls: type[T]) -> type[T]:
 
 @_refuses_unknown
 @dataclass(repr=False, kw_only=True)
-class GenerationConfig:
+class GenerationConfig(Settings):
     """Settings of generate(). What a call gives wins over the model's own, which win over these defaults.
 
     None means the default (for top_k, no limit). Settings that only sampling or beam search reads are warned of
@@ -83,82 +86,6 @@ class GenerationConfig:
         TokenOutOfRange: a token id outside the vocabulary, in validate(vocab_size).
     """
 
-    max_length: int | None = None
-    max_new_tokens: int | None = None
-    min_length: int = 0
-    min_new_tokens: int | None = None
-    max_time: float | None = None
-    stop_strings: str | list[str] | None = None
-
-    do_sample: bool = False
-    num_beams: int = 1
-    early_stopping: bool | str = False
-    length_penalty: float = 1.0
-    num_beam_groups: int = 1
-    diversity_penalty: float = 0.0
-    constraints: Sequence[Any] | None = None
-    force_words_ids: list[list[int]] | list[list[list[int]]] | None = None
-    penalty_alpha: float | None = None
-    low_memory: bool = False
-
-    is_assistant: bool = False
-    num_assistant_tokens: int = 20
-    num_assistant_tokens_schedule: str = "constant"
-    assistant_confidence_threshold: float = 0.4
-    prompt_lookup_num_tokens: int | None = None
-    max_matching_ngram_size: int | None = None
-
-    temperature: float = 1.0
-    top_k: int | None = 50
-    top_p: float = 1.0
-    min_p: float | None = None
-    top_h: float | None = None
-    typical_p: float = 1.0
-    epsilon_cutoff: float = 0.0
-    eta_cutoff: float = 0.0
-    seed: int | None = None
-
-    repetition_penalty: float = 1.0
-    encoder_repetition_penalty: float = 1.0
-    no_repeat_ngram_size: int = 0
-    encoder_no_repeat_ngram_size: int = 0
-    bad_words_ids: list[list[int]] | None = None
-    suppress_tokens: list[int] | None = None
-    begin_suppress_tokens: list[int] | None = None
-    sequence_bias: dict[tuple[int, ...], float] | list[Any] | None = None
-    forced_bos_token_id: int | None = None
-    forced_eos_token_id: int | list[int] | None = None
-    exponential_decay_length_penalty: tuple[int, float] | None = None
-    guidance_scale: float | None = None
-    remove_invalid_values: bool = False
-    renormalize_logits: bool = False
-    watermarking_config: BaseWatermarkingConfig | dict[str, Any] | None = None
-    token_healing: bool = False
-    json_schema: dict[str, Any] | str | bool | None = None
-    regex: str | None = None
-    grammar: str | None = None
-
-    use_cache: bool = True
-    cache_implementation: str | None = None
-    cache_config: dict[str, Any] | None = None
-    max_cache_len: int | None = None
-    prefill_chunk_size: int | None = None
-    cuda_graphs: bool = True
-
-    num_return_sequences: int = 1
-    return_dict_in_generate: bool = False
-    output_scores: bool = False
-    output_logits: bool = False
-    output_attentions: bool = False
-    output_hidden_states: bool = False
-
-    pad_token_id: int | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-
-    # Keys of a file that this version does not read; kept and written back.
-    extra: dict[str, Any] = field(default_factory=dict[str, Any])
-
     def __post_init__(self) -> None:
         self.validate()
         rules.warn_of_no_effect(self)
@@ -187,6 +114,39 @@ class GenerationConfig:
     def watermark(self) -> BaseWatermarkingConfig | None:
         return self.watermarking_config if isinstance(self.watermarking_config, BaseWatermarkingConfig) else None
 
+    @property
+    def filler(self) -> int:
+        """What fills rows that end before the others: the pad token, else an eos, else 0."""
+        if self.pad_token_id is not None and self.pad_token_id >= 0:
+            return self.pad_token_id
+        return self.eos_token_ids[0] if self.eos_token_ids else 0
+
+    def new_tokens(self, context: int, prompt: int, longest: int) -> tuple[int, str]:
+        """New tokens a row may get, at least 1, and in words why so many.
+
+        context: positions of the model. prompt: places of a row that are taken; longest: those of them without padding.
+        Raises PromptTooLong where they do not fit.
+        """
+        if self.max_new_tokens is not None:
+            new, asked = self.max_new_tokens, f"max_new_tokens is {self.max_new_tokens}"
+        elif self.max_length is not None:
+            new, asked = self.max_length - prompt, f"max_length is {self.max_length}"
+            if new < 1:
+                raise PromptTooLong(
+                    f"prompt has {prompt} tokens and max_length is {self.max_length}, which counts the prompt: "
+                    "raise max_length, or use max_new_tokens."
+                )
+        else:
+            new = max(1, min(DEFAULT_NEW_TOKENS, context - prompt))
+            asked = f"{new} new tokens are asked for"
+        if longest + new > context:
+            room = context - longest
+            remedy = f", or ask for at most {room} new tokens" if room > 0 else f" to fewer than {context} tokens"
+            raise PromptTooLong(
+                f"prompt has {longest} tokens and {asked}, but the context holds {context}. Shorten the prompt{remedy}."
+            )
+        return new, asked
+
     def get_generation_mode(self, assistant_model: Any = None) -> str:
         """The strategy these settings choose, by the name transformers gives it."""
         if self.constraints is not None or self.force_words_ids is not None:
@@ -206,15 +166,11 @@ class GenerationConfig:
     def validate(self, vocab_size: int | None = None) -> None:
         """Check every field. Raises GenerationConfigError, and with a vocabulary size TokenOutOfRange."""
         self._settle()
-        for name in ranges.RANGES:
-            if getattr(self, name) is not None:
-                ranges.check(name, getattr(self, name))
-        for name in ranges.TOKENS:
-            if getattr(self, name) is not None:
-                ranges.check_tokens(name, getattr(self, name), vocab_size)
-        for sequence in self.biases:
-            for token in sequence:
-                ranges.check_token("sequence_bias", token, vocab_size)
+        check_fields(self, GenerationConfigError)
+        for name, allowed in ranges(Settings).items():
+            if isinstance(allowed, TokenIds) and getattr(self, name) is not None:
+                _check_tokens(name, allowed.ids(getattr(self, name)), vocab_size)
+        _check_tokens("sequence_bias", (token for sequence in self.biases for token in sequence), vocab_size)
         if not isinstance(self.stop_texts, str | list | tuple):
             raise GenerationConfigError(f"stop_strings is {self.stop_strings!r}; it must be a text or a list of texts.")
         for text in self.stop_texts:
@@ -228,7 +184,7 @@ class GenerationConfig:
         """One form of each value: None is the default, and files' lists and dictionaries become what they stand for."""
         if self.top_k is None:
             self.top_k = 0
-        for name, default in _DEFAULTS.items():
+        for name, default in DEFAULTS.items():
             if default is not None and getattr(self, name) is None:
                 setattr(self, name, default)
         if self.bad_words_ids is not None and not self.bad_words_ids:
@@ -246,7 +202,7 @@ class GenerationConfig:
 
     def updated(self, **values: Any) -> GenerationConfig:
         """A copy with some fields changed. Raises GenerationConfigError for a field that does not exist."""
-        _refuse_unknown(values, _DEFAULTS)
+        _refuse_unknown(values, DEFAULTS)
         new = copy.copy(self)
         new.extra = dict(self.extra)
         new.__dict__.update(values)
@@ -256,20 +212,20 @@ class GenerationConfig:
 
     def update(self, **values: Any) -> dict[str, Any]:
         """Change fields in place, all or none; gives back those that are no settings of generate()."""
-        known = {k: v for k, v in values.items() if k in _DEFAULTS}
+        known = {k: v for k, v in values.items() if k in DEFAULTS}
         self.__dict__.update(vars(self.updated(**known)))
-        return {k: v for k, v in values.items() if k not in _DEFAULTS}
+        return {k: v for k, v in values.items() if k not in DEFAULTS}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], return_unused_kwargs: bool = False, **overrides: Any) -> Any:
         """From a file's keys; those that are no settings go to `extra`. Overrides that are none are refused, or with
         return_unused_kwargs given back beside the result."""
-        known = {k: v for k, v in values.items() if k in _DEFAULTS and v is not None}
-        unknown = {k: v for k, v in values.items() if k not in _DEFAULTS}
-        for name in ranges.REFUSED:
+        known = {k: v for k, v in values.items() if k in DEFAULTS and v is not None}
+        unknown = {k: v for k, v in values.items() if k not in DEFAULTS}
+        for name in REFUSED:
             if unknown.get(name) is not None:
-                warnings.warn(f"{name} is kept but does nothing: {ranges.REFUSED[name]}.", stacklevel=3)
-        unused = {k: v for k, v in overrides.items() if return_unused_kwargs and k not in _DEFAULTS}
+                warnings.warn(f"{name} is kept but does nothing: {REFUSED[name]}.", stacklevel=3)
+        unused = {k: v for k, v in overrides.items() if return_unused_kwargs and k not in DEFAULTS}
         overrides = {k: v for k, v in overrides.items() if k not in unused}
         config = cls(**{**known, **overrides}, extra=unknown)
         return (config, unused) if return_unused_kwargs else config
@@ -283,8 +239,6 @@ class GenerationConfig:
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike[str], config_file_name: str = FILE, **kwargs: Any) -> Any:
         """Read generation_config.json of a folder or a Hub id; keyword arguments as in GemmaConfig.from_pretrained."""
-        from gemmakit.config import HUB_ARGUMENTS
-
         where = {k: kwargs.pop(k) for k in HUB_ARGUMENTS if k in kwargs}
         path = find_file(name_or_path, config_file_name, **where)
         assert path is not None
@@ -292,7 +246,7 @@ class GenerationConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """What differs from the defaults, and what was kept from a file; as a file holds it."""
-        out = {**self.extra, **{k: getattr(self, k) for k, v in _DEFAULTS.items() if getattr(self, k) != v}}
+        out = {**self.extra, **{k: getattr(self, k) for k, v in DEFAULTS.items() if getattr(self, k) != v}}
         if self.biases:  # JSON has no tuples for keys
             out["sequence_bias"] = [[list(ids), bias] for ids, bias in self.biases.items()]
         if self.watermark is not None:
@@ -311,18 +265,26 @@ class GenerationConfig:
         return f"GenerationConfig {json.dumps(self.to_dict(), indent=2, sort_keys=True, default=repr)}"
 
 
-_DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(GenerationConfig) if f.name != "extra"}
-
-
 def _refuse_unknown(given: Collection[str], names: Collection[str]) -> None:
     for name in given:
         if name in names:
             continue
-        if name in ranges.REFUSED:
-            raise GenerationConfigError(f"generate() has no setting {name!r} here: {ranges.REFUSED[name]}.")
+        if name in REFUSED:
+            raise GenerationConfigError(f"generate() has no setting {name!r} here: {REFUSED[name]}.")
         close = difflib.get_close_matches(name, names, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise GenerationConfigError(f"generate() has no setting {name!r}.{hint}")
+
+
+def _check_tokens(name: str, tokens: Iterable[Any], vocab_size: int | None) -> None:
+    for token in tokens:
+        if not is_whole(token) or token < 0:
+            raise GenerationConfigError(f"{name} holds the token id {token!r}; it must be a whole number >= 0.")
+        if vocab_size is not None and token >= vocab_size:
+            raise TokenOutOfRange(
+                f"{name} holds the token id {token}, which is outside the vocabulary of {vocab_size} ids "
+                f"(0 to {vocab_size - 1})."
+            )
 
 
 def _biases(value: Any) -> dict[tuple[int, ...], float]:
@@ -332,11 +294,7 @@ def _biases(value: Any) -> dict[tuple[int, ...], float]:
         out: dict[tuple[Any, ...], Any] = {_sequence(ids): bias for ids, bias in pairs}
     except (TypeError, ValueError):
         out = {}
-    if (
-        not out
-        or any(not ids for ids in out)
-        or not all(ranges.Real().holds(b) or b == -float("inf") for b in out.values())
-    ):
+    if not out or any(not ids for ids in out) or not all(Real().holds(b) or b == -float("inf") for b in out.values()):
         raise GenerationConfigError(
             f"sequence_bias is {value!r}; it must be {{(token ids): finite number}} or [[[token ids], number], ...]."
         )
@@ -352,7 +310,7 @@ def _sequence(ids: Any) -> tuple[Any, ...]:
 def _decay(value: Any) -> tuple[int, float]:
     if isinstance(value, list | tuple) and len(cast("list[Any]", value)) == 2:
         start, factor = cast("tuple[Any, Any]", value)
-        if ranges.Whole(0).holds(start) and ranges.Real(0, above=True).holds(factor):
+        if Whole(0).holds(start) and Real(0, above=True).holds(factor):
             return start, factor
     raise GenerationConfigError(
         f"exponential_decay_length_penalty is {value!r}; it must be (new tokens before it, factor > 0)."

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from gemmakit.checks import is_whole
 from gemmakit.errors import GenerationConfigError
 
 
@@ -76,7 +77,7 @@ class DisjunctiveConstraint(Constraint):
 
 def _phrase(name: str, ids: Any) -> tuple[int, ...]:
     tokens = tuple(cast("list[Any]", ids)) if isinstance(ids, list | tuple) else ()
-    if not tokens or any(isinstance(t, bool) or not isinstance(t, int) or t < 0 for t in tokens):
+    if not tokens or not all(is_whole(t) and t >= 0 for t in tokens):
         raise GenerationConfigError(f"{name} holds {ids!r}; it must be a list of at least 1 token id >= 0.")
     return tokens
 

@@ -1,15 +1,45 @@
-"""Which generation settings contradict each other, and which have no effect as the others stand."""
+"""How settings act together: which contradict each other, which have no effect, in which order they change logits."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterator
-from typing import TYPE_CHECKING
 
 from gemmakit.errors import GenerationConfigError
+from gemmakit.generation.settings import Settings
 
-if TYPE_CHECKING:
-    from gemmakit.generation.config import GenerationConfig
+# The order in which generate() changes the logits of a step: that of transformers, which has no "constraint".
+# Those before "custom" shape every strategy; those after it shape sampling alone, but for the last two.
+PROCESSOR_ORDER: tuple[str, ...] = (
+    "guidance_scale",
+    "sequence_bias",
+    "encoder_repetition_penalty",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size",
+    "bad_words_ids",
+    "min_length",
+    "min_new_tokens",
+    "prefix_allowed_tokens_fn",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "remove_invalid_values",
+    "exponential_decay_length_penalty",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "constraint",
+    "custom",
+    "temperature",
+    "top_h",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "watermarking_config",
+    "renormalize_logits",
+)
 
 # field: the value that means "off"
 _SAMPLING = {
@@ -27,20 +57,20 @@ _OUTPUTS = ("output_attentions", "output_hidden_states", "output_scores", "outpu
 _STATIC = ("static", "offloaded_static")
 
 
-def refuse_contradictions(c: GenerationConfig) -> None:
+def refuse_contradictions(c: Settings) -> None:
     """Raises GenerationConfigError naming both settings and the remedy."""
     for trouble in _contradictions(c):
         raise GenerationConfigError(trouble)
 
 
-def _contradictions(c: GenerationConfig) -> Iterator[str]:
+def _contradictions(c: Settings) -> Iterator[str]:
     yield from _beams(c)
     yield from _strategies(c)
     yield from _lengths(c)
     yield from _tokens(c)
 
 
-def _beams(c: GenerationConfig) -> Iterator[str]:
+def _beams(c: Settings) -> Iterator[str]:
     if c.num_beams > 1 and c.num_return_sequences > c.num_beams:
         yield (
             f"num_return_sequences is {c.num_return_sequences}, but num_beams is {c.num_beams}: a search has at most "
@@ -60,7 +90,7 @@ def _beams(c: GenerationConfig) -> Iterator[str]:
         yield f"diversity_penalty is {c.diversity_penalty}, but num_beam_groups is 1: it acts between groups of beams."
 
 
-def _strategies(c: GenerationConfig) -> Iterator[str]:
+def _strategies(c: Settings) -> Iterator[str]:
     for name in ("constraints", "force_words_ids"):
         if getattr(c, name) is None:
             continue
@@ -80,7 +110,7 @@ def _strategies(c: GenerationConfig) -> Iterator[str]:
         yield f"{' and '.join(shapes)} are both given: the output can follow one of them."
 
 
-def _lengths(c: GenerationConfig) -> Iterator[str]:
+def _lengths(c: Settings) -> Iterator[str]:
     if c.min_new_tokens and c.max_new_tokens and c.min_new_tokens > c.max_new_tokens:
         yield f"min_new_tokens is {c.min_new_tokens}, but max_new_tokens is {c.max_new_tokens}."
     settled = c.max_new_tokens is not None or c.min_new_tokens is not None  # these win
@@ -88,7 +118,7 @@ def _lengths(c: GenerationConfig) -> Iterator[str]:
         yield f"min_length is {c.min_length}, but max_length is {c.max_length}."
 
 
-def _tokens(c: GenerationConfig) -> Iterator[str]:
+def _tokens(c: Settings) -> Iterator[str]:
     for name in ("forced_bos_token_id", "forced_eos_token_id"):
         forced = getattr(c, name)
         ids = {forced} if isinstance(forced, int) else set(forced or ())
@@ -96,7 +126,7 @@ def _tokens(c: GenerationConfig) -> Iterator[str]:
             yield f"{name} is {forced!r}, but suppress_tokens forbids it: take it out of one of them."
 
 
-def warn_of_no_effect(c: GenerationConfig, asked: Collection[str] | None = None) -> None:
+def warn_of_no_effect(c: Settings, asked: Collection[str] | None = None) -> None:
     """Say which settings do nothing as the others stand; of those in `asked` alone, when given.
 
     What a model's own file holds is not the caller's doing: sampling settings there are no news to a greedy call.
@@ -106,7 +136,7 @@ def warn_of_no_effect(c: GenerationConfig, asked: Collection[str] | None = None)
             warnings.warn(f"{name} is {getattr(c, name)!r}, but {why}", stacklevel=5)
 
 
-def _no_effect(c: GenerationConfig) -> Iterator[tuple[str, str]]:
+def _no_effect(c: Settings) -> Iterator[tuple[str, str]]:
     if not c.do_sample:
         why = "do_sample is False: it shapes sampling only. Set do_sample=True or leave it out."
         yield from ((n, why) for n, off in _SAMPLING.items() if getattr(c, n) != off)

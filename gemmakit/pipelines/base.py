@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from gemmakit.checks import Whole, check
 from gemmakit.errors import InputError
 from gemmakit.progress import with_progress
 
@@ -117,8 +118,7 @@ def find_device(device: int | str | torch.device) -> torch.device:
 
 
 def _batch_size(size: Any) -> int:
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise InputError(f"batch_size is {size!r}; it must be a whole number >= 1.")
+    check("batch_size", size, Whole(1), InputError)
     return size
 
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 
 from gemmakit.auto import AutoModelForSequenceClassification
+from gemmakit.checks import Whole, check
 from gemmakit.errors import InputError
 from gemmakit.pipelines.base import Record
 from gemmakit.pipelines.classifying import ClassificationPipeline
@@ -106,7 +107,5 @@ class TextClassificationPipeline(ClassificationPipeline):
 
 
 def _check_top_k(top_k: Any) -> None:
-    if top_k is UNSET or top_k is None:
-        return
-    if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
-        raise InputError(f"top_k is {top_k!r}; it must be a whole number >= 1, or None for all labels.")
+    if top_k is not UNSET and top_k is not None:
+        check("top_k", top_k, Whole(1), InputError)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from gemmakit.checks import Whole, check
 from gemmakit.errors import InputError
 from gemmakit.pytorch.layers import Linear
 
@@ -67,8 +68,7 @@ def chunked_loss(
     """
     if targets is None:
         raise InputError(f"loss_chunk_size is {chunk!r}, but there are no labels to compute a loss from: give labels.")
-    if not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1:
-        raise InputError(f"loss_chunk_size is {chunk!r}; it must be a whole number of positions >= 1.")
+    check("loss_chunk_size", chunk, Whole(1), InputError)
     flat, target = hidden.flatten(0, 1), targets.to(hidden.device, torch.long).flatten()
     if _is_plain(head):
         total = _Fused.apply(flat, head.weight, head.bias, target, chunk, torch.is_grad_enabled())

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from gemmakit.checks import Whole, check
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError
 from gemmakit.hub import push_folder
@@ -124,8 +125,8 @@ class ModelMethods(nn.Module):
 
     def _new_size(self, wanted: int | None, multiple: int | None) -> int:
         for name, value in (("new_num_tokens", wanted), ("pad_to_multiple_of", multiple)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise InputError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+            if value is not None:
+                check(name, value, Whole(1), InputError)
         size = self.get_input_embeddings().num_embeddings if wanted is None else wanted
         size = size if multiple is None else math.ceil(size / multiple) * multiple
         config = self.config
@@ -195,8 +196,7 @@ class ModelMethods(nn.Module):
 
         Raises InputError for an every_n_layers below 1, or where offloading is asked for.
         """
-        if not isinstance(every_n_layers, int) or every_n_layers < 1:
-            raise InputError(f"every_n_layers is {every_n_layers!r}; it must be a whole number of layers >= 1.")
+        check("every_n_layers", every_n_layers, Whole(1), InputError)
         if offload:
             raise InputError(
                 "offload is set, but activations are recomputed here, not kept in CPU memory: leave it out, or train "

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast, overload
 import torch
 from torch import Tensor
 
+from gemmakit.checks import Whole
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import ConfigError, InputError
 from gemmakit.pytorch.pretrained import GemmaPreTrainedModel
@@ -49,9 +50,7 @@ def to_grouped_query(source: Any, num_key_value_heads: int, config: GemmaConfig 
     if old is None:
         raise InputError("a state dict does not say how many heads it has: give config=.")
     heads = old.num_key_value_heads
-    if isinstance(num_key_value_heads, bool) or not isinstance(num_key_value_heads, int) or num_key_value_heads < 1 or (
-        heads % num_key_value_heads
-    ):  # fmt: skip
+    if not Whole(1, heads).holds(num_key_value_heads) or heads % num_key_value_heads:
         raise ConfigError(
             f"num_key_value_heads is {num_key_value_heads!r}; it must divide the {heads} key/value heads of the source."
         )

@@ -93,7 +93,7 @@ def test_shrinking_cuts_and_a_lost_special_token_is_refused(ids):
 
 @pytest.mark.parametrize("size", [0, -3, 2.5, "8", True])
 def test_sizes_that_are_none_are_refused(size):
-    with pytest.raises(InputError, match="must be a whole number of at least 1"):
+    with pytest.raises(InputError, match="must be a whole number >= 1"):
         tiny().resize_token_embeddings(size)
     with pytest.raises(InputError, match="pad_to_multiple_of"):
         tiny().resize_token_embeddings(50, pad_to_multiple_of=size)

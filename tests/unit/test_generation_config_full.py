@@ -9,12 +9,14 @@ import transformers
 
 import gemmakit
 from gemmakit import GenerationConfig, SynthIDTextWatermarkingConfig, WatermarkingConfig
+from gemmakit.checks import OneOf, Real, TokenIds, Whole, ranges
 from gemmakit.errors import GenerationConfigError, TokenOutOfRange
 from gemmakit.generation import PROCESSOR_ORDER
-from gemmakit.generation.config import _DEFAULTS
-from gemmakit.generation.ranges import RANGES, REFUSED, TOKENS, OneOf, Real, Whole
+from gemmakit.generation.settings import DEFAULTS, REFUSED
 
 pytestmark = pytest.mark.filterwarnings("error")
+
+RANGES = {name: r for name, r in ranges(GenerationConfig).items() if not isinstance(r, TokenIds)}
 
 # For each field, a value that the rest of the settings leaves alone.
 COMPANY = {
@@ -53,13 +55,13 @@ def quiet(**settings):
 
 def test_every_field_is_checked_and_tested():
     structured = {"stop_strings", "sequence_bias", "exponential_decay_length_penalty", "watermarking_config"}
-    assert set(RANGES) | set(TOKENS) | structured == set(_DEFAULTS)
-    assert set(OTHER) | set(OURS) == set(_DEFAULTS)
+    assert set(ranges(GenerationConfig)) | structured == set(DEFAULTS)
+    assert set(OTHER) | set(OURS) == set(DEFAULTS)
 
 
 def test_every_documented_setting_of_transformers_is_known_or_refused_with_a_reason():
     theirs = {k for k in vars(transformers.GenerationConfig()) if not k.startswith("_")}
-    assert theirs - {"transformers_version"} - set(_DEFAULTS) == set(REFUSED)
+    assert theirs - {"transformers_version"} - set(DEFAULTS) == set(REFUSED)
 
 
 def test_defaults_are_the_documented_ones():
@@ -73,7 +75,7 @@ def test_defaults_are_the_documented_ones():
 def test_round_trip(name, tmp_path):
     value = {**OTHER, **OURS}[name]
     config = quiet(**{**COMPANY.get(name, {}), name: value})
-    assert getattr(config, name) != _DEFAULTS[name]
+    assert getattr(config, name) != DEFAULTS[name]
     config.save_pretrained(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

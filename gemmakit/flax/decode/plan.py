@@ -13,7 +13,6 @@ import numpy as np
 
 from gemmakit.errors import GenerationConfigError
 from gemmakit.generation import GenerationConfig
-from gemmakit.generation.lengths import filler
 
 # (ids (R, P + room), scores (R, V), how many of the ids are there) -> scores
 Custom = Callable[[Any, Any, Any], Any]
@@ -61,7 +60,7 @@ def make_plan(config: GenerationConfig, room: int, custom: tuple[Custom, ...]) -
     return Plan(
         room=room,
         eos=config.eos_token_ids,
-        pad=filler(config),
+        pad=config.filler,
         copies=config.num_beams if beams else config.num_return_sequences,
         do_sample=config.do_sample,
         on=frozenset(_on(config)),

@@ -15,7 +15,6 @@ import numpy as np
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError, TokenOutOfRange
 from gemmakit.generation import GenerationConfig
-from gemmakit.generation.lengths import new_tokens
 
 SHORTEST = 16
 
@@ -49,7 +48,7 @@ def prepare(model: GemmaConfig, config: GenerationConfig, ids: Any, mask: Any) -
     ids = _ids(model, config, ids)
     mask = _mask(config, ids, mask)
     _check_bos(config, ids, mask)
-    new, _ = new_tokens(config, model.max_position_embeddings, ids.shape[1], int(mask.sum(-1).max()))
+    new, _ = config.new_tokens(model.max_position_embeddings, ids.shape[1], int(mask.sum(-1).max()))
     return Prompt(ids, mask, new)
 
 
@@ -58,7 +57,7 @@ def traced(model: GemmaConfig, config: GenerationConfig, ids: Any, mask: Any) ->
     import jax.numpy as jnp
 
     mask = jnp.ones(ids.shape, bool) if mask is None else mask.astype(bool)
-    new, _ = new_tokens(config, model.max_position_embeddings, ids.shape[1], ids.shape[1])
+    new, _ = config.new_tokens(model.max_position_embeddings, ids.shape[1], ids.shape[1])
     return Prompt(ids.astype(jnp.int32), mask, new)
 
 

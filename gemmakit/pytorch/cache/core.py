@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from gemmakit.checks import Whole, check
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError, PromptTooLong
 from gemmakit.pytorch.cache.files import load_cache, save_cache
@@ -346,8 +346,8 @@ class StaticCache(Cache):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if max_cache_len is not None and not (isinstance(max_cache_len, Integral) and max_cache_len > 0):
-            raise InputError(f"max_cache_len is {max_cache_len!r}; it must be a whole number of tokens >= 1.")
+        if max_cache_len is not None:
+            check("max_cache_len", max_cache_len, Whole(1), InputError)
         self.max_cache_len = max_cache_len or config.max_position_embeddings
         self.layers = [CacheLayer(self.max_cache_len) for _ in range(config.num_hidden_layers)]
         for layer in self.layers[1:]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from gemmakit.checks import Whole, check
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError
 from gemmakit.pytorch.cache.core import CacheLayer, DynamicCache
@@ -180,8 +181,7 @@ class QuantizedCache(DynamicCache):
         if nbits not in (4, 8):
             raise InputError(f"nbits is {nbits!r}; a quantized cache has 4 or 8.")
         for name, value, low in (("q_group_size", q_group_size, 1), ("residual_length", residual_length, 0)):
-            if not isinstance(value, int) or value < low:
-                raise InputError(f"{name} is {value!r}; it must be a whole number of at least {low}.")
+            check(name, value, Whole(low), InputError)
         self.nbits, self.q_group_size, self.residual_length = nbits, q_group_size, residual_length
         super().__init__(ddp_cache_data, config)
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemmakit.checks import Whole, check
 from gemmakit.errors import InputError, NumericalError
-from gemmakit.generation.ranges import is_whole
 from gemmakit.pytorch.cache.paged import PagedCache, Span, bytes_per_token, sent
 from gemmakit.pytorch.cache.pages import PagePool
 from gemmakit.pytorch.decode.captured_batch import Captured
@@ -352,5 +352,4 @@ def check_sizes(*, cache_tokens: int | None = None, cache_bytes: int | None = No
     optional = {"cache_tokens": cache_tokens, "cache_bytes": cache_bytes}
     sizes.update({name: size for name, size in optional.items() if size is not None})
     for name, size in sizes.items():
-        if not is_whole(size) or size < 1:
-            raise InputError(f"{name} is {size!r}; it must be a whole number >= 1.")
+        check(name, size, Whole(1), InputError)

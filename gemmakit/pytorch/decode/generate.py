@@ -13,7 +13,6 @@ from torch import Tensor
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError
 from gemmakit.generation import GenerationConfig
-from gemmakit.generation.lengths import filler
 from gemmakit.outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from gemmakit.pytorch.cache import Cache
 from gemmakit.pytorch.decode import arguments, batch, graphs, processors, stopping
@@ -129,7 +128,7 @@ class GenerationMixin:
             plan = Plan(
                 config=config,
                 total=length + new,
-                pad=filler(config),
+                pad=config.filler,
                 eos=context.eos,
                 pick=sampler(noise) if config.do_sample else greedy,
                 noise=noise,

@@ -15,7 +15,6 @@ from torch import Tensor
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError, PromptTooLong, TokenOutOfRange
 from gemmakit.generation import GenerationConfig
-from gemmakit.generation.lengths import new_tokens
 from gemmakit.pytorch.cache import Cache, DynamicCache
 from gemmakit.pytorch.cache.kinds import new_cache
 
@@ -181,7 +180,7 @@ def _new_tokens(
     elif cache is not None and cache.get_seq_length() >= ids.shape[1]:
         prompt += cache.get_seq_length()
     longest = prompt if mask is None else int(mask.sum(-1).max())
-    new, asked = new_tokens(config, model.max_position_embeddings, prompt, longest)
+    new, asked = config.new_tokens(model.max_position_embeddings, prompt, longest)
     if cache is not None and cache.max_cache_len is not None and prompt + new - 1 + spare > cache.max_cache_len:
         raise PromptTooLong(
             f"prompt has {prompt} tokens and {asked}, but the cache holds {cache.max_cache_len}. "

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemmakit.checks import is_whole
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError, PromptTooLong, TokenOutOfRange
 from gemmakit.generation import GenerationConfig
-from gemmakit.generation.ranges import is_whole
 from gemmakit.pytorch.cache.paged import sent
 from gemmakit.pytorch.decode import processors, scheduler, stopping
 from gemmakit.pytorch.decode.constrain import constraint

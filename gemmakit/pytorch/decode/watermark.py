@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gemmakit.errors import InputError
 from gemmakit.generation import BaseWatermarkingConfig, SynthIDTextWatermarkingConfig, WatermarkingConfig
-from gemmakit.generation.watermarking import watermark_of
+from gemmakit.generation.watermarks import watermark_of
 from gemmakit.pytorch.decode.scores import Processor, rows_of, seen
 
 # Candidates that "selfhash" tries a step: trying the whole vocabulary would take minutes.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Annotated, Any, TypeVar, cast
 
+from gemmakit.checks import FLAG, OneOf, Real, Whole, check_fields
 from gemmakit.errors import GenerationConfigError
-from gemmakit.generation.ranges import FLAG, OneOf, Real, Whole
 
 Self = TypeVar("Self", bound="BaseWatermarkingConfig")
 
@@ -17,17 +17,12 @@ Self = TypeVar("Self", bound="BaseWatermarkingConfig")
 class BaseWatermarkingConfig:
     """What both watermarks share: checked fields, and dictionaries in and out."""
 
-    _ranges: ClassVar[dict[str, Any]] = {}
-
     def __post_init__(self) -> None:
         self.validate()
 
     def validate(self) -> None:
         """Raises GenerationConfigError for a field out of its range."""
-        for name, allowed in self._ranges.items():
-            value = getattr(self, name)
-            if not allowed.holds(value):
-                raise GenerationConfigError(f"watermarking_config.{name} is {value!r}; it must be {allowed}.")
+        check_fields(self, GenerationConfigError, prefix="watermarking_config.")
 
     @classmethod
     def from_dict(cls: type[Self], values: dict[str, Any], **overrides: Any) -> Self:
@@ -53,19 +48,11 @@ class WatermarkingConfig(BaseWatermarkingConfig):
     before that count. Source: arXiv:2301.10226 and arXiv:2306.04634, algorithms 2 and 3.
     """
 
-    greenlist_ratio: float = 0.25
-    bias: float = 2.0
-    hashing_key: int = 15485863
-    seeding_scheme: str = "lefthash"
-    context_width: int = 1
-
-    _ranges: ClassVar[dict[str, Any]] = {
-        "greenlist_ratio": Real(0, 1, above=True, below=True),
-        "bias": Real(),
-        "hashing_key": Whole(1, 2**63 - 1),
-        "seeding_scheme": OneOf(("lefthash", "selfhash")),
-        "context_width": Whole(1),
-    }
+    greenlist_ratio: Annotated[float, Real(0, 1, above=True, below=True)] = 0.25
+    bias: Annotated[float, Real()] = 2.0
+    hashing_key: Annotated[int, Whole(1, 2**63 - 1)] = 15485863
+    seeding_scheme: Annotated[str, OneOf("lefthash", "selfhash")] = "lefthash"
+    context_width: Annotated[int, Whole(1)] = 1
 
 
 @dataclass
@@ -78,22 +65,13 @@ class SynthIDTextWatermarkingConfig(BaseWatermarkingConfig):
     are. debug_mode: take every token as equally likely. Source: doi:10.1038/s41586-024-08025-4.
     """
 
-    ngram_len: int = 5
+    ngram_len: Annotated[int, Whole(2)] = 5
     keys: Sequence[int] = ()
-    context_history_size: int = 1024
-    sampling_table_seed: int = 0
-    sampling_table_size: int = 2**16
-    skip_first_ngram_calls: bool = False
-    debug_mode: bool = False
-
-    _ranges: ClassVar[dict[str, Any]] = {
-        "ngram_len": Whole(2),
-        "context_history_size": Whole(1),
-        "sampling_table_seed": Whole(0, 2**63 - 1),
-        "sampling_table_size": Whole(1, 2**24),
-        "skip_first_ngram_calls": FLAG,
-        "debug_mode": FLAG,
-    }
+    context_history_size: Annotated[int, Whole(1)] = 1024
+    sampling_table_seed: Annotated[int, Whole(0, 2**63 - 1)] = 0
+    sampling_table_size: Annotated[int, Whole(1, 2**24)] = 2**16
+    skip_first_ngram_calls: Annotated[bool, FLAG] = False
+    debug_mode: Annotated[bool, FLAG] = False
 
     def validate(self) -> None:
         super().validate()
