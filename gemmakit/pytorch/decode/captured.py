@@ -7,7 +7,7 @@ why and the loop steps as ever. Axis letters: R rows, V vocabulary, T places.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator, Hashable, Sequence
+from collections.abc import Generator, Hashable
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol, cast
@@ -21,8 +21,8 @@ from gemmakit.pytorch.decode.plan import Mail, Plan
 from gemmakit.pytorch.decode.processors import BY_SCORES
 from gemmakit.pytorch.decode.prompt import Prompt
 from gemmakit.pytorch.decode.rows import Rows
-from gemmakit.pytorch.decode.sampling import Exponential, greedy, sampler
-from gemmakit.pytorch.decode.scores import Processor
+from gemmakit.pytorch.decode.sampling import greedy, sampler
+from gemmakit.pytorch.decode.step import Step, forward
 
 # Recording runs the step about four times over.
 WORTH_STEPS = 8
@@ -35,14 +35,14 @@ class Decoding(Protocol):
     rows: Rows
     plan: Plan
     mail: Mail
-    done: Tensor
+    ends: Tensor
 
 
 class Fixed:
     """Rows of fixed number and room, and one step on them.
 
-    The step runs `tokens`, writes what it chose into `tokens` and `ids`, moves on by one place, and leaves the tokens
-    and whether all rows are done in `message`. Nothing of it is read or decided on the host. Nothing is allocated that
+    The step runs `tokens`, writes what it chose into `tokens` and `buffer`, moves on by one place, and leaves the
+    tokens and how each row stands in `message`. Nothing of it is read or decided on the host. Nothing is allocated that
     outlives it.
     """
 
@@ -54,18 +54,20 @@ class Fixed:
 
         self.model, self.places = model, places
         self.cache = StaticCache(model.config, max_cache_len=places)
-        self.tokens, self.ids, self.message = made(rows, 1), made(rows, places), made(rows + 1)
+        self.tokens, self.buffer, self.message = made(rows, 1), made(rows, places), made(2 * rows)
+        self.ends = self.message[rows:]
         self.place = made(1)  # where the tokens go in the cache
-        self.done = made(rows, dtype=torch.bool)
         self.mask = made(rows, places, dtype=torch.bool) if padded else None
         self.positions = made(rows, 1) if padded else None
         sampled = plan.config.do_sample
         self.noise = made(rows, model.config.vocab_size, dtype=torch.float32) if sampled else None
-        self.processors: Sequence[Processor] = tuple(plan.processors)
-        # The plan that is kept has nothing of the call that it came with but how it ends.
-        self.pad, self.eos = plan.pad, None if plan.eos is None else plan.eos.clone()
-        self.ends = Plan(plan.config, places, plan.pad, self.eos, greedy, Exponential(None))
-        self.pick = greedy if self.noise is None else sampler(lambda like: cast(Tensor, self.noise))
+        # What is kept has nothing of the call that it came with but how tokens are chosen and end.
+        self.chosen_by = Step(
+            processors=tuple(plan.processors),
+            pick=greedy if self.noise is None else sampler(lambda like: cast(Tensor, self.noise)),
+            pad=plan.pad,
+            eos=None if plan.eos is None else plan.eos.clone(),
+        )
         self._replay: graphs.Step | None = None
 
     def record(self, recorder: graphs.Recorder) -> None:
@@ -78,37 +80,28 @@ class Fixed:
 
     @property
     def nbytes(self) -> int:
-        own = (self.tokens, self.ids, self.message, self.done, self.mask, self.positions, self.noise)
+        own = (self.tokens, self.buffer, self.message, self.mask, self.positions, self.noise)
         return self.cache.nbytes + sum(t.nbytes for t in own if t is not None)
 
-    def step(self) -> None:
-        out = self.model(
-            input_ids=self.tokens,
-            attention_mask=self.mask,
-            position_ids=self.positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            output_attentions=False,
-            output_hidden_states=False,
-            return_dict=True,
-            cache_position=self.place,
-            logits_to_keep=1,
-        )
-        scores = out.logits[:, -1].float()
-        for processor in self.processors:
-            scores = processor(self.tokens, scores)
-        token = self.pick(scores)
-        if len(token) > 1:  # as in the loop: a lone row that is done is not asked again
-            token = torch.where(self.done, self.pad, token)
+    @property
+    def ids(self) -> Tensor:
+        """Processors that are recorded read scores alone."""
+        return self.tokens
+
+    def append(self, token: Tensor) -> Tensor:
         torch.clamp(token[:, None], min=0, out=self.tokens)
         self.place += 1
         if self.positions is not None:
             self.positions += 1
-        self.ids.index_copy_(1, self.place, self.tokens)
-        if self.eos is not None:
-            self.done |= self.ends.ended(self.tokens, scores)
-        self.message[:-1] = token
-        self.message[-1] = self.done.all()
+        self.buffer.index_copy_(1, self.place, self.tokens)
+        return self.tokens
+
+    def step(self) -> None:
+        out = forward(self.model, self.tokens, self.cache, self.mask, self.positions, cache_position=self.place)
+        token, scores = self.chosen_by.choose(self.ids, out.logits[:, -1])
+        token, ends = self.chosen_by.append(self, token, scores, self.ends)
+        self.message[: len(token)] = token
+        self.ends.copy_(ends)
 
     # -- one call --------------------------------------------------------------------------------------------------
 
@@ -127,14 +120,14 @@ class Fixed:
             held.layers.clear()
         self.place.fill_(at)
         self.tokens.copy_(rows.buffer[:, at : at + 1])
-        self.ids[:, : at + 1].copy_(rows.ids)
-        self.done.copy_(run.done)
+        self.buffer[:, : at + 1].copy_(rows.ids)
+        self.ends.copy_(run.ends)
         if self.mask is not None and self.positions is not None:
             assert rows.mask is not None and rows.positions is not None
             self.mask.fill_(True)
             self.mask[:, :at].copy_(rows.mask[:, :at])
             self.positions.copy_(rows.positions[:, at : at + 1])
-        rows.buffer, rows.cache = self.ids[:, : rows.total], self.cache
+        rows.buffer, rows.cache = self.buffer[:, : rows.total], self.cache
         return Replayed(self, run)
 
     def land(self, run: Decoding, like: Cache | None) -> None:
@@ -165,7 +158,7 @@ class Replayed:
             run.plan.noise.fill(fixed.noise)  # outside the graph: the draws are those of the plain step
         fixed.replay()
         run.rows.length += 1
-        run.mail.post(fixed.message)
+        run.mail.send(fixed.message)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from gemmakit.pytorch.decode.captured import rounded
 from gemmakit.pytorch.decode.requests import Row, shared_chain
 from gemmakit.pytorch.decode.sampling import greedy, sampler
 from gemmakit.pytorch.decode.scores import Processor
+from gemmakit.pytorch.decode.step import Step, forward
 
 MAX_ROWS = 256
 MIN_PAGES = 4
@@ -37,7 +38,7 @@ class FixedBatch:
     def __init__(
         self, model: Any, cache: PagedCache, rows: int, pages: int, chain: Sequence[Processor] | None, sampled: bool
     ):
-        self.model, self.cache, self.rows, self.pages, self.chain = model, cache, rows, pages, chain
+        self.model, self.cache, self.rows, self.pages = model, cache, rows, pages
         device = model.device
         self.inputs = torch.zeros(rows * (3 + pages), dtype=torch.long, device=device)
         ids, places, lengths, table = self.inputs.split([rows, rows, rows, rows * pages])
@@ -45,7 +46,8 @@ class FixedBatch:
         self.where = Placement(places, table.view(rows, pages), lengths, past=0, keys=pages * cache.page_size)
         self.tokens = torch.zeros(rows, dtype=torch.long, device=device)
         self.noise = torch.ones((rows, model.config.vocab_size), device=device) if sampled else None
-        self.pick = greedy if self.noise is None else sampler(lambda like: cast(Tensor, self.noise))
+        pick = greedy if self.noise is None else sampler(lambda like: cast(Tensor, self.noise))
+        self.chosen_by = None if chain is None else Step(chain, pick)
         self.logits: Tensor | None = None  # (R, V) of the last step, where the caller chooses
         self._replay: graphs.Step | None = None
 
@@ -59,24 +61,11 @@ class FixedBatch:
 
     def step(self) -> None:
         self.cache.placement = self.where
-        out = self.model(
-            input_ids=self.ids,
-            attention_mask=self.where.mask,
-            position_ids=self.where.positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            output_attentions=False,
-            output_hidden_states=False,
-            return_dict=True,
-            logits_to_keep=1,
-        )
-        if self.chain is None:
+        out = forward(self.model, self.ids, self.cache, self.where.mask, self.where.positions)
+        if self.chosen_by is None:
             self.logits = out.logits[:, -1]
-            return
-        scores = out.logits[:, -1].float()
-        for processor in self.chain:
-            scores = processor(self.ids, scores)
-        self.tokens.copy_(self.pick(scores))
+        else:
+            self.tokens.copy_(self.chosen_by.choose(self.ids, out.logits[:, -1])[0])
 
     def load(self, spans: Sequence[Span], ids: Sequence[int], before: Tensor | None) -> None:
         """The rows of the next step. ids: their tokens or, with `before`, the places of these in it, on the device."""
@@ -126,7 +115,7 @@ class Captured:
         if self._reason is not None or self._recorder is None or len(spans) > MAX_ROWS:
             return None
         chain, sampled = shared_chain(rows), rows[0].generator is not None
-        if any((row.generator is not None) != sampled or row.criteria for row in rows):
+        if any((row.generator is not None) != sampled or row.step.criteria for row in rows):
             chain = None  # criteria read scores, and those of the pass are gone with it
         pages = max(MIN_PAGES, rounded(max(-(-span.end // self.cache.page_size) for span in spans)))
         key = (1 << (len(spans) - 1).bit_length(), pages, chain, sampled and chain is not None)

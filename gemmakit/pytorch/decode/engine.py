@@ -23,6 +23,7 @@ from gemmakit.pytorch.decode.plan import Letter
 from gemmakit.pytorch.decode.requests import Request, Row, choose, prepare_row
 from gemmakit.pytorch.decode.sampling import NO_TOKEN
 from gemmakit.pytorch.decode.scheduler import Part, Scheduler
+from gemmakit.pytorch.decode.step import forward
 
 
 @dataclass(frozen=True)
@@ -257,7 +258,7 @@ class BatchEngine:
         if fixed is None:
             return None
         fixed.run(rows)
-        if fixed.chain is None:
+        if fixed.chosen_by is None:
             assert fixed.logits is not None
             return fixed.logits[: len(rows)]
         tokens = fixed.tokens[: len(rows)]
@@ -282,18 +283,8 @@ class BatchEngine:
             places, tokens = self._inputs(parts, before)
             assert tokens is not None
             given = tokens[sent(places, tokens.device)].clamp_min(0)[:, None]
-        out = self.model(
-            input_ids=given,
-            attention_mask=where.mask if several else None,
-            position_ids=where.positions if several else None,
-            past_key_values=self.cache,
-            use_cache=True,
-            output_attentions=False,
-            output_hidden_states=False,
-            return_dict=True,
-            logits_to_keep=1,
-        )
-        return out.logits[:, -1]
+        mask, positions = (where.mask, where.positions) if several else (None, None)
+        return forward(self.model, given, self.cache, mask, positions).logits[:, -1]
 
     def _settle(self) -> None:
         """Write the next outcome down."""

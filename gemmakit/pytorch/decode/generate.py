@@ -18,11 +18,12 @@ from gemmakit.pytorch.cache import Cache
 from gemmakit.pytorch.decode import arguments, batch, graphs, processors, stopping
 from gemmakit.pytorch.decode.constrain import constraint
 from gemmakit.pytorch.decode.healing import heal
-from gemmakit.pytorch.decode.plan import Ends, Plan, Recorder, Streamer
+from gemmakit.pytorch.decode.plan import Ends, Plan, Streamer
 from gemmakit.pytorch.decode.processors.forcing import AllowedTokens
 from gemmakit.pytorch.decode.prompt import Prompt, prepare
 from gemmakit.pytorch.decode.protocols import LogitsProcessorList
 from gemmakit.pytorch.decode.sampling import Exponential, greedy, row_generators, sampler
+from gemmakit.pytorch.decode.step import StepOutputs
 from gemmakit.pytorch.decode.strategies import BEAMS, STRATEGIES, choose, copies, transition_scores, tried
 
 
@@ -130,6 +131,7 @@ class GenerationMixin:
                 total=length + new,
                 pad=config.filler,
                 eos=context.eos,
+                eos_ids=config.eos_token_ids,
                 pick=sampler(noise) if config.do_sample else greedy,
                 noise=noise,
                 processors=processors.build(context),
@@ -263,11 +265,11 @@ def _run_custom(custom: Callable[..., Any], model: Any, prompt: Prompt, plan: Pl
     )
 
 
-def _recorder(config: GenerationConfig) -> Recorder:
+def _recorder(config: GenerationConfig) -> StepOutputs:
     def wanted(on: bool) -> list[Any] | None:
         return [] if on and config.return_dict_in_generate else None
 
-    return Recorder(
+    return StepOutputs(
         scores=wanted(config.output_scores),
         logits=wanted(config.output_logits),
         attentions=wanted(config.output_attentions),

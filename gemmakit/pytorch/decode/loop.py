@@ -18,7 +18,7 @@ from gemmakit.pytorch.decode.rows import Rows
 
 
 class Run:
-    """The state of one decoding: the rows, which of them are done, and what the host has been told."""
+    """The state of one decoding: the rows, which of them are over, and what the host has been told."""
 
     def __init__(self, model: Any, prompt: Prompt, plan: Plan):
         record = plan.record
@@ -29,7 +29,7 @@ class Run:
         self.delivered = 0
         self.latest: list[int] = []  # the tokens delivered last, one a row
         self.mail = Mail(self.rows.device)
-        self.done = torch.zeros(len(prompt.ids) * plan.copies, dtype=torch.bool, device=self.rows.device)
+        self.ends = torch.zeros(len(prompt.ids) * plan.copies, dtype=torch.long, device=self.rows.device)
 
     def open(self) -> None:
         if self.plan.streamer is not None and self.first:
@@ -41,32 +41,27 @@ class Run:
 
     def choose(self, out: Any) -> None:
         """Pick the next token of each row, write it down and send it off."""
-        logits = out.logits[:, -1].float()
-        scores = self.plan.process(self.rows.ids, logits)
+        logits = out.logits[:, -1]
+        token, scores = self.plan.choose(self.rows.ids, logits)
         self.plan.record.step(out, logits, scores)
-        self.put(self.plan.pick(scores), scores)
+        self.put(token, scores)
 
     def put(self, token: Tensor, scores: Tensor) -> None:
-        """token: (R,), NO_TOKEN where there was none to choose; rows that are done get padding."""
-        plan, rows = self.plan, self.rows
-        if len(token) > 1:  # a lone row that is done is not asked again
-            token = torch.where(self.done, plan.pad, token)
-        torch.clamp(token, min=0, out=rows.buffer[:, rows.length])
-        rows.length += 1
-        if plan.eos is not None or plan.criteria:
-            self.done = self.done | plan.ended(rows.ids, scores)
-        self.mail.send(token, self.done.all())
+        """token: (R,), NO_TOKEN where there was none to choose."""
+        token, self.ends = self.plan.append(self.rows, token, scores, self.ends)
+        self.mail.send(token, self.ends)
 
     def deliver(self) -> bool:
-        """Check and stream what has arrived; whether all rows are done."""
+        """Check and stream what has arrived; whether all rows are over."""
         last = self.rows.length == self.plan.total
-        for tokens, done in self.mail.read(flush=last):
+        for message in self.mail.read(flush=last):
+            tokens, ends = message[: len(self.ends)], message[len(self.ends) :]
             self.delivered += 1
             refuse_no_token(tokens, self.delivered)
             self.latest = tokens
             if self.plan.streamer is not None:
                 self.plan.streamer.put(torch.tensor(tokens, device="cpu"))
-            if done:
+            if all(ends):
                 return True
         return last
 

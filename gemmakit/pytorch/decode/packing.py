@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from gemmakit.pytorch.cache import Cache
+from gemmakit.pytorch.decode.step import forward
 from gemmakit.pytorch.masks import MIN_SEGMENT, segments_pay
 
 # Less padding than this is run along: laying out costs a few passes over keys and values.
@@ -59,16 +60,8 @@ def pays(model: Any, mask: Tensor) -> bool:
 def prefill(model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache | None) -> Any:
     """Run prompts (R, P), padded on the left, into a cache; logits (R, 1, V) of the last position of each."""
     last = mask.sum(-1).cumsum(0) - 1
-    out = model(
-        input_ids=ids[mask][None],
-        position_ids=positions[mask][None],
-        past_key_values=None if cache is None else Unpacking(cache, mask),
-        use_cache=cache is not None,
-        output_attentions=False,
-        output_hidden_states=False,
-        return_dict=True,
-        logits_to_keep=last,
-    )
+    laid_out = None if cache is None else Unpacking(cache, mask)
+    out = forward(model, ids[mask][None], laid_out, positions=positions[mask][None], keep=last)
     out.logits = out.logits[0][:, None]
     out.past_key_values = cache
     return out

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from gemmakit.errors import NumericalError
 from gemmakit.generation import GenerationConfig
-from gemmakit.pytorch.decode.processors import Processor
-from gemmakit.pytorch.decode.sampling import NO_TOKEN, Exponential, Pick
-from gemmakit.pytorch.decode.stopping import Criterion
+from gemmakit.pytorch.decode.sampling import NO_TOKEN, Exponential
+from gemmakit.pytorch.decode.step import Step, StepOutputs
 
 
 class Streamer(Protocol):
@@ -27,63 +26,17 @@ class Streamer(Protocol):
     def end(self) -> None: ...
 
 
-@dataclass
-class Recorder:
-    """What the caller wants to see of each step."""
-
-    scores: list[Tensor] | None = None
-    logits: list[Tensor] | None = None
-    attentions: list[Any] | None = None
-    hidden_states: list[Any] | None = None
-
-    def step(self, out: Any, logits: Tensor, scores: Tensor) -> None:
-        if self.scores is not None:
-            self.scores.append(scores)
-        if self.logits is not None:
-            self.logits.append(logits)
-        if self.attentions is not None:
-            self.attentions.append(out.attentions)
-        if self.hidden_states is not None:
-            self.hidden_states.append(out.hidden_states)
-
-    def kept(self, steps: int) -> dict[str, tuple[Any, ...] | None]:
-        """The fields of an output, for its first `steps` tokens."""
-        return {n: None if v is None else tuple(v[:steps]) for n, v in vars(self).items()}
-
-
-@dataclass
-class Plan:
-    """Everything a strategy needs besides the model and the prompt."""
+@dataclass(kw_only=True)
+class Plan(Step):
+    """A call's steps, and what strategies ask beside."""
 
     config: GenerationConfig
     total: int  # tokens a row may have, prompt included
-    pad: int
-    eos: Tensor | None
-    pick: Pick
     noise: Exponential
-    processors: Sequence[Processor] = ()
-    criteria: Sequence[Criterion] = ()
     copies: int = 1  # rows a prompt
     streamer: Streamer | None = None
     assistant: Any = None
-    record: Recorder = field(default_factory=Recorder)
-
-    def process(self, ids: Tensor, scores: Tensor) -> Tensor:
-        """ids: (R, n); scores: (R, V) -> (R, V) after all processors, in their order."""
-        for processor in self.processors:
-            scores = processor(ids, scores)
-        return scores
-
-    def ended(self, ids: Tensor, scores: Tensor) -> Tensor:
-        """bool (R,): rows whose last token is an eos, or that a criterion ends. scores: (R, V), of that last token."""
-        last = ids[:, -1]
-        if self.eos is None:
-            done = torch.zeros_like(last, dtype=torch.bool)
-        else:
-            done = last == self.eos if len(self.eos) == 1 else (last[:, None] == self.eos).any(-1)
-        for criterion in self.criteria:
-            done = done | torch.as_tensor(criterion(ids, scores), device=ids.device)
-        return done
+    record: StepOutputs = field(default_factory=StepOutputs)
 
 
 class Ends:
@@ -118,7 +71,7 @@ class Letter:
 
 
 class Mail:
-    """Carries each step's tokens and whether all rows are done to the host.
+    """Carries each step's tokens, and what else it tells, to the host.
 
     On the CPU they are there at once. From an accelerator they are read one step later, while the next step already
     runs: a loop never waits for the step it has just started.
@@ -128,20 +81,15 @@ class Mail:
         self.lag = int(device.type == "cuda")
         self._sent: list[Letter] = []
 
-    def send(self, token: Tensor, done: Tensor) -> None:
-        """token: (R,) int64; done: one bool."""
-        self.post(torch.cat((token, done.to(token.dtype)[None])))
+    def send(self, *message: Tensor) -> None:
+        """Whole numbers (n,) each, sent end to end. They may change afterwards."""
+        self._sent.append(Letter(message[0] if len(message) == 1 else torch.cat(message)))
 
-    def post(self, message: Tensor) -> None:
-        """As send, in one tensor: (R + 1,) int64, the tokens and 1 if all rows are done. It may change afterwards."""
-        self._sent.append(Letter(message))
-
-    def read(self, flush: bool = False) -> list[tuple[list[int], bool]]:
-        """(tokens a row, all done) of the steps that have arrived; with `flush`, of all that were sent."""
+    def read(self, flush: bool = False) -> list[list[int]]:
+        """The messages of the steps that have arrived; with `flush`, all that were sent."""
         out = []
         while len(self._sent) > (0 if flush else self.lag):
-            *tokens, done = self._sent.pop(0).read()
-            out.append((tokens, bool(done)))
+            out.append(self._sent.pop(0).read())
         return out
 
 

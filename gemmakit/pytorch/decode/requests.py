@@ -5,7 +5,7 @@ Axis letters: R rows, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,8 @@ from gemmakit.pytorch.decode import processors, scheduler, stopping
 from gemmakit.pytorch.decode.constrain import constraint
 from gemmakit.pytorch.decode.healing import heal
 from gemmakit.pytorch.decode.prompt import prepare
-from gemmakit.pytorch.decode.sampling import Exponential, greedy, row_generators, sampler
+from gemmakit.pytorch.decode.sampling import Exponential, Pick, greedy, row_generators, sampler
+from gemmakit.pytorch.decode.step import Step
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,13 @@ class Request:
 class Row:
     """A request at work: its place in the schedule and everything its next token depends on.
 
-    ids: (1, limit), the tokens once more, on the device, for processors and criteria that read them; or None.
+    step: with an eos for the host alone. ids: (1, limit), the tokens once more, on the device, for processors and
+    criteria that read them; or None.
     """
 
     sequence: scheduler.Sequence
     prompt_length: int
-    eos: frozenset[int]
-    chain: tuple[processors.Processor, ...]
-    criteria: tuple[stopping.Criterion, ...]
+    step: Step
     generator: torch.Generator | None
     ids: Tensor | None
 
@@ -61,13 +61,17 @@ class Row:
         return self.sequence.id
 
     @property
+    def chain(self) -> tuple[processors.Processor, ...]:
+        return tuple(self.step.processors)
+
+    @property
     def by_scores(self) -> bool:
-        return all(isinstance(processor, processors.BY_SCORES) for processor in self.chain)
+        return all(isinstance(processor, processors.BY_SCORES) for processor in self.step.processors)
 
     def process(self, scores: Tensor) -> Tensor:
         """scores: (1, V) -> (1, V) after this request's processors."""
         assert self.ids is not None
-        out = _through(self.chain, self.ids[:, : len(self.sequence.tokens)], scores)
+        out = self.step.process(self.ids[:, : len(self.sequence.tokens)], scores)
         if out.shape != scores.shape:
             raise InputError(f"a logits processor gave {tuple(out.shape)} for scores {tuple(scores.shape)}.")
         return out.to(scores)
@@ -80,13 +84,8 @@ class Row:
         count = len(self.sequence.tokens) + 1
         if self.ids is not None:
             self.ids[0, count - 1] = token
-        if token in self.eos:
-            return "eos"
-        for criterion in self.criteria:
-            assert self.ids is not None and scores is not None
-            if bool(torch.as_tensor(criterion(self.ids[:, :count], scores), device="cpu").all()):
-                return "length" if isinstance(criterion, stopping.MaxTime) else "stop"
-        return "length" if count >= self.sequence.limit else None
+        reason = self.step.reason(token, None if self.ids is None else self.ids[:, :count], scores)
+        return "length" if reason is None and count >= self.sequence.limit else reason
 
 
 @torch.no_grad()
@@ -122,13 +121,15 @@ def prepare_row(model: Any, request: Request, number: int) -> Row:
     row = Row(
         sequence=scheduler.Sequence(number, ids[0].tolist(), length + new),
         prompt_length=length,
-        eos=frozenset(config.eos_token_ids),
-        chain=tuple(processors.build(context)),
-        criteria=tuple(stopping.build(config, request.tokenizer, tuple(request.stopping_criteria), vocabulary)),
+        step=Step(
+            processors=tuple(processors.build(context)),
+            eos_ids=config.eos_token_ids,
+            criteria=stopping.build(config, request.tokenizer, tuple(request.stopping_criteria), vocabulary),
+        ),
         generator=_generator(config, ids) if config.do_sample else None,
         ids=None,
     )
-    if row.criteria or not row.by_scores:
+    if row.step.criteria or not row.by_scores:
         row.ids = torch.nn.functional.pad(ids, (0, new))
     return row
 
@@ -141,8 +142,7 @@ def choose(rows: Sequence[Row], logits: Tensor) -> tuple[Tensor, Tensor, dict[in
     """
     chain = shared_chain(rows)
     if chain is not None:
-        scores = _through(chain, _no_ids(logits), logits.float())
-        return _pick(rows, scores), scores, {}
+        return *Step(chain, _picker(rows)).choose(_no_ids(logits), logits), {}
     lines, errors = list(logits.float().split(1)), {}
     together: dict[tuple[Any, ...], list[int]] = {}
     for i, row in enumerate(rows):
@@ -156,10 +156,10 @@ def choose(rows: Sequence[Row], logits: Tensor) -> tuple[Tensor, Tensor, dict[in
     for chain, places in together.items():
         if chain:
             group = torch.cat([lines[i] for i in places])
-            for i, line in zip(places, _through(chain, _no_ids(group), group).split(1), strict=True):
+            for i, line in zip(places, Step(chain).process(_no_ids(group), group).split(1), strict=True):
                 lines[i] = line
     scores = torch.cat(lines)
-    return _pick(rows, scores), scores, errors
+    return _picker(rows)(scores), scores, errors
 
 
 def shared_chain(rows: Sequence[Row]) -> tuple[processors.Processor, ...] | None:
@@ -228,18 +228,17 @@ def _generator(config: GenerationConfig, ids: Tensor) -> torch.Generator:
     return torch.Generator(ids.device).manual_seed(int(torch.randint(2**63 - 1, ())))
 
 
-def _pick(rows: Sequence[Row], scores: Tensor) -> Tensor:
+def _picker(rows: Sequence[Row]) -> Pick:
+    """Draws where a row is sampled, takes the best where not."""
     sampled = [i for i, row in enumerate(rows) if row.generator is not None]
     if not sampled:
-        return greedy(scores)
+        return greedy
     draw = sampler(Exponential([row.generator for row in rows if row.generator is not None]))
     if len(sampled) == len(rows):
-        return draw(scores)
-    at = sent(sampled, scores.device)
-    return greedy(scores).index_copy(0, at, draw(scores[at]))
+        return draw
 
+    def pick(scores: Tensor) -> Tensor:
+        at = sent(sampled, scores.device)
+        return greedy(scores).index_copy(0, at, draw(scores[at]))
 
-def _through(chain: Iterable[Callable[[Tensor, Tensor], Tensor]], ids: Tensor, scores: Tensor) -> Tensor:
-    for processor in chain:
-        scores = processor(ids, scores)
-    return scores
+    return pick

@@ -14,6 +14,7 @@ from torch import Tensor
 from gemmakit.outputs import CausalLMOutputWithPast
 from gemmakit.pytorch.decode import packing
 from gemmakit.pytorch.decode.prompt import Prompt
+from gemmakit.pytorch.decode.step import forward
 
 
 class Rows:
@@ -49,21 +50,26 @@ class Rows:
     def total(self) -> int:
         return self.buffer.shape[1]
 
+    def append(self, token: Tensor) -> Tensor:
+        """token: (R,) -> ids (R, length) with it; NO_TOKEN is written as 0."""
+        torch.clamp(token, min=0, out=self.buffer[:, self.length])
+        self.length += 1
+        return self.ids
+
     def forward(self, start: int, end: int, embeds: Tensor | None = None, keep: int = 1) -> Any:
         """Run places start..end of the buffer (or `embeds` in their place); logits of the last `keep` of them."""
         seen = end + self.offset
         count = end - start if embeds is None else embeds.shape[1]
-        return self.model(
-            input_ids=None if embeds is not None else self.buffer[:, start:end],
-            inputs_embeds=embeds,
-            attention_mask=None if self.mask is None else self.mask[:, :seen],
-            position_ids=None if self.positions is None else self.positions[:, seen - count : seen],
-            past_key_values=self.cache,
-            use_cache=self.cache is not None,
-            output_attentions=self.attentions,
-            output_hidden_states=self.hidden_states,
-            return_dict=True,
-            logits_to_keep=keep,
+        return forward(
+            self.model,
+            None if embeds is not None else self.buffer[:, start:end],
+            self.cache,
+            None if self.mask is None else self.mask[:, :seen],
+            None if self.positions is None else self.positions[:, seen - count : seen],
+            embeds=embeds,
+            keep=keep,
+            attentions=self.attentions,
+            hidden_states=self.hidden_states,
         )
 
     def prefill(self, copies: int = 1, chunk: int | None = None) -> Any:

@@ -18,6 +18,9 @@ from gemmakit.pytorch.decode.pieces import Tokenizer, token_table
 Criterion = Callable[[Tensor, Tensor], Any]
 Decoder = Tokenizer
 
+# Why a row ends: by an end token, by a stop string or criterion, by its length or time. The first: it goes on.
+REASONS = (None, "eos", "stop", "length")
+
 
 @dataclass(frozen=True)
 class MaxTime:
@@ -67,3 +70,24 @@ def build(
         table, _ = token_table(tokenizer, size)
         criteria.append(StopStrings([text.encode() for text in config.stop_texts], table))
     return criteria
+
+
+def reasons(criteria: Sequence[Criterion], ids: Tensor, scores: Tensor, eos: Tensor) -> Tensor:
+    """int64 (B,), indices of REASONS: the first reason for each row to end. eos: bool (B,), its last token is one."""
+    found = eos.long()
+    for criterion in criteria:
+        ends = torch.as_tensor(criterion(ids, scores), device=ids.device).to(torch.bool)
+        found = torch.where((found == 0) & ends, REASONS.index(_reason(criterion)), found)
+    return found
+
+
+def first_reason(criteria: Sequence[Criterion], ids: Tensor, scores: Tensor) -> str | None:
+    """The same for a lone row on the host, that of no eos; criteria after the one that ends it are not asked."""
+    for criterion in criteria:
+        if bool(torch.as_tensor(criterion(ids, scores), device="cpu").all()):
+            return _reason(criterion)
+    return None
+
+
+def _reason(criterion: Criterion) -> str:
+    return "length" if isinstance(criterion, MaxTime) else "stop"

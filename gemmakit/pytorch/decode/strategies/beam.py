@@ -346,11 +346,11 @@ class Search:
             rows.cache.reorder_cache(running.parents[:, :, step].flatten())
         rows.length += 1
         self.going = self.going & going
-        self.mail.send(torch.where(usable, 0, NO_TOKEN), ~self.going)
+        self.mail.send(torch.where(usable, 0, NO_TOKEN), (~self.going).long()[None])
 
     def over(self) -> bool:
         last = self.rows.length == self.plan.total
-        for problems, done in self.mail.read(flush=last):
+        for *problems, done in self.mail.read(flush=last):
             self.delivered += 1
             refuse_no_token(problems, self.delivered)
             if done:
