@@ -59,7 +59,7 @@ def write_gguf_of(checkpoint: Path, path: Path, kind: str) -> Path:
     """The checkpoint's weights with the demo model's vocabulary, padded to the shape's: for timing alone."""
     from gemmakit import GemmaConfig, demo_model
     from gemmakit.checkpoint import open_checkpoint
-    from gemmakit.checkpoint.gguf import write_gguf
+    from gemmakit.checkpoint.formats.gguf_writing import write_gguf
     from gemmakit.text.gguf import vocabulary_of
 
     print(f"writing {path}", file=sys.stderr)

@@ -216,7 +216,7 @@ def rows(tokenizer: Any, pieces: list[list[int]], folder: Path, llama_python: st
         path = folder / f"{kind}-{head}.gguf"
         if not path.exists():
             from gemmakit.checkpoint import open_checkpoint
-            from gemmakit.checkpoint.gguf import write_gguf, writing
+            from gemmakit.checkpoint.formats import gguf_writing as writing
             from gemmakit.text.gguf import vocabulary_of
 
             usual = writing._kind_for
@@ -226,7 +226,7 @@ def rows(tokenizer: Any, pieces: list[list[int]], folder: Path, llama_python: st
 
             config = gemmakit.GemmaConfig.from_pretrained(DEMO)
             with open_checkpoint(DEMO) as checkpoint, mock.patch.object(writing, "_kind_for", chosen):
-                write_gguf(path, config, dict(checkpoint.items()), vocabulary_of(DEMO), kind)
+                writing.write_gguf(path, config, dict(checkpoint.items()), vocabulary_of(DEMO), kind)
         return path
 
     def kept(kind: str) -> Maker:

@@ -16,8 +16,7 @@ from gemmakit.dtypes import dtype_name
 from gemmakit.errors import CheckpointError, ConfigError
 from gemmakit.family import Kind, LayerSpec, kept_heads, kind_of
 from gemmakit.files import read_json_object, write_text
-from gemmakit.gguf import read_gguf_header
-from gemmakit.gguf.settings import config_values
+from gemmakit.gguf import config_values, read_gguf_header
 from gemmakit.hub import find_file, find_gguf
 from gemmakit.rotary import check_rope, merged_rope
 

@@ -10,10 +10,10 @@ from types import MappingProxyType, TracebackType
 from typing import Any, Protocol
 
 from gemmakit.checkpoint.arrays import TensorInfo, as_bytes
+from gemmakit.checkpoint.formats.gguf import GgufFile, is_gguf
 from gemmakit.checkpoint.formats.google import PickleFile
 from gemmakit.checkpoint.formats.safetensors import SafetensorsFile
 from gemmakit.errors import CheckpointError, HubError, UnsafeFile
-from gemmakit.gguf import is_gguf
 from gemmakit.hub import Name, Token, check_relative, commit_of, find_file, find_files, list_files, local_directory
 
 # Bytes that are compared at a time.
@@ -217,8 +217,6 @@ def _open_one(path: Path) -> _File:
     if path.name.endswith(PICKLE_SUFFIXES):
         return PickleFile(path)
     if path.suffix == ".gguf" or is_gguf(path):
-        from gemmakit.checkpoint.gguf.reading import GgufFile
-
         return GgufFile(path)
     return SafetensorsFile(path)
 

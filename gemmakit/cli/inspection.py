@@ -177,8 +177,7 @@ def _own_config(found: Findings, checkpoint: Checkpoint) -> None:
         if isinstance(file, OrbaxFile) and found.config is None:
             found.config = file.config()
         elif found.kind == GGUF:
-            from gemmakit.gguf import read_gguf_header
-            from gemmakit.gguf.settings import config_values
+            from gemmakit.gguf import config_values, read_gguf_header
 
             found.config = GemmaConfig.from_dict(config_values(read_gguf_header(file.path)))
     except GemmakitError as error:
@@ -248,7 +247,7 @@ def _size(path: Path) -> int:
 
 def _as_gguf_has_it(found: Findings, path: Path) -> None:
     """The types and bytes in the file, instead of those that its blocks are given out with."""
-    from gemmakit.checkpoint.gguf.names import released_name
+    from gemmakit.checkpoint.formats.gguf import released_name
     from gemmakit.gguf import read_gguf_header
 
     found.dtypes.clear()

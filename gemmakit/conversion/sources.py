@@ -172,14 +172,11 @@ def _generation(beside: Name, config: GemmaConfig, hub: Mapping[str, Any]) -> by
 
 def _gguf(path: Path, dtype: str | None, config: GemmaConfig | None, keep: bool) -> tuple[Weights, GemmaConfig]:
     """A GGUF file's weights, its blocks in `dtype` or kept as codes, and the configuration that it holds itself."""
-    from gemmakit.checkpoint.gguf import open_gguf
-    from gemmakit.gguf import read_gguf_header
-    from gemmakit.gguf.settings import config_values
+    from gemmakit.checkpoint.formats.gguf import GgufFile
+    from gemmakit.gguf import config_values, read_gguf_header
 
-    found = GemmaConfig.from_dict(config_values(read_gguf_header(path)))
-    config = config or found
-    if keep:
-        from gemmakit.pytorch.quantize.gguf import open_gguf_for
-
-        return Weights(GGUF, open_gguf_for(path, config, None, None)[0]), config
-    return Weights(GGUF, open_gguf(path, dtype=dtype or found.dtype or "bfloat16")), config
+    config = config or GemmaConfig.from_dict(config_values(read_gguf_header(path)))
+    file = GgufFile(path, None if keep else dtype, keep_quantized=keep)
+    if file.quantization is not None:
+        config.extra["quantization_config"] = file.quantization
+    return Weights(GGUF, Checkpoint([file])), config

@@ -127,7 +127,7 @@ def _data(tensor: LazyTensor, transposed: bool) -> memoryview:
 
 
 def _write_gguf(order: Order) -> list[Path]:
-    from gemmakit.checkpoint.gguf import write_gguf
+    from gemmakit.checkpoint.formats.gguf_writing import write_gguf
 
     tokenizer = order.source.tokenizer
     if tokenizer is None:

@@ -11,19 +11,20 @@ import torch
 from torch import nn
 
 from gemmakit.checkpoint import Checkpoint, open_checkpoint, require_memory, save_checkpoint
+from gemmakit.checkpoint.formats.gguf import GgufFile
 from gemmakit.checkpoint.layout import HEADS, differences, stored_names, warn_of_copies
 from gemmakit.checkpoint.readahead import read_ahead
 from gemmakit.config import HUB_ARGUMENTS, GemmaConfig
 from gemmakit.dtypes import dtype_name
 from gemmakit.errors import InputError, NotEnoughMemory
 from gemmakit.generation import GenerationConfig
+from gemmakit.gguf import matrices_dtype, read_gguf_header
 from gemmakit.hub import find_file, find_gguf, push_folder, refuse_code
 from gemmakit.pytorch.attention import implementation
 from gemmakit.pytorch.loading import weights
 from gemmakit.pytorch.methods import ModelMethods, assign
 from gemmakit.pytorch.placement import DeviceMap, MaxMemory, one_device, spread
 from gemmakit.pytorch.quantize import TABLES, QuantizedMethods, Quantizer, adopt, choose, stored_groups, unpacked_shapes
-from gemmakit.pytorch.quantize.gguf import open_gguf_for
 from gemmakit.pytorch.quantize.quantizer import Parts
 
 Model = TypeVar("Model", bound="GemmaPreTrainedModel")
@@ -134,10 +135,12 @@ class GemmaPreTrainedModel(QuantizedMethods, ModelMethods):
             config.attn_implementation = attn_implementation
         wanted = dtype_of(dtype or torch_dtype or "auto")
         if gguf is None:
-            opened = open_checkpoint(name, allow_pickle=allow_pickle, **where)
+            opened, stored = open_checkpoint(name, allow_pickle=allow_pickle, **where), None
         else:
-            opened, wanted = open_gguf_for(gguf, config, wanted, quantization_config)
-        quantizer = choose(config, quantization_config, HEADS, device_map)
+            file = _gguf_file(gguf, wanted, quantization_config)
+            opened, stored = Checkpoint([file]), file.quantization
+            wanted = wanted or dtype_of(matrices_dtype(read_gguf_header(gguf)))
+        quantizer = choose(config, quantization_config, HEADS, device_map, stored)
         with opened as checkpoint:
             read_ahead(checkpoint.files)
             with torch.device("meta"):
@@ -214,6 +217,13 @@ def _settle(kwargs: dict[str, Any]) -> None:
     refuse_code(kwargs)
     for name in ("low_cpu_mem_usage", "use_safetensors"):
         kwargs.pop(name, None)
+
+
+def _gguf_file(path: Path, dtype: torch.dtype | None, quantization_config: Any) -> GgufFile:
+    """A GGUF file whose Q8_0 and Q4_0 stay as they are, unless a dtype or another quantization is asked for."""
+    if quantization_config is not None:
+        return GgufFile(path, "float32")  # what is rounded again is rounded from the exact numbers
+    return GgufFile(path, None if dtype is None else dtype_name(dtype), keep_quantized=dtype is None)
 
 
 def _load(

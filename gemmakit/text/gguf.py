@@ -15,7 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from gemmakit.errors import CheckpointError, TokenizerError
-from gemmakit.gguf import Entry, Vocabulary, read_gguf_header
+from gemmakit.gguf import (
+    SPECIAL_IDS,
+    TEMPLATE,
+    WORDS,
+    Entry,
+    GgufHeader,
+    Texts,
+    Vocabulary,
+    read_gguf_header,
+    show,
+    special_ids,
+)
 from gemmakit.text.base import TokenizerBase
 from gemmakit.text.fast import RustEngine
 from gemmakit.text.model_file import (
@@ -146,7 +157,7 @@ def gguf_settings(path: Path) -> dict[str, Any]:
 
     Raises CheckpointError (a damaged header, no tokenizer) or TokenizerError (pieces that no Gemma tokenizer has).
     """
-    vocabulary = Vocabulary.of(read_gguf_header(path))
+    vocabulary = read_vocabulary(read_gguf_header(path))
     try:
         model = model_of(vocabulary)
         model.validate()
@@ -166,6 +177,61 @@ def gguf_settings(path: Path) -> dict[str, Any]:
         if len(templates) < 2 and "default" in templates
         else templates or None,
     }
+
+
+def read_vocabulary(header: GgufHeader) -> Vocabulary:
+    """Raises CheckpointError: no tokenizer, one of another kind, lists of different lengths, ids out of range."""
+    header.require_gemma()
+    model = header.get(f"{WORDS}model", str, "")
+    if model != "llama":
+        raise CheckpointError(
+            f"{header.path} has a tokenizer of the kind {show(model)}; Gemma's is 'llama', SentencePiece pieces "
+            "with scores. Take the tokenizer from the model's own repository."
+        )
+    if header.get(f"{WORDS}add_space_prefix", bool, False):
+        raise CheckpointError(f"{header.path}: {WORDS}add_space_prefix is true; Gemma's tokenizer adds no space.")
+    entries = _entries(header)
+    special = special_ids(header)
+    for name, index in special.items():
+        if not 0 <= index < len(entries):
+            key = f"{WORDS}{SPECIAL_IDS[name]}_token_id"
+            raise CheckpointError(f"{header.path}: {key} is {index}; the vocabulary has {len(entries)} tokens.")
+    return Vocabulary(
+        entries,
+        special,
+        header.get(f"{WORDS}add_bos_token", bool, True),
+        header.get(f"{WORDS}add_eos_token", bool, False),
+        _templates(header),
+    )
+
+
+def _entries(header: GgufHeader) -> list[Entry]:
+    texts = header.metadata.get(f"{WORDS}tokens")
+    if not isinstance(texts, Texts):
+        raise CheckpointError(f"{header.path} has no list {WORDS}tokens, so it holds no tokenizer.")
+    scores = _column(header, "scores", len(texts), float)
+    types = _column(header, "token_type", len(texts), int)
+    return list(map(Entry, texts, scores, types))
+
+
+def _column(header: GgufHeader, key: str, count: int, kind: type) -> list[Any]:
+    found = header.metadata.get(WORDS + key)
+    if not isinstance(found, list) or len(found) != count or not all(type(item) is kind for item in found):
+        has = f"{len(found)} items" if isinstance(found, list) else show(found)
+        raise CheckpointError(
+            f"{header.path}: {WORDS}{key} has {has}; {count} of type {kind.__name__} are needed, one for each token."
+        )
+    return found
+
+
+def _templates(header: GgufHeader) -> dict[str, str]:
+    named: Mapping[str, Any] = {
+        key.removeprefix(f"{TEMPLATE}."): value
+        for key, value in header.metadata.items()
+        if key.startswith(f"{TEMPLATE}.") and isinstance(value, str)
+    }
+    usual = header.get(TEMPLATE, str)
+    return {**({} if usual is None else {"default": usual}), **named}
 
 
 def model_of(vocabulary: Vocabulary) -> ModelFile:

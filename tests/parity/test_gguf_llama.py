@@ -15,7 +15,7 @@ import torch
 import gemmakit
 from gemmakit import AutoModelForCausalLM, AutoTokenizer, GemmaConfig
 from gemmakit.checkpoint import open_checkpoint
-from gemmakit.checkpoint.gguf import write_gguf
+from gemmakit.checkpoint.formats.gguf_writing import write_gguf
 from gemmakit.text.gguf import vocabulary_of
 
 PYTHON = os.environ.get("GEMMAKIT_LLAMA_PYTHON")

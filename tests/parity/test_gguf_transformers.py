@@ -9,7 +9,7 @@ from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURE
 
 import gemmakit
 from gemmakit.checkpoint import open_checkpoint
-from gemmakit.checkpoint.gguf import write_gguf
+from gemmakit.checkpoint.formats.gguf_writing import write_gguf
 from gemmakit.text.gguf import vocabulary_of
 
 

@@ -78,7 +78,9 @@ def damaged(parts: Parts, checkpoint: Checkpoint, why: str) -> CheckpointError:
     return CheckpointError(f"{parts['weight']} in {checkpoint.files[0].parent} {why}. Download or quantize it again.")
 
 
-def choose(config: GemmaConfig, asked: Any, heads: tuple[str, ...], device_map: Any = None) -> Quantizer | None:
+def choose(
+    config: GemmaConfig, asked: Any, heads: tuple[str, ...], device_map: Any = None, stored: Any = None
+) -> Quantizer | None:
     """The scheme of a checkpoint or of the call, or None.
 
     Args:
@@ -87,8 +89,9 @@ def choose(config: GemmaConfig, asked: Any, heads: tuple[str, ...], device_map: 
             the call decides how to compute.
         heads: prefixes of modules that are never quantized.
         device_map: the call's, of which the configuration may exempt modules in CPU memory.
+        stored: how a GGUF file's weights are quantized, which no config.json says.
     """
-    stored = config.extra.get("quantization_config")
+    stored = stored or config.extra.get("quantization_config")
     if stored is None and asked is None:
         return None
     wanted = None if asked is None else parse_quantization(asked)

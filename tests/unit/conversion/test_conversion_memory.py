@@ -23,7 +23,7 @@ import torch
 import gemmakit
 from gemmakit import convert_checkpoint
 from gemmakit.checkpoint.formats import msgpack
-import gemmakit.text, gemmakit.checkpoint.gguf, gemmakit.text.gguf
+import gemmakit.text, gemmakit.checkpoint.formats.gguf_writing, gemmakit.text.gguf
 source, out, options = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
 msgpack.CHUNK_BYTES = 2**24
 torch.set_num_threads(1)

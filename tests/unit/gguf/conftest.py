@@ -3,7 +3,7 @@ import torch
 from gguf_models import CONFIG, tensors_of, vocabulary
 
 import gemmakit
-from gemmakit.checkpoint.gguf import write_gguf
+from gemmakit.checkpoint.formats.gguf_writing import write_gguf
 
 
 @pytest.fixture(scope="session")

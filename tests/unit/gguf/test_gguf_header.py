@@ -15,10 +15,10 @@ from gguf_maker import ARRAY, BOOL, F32, TEXT, U32, U64, Maker, pair, place, sma
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import gemmakit.gguf as module
 from gemmakit import GemmaConfig, GemmaForCausalLM, GemmaTokenizer, GemmaTokenizerFast
 from gemmakit.checkpoint import open_checkpoint
 from gemmakit.errors import CheckpointError, GemmakitError
-from gemmakit.gguf import header as module
 from gemmakit.gguf import read_gguf_header
 
 

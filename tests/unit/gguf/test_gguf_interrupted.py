@@ -16,9 +16,8 @@ from killing import PYTHONPATH
 
 import gemmakit
 from gemmakit.checkpoint import LazyTensor
-from gemmakit.checkpoint.gguf import write_gguf
-from gemmakit.checkpoint.gguf.names import released_name
-from gemmakit.checkpoint.gguf.writing import _shapes
+from gemmakit.checkpoint.formats.gguf_writing import write_gguf
+from gemmakit.checkpoint.layout import tensor_shapes
 from gemmakit.errors import CheckpointError, InputError
 
 KILL_AT_EVERY_STEP = """
@@ -26,9 +25,8 @@ import os, sys
 import numpy as np
 from killing import kill_at
 from gemmakit import GemmaConfig
-from gemmakit.checkpoint.gguf import write_gguf
-from gemmakit.checkpoint.gguf.names import released_name
-from gemmakit.checkpoint.gguf.writing import _shapes
+from gemmakit.checkpoint.layout import tensor_shapes
+from gemmakit.checkpoint.formats.gguf_writing import write_gguf
 from gemmakit.gguf import Entry, Vocabulary, read_gguf_header
 
 folder = sys.argv[1]
@@ -38,7 +36,7 @@ config = GemmaConfig(vocab_size=8, hidden_size=32, intermediate_size=32, num_hid
 words = Vocabulary([Entry("<unk>", 0.0, 2), Entry("<bos>", 0.0, 3), Entry("<eos>", 0.0, 3)])
 
 def write(version):
-    tensors = {released_name(n): np.full(s, version, np.float32) for n, s in _shapes(config).items()}
+    tensors = {n: np.full(s, version, np.float32) for n, s in tensor_shapes(config).items()}
     write_gguf(path, config, tensors, words, "F32", name=f"version {version}")
 
 def version():
@@ -149,9 +147,7 @@ def test_writing_takes_a_few_megabytes_beside_the_tensors(tmp_path, kind):
     def mapped(shape):
         return lambda: np.memmap(zeros, np.float32, "r", shape=shape)
 
-    held = {
-        str(released_name(name)): LazyTensor("float32", shape, mapped(shape)) for name, shape in _shapes(config).items()
-    }
+    held = {name: LazyTensor("float32", shape, mapped(shape)) for name, shape in tensor_shapes(config).items()}
     vocabulary()
     tracemalloc.start()
     write_gguf(tmp_path / "x.gguf", config, held, vocabulary(), kind)

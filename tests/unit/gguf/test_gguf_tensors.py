@@ -10,9 +10,9 @@ from gguf_models import CONFIG, tensors_of, vocabulary
 
 import gemmakit
 from gemmakit import AutoConfig, AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM, GemmaModel
-from gemmakit.checkpoint import LazyTensor, open_checkpoint, save_checkpoint
-from gemmakit.checkpoint.gguf import open_gguf, write_gguf
-from gemmakit.checkpoint.gguf.names import gguf_name, released_name
+from gemmakit.checkpoint import Checkpoint, LazyTensor, open_checkpoint, save_checkpoint
+from gemmakit.checkpoint.formats.gguf import GgufFile, gguf_name, released_name
+from gemmakit.checkpoint.formats.gguf_writing import write_gguf
 from gemmakit.errors import CheckpointError, ConfigError, GemmakitError, InputError, NotEnoughMemory
 from gemmakit.gguf import read_gguf_header
 from gemmakit.pytorch.quantize import QuantizedEmbedding, QuantizedLinear
@@ -357,7 +357,7 @@ def test_gguf_py_reads_what_we_write(files, model):
 
 
 def test_opening_twice_and_keeping_nothing(files):
-    with open_gguf(files["Q4_0"], dtype="float16") as checkpoint:
+    with Checkpoint([GgufFile(files["Q4_0"], "float16")]) as checkpoint:
         assert checkpoint.tensor("model.embed_tokens.weight").dtype == torch.float16
         assert checkpoint.info("model.embed_tokens.weight").dtype == "float16"
         assert not checkpoint.info("model.embed_tokens.weight").mapped

@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from gemmakit import AutoTokenizer, GemmaTokenizer, GemmaTokenizerFast, demo_model
-from gemmakit.checkpoint.gguf import write_gguf
+from gemmakit.checkpoint.formats.gguf_writing import write_gguf
 from gemmakit.errors import CheckpointError, GemmakitError, TemplateError, TokenizerError
-from gemmakit.gguf import Entry, Vocabulary, read_gguf_header
-from gemmakit.text.gguf import model_of, vocabulary_of
+from gemmakit.gguf import Entry, read_gguf_header
+from gemmakit.text.gguf import model_of, read_vocabulary, vocabulary_of
 from gemmakit.text.model_file import CONTROL, UNUSED, USER_DEFINED, ModelFile
 
 SNIPPETS = [
@@ -71,7 +71,7 @@ def test_special_tokens_and_settings_come_back(original, loaded):
 
 def test_the_pieces_are_google_s_own_again(files):
     """Types too: turns, <mask> and unused tokens are user-defined there, and control pieces in a GGUF."""
-    entries = Vocabulary.of(read_gguf_header(files["F16"]))
+    entries = read_vocabulary(read_gguf_header(files["F16"]))
     assert [entries.entries[i].type for i in (4, 106, 107)] == [CONTROL] * 3
     assert entries.entries[2111] == Entry("[PAD2111]", -1000.0, UNUSED)
     model = ModelFile.read(demo_model() / "tokenizer.model")
@@ -110,7 +110,7 @@ def test_added_tokens_are_written(tmp_path, model, original):
     tokenizer.add_tokens(["<tool>", "two words"])
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
     path = write_gguf(tmp_path / "x.gguf", model.config, tensors_of(model), vocabulary_of(tokenizer), "F32")
-    found = Vocabulary.of(read_gguf_header(path))
+    found = read_vocabulary(read_gguf_header(path))
     assert [(e.text, e.type) for e in found.entries[2048:2051]] == [("<tool>", 4), ("two words", 4), ("<|end|>", 3)]
     text = "a <tool> of two words<|end|>"
     for kind in (GemmaTokenizer, GemmaTokenizerFast):

@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gemmakit.checkpoint.arrays import describe, made
-from gemmakit.checkpoint.gguf.names import gguf_name, is_norm
+from gemmakit.checkpoint.formats.gguf import BLOCK, gguf_name, gguf_package, is_norm
+from gemmakit.checkpoint.layout import tensor_shapes
 from gemmakit.checkpoint.save import require_disk, saving_into, sync_directory, write
-from gemmakit.errors import InputError
-from gemmakit.gguf import KINDS, Kind, Vocabulary
-from gemmakit.gguf.encoding import encode_header, padding
-from gemmakit.gguf.settings import EMBEDDING, FILE_TYPES, metadata_of
+from gemmakit.errors import ConfigError, InputError
+from gemmakit.gguf import (
+    DERIVED,
+    EMBEDDING,
+    KINDS,
+    PLAIN,
+    PREFIX,
+    REQUIRED,
+    SPECIAL_IDS,
+    TEMPLATE,
+    WORDS,
+    Entry,
+    Kind,
+    Vocabulary,
+)
 from gemmakit.hub import Name
 
+# general.file_type: what most of the tensors are
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}
 _CHUNK_ELEMENTS = 1 << 20
-_BLOCK = 32
 _GROUPS = (32, 128)
+_ALIGNMENT = 32
 # A step of Q8_0 or Q4_0 is stored in 16 bits: of Q8_0 a 127th of the largest number, of Q4_0 an eighth.
 _LARGEST = {"F16": 65504.0, "Q8_0": 65504.0 * 127, "Q4_0": 65504.0 * 8}
 
@@ -33,7 +49,7 @@ class _Item:
     name: str
     kind: Kind
     shape: tuple[int, ...]
-    chunks: Any  # () -> Iterator of bytes-like
+    chunks: Callable[[], Iterator[Any]]
 
     @property
     def nbytes(self) -> int:
@@ -70,6 +86,7 @@ def write_gguf(
             that the type cannot hold.
         ConfigError: a model that llama.cpp's Gemma cannot express.
         CheckpointError: not enough disk, with needed and free bytes; a failed write.
+        MissingDependency: without the package gguf.
     """
     path = Path(path).expanduser()
     if kind not in FILE_TYPES:
@@ -79,24 +96,120 @@ def write_gguf(
             f"the tokenizer has {len(vocabulary.entries)} tokens and the model {config.vocab_size} rows for them: "
             "resize_token_embeddings first."
         )
-    metadata = {**metadata_of(config, kind, name or path.stem), **vocabulary.metadata(config.vocab_size)}
+    metadata = {**_model_keys(config, kind, name or path.stem), **_word_keys(vocabulary, config.vocab_size)}
     items = _plan(dict(tensors), config, kind)
-    header = encode_header(metadata, {item.name: (item.kind, item.shape) for item in items})
     with saving_into(path.parent) as staging:
-        require_disk(path, [len(header), *(item.nbytes + padding(item.nbytes) for item in items)])
+        header = _header(staging / "header", metadata, items)
+        require_disk(path, [len(header), *(item.nbytes + _padding(item.nbytes) for item in items)])
         staged = staging / path.name
-        write(staged, _encode(header, items))
+        write(staged, _pieces(header, items))
         os.replace(staged, path)
         sync_directory(path.parent)
     return path
 
 
-# -- what is written -------------------------------------------------------------------------------------------------
+# -- the file ----------------------------------------------------------------------------------------------------------
+
+
+def _header(scratch: Path, metadata: Mapping[str, Any], items: Iterable[_Item]) -> bytes:
+    """The file up to its first tensor. gguf's writer makes it; tensors it would want whole, so it gets none."""
+    gguf = gguf_package()
+    types = gguf.GGUFValueType
+    kinds = {list: types.ARRAY, str: types.STRING, bool: types.BOOL, int: types.UINT32, float: types.FLOAT32}
+    writer = gguf.GGUFWriter(scratch, metadata["general.architecture"])  # which is its first key
+    for key, value in metadata.items():
+        if key != "general.architecture":
+            writer.add_key_value(key, value, kinds[type(value)])
+    for item in items:
+        number = gguf.GGMLQuantizationType(item.kind.number)
+        writer.add_tensor_info(item.name, item.shape, np.dtype("float32"), item.nbytes, number)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    header = scratch.read_bytes()
+    return header + bytes(_padding(len(header)))
+
+
+def _pieces(header: bytes, items: Iterable[_Item]) -> Iterator[bytes | memoryview]:
+    yield header
+    for item in items:
+        written = 0
+        for chunk in item.chunks():
+            data = memoryview(chunk).cast("B")
+            written += data.nbytes
+            yield data
+        if written != item.nbytes:
+            raise InputError(f"tensor {item.name!r} has {written} bytes, and {item.nbytes} were announced.")
+        yield bytes(_padding(written))
+
+
+def _padding(size: int) -> int:
+    """Bytes from `size` to the next place where a tensor may begin."""
+    return -size % _ALIGNMENT
+
+
+# -- its keys ----------------------------------------------------------------------------------------------------------
+
+
+def _model_keys(config: Any, kind: str, name: str) -> dict[str, Any]:
+    """What llama.cpp wants to know of a model. Raises ConfigError for what its Gemma cannot do."""
+    rope = config.rope_parameters["rope_type"]
+    wrong = {
+        "tie_word_embeddings=False": not config.tie_word_embeddings,
+        "attention_bias=True": config.attention_bias,
+        f"hidden_act={config.hidden_act!r}": config.hidden_act != "gelu_pytorch_tanh",
+        f"rope_type={rope!r}": rope not in ("default", "linear"),
+        "use_bidirectional_attention=True": bool(config.use_bidirectional_attention),
+    }
+    found = [what for what, is_wrong in wrong.items() if is_wrong]
+    if found:
+        raise ConfigError(
+            f"the model has {', '.join(found)}, which llama.cpp's Gemma cannot express: it would compute something "
+            "else. Save it as safetensors."
+        )
+    linear = {"type": "linear", "factor": float(config.rope_parameters["factor"])} if rope == "linear" else {}
+    return {
+        "general.architecture": "gemma",
+        "general.type": "model",
+        "general.name": name,
+        **{PREFIX + key: getattr(config, field) for key, field in {**REQUIRED, **DERIVED}.items()},
+        f"{PREFIX}attention.value_length": config.head_dim,
+        f"{PREFIX}attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        f"{PREFIX}rope.freq_base": float(config.rope_theta),
+        **{f"{PREFIX}rope.scaling.{key}": value for key, value in linear.items()},
+        "general.file_type": FILE_TYPES[kind],
+        **({} if kind in PLAIN else {"general.quantization_version": 2}),
+    }
+
+
+def _word_keys(vocabulary: Vocabulary, size: int) -> dict[str, Any]:
+    """The tokenizer.* keys of a model with `size` ids; ids without a piece get one that no text has."""
+    spare = [Entry(f"[PAD{index}]", -1000.0, 5) for index in range(len(vocabulary.entries), size)]
+    entries = [*vocabulary.entries, *spare]
+    named = {name: text for name, text in vocabulary.templates.items() if name != "default"}
+    return {
+        f"{WORDS}model": "llama",
+        f"{WORDS}pre": "default",
+        f"{WORDS}tokens": [entry.text for entry in entries],
+        f"{WORDS}scores": [float(entry.score) for entry in entries],
+        f"{WORDS}token_type": [entry.type for entry in entries],
+        **{f"{WORDS}{SPECIAL_IDS[name]}_token_id": index for name, index in vocabulary.special.items()},
+        f"{WORDS}add_bos_token": vocabulary.add_bos,
+        f"{WORDS}add_eos_token": vocabulary.add_eos,
+        f"{WORDS}add_space_prefix": False,
+        **({TEMPLATE: vocabulary.templates["default"]} if "default" in vocabulary.templates else {}),
+        **({"tokenizer.chat_templates": list(named)} if named else {}),
+        **{f"{TEMPLATE}.{name}": text for name, text in named.items()},
+    }
+
+
+# -- its tensors -------------------------------------------------------------------------------------------------------
 
 
 def _plan(tensors: dict[str, Any], config: Any, kind: str) -> list[_Item]:
     """Every tensor of the configuration, in the order of the model."""
-    shapes = _shapes(config)
+    shapes = {str(gguf_name(ours)): shape for ours, shape in tensor_shapes(config).items()}
     given: dict[str, str] = {}
     for key in tensors:
         if (weight := _weight_of(key)) in tensors and weight != key:
@@ -115,19 +228,6 @@ def _plan(tensors: dict[str, Any], config: Any, kind: str) -> list[_Item]:
     return [_item(theirs, given[theirs], tensors, shape, kind) for theirs, shape in shapes.items()]
 
 
-def _shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    width, inner = config.hidden_size, config.intermediate_size
-    queries = config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
-    layer = {
-        "attn_norm": (width,), "attn_q": (queries, width), "attn_k": (keys, width), "attn_v": (keys, width),
-        "attn_output": (width, queries), "ffn_norm": (width,), "ffn_gate": (inner, width), "ffn_up": (inner, width),
-        "ffn_down": (width, inner),
-    }  # fmt: skip
-    blocks = {f"blk.{i}.{part}.weight": shape for i in range(config.num_hidden_layers) for part, shape in layer.items()}
-    return {EMBEDDING: (config.vocab_size, width), **blocks, "output_norm.weight": (width,)}
-
-
 def _weight_of(key: str) -> str:
     return key.removesuffix("_scale").removesuffix("_zero")
 
@@ -135,8 +235,7 @@ def _weight_of(key: str) -> str:
 def _item(theirs: str, key: str, tensors: dict[str, Any], shape: tuple[int, ...], kind: str) -> _Item:
     if f"{key}_scale" in tensors:
         return _packed_item(theirs, key, tensors, shape, kind)
-    value = tensors[key]
-    found = describe(value)[1]
+    found = describe(tensors[key])[1]
     if found != shape:
         raise InputError(f"tensor {key!r} has shape {found}, and the configuration asks for {shape}.")
     chosen = _kind_for(theirs, shape, kind)
@@ -146,7 +245,7 @@ def _item(theirs: str, key: str, tensors: dict[str, Any], shape: tuple[int, ...]
 def _kind_for(theirs: str, shape: tuple[int, ...], kind: str) -> str:
     if is_norm(theirs):
         return "F32"
-    if kind.startswith("Q") and shape[-1] % _BLOCK:
+    if kind.startswith("Q") and shape[-1] % BLOCK:
         return "F16"
     return "Q8_0" if kind == "Q4_0" and theirs == EMBEDDING else kind
 
@@ -159,53 +258,31 @@ def _encoded(key: str, value: Any, kind: str) -> Iterator[Any]:
     rows = max(1, _CHUNK_ELEMENTS // max(1, prod(array.shape[1:])))
     for begin in range(0, len(array), rows):
         piece = array[begin : begin + rows]
-        yield _bytes(key, _norm(piece) if is_norm(key) else piece, kind)
-
-
-def _norm(weight: Any) -> Any:
-    return _floats(weight) + 1
+        yield _bytes(key, _floats(piece) + 1 if is_norm(key) else piece, kind)
 
 
 def _bytes(key: str, piece: Any, kind: str) -> Any:
     """The bytes of some rows in this type."""
-    import numpy as np
-
-    if kind == "BF16":
-        return _bfloat16(piece)
     numbers = _floats(piece)
     if kind == "F32":
         return numbers.data
-    _refuse_too_large(key, numbers, kind)
+    if kind in _LARGEST:
+        _refuse_too_large(key, numbers, kind)
     if kind == "F16":
         return numbers.astype(np.float16).data
-    from gemmakit.checkpoint.gguf.blocks import quantize
-
-    return np.ascontiguousarray(quantize(kind, numbers.reshape(-1, _BLOCK))).data
+    gguf = gguf_package()
+    with np.errstate(all="ignore"):  # a step that has no finite inverse is zero in 16 bits, whatever its codes
+        return gguf.quantize(numbers.reshape(1, -1), gguf.GGMLQuantizationType[kind]).data
 
 
 def _floats(piece: Any) -> Any:
     """float32 in numpy, whatever it was."""
-    import numpy as np
-
     if hasattr(piece, "detach"):
         piece = piece.detach().to("cpu").float().numpy()
     return np.ascontiguousarray(np.asarray(piece), np.float32)
 
 
-def _bfloat16(piece: Any) -> Any:
-    """Rounded to the nearest, halves to even; what is bfloat16 already goes as it is."""
-    import numpy as np
-
-    bits = _floats(piece).view(np.uint32)
-    high = (bits >> 16).astype(np.uint16)
-    nan = bits & 0x7FFFFFFF > 0x7F800000  # must not be rounded to infinity
-    high += (bits & 0xFFFF) + (high & 1) > 0x8000
-    return np.where(nan, (bits >> 16).astype(np.uint16) | 0x40, high).data
-
-
 def _refuse_too_large(key: str, numbers: Any, kind: str) -> None:
-    import numpy as np
-
     largest = float(np.abs(numbers).max(initial=0.0))
     if not largest <= _LARGEST[kind]:
         raise InputError(
@@ -220,7 +297,7 @@ def _refuse_too_large(key: str, numbers: Any, kind: str) -> None:
 def _packed_item(theirs: str, key: str, tensors: dict[str, Any], shape: tuple[int, ...], kind: str) -> _Item:
     """A weight of codes: copied where the type holds the same, else computed and written as `kind`."""
     dtype, found = describe(tensors[key])
-    needed = shape if dtype == "int8" else (shape[0], 16 * -(-shape[1] // _BLOCK))
+    needed = shape if dtype == "int8" else (shape[0], 16 * -(-shape[1] // BLOCK))
     if found != needed:
         raise InputError(f"tensor {key!r} has codes {found}, and the configuration asks for {needed} of {dtype}.")
     chosen = _kind_for(theirs, shape, kind)
@@ -254,26 +331,22 @@ class _Packed:
 
     def fits(self, kind: str) -> bool:
         """Whether blocks of `kind` hold the very same codes and steps."""
-        if self.shape[1] % _BLOCK or describe(self.scale)[0] != "float16" or self.group % _BLOCK:
+        if self.shape[1] % BLOCK or describe(self.scale)[0] != "float16" or self.group % BLOCK:
             return False
         if kind == "Q8_0":
             return self.bits == 8 and self.zero is None
         return kind == "Q4_0" and self.bits == 4 and (self.zero is None or bool((self.zero == 8).all()))
 
     def blocks(self) -> Iterator[Any]:
-        import numpy as np
-
         for rows in self._rows():
             codes = _array(self.codes[rows], np.uint8)
-            steps = np.repeat(_array(self.scale[rows], np.float16), self.group // _BLOCK, axis=1)
-            steps = np.ascontiguousarray(steps[:, : self.shape[1] // _BLOCK]).view(np.uint8)
+            steps = np.repeat(_array(self.scale[rows], np.float16), self.group // BLOCK, axis=1)
+            steps = np.ascontiguousarray(steps[:, : self.shape[1] // BLOCK]).view(np.uint8)
             count = steps.size // 2
             yield np.concatenate([steps.reshape(count, 2), codes.reshape(count, -1)], axis=1).data
 
     def numbers(self) -> Iterator[Any]:
         """float32 (rows, I) a chunk."""
-        import numpy as np
-
         for rows in self._rows():
             codes = self._codes(rows).astype(np.float32)
             spread = np.arange(self.shape[1]) // self.group
@@ -282,12 +355,10 @@ class _Packed:
             yield codes * _floats(self.scale[rows])[:, spread]
 
     def _codes(self, rows: slice) -> Any:
-        import numpy as np
-
         if self.bits == 8:
             return _array(self.codes[rows], np.int8)
         raw = _array(self.codes[rows], np.uint8)
-        halves = raw.reshape(len(raw), -1, 1, _BLOCK // 2) >> np.array([0, 4], np.uint8)[:, None] & 15
+        halves = raw.reshape(len(raw), -1, 1, BLOCK // 2) >> np.array([0, 4], np.uint8)[:, None] & 15
         return halves.reshape(len(raw), -1)[:, : self.shape[1]]
 
     def _rows(self) -> Iterator[slice]:
@@ -298,24 +369,6 @@ class _Packed:
 
 def _array(piece: Any, dtype: Any) -> Any:
     """In numpy, bit for bit."""
-    import numpy as np
-
     if hasattr(piece, "detach"):
         piece = piece.detach().to("cpu").contiguous().numpy()
     return np.ascontiguousarray(np.asarray(piece)).view(dtype)
-
-
-# -- the file --------------------------------------------------------------------------------------------------------
-
-
-def _encode(header: bytes, items: Iterable[_Item]) -> Iterator[bytes | memoryview]:
-    yield header
-    for item in items:
-        written = 0
-        for chunk in item.chunks():
-            data = memoryview(chunk).cast("B")
-            written += data.nbytes
-            yield data
-        if written != item.nbytes:
-            raise InputError(f"tensor {item.name!r} has {written} bytes, and {item.nbytes} were announced.")
-        yield bytes(padding(written))

@@ -1,0 +1,263 @@
+"""GGUF, the format of llama.cpp: a file as named arrays under the released checkpoint's names.
+
+Matrices of F32, F16 and BF16 are views of the mapped file. Blocks become numbers when they are asked for, a few rows at
+a time, by the codecs of the package gguf; or they stay codes and scales in gemmakit's own layout of int4 and int8
+(`gemmakit.pytorch.kernels.packed`), which is theirs exactly. Source of the names and keys: llama.cpp's gguf-py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from math import prod
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from gemmakit.checkpoint.arrays import BITS, TensorInfo, numpy_dtype, to_jax
+from gemmakit.errors import CheckpointError, MissingDependency
+from gemmakit.gguf import (
+    EMBEDDING,
+    HEAD,
+    MAGIC,
+    PLAIN,
+    GgufHeader,
+    GgufTensor,
+    matrices_dtype,
+    read_gguf_header,
+)
+
+# The blocks that are read as numbers.
+DECODED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+_CHUNK_ELEMENTS = 1 << 20
+BLOCK = 32
+
+
+def gguf_package() -> Any:
+    """The package gguf: its codecs and its writer."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise MissingDependency(
+            "GGUF's quantized blocks and the writing of GGUF files need the package gguf: `pip install 'gguf>=0.18'`."
+        ) from error
+    return gguf
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+_WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_WHOLE_BACK = {ours: theirs for theirs, ours in _WHOLE.items()}
+_LAYER_BACK = {ours: theirs for theirs, ours in _LAYER.items()}
+_THEIR_LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+_OUR_LAYER = re.compile(r"model\.layers\.(\d+)\.([\w.]+)\.(weight|bias)")
+
+
+def released_name(name: str) -> str | None:
+    """ "blk.3.attn_q.weight" -> "model.layers.3.self_attn.q_proj.weight"; None for what Gemma does not have."""
+    match = _THEIR_LAYER.fullmatch(name)
+    if match:
+        part = _LAYER.get(match[2])
+        return part and f"model.layers.{match[1]}.{part}.{match[3]}"
+    owner, _, kind = name.rpartition(".")
+    return f"{_WHOLE[owner]}.{kind}" if owner in _WHOLE and kind == "weight" else None
+
+
+def gguf_name(name: str) -> str | None:
+    """The inverse; a model without a head writes the same names without "model."."""
+    name = name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
+    match = _OUR_LAYER.fullmatch(name)
+    if match:
+        part = _LAYER_BACK.get(match[2])
+        return part and f"blk.{match[1]}.{part}.{match[3]}"
+    owner, _, kind = name.rpartition(".")
+    return f"{_WHOLE_BACK[owner]}.{kind}" if owner in _WHOLE_BACK and kind == "weight" else None
+
+
+def is_norm(name: str) -> bool:
+    """Whether this (in the released checkpoint's naming) is a norm's weight w, which GGUF stores as 1 + w."""
+    return name.endswith("norm.weight")
+
+
+# -- a file as named arrays --------------------------------------------------------------------------------------------
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether the file begins as every GGUF does, whatever it is called."""
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == MAGIC
+    except OSError:
+        return False
+
+
+class GgufFile:
+    """One GGUF file. Opening checks its header, its architecture, and every tensor's name and type.
+
+    dtype: what blocks are dequantized to; None for the dtype that a model of these matrices computes in.
+    keep_quantized: give Q8_0 or Q4_0 as codes under the weight's name, "..._scale", and for Q4_0 "..._zero", where
+    gemmakit has a place for them; `quantization` then is the quantization_config that says so, or None.
+    """
+
+    def __init__(self, path: Path, dtype: str | None = "float32", *, keep_quantized: bool = False):
+        self.path = path
+        header = read_gguf_header(path)
+        header.require_gemma()
+        self.dtype = dtype or matrices_dtype(header)
+        self.quantization, kept = stored_quantization(header) if keep_quantized else (None, frozenset[str]())
+        self._makers: dict[str, Callable[[str], Any]] = {}  # framework "pt" or "np" -> an array on the CPU
+        tensors: dict[str, TensorInfo] = {}
+        for name, held in header.tensors.items():
+            for part, info, make in self._parts(_named(header, name, held), held, name in kept):
+                tensors[part], self._makers[part] = info, make
+        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors)
+        self.metadata: Mapping[str, str] = MappingProxyType({"format": "gguf"})
+
+    def tensor(self, name: str, framework: str, device: Any) -> Any:
+        if framework == "pt":
+            return self._makers[name]("pt").to(device)
+        array = self._makers[name]("np")
+        return array if framework == "np" else to_jax(array)
+
+    def close(self) -> None:
+        """Nothing is held open: every array has a mapping of its own."""
+
+    def _parts(self, name: str, held: GgufTensor, keep: bool) -> Iterator[tuple[str, TensorInfo, Callable[[str], Any]]]:
+        """What a tensor of the file is given out as: names, and for each what it is and how it is made."""
+        if is_norm(name):
+            yield name, _made("float32", held.shape), partial(self._norm, name, held)
+        elif held.kind.name in PLAIN:
+            info = TensorInfo(PLAIN[held.kind.name], held.shape, held.begin, held.end)
+            yield name, info, partial(self._view, name, held)
+        elif keep:
+            yield from self._packed(name, held)
+        else:
+            yield name, _made(self.dtype, held.shape), partial(self._dequantized, name, held)
+
+    def _view(self, name: str, held: GgufTensor, framework: str) -> Any:
+        return _as(name, self._blocks(held).reshape(-1), PLAIN[held.kind.name], held.shape, framework)
+
+    def _norm(self, name: str, held: GgufTensor, framework: str) -> Any:
+        """The file's 1 + w, less 1."""
+        stored = self._view(name, held, framework)
+        return (stored.float() if framework == "pt" else stored.astype("float32")) - 1
+
+    def _dequantized(self, name: str, held: GgufTensor, framework: str) -> Any:
+        """Every block as numbers, rounded once to the dtype; beside the result it takes a few MB."""
+        import numpy as np
+
+        out: Any
+        as_array: Any
+        if framework == "pt":
+            import torch
+
+            out, as_array = torch.empty(prod(held.shape), dtype=getattr(torch, self.dtype)), torch.from_numpy
+        else:
+            out, as_array = np.empty(prod(held.shape), numpy_dtype(name, self.dtype)), np.asarray
+        gguf, kind, blocks = gguf_package(), held.kind, self._blocks(held)
+        for begin in range(0, len(blocks), _CHUNK_ELEMENTS // kind.block):
+            piece = blocks[begin : begin + _CHUNK_ELEMENTS // kind.block]
+            numbers = gguf.dequantize(piece.reshape(1, -1), gguf.GGMLQuantizationType(kind.number)).reshape(-1)
+            at = begin * kind.block
+            out[at : at + numbers.size] = as_array(numbers)
+        return out.reshape(held.shape)
+
+    def _packed(self, name: str, held: GgufTensor) -> Iterator[tuple[str, TensorInfo, Callable[[str], Any]]]:
+        """Codes and scales of a matrix, and for 4 bits zeros: every one is 8."""
+        rows, width = held.shape
+        groups = (rows, width // BLOCK)
+        codes, shape = ("int8", held.shape) if held.kind.name == "Q8_0" else ("uint8", (rows, width // 2))
+        yield name, _made(codes, shape), partial(self._field, held, slice(2, None), codes, shape)
+        if codes == "uint8":
+            yield f"{name}_zero", _made("uint8", groups), partial(_eights, groups)
+        yield f"{name}_scale", _made("float16", groups), partial(self._field, held, slice(2), "float16", groups)
+
+    def _field(self, held: GgufTensor, part: slice, dtype: str, shape: tuple[int, ...], framework: str) -> Any:
+        """One field of every block, copied out of them."""
+        import numpy as np
+
+        return _as("", np.ascontiguousarray(self._blocks(held)[:, part]).reshape(-1), dtype, shape, framework)
+
+    def _blocks(self, held: GgufTensor) -> Any:
+        """The tensor's bytes (blocks, bytes of one), mapped; private, so that writing never changes the file."""
+        import numpy as np
+
+        raw = np.memmap(self.path, np.uint8, mode="c", offset=held.begin, shape=(held.end - held.begin,))
+        return np.asarray(raw).reshape(-1, held.kind.nbytes)
+
+
+def _named(header: GgufHeader, name: str, held: GgufTensor) -> str:
+    """The released name. Raises CheckpointError for a tensor that Gemma does not have, or that cannot be read."""
+    ours, kind = released_name(name), held.kind.name
+    if ours is None:
+        raise CheckpointError(f"{header.path} holds {name!r:.120}, for which Gemma has no place. It is another model.")
+    readable = tuple(PLAIN) if is_norm(ours) else (*PLAIN, *DECODED)
+    if kind not in readable:
+        raise CheckpointError(
+            f"{header.path}: {name} is of type {kind}; gemmakit reads {', '.join(readable)}. Take a file of one of "
+            "these types."
+        )
+    return ours
+
+
+def _made(dtype: str, shape: tuple[int, ...]) -> TensorInfo:
+    """An array that is made when asked for, and has no place in the file in this form."""
+    return TensorInfo(dtype, shape, 0, prod(shape) * BITS[dtype] // 8, mapped=False)
+
+
+def _eights(shape: tuple[int, ...], framework: str) -> Any:
+    import numpy as np
+
+    return _as("", np.full(prod(shape), 8, np.uint8), "uint8", shape, framework)
+
+
+def _as(name: str, raw: Any, dtype: str, shape: tuple[int, ...], framework: str) -> Any:
+    """Bytes (n,) as an array, without a copy."""
+    if framework != "pt":
+        return raw.view(numpy_dtype(name, dtype)).reshape(shape)
+    import torch
+
+    return torch.from_numpy(raw).view(getattr(torch, dtype)).view(shape)
+
+
+def stored_quantization(header: GgufHeader) -> tuple[dict[str, Any] | None, frozenset[str]]:
+    """What of a file stays in its own blocks, as gemmakit's `quantization_config`, and the file's names of those.
+
+    All projections of Q4_0, or all of Q8_0, whichever are more; and the embedding, which is the head, if its type fits
+    beside them. Everything else becomes plain numbers. (None, nothing) if there is nothing to keep.
+    """
+    projections: dict[str, list[str]] = {"Q4_0": [], "Q8_0": []}
+    plain: list[str] = []
+    for name, tensor in header.tensors.items():
+        if name not in (EMBEDDING, HEAD) and len(tensor.shape) == 2:
+            projections.get(tensor.kind.name, plain).append(name)
+    kind = max(projections, key=lambda kind: len(projections[kind]))
+    if not projections[kind]:
+        return None, frozenset()
+    heads = [name for name in (EMBEDDING, HEAD) if name in header.tensors]
+    head_kinds = {header.tensors[name].kind.name for name in heads}
+    fits = head_kinds in ({"Q8_0"}, {kind})
+    bits = 4 if kind == "Q4_0" else 8
+    head = {"Q4_0": 4, "Q8_0": 8}[head_kinds.pop()] if fits else None
+    others = sorted({*plain, *projections["Q4_0"], *projections["Q8_0"]} - {*projections[kind]})
+    config = {
+        "quant_method": "gemmakit",
+        "bits": bits,
+        "group_size": BLOCK,
+        "head_bits": head,
+        "head_group_size": BLOCK if (bits, head) == (4, 8) else None,
+        "modules_to_not_convert": [str(released_name(name)).removesuffix(".weight") for name in others] or None,
+    }
+    return config, frozenset([*projections[kind], *(heads if fits else ())])
