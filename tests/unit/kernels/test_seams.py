@@ -253,11 +253,29 @@ def test_work_that_is_shared_by_threads_equals_the_modules(threads, dtype, modul
 @torch.no_grad()
 def test_quantized_steps_equal_the_modules(weights, dtype, modules_only):
     model = quantized(tiny(head_dim=64, hidden_size=64).to(dtype), *weights)
-    for B, S in ((1, 1), (2, 3)):
-        ids = prompts(B, 12)
+    # Every pass has at most MAX_ROWS rows: inputs are rounded to 16 bits on every processor.
+    for B, S, width in ((1, 1, MAX_ROWS + 3), (2, 3, MAX_ROWS // 2 + 9)):
+        ids = prompts(B, width)
         run = lambda: steps(model, ids, None, S, DynamicCache())  # noqa: B023, E731
-        # Inputs are rounded to 16 bits of their block's largest: an edge crossed is 2^-16 of it, at 4 places a layer.
+        # To 16 bits of their block's largest: an edge crossed is 2^-15 of it, at 4 places a layer, in half of them.
         assert far(run(), modules_only(run)) <= max(FAR[dtype], 8 * 2**-16)
+
+
+@native
+@pytest.mark.parametrize("weights", [(8, None), (4, 32), (4, 128)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_passes_over_many_rows_of_codes_equal_the_modules(weights, dtype, modules_only):
+    model = quantized(tiny(head_dim=64, hidden_size=64).to(dtype), *weights)
+    ids = prompts(3, 13)
+    run = lambda: model(ids).logits.double()  # noqa: E731
+    exact = modules_only(torch.enable_grad()(run)).detach()  # gradients need the inputs as they are
+    got, expected = run(), modules_only(run)
+    # Both round inputs to 8 bits of their block's largest where this processor multiplies bytes: an edge crossed is
+    # 1/127 of it, at 4 places a layer.
+    assert far(got, expected) <= max(FAR[dtype], 8 / 127)
+    # Few edges are crossed: in the mean it is less than what rounding all inputs to 8 bits costs.
+    assert (got - expected).norm() <= (exact - expected).norm() + FAR[torch.float32] * expected.norm()
 
 
 @native
