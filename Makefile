@@ -4,7 +4,7 @@ BIN := .venv/bin
 # uv and poetry do not read constraints.txt, so pip it is.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-all check docs format acceptance clean
+.PHONY: demo test test-all test-isa check docs format acceptance clean
 
 .venv/run: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -29,6 +29,10 @@ test: .venv/test
 
 test-all: .venv/test
 	$(BIN)/python -m pytest -m "not acceptance"
+
+# The kernels' tests with each instruction set; what this processor lacks is emulated, for which it needs a compiler.
+test-isa: .venv/test
+	$(BIN)/python scripts/every_isa.py
 
 check: .venv/test
 	$(BIN)/ruff check .
