@@ -2,7 +2,7 @@
 
     python benchmarks/cpu_peers.py --llama-python llama/bin/python [--part bf16 int8 ...] [--checkpoint FOLDER]
 
-Each part is a comparison as `gemmakit bench` makes it and a file in benchmarks/results/, written after every
+Each part is a comparison as compare.py makes it and a file in benchmarks/results/, written after every
 measurement: Ctrl-C keeps what there is. GGUF files are written beside the checkpoint by gemmakit's converter unless
 --gguf has them (any file whose name ends in F16.gguf, Q8_0.gguf, Q4_0.gguf). Peers that are not installed are left out,
 and the result says so.
@@ -14,12 +14,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from gemmakit.bench.compare import Comparison, llamacpp_side, transformers_side
-from gemmakit.bench.facts import available_cores
-from gemmakit.bench.models import cached_random
-from gemmakit.bench.recipe import fields
-from gemmakit.bench.report import comparison_table, plain_lines
-from gemmakit.bench.rounds import Side
+from checkpoints import cached_random, fields
+from compare import Comparison, llamacpp_side, transformers_side
+from report import comparison_table, plain_lines
+from rounds import Side
+
+from gemmakit.cli.env import available_cores
 
 RESULTS = Path(__file__).parent / "results"
 QUICK = {"limit_s": 0.05, "limit_bytes": 1 << 20, "tokens": 256}
@@ -83,7 +83,7 @@ def peer(program: str, kind: str, comparison: Comparison, args: argparse.Namespa
     """The side of a peer; None, with a word, where it is not installed."""
     if program == "gemmakit":
         spec = {**comparison.spec, "model": str(quantized(args.checkpoint, kind)), "quantize": kind}
-        return Side(f"gemmakit {kind}", "ours", spec)
+        return Side(f"gemmakit {kind}", "gemmakit_side", spec)
     if program == "transformers":
         if find_spec("transformers") is not None:
             return transformers_side(comparison.spec, kind, model=str(args.checkpoint))

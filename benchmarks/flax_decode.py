@@ -118,10 +118,11 @@ def command_of(args, side):
 def compare(args):
     """The sides in turn; the ratios are of tokens/s, the Flax backend's over the other's."""
     # Here and not above: the old side's interpreter, which runs this file too, has no gemmakit.
+    from rounds import interleave
+
     from gemmakit import GemmaConfig
-    from gemmakit.bench.counting import linear_weights
-    from gemmakit.bench.facts import machine
-    from gemmakit.bench.rounds import interleave
+    from gemmakit.bench.measure import linear_weights
+    from gemmakit.cli.env import about
 
     sides = [Command(s, command_of(args, s)) for s in SIDES if s in args.sides and (s != "old_flax" or args.old_python)]
     done = interleave(sides, args.rounds, say=lambda message: print(message, file=sys.stderr))
@@ -133,7 +134,7 @@ def compare(args):
     names = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
     return {
         "what": "greedy decode on the CPU, float32 weights and head, batch 1, random weights, after compilation",
-        **machine(args.threads),
+        **about(args.threads, "transformers"),
         "model": {name: getattr(config, name) for name in names},
         "bytes_a_token": 4 * (linear_weights(config) + config.vocab_size * config.hidden_size),
         "prompt": args.prompt,
@@ -146,7 +147,9 @@ def compare(args):
 
 
 def make(args):
-    from gemmakit.bench.models import size_config, write_random
+    from checkpoints import write_random
+
+    from gemmakit.bench.measure import size_config
 
     write_random(args.checkpoint, size_config("2b", num_hidden_layers=args.layers, vocab_size=args.vocab), "float32")
 

@@ -13,7 +13,7 @@ import torch
 from output import finish
 
 import gemmakit
-from gemmakit.bench.facts import machine
+from gemmakit.cli.env import about
 
 
 def bare(model: gemmakit.GemmaForCausalLM, ids: torch.Tensor, new: int) -> torch.Tensor:
@@ -60,7 +60,7 @@ def main() -> None:
 
     result = {
         "what": "decoding with the demo model, seconds for the whole run; medians of the rounds' ratios",
-        **machine(1),
+        **about(1),
         "new_tokens": n,
         "rounds": args.rounds,
         "tokens_per_s": {name: round(n / statistics.median(values), 1) for name, values in times.items()},

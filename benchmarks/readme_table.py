@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gemmakit.bench.report import plain_notes, recipe_table
-from gemmakit.bench.rounds import Rounds
+from report import plain_notes, recipe_table
+from rounds import Rounds
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -104,7 +104,7 @@ def under(found: list[tuple[Any, dict[str, Any]]]) -> Iterator[str]:
 def gpu_block() -> str:
     result = read("gpu_recipe")
     if result is None:
-        return "Not measured yet on an accelerator: `gemmakit bench --device cuda` does, in under ten minutes.\n"
+        return "Not measured yet on an accelerator: `python benchmarks/gpu.py` does, in under ten minutes.\n"
     table = recipe_table(result)
     return "\n".join([f"{table.title}:", "", *markdown(table.headings, table.rows), "", *plain_notes(table), ""])
 

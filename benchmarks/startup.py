@@ -12,7 +12,7 @@ from pathlib import Path
 
 from output import finish
 
-from gemmakit.bench.facts import machine
+from gemmakit.cli.env import about
 
 COMMANDS = {
     "bare": [sys.executable, "-c", "pass"],
@@ -35,7 +35,7 @@ def main() -> None:
     medians = {name: statistics.median(values) * 1000 for name, values in times.items()}
     result = {
         "what": "process start to end, milliseconds, medians",
-        **machine(1),
+        **about(1),
         "rounds": args.rounds,
         "ms": {name: round(value, 1) for name, value in medians.items()},
         "ms_over_bare": {n: round(v - medians["bare"], 1) for n, v in medians.items() if n != "bare"},

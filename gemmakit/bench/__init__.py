@@ -1,5 +1,5 @@
-"""Measuring: the machine's limits, this package and its peers, by one method that can be read.
+"""What `gemmakit bench` measures on this machine; comparisons with other programs are in the repository."""
 
-`sides/` holds scripts, not modules: each is one thing to be measured, runs in a process of its own and prints a JSON
-object. Those of the peers, whose packages gemmakit never imports, are in benchmarks/peers of the repository.
-"""
+import time
+
+STARTED = time.perf_counter()  # before anything here imports torch, which is part of a start

@@ -11,7 +11,7 @@ VERBS = {
     "chat": "Talk with a model in the terminal",
     "convert": "Turn a checkpoint of any origin into safetensors, msgpack or GGUF",
     "doctor": "Say what this machine can run, or whether a checkpoint is whole",
-    "bench": "Measure speed: of the limit, and beside other programs",
+    "bench": "Measure speed, as a share of what the machine can do",
     "quantize": "Write a model in 8 or 4 bits a weight",
     "env": "List versions, for bug reports",
 }

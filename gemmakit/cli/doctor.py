@@ -11,14 +11,18 @@ from typing import Annotated, Any
 from typer import Argument, Option
 
 from gemmakit.auto import AutoConfig
-from gemmakit.cli import machine
+from gemmakit.checkpoint.memory import free_memory_bytes
 from gemmakit.cli import options as o
+from gemmakit.cli.env import available_cores, cpu_flags, cpu_name, missing_extras, versions
 from gemmakit.cli.inspection import memory
 from gemmakit.cli.shell import FAILED
 from gemmakit.config import GemmaConfig
 from gemmakit.dtypes import dtype_name
 from gemmakit.errors import InputError
 from gemmakit.progress import progress_bar
+
+# Instructions that multiply bfloat16 directly; without one of them it is emulated, slower than float32.
+BF16_FLAGS = ("amx_bf16", "avx512_bf16", "avx_ne_convert", "bf16", "svebf16")
 
 
 def doctor(
@@ -65,13 +69,43 @@ def examine(model: str | None, revision: str | None) -> dict[str, Any]:
     """Everything the report says, as data."""
     name, config = read_config(model, revision)
     return {
-        "versions": machine.versions(),
-        "missing_extras": machine.missing_extras(),
-        "cpu": machine.cpu(),
-        "accelerators": machine.accelerators(),
+        "versions": versions(),
+        "missing_extras": missing_extras(),
+        "cpu": cpu(),
+        "accelerators": accelerators(),
         "model": needs(name, config),
         "paths": paths(config),
     }
+
+
+def cpu() -> dict[str, Any]:
+    import torch
+
+    flags = cpu_flags()
+    return {
+        "name": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "cores": available_cores(),
+        "free_bytes": free_memory_bytes(),
+        "bfloat16": [flag for flag in BF16_FLAGS if flag in flags],
+        "vectors": str(torch.backends.cpu.get_cpu_capability()),
+    }
+
+
+def accelerators() -> list[dict[str, Any]]:
+    import torch
+
+    found = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        properties = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        found.append({
+            "device": f"cuda:{index}", "name": properties.name, "free_bytes": free, "total_bytes": total,
+            "capability": f"{properties.major}.{properties.minor}", "bfloat16": properties.major >= 8,
+        })  # fmt: skip
+    if torch.backends.mps.is_available():
+        found.append({"device": "mps", "name": cpu_name(), "free_bytes": free_memory_bytes(), "bfloat16": True})
+    return found
 
 
 def read_config(name: str | None, revision: str | None) -> tuple[str, GemmaConfig]:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import time
 
 import pytest
-from cli_process import command_line, environment
 
+from gemmakit.bench import measure
 from gemmakit.cli import main
 
-QUICK = ("--quick", "--rounds", "1", "--repeats", "1", "--threads", "1", "--new", "4", "--prompt", "8")
+QUICK = ("--quick", "--repeats", "1", "--threads", "1", "--new", "4", "--prompt", "8")
 
 
 def test_bench_prints_a_table_and_writes_json(gemmakit, tmp_path):
@@ -22,69 +18,83 @@ def test_bench_prints_a_table_and_writes_json(gemmakit, tmp_path):
     assert done.returncode == 0, done.stderr
     for said in ("decode after 32 tokens", "% bandwidth", "% matmul", "Quality of int8", "the head, in int8"):
         assert said in done.stdout
-    assert "gemmakit: round 1 of 1: limits" in done.stderr
+    assert "gemmakit: measuring the machine's limits" in done.stderr
     result = json.loads(path.read_text())
-    side = result["sides"]["gemmakit int8"]
-    assert side["decode_tokens_per_s"] > 0 and side["decode_plan"]
+    assert result["speed"]["decode_tokens_per_s"] > 0 and result["speed"]["decode_plan"]
+    assert result["quality"]["top1_agreement"] > 0.9
     assert set(result["shares"]["decode_of_bandwidth"]) == {"0", "32"}
     assert {"gemmakit", "torch", "python"} <= set(result["versions"])
 
 
-@pytest.mark.slow
-def test_bench_measures_transformers_beside(gemmakit):
-    done = gemmakit("bench", *QUICK, "--peer", "transformers")
+def test_random_weights_in_a_shape_need_no_file(gemmakit):
+    done = gemmakit("bench", *QUICK, "--size", "tiny")
     assert done.returncode == 0, done.stderr
-    assert "gemmakit / transformers, median of the rounds' ratios: decode" in done.stdout
+    assert "Gemma TINY shape, random weights" in done.stdout
 
 
-def test_ctrl_c_keeps_what_was_measured(tmp_path):
-    path = tmp_path / "r.json"
-    command = command_line("bench", *QUICK, "--rounds", "50", "--json", path)
-    child = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment(), start_new_session=True
-    )
-    end = time.monotonic() + 100
-    while not (path.exists() and json.loads(path.read_text())["sides"]) and time.monotonic() < end:
-        time.sleep(0.05)
-    os.kill(child.pid, signal.SIGINT)
-    out, _ = child.communicate(timeout=60)
-    assert child.returncode == 130
-    result = json.loads(path.read_text())
-    assert result["interrupted"] and result["sides"]
-    assert "Interrupted: this is what was measured until then." in out
+@pytest.fixture
+def measured(monkeypatch):
+    """In the place of what takes time."""
+    speed = {"bytes_a_token": {"0": 10**9}, "head_dtype": "int8", "head_bytes": 10**8, "load_s": 0.1,
+             "decode_tokens_per_s": 4.0, "prefill_tokens_per_s": 20.0, "prefill_flops_a_token": 4 * 10**9}  # fmt: skip
+    limits = {"bandwidth_gb_per_s": 5.0, "bandwidth_by": "test", "matmul_gflop_per_s": {"float32": 100.0}}
+    monkeypatch.setattr(measure, "speed", lambda *_, **__: speed)
+    monkeypatch.setattr(measure, "limits", lambda *_, **__: limits)
+    return limits
 
 
-def test_a_side_that_fails_is_said_and_is_an_error(tmp_path, capsys):
-    assert main(["bench", str(tmp_path), *QUICK]) == 1
-    assert "gemmakit failed:" in capsys.readouterr().out
+@pytest.mark.parametrize(("part", "kept"), [("speed", []), ("limits", ["speed"]), ("quality", ["speed", "limits"])])
+def test_ctrl_c_keeps_what_was_measured(part, kept, measured, monkeypatch, tmp_path, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure, part, interrupted)
+    assert main(["bench", *QUICK, "--quantize", "int8", "--json", str(tmp_path / "r.json")]) == 130
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["interrupted"] and [name for name in ("speed", "limits", "quality") if result[name]] == kept
+    assert "Interrupted: this is what was measured until then." in capsys.readouterr().out
+
+
+def test_a_quantized_speed_without_quality_is_called_void(measured, monkeypatch, capsys):
+    def failing(*_, **__):
+        raise OSError("no demo model")
+
+    monkeypatch.setattr(measure, "quality", failing)
+    assert main(["bench", *QUICK, "--quantize", "int8"]) == 0
+    assert "No quality of int8 was measured (OSError: no demo model)" in capsys.readouterr().out
+
+
+def test_a_share_that_cannot_be_is_said(measured, capsys):
+    assert main(["bench", *QUICK]) == 0
+    out = capsys.readouterr().out
+    assert "80% bandwidth" in out and "80% matmul" in out and "A share above" not in out
+    measured["bandwidth_gb_per_s"] = 2.0
+    assert main(["bench", *QUICK]) == 0
+    assert "A share above 100 % cannot be" in capsys.readouterr().out
+
+
+def test_a_model_that_is_not_there_is_an_error(tmp_path, capsys):
+    assert main(["bench", str(tmp_path), *QUICK]) == 2
+    assert "config.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--peer", "vllm"], "--peer is 'vllm'; it must be transformers or llama.cpp"),
-        (["--peer", "llama.cpp"], "--gguf"),
-        (["--gguf", "no-such.gguf"], "there is no such file"),
         (["--quantize", "int3"], "there is no quantization 'int3'"),
         (["--size", "9b"], "there is no size '9b'"),
         (["--context", "a"], "--context is 'a'"),
-        (["--rounds", "0"], "--rounds is 0"),
+        (["--repeats", "0"], "repeats is 0"),
+        (["--threads", "0"], "--threads is 0"),
         (["--device", "tpu"], "--device is 'tpu'"),
         (["folder", "--size", "tiny"], "give one of them"),
         (["--json", "no/such/folder/r.json"], "there is no folder"),
-        (["--recipe", "--quantize", "int8"], "it takes no --quantize"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_anything_runs(arguments, said, capsys, monkeypatch):
-    monkeypatch.setattr("gemmakit.bench.rounds.subprocess.Popen", pytest.fail)
+    monkeypatch.setattr(measure, "speed", pytest.fail)
     assert main(["bench", *arguments]) == 2
     assert said in capsys.readouterr().err
-
-
-def test_an_absent_peer_names_the_command_that_installs_it(capsys, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
-    assert main(["bench", "--peer", "transformers"]) == 2
-    assert "pip install transformers" in capsys.readouterr().err
 
 
 def test_cuda_without_a_device_is_refused(capsys, monkeypatch):

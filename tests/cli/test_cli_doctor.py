@@ -31,7 +31,7 @@ def test_doctor_says_what_the_machine_can_run(capsys):
 
 
 def test_doctor_prints_a_page_that_fits_80_columns(capsys, monkeypatch):
-    monkeypatch.setattr("gemmakit.cli.machine.cpu_name", lambda: "A CPU")
+    monkeypatch.setattr("gemmakit.cli.doctor.cpu_name", lambda: "A CPU")
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 80
@@ -41,14 +41,14 @@ def test_doctor_prints_a_page_that_fits_80_columns(capsys, monkeypatch):
 
 
 def test_doctor_names_the_command_that_installs_what_is_missing(capsys, monkeypatch):
-    monkeypatch.setattr("gemmakit.cli.machine.missing_extras", lambda: {"flax": ["jax", "flax"]})
+    monkeypatch.setattr("gemmakit.cli.doctor.missing_extras", lambda: {"flax": ["jax", "flax"]})
     assert main(["doctor"]) == 0
     assert "  jax, flax   pip install 'gemmakit[flax]'\n" in capsys.readouterr().out
 
 
 def test_one_thread_is_a_thread_and_the_documents_tools_are_nothing_to_miss(capsys, monkeypatch):
     monkeypatch.setattr("torch.get_num_threads", lambda: 1)
-    monkeypatch.setattr("gemmakit.cli.machine.installed", lambda name: None)
+    monkeypatch.setattr("gemmakit.cli.env.installed", lambda name: None)
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert " 1 thread on " in out

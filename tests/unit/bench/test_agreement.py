@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from agreement import _off, agreement, modules_alone
 
-from gemmakit.bench.agreement import agreement, modules_alone
 from gemmakit.pytorch.kernels import triton
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "pytorch"))
@@ -50,8 +50,6 @@ def test_numbers_that_are_none_are_a_fault():
     model = tiny()
     out = agreement(model, prompts(1, 20), 4)
     assert not out["wrong"]
-    from gemmakit.bench.agreement import _off
-
     assert _off(torch.tensor([1.0, 2.0]), torch.tensor([float("nan"), 2.0])) == float("inf")
 
 

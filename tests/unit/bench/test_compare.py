@@ -4,10 +4,11 @@ import json
 
 import pytest
 from bench_tools import LIMITS, OURS, QUALITY, answer, spec_of
+from compare import Comparison, best_limits, llamacpp_side, main, transformers_side
+from report import comparison_table, plain_lines
+from rounds import Rounds, Side, SideFailed, interleave
 
-from gemmakit.bench.compare import Comparison, best_limits, llamacpp_side, shares, transformers_side
-from gemmakit.bench.report import comparison_table, plain_lines
-from gemmakit.bench.rounds import Rounds, SideFailed
+from gemmakit.bench.measure import shares
 from gemmakit.errors import InputError
 
 
@@ -61,10 +62,8 @@ def test_every_side_is_told_the_same():
 
 
 def test_a_quantized_peer_of_our_own_gets_its_quality_measured_too():
-    from gemmakit.bench.rounds import Side
-
     made = comparison()
-    made.peers = [Side("gemmakit int8", "ours", {**made.spec, "quantize": "int8"})]
+    made.peers = [Side("gemmakit int8", "gemmakit_side", {**made.spec, "quantize": "int8"})]
     assert list(made.run()["quality"]) == ["int8"]
 
 
@@ -105,5 +104,49 @@ def test_the_table_names_the_head_the_limit_and_the_ratios():
 
 @pytest.mark.parametrize("wrong", [{"prompt": 0}, {"new": 0}, {"rounds": 0}, {"threads": 0}, {"contexts": (-1,)}])
 def test_sizes_that_measure_nothing_are_refused(wrong):
-    with pytest.raises(InputError, match=r"--\w+ is .*at least"):
+    with pytest.raises(InputError, match=r"\w+ (is|are) .*at least"):
         Comparison(**{"model": "m", "name": "m", "threads": 1, **wrong})
+
+
+# -- the command line --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--peer", "llama.cpp"], "--gguf"),
+        (["--gguf", "no-such.gguf"], "there is no such file"),
+        (["--quantize", "int3"], "there is no quantization 'int3'"),
+        (["--size", "9b"], "there is no size '9b'"),
+        (["--rounds", "0"], "rounds is 0"),
+        (["folder", "--size", "tiny"], "give one of them"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_anything_runs(arguments, said, capsys, monkeypatch):
+    monkeypatch.setattr("rounds.subprocess.Popen", pytest.fail)
+    assert main(arguments) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_an_absent_peer_names_the_command_that_installs_it(capsys, monkeypatch):
+    monkeypatch.setattr("compare.find_spec", lambda name: None)
+    assert main(["--peer", "transformers"]) == 2
+    assert "pip install transformers" in capsys.readouterr().err
+
+
+def test_a_side_that_fails_is_said_and_is_an_error(capsys, monkeypatch):
+    def failing(command, *_):
+        if spec_of(command).get("part", "generate") == "generate":
+            raise SideFailed("no such folder")
+        return answer(command)
+
+    monkeypatch.setattr("compare.interleave", lambda *given, **named: interleave(*given, **{**named, "run": failing}))
+    assert main(["folder", "--rounds", "1"]) == 1
+    assert "gemmakit failed: no such folder" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_transformers_is_compared_on_the_demo_model(capsys):
+    quick = ("--quick", "--rounds", "1", "--repeats", "1", "--threads", "1", "--new", "4", "--prompt", "8")
+    assert main([*quick, "--peer", "transformers"]) == 0
+    assert "gemmakit / transformers, median of the rounds' ratios: decode" in capsys.readouterr().out

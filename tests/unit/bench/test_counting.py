@@ -1,12 +1,26 @@
 """What a token costs is what the model's own tensors hold."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 import gemmakit
-from gemmakit.bench.counting import kv_bytes, linear_weights, prefill_flops, training_flops, weights_read
-from gemmakit.bench.models import random_model, scheme_config, size_config
+from gemmakit.bench.measure import (
+    costs,
+    kv_bytes,
+    linear_weights,
+    random_model,
+    scheme_config,
+    size_config,
+    weights_read,
+)
+from gemmakit.bench.timing import Work
 from gemmakit.pytorch.quantize import QuantizedWeight
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks" / "sides"))
+from gemmakit_side import training_flops
 
 
 def hollow(size, **changes):
@@ -18,8 +32,8 @@ def hollow(size, **changes):
 @pytest.mark.parametrize(("size", "gb", "gflop", "kv"), [("2b", 5.01, 3.96, 18432), ("7b", 17.08, 15.5, 458752)])
 def test_the_released_shapes_cost_what_is_published_of_them(size, gb, gflop, kv):
     model = hollow(size)
-    assert weights_read(model).total / 1e9 == pytest.approx(gb, rel=1e-3)
-    assert prefill_flops(model.config) / 1e9 == pytest.approx(gflop, rel=2e-3)
+    assert weights_read(model)["weight_bytes"] / 1e9 == pytest.approx(gb, rel=1e-3)
+    assert costs(model, Work())["prefill_flops_a_token"] / 1e9 == pytest.approx(gflop, rel=2e-3)
     assert kv_bytes(model.config, 2) == kv
 
 
@@ -27,8 +41,8 @@ def test_a_tied_table_counts_once_and_an_untied_embedding_not_at_all():
     tied, untied = hollow("tiny"), hollow("tiny", tie_word_embeddings=False)
     assert weights_read(tied) == weights_read(untied)
     head = tied.config.vocab_size * tied.config.hidden_size * 2
-    assert (weights_read(tied).head, weights_read(tied).head_dtype) == (head, "bfloat16")
-    assert weights_read(tied).total == sum(p.nbytes for p in tied.parameters())
+    assert (weights_read(tied)["head_bytes"], weights_read(tied)["head_dtype"]) == (head, "bfloat16")
+    assert weights_read(tied)["weight_bytes"] == sum(p.nbytes for p in tied.parameters())
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4", "int4-g128"])
@@ -38,9 +52,9 @@ def test_packed_weights_count_with_their_scales(scheme):
     packed = {id(m.weight): m.packed for m in model.modules() if isinstance(m, QuantizedWeight)}
     norms = sum(p.nbytes for name, p in model.named_parameters() if "norm" in name)
     read = weights_read(model)
-    assert read.total == sum(p.nbytes for p in packed.values()) + norms
-    assert read.head == model.lm_head.packed.nbytes
-    assert read.head_dtype == "int8"
+    assert read["weight_bytes"] == sum(p.nbytes for p in packed.values()) + norms
+    assert read["head_bytes"] == model.lm_head.packed.nbytes
+    assert read["head_dtype"] == "int8"
 
 
 def test_linear_weights_are_those_of_the_projections():

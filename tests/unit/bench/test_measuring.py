@@ -2,11 +2,22 @@
 
 import pytest
 import torch
+from checkpoints import cached_random, write_random
 
 import gemmakit
-from gemmakit.bench.limits import best_s, measure_limits, read_bandwidth
-from gemmakit.bench.models import STD, cached_random, obtain, random_model, scheme_config, size_config, write_random
-from gemmakit.bench.quality import compare, held_out, pieces
+from gemmakit.bench.measure import (
+    STD,
+    best_s,
+    divergence,
+    held_out,
+    limits,
+    load,
+    pieces,
+    random_model,
+    read_bandwidth,
+    scheme_config,
+    size_config,
+)
 from gemmakit.errors import InputError
 from gemmakit.pytorch.quantize import QuantizedLinear
 
@@ -14,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 def test_limits_are_measured_in_both_dtypes_and_say_how():
-    found = measure_limits({"device": "cpu", "threads": 1, "limit_s": 0.01, "limit_bytes": 1 << 16})
+    found = limits("cpu", 1, limit_s=0.01, limit_bytes=1 << 16)
     assert found["bandwidth_gb_per_s"] > 0
     assert found["bandwidth_by"] in ("torch sum", "native read")
     assert set(found["matmul_gflop_per_s"]) == {"float32", "bfloat16"}
@@ -22,8 +33,8 @@ def test_limits_are_measured_in_both_dtypes_and_say_how():
 
 def test_the_fastest_way_of_reading_counts(monkeypatch):
     times = {"torch sum": 2.0, "native read": 1.0}
-    monkeypatch.setattr("gemmakit.bench.limits.native_read", lambda: lambda buffer: None)
-    monkeypatch.setattr("gemmakit.bench.limits.best_s", lambda calls, *_: times.popitem()[1])
+    monkeypatch.setattr("gemmakit.bench.measure.cpu.library", lambda: True)
+    monkeypatch.setattr("gemmakit.bench.measure.best_s", lambda calls, *_: times.popitem()[1])
     assert read_bandwidth(CPU, 1 << 12, 0.0) == ("torch sum", 4096.0)
 
 
@@ -79,16 +90,16 @@ IDS = list(range(300, 900))
 
 @pytest.fixture(scope="module")
 def demo():
-    return obtain({"model": str(gemmakit.demo_model()), "dtype": "float32", "device": "cpu"})
+    return load(str(gemmakit.demo_model()), dtype="float32")
 
 
 def test_a_model_has_the_quality_of_itself(demo):
-    assert compare(demo, demo, IDS) == {"perplexity_ratio": 1.0, "top1_agreement": 1.0, "kl_nats": 0.0}
+    assert divergence(demo, demo, IDS) == {"perplexity_ratio": 1.0, "top1_agreement": 1.0, "kl_nats": 0.0}
 
 
 def test_fewer_bits_are_farther_away(demo):
-    plain = {"model": str(gemmakit.demo_model()), "dtype": "float32", "device": "cpu"}
-    eight, four = (compare(demo, obtain({**plain, "quantize": q}), IDS) for q in ("int8", "int4"))
+    name = str(gemmakit.demo_model())
+    eight, four = (divergence(demo, load(name, dtype="float32", quantize=q), IDS) for q in ("int8", "int4"))
     assert 0 < eight["kl_nats"] < four["kl_nats"]
     assert 1 >= eight["top1_agreement"] > four["top1_agreement"] > 0.5
 

@@ -2,25 +2,23 @@
 
 import pytest
 from bench_tools import QUALITY, answer, spec_of
+from gpu import Recipe
+from report import plain_lines, recipe_table
 
-from gemmakit.bench import quality
-from gemmakit.bench.recipe import Recipe
-from gemmakit.bench.report import plain_lines, recipe_table
-
-SPEC = {"quantize": "int8", "threads": 1, "tokens": 64}
+from gemmakit.bench import measure
 
 
 def test_a_device_that_fails_costs_the_place_not_the_number(monkeypatch):
-    asked, measured = [], quality._measured
+    asked, measured = [], measure._quality
 
-    def failing(spec, device):
+    def failing(scheme, threads, device, tokens):
         asked.append(device)
         if device != "cpu":
             raise RuntimeError("CUDA error: no kernel image")
-        return measured(spec, device)
+        return measured(scheme, threads, device, tokens)
 
-    monkeypatch.setattr(quality, "_measured", failing)
-    found = quality.measure_quality({**SPEC, "device": "cuda"})
+    monkeypatch.setattr(measure, "_quality", failing)
+    found = measure.quality("int8", 1, device="cuda", tokens=64)
     assert asked == ["cuda", "cpu"]
     assert found["device"] == "cpu" and found["device_error"] == "RuntimeError: CUDA error: no kernel image"
     assert 0.9 < found["perplexity_ratio"] < 1.1
@@ -30,9 +28,9 @@ def test_a_cpu_that_fails_is_an_error(monkeypatch):
     def failing(*_):
         raise RuntimeError("no")
 
-    monkeypatch.setattr(quality, "_measured", failing)
+    monkeypatch.setattr(measure, "_quality", failing)
     with pytest.raises(RuntimeError, match="no"):
-        quality.measure_quality(SPEC)
+        measure.quality("int8", 1)
 
 
 def test_the_recipe_asks_for_its_device_and_says_when_it_failed():

@@ -4,10 +4,9 @@ import json
 
 import pytest
 from bench_tools import LIMITS, OURS, answer, spec_of
-
-from gemmakit.bench.recipe import OURS_S, PEER_S, SMALL, Recipe, peak_flops
-from gemmakit.bench.report import limit_share, plain_lines, prefill_share, recipe_table
-from gemmakit.bench.rounds import SideFailed
+from gpu import OURS_S, PEER_S, SMALL, Recipe, main
+from report import limit_share, peak_flops, plain_lines, prefill_share, recipe_table
+from rounds import SideFailed
 
 
 def made(run=answer, **changes):
@@ -50,7 +49,7 @@ def test_peers_come_behind_what_they_are_peers_of():
 def test_contexts_fit_the_model():
     for side in made(sizes=("2b",)).sides():
         if side.spec["part"] == "generate":
-            longest = max(side.spec["contexts"]) + side.spec["new"] + 16  # as sides/common.py has it
+            longest = max(side.spec["contexts"]) + side.spec["new"] + 16  # FEW of timing.py
             assert longest <= side.spec["config"]["max_position_embeddings"]
 
 
@@ -69,7 +68,7 @@ def test_a_failing_part_costs_its_own_row_only(tmp_path):
 
 def test_no_part_begins_without_time_and_each_is_told_what_is_left(monkeypatch):
     given, now = [], 0.0
-    monkeypatch.setattr("gemmakit.bench.recipe.time.monotonic", lambda: now)
+    monkeypatch.setattr("gpu.time.monotonic", lambda: now)
 
     def slow(command, left_s):
         nonlocal now
@@ -100,11 +99,11 @@ def test_every_part_is_on_disk_before_the_next_begins(tmp_path):
 
 def test_no_part_takes_the_time_of_the_others(monkeypatch):
     """A peer's compiler may take minutes, a device may hang."""
-    monkeypatch.setattr("gemmakit.bench.recipe.find_spec", lambda name: name)
+    monkeypatch.setattr("gpu.find_spec", lambda name: name)
     given = {}
     made(lambda command, left_s: given.setdefault(command[1], left_s) and answer(command), peers=True).run()
     assert sorted((path.rpartition("/")[2], left) for path, left in given.items()) == [
-        ("ours.py", OURS_S), ("transformers_side.py", PEER_S),
+        ("gemmakit_side.py", OURS_S), ("transformers_side.py", PEER_S),
     ]  # fmt: skip
     assert max(OURS_S, PEER_S) < Recipe.budget_s / 3
 
@@ -163,7 +162,7 @@ def test_shares_are_of_the_limits_of_the_same_run():
 
 
 def test_a_missing_peer_is_said(monkeypatch):
-    monkeypatch.setattr("gemmakit.bench.recipe.find_spec", lambda name: None)
+    monkeypatch.setattr("gpu.find_spec", lambda name: None)
     result = made(peers=True).run()
     assert "No peer: transformers is not installed." in table(result)
 
@@ -173,6 +172,15 @@ def test_the_more_exact_name_of_a_device_wins():
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989.4e12
     assert peak_flops("NVIDIA L40S") == 362e12
     assert peak_flops("AMD EPYC") is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"), [(["--device", "cpu", "--size", "9b"], "no size '9b'"), ([], "no CUDA device")]
+)
+def test_what_the_recipe_cannot_measure_is_refused(arguments, said, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(arguments) == 2
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.slow

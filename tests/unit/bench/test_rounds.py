@@ -6,10 +6,9 @@ import sys
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rounds import Rounds, Side, SideFailed, interleave, run_command
 
-from gemmakit.bench.rounds import Rounds, Side, SideFailed, interleave, run_command
-
-A, B = (Side(label, "ours", {}) for label in "AB")
+A, B = (Side(label, "gemmakit_side", {}) for label in "AB")
 
 
 def by_label(answers):

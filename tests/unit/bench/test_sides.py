@@ -1,31 +1,28 @@
 """The method that all sides share: same prompt, same counts, choosing tokens included."""
 
-import importlib.util
 import json
 import logging
 import sys
 import warnings
+from dataclasses import replace
 
 import pytest
+from rounds import SIDES, Side, run_command
 
 import gemmakit
-from gemmakit.bench.rounds import SIDES, Side, run_command
+from gemmakit.bench import timing
+from gemmakit.errors import InputError
 
-
-@pytest.fixture(scope="module")
-def common():
-    spec = importlib.util.spec_from_file_location("common", SIDES / "common.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+sys.path.insert(0, str(SIDES))
+import side
 
 
 class Machine:
     """A clock of its own: reading a token takes 1 s, making one 2 s, after a context 4 s."""
 
-    def __init__(self, common, monkeypatch):
+    def __init__(self, monkeypatch):
         self.now = 0.0
-        monkeypatch.setattr(common.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
 
     def run(self, context, new, streamer):
         if streamer is not None:
@@ -37,12 +34,12 @@ class Machine:
                 streamer.put(i)
 
 
-SPEC = {"prompt": 10, "new": 5, "contexts": [0, 100], "repeats": 3}
+WORK = timing.Work(prompt=10, new=5, contexts=(0, 100), repeats=3)
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_rates_count_what_was_asked_for(common, monkeypatch, stream):
-    found = common.rates(Machine(common, monkeypatch).run, {**SPEC, "stream": stream})
+def test_rates_count_what_was_asked_for(monkeypatch, stream):
+    found = timing.rates(Machine(monkeypatch).run, replace(WORK, stream=stream))
     assert found.pop("warm_up_s") > 0
     assert found == {
         "prefill_tokens_per_s": 1.0, "decode_tokens_per_s": 0.5, "decode_tokens_per_s_after_100": 0.25,
@@ -50,22 +47,22 @@ def test_rates_count_what_was_asked_for(common, monkeypatch, stream):
     }  # fmt: skip
 
 
-def test_prefill_of_a_length_of_its_own(common, monkeypatch):
-    found = common.rates(Machine(common, monkeypatch).run, {**SPEC, "prefill": 40, "stream": False})
+def test_prefill_of_a_length_of_its_own(monkeypatch):
+    found = timing.rates(Machine(monkeypatch).run, replace(WORK, prefill=40, stream=False))
     assert found["prefill_tokens_per_s"] == 40 / 50
 
 
-def test_both_lengths_that_are_subtracted_are_replayed(common):
+def test_both_lengths_that_are_subtracted_are_replayed():
     """A shorter run of slow steps would make the rest look faster than it is."""
     from gemmakit.pytorch.decode.captured import WORTH_STEPS
 
-    assert common.FEW >= WORTH_STEPS
+    assert timing.FEW >= WORTH_STEPS
 
 
-def test_what_a_package_says_is_kept_once(common, monkeypatch):
+def test_what_a_package_says_is_kept_once(monkeypatch):
     for name in ("some.package", "py.warnings"):
         monkeypatch.setattr(logging.getLogger(name), "handlers", [])
-    said = common.Said("some.package")
+    said = side.Said("some.package")
     try:
         for _ in range(2):
             logging.getLogger("some.package").debug("steps run %s", "one by one")
@@ -76,21 +73,21 @@ def test_what_a_package_says_is_kept_once(common, monkeypatch):
     assert first == "steps run one by one" and "did not start" in second
 
 
-def test_nothing_is_quoted_where_the_noise_is_larger_than_the_work(common):
-    with pytest.raises(SystemExit, match="too small to time"):
-        common.above_zero(0.0)
+def test_nothing_is_quoted_where_the_noise_is_larger_than_the_work():
+    with pytest.raises(InputError, match="too small to time"):
+        timing.above_zero(0.0)
 
 
-def test_prompts_are_the_same_everywhere_and_no_special_tokens_but_bos(common):
-    ids = common.prompt_ids(64, 2048)
-    assert ids == common.prompt_ids(64, 2048)
+def test_prompts_are_the_same_everywhere_and_no_special_tokens_but_bos():
+    ids = timing.prompt_ids(64, 2048)
+    assert ids == timing.prompt_ids(64, 2048)
     assert ids[0] == 2 and len(ids) == 64 and min(ids[1:]) >= 5 and max(ids) < 2048
-    assert ids != common.prompt_ids(64, 2048, seed=1)
+    assert ids != timing.prompt_ids(64, 2048, seed=1)
 
 
-def test_a_result_is_one_line_of_json_with_numbers_to_five_digits(common, monkeypatch, capsys):
+def test_a_result_is_one_line_of_json_with_numbers_to_five_digits(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["side", json.dumps({"part": "train"})])
-    common.main({"train": lambda spec: {"x": 1 / 3, "n": 7}})
+    side.main({"train": lambda spec: {"x": 1 / 3, "n": 7}})
     assert json.loads(capsys.readouterr().out) == {"x": 0.33333, "n": 7}
 
 
@@ -105,7 +102,7 @@ TIMES = {"side", "import_s", "load_s", "first_token_s"}
 
 
 def test_gemmakit_is_measured_with_what_it_has_to_read():
-    found = measured("ours", quantize="int8")
+    found = measured("gemmakit_side", quantize="int8")
     assert RATES | TIMES | {"decode_plan", "head_dtype", "peak_rss_gb"} <= set(found)
     assert found["head_dtype"] == "int8"
     read, token = found["weight_bytes"], found["kv_bytes_a_token"]

@@ -8,20 +8,14 @@ import re
 import statistics
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-SIDES = Path(__file__).parent / "sides"
-# The peers' scripts import what gemmakit never does, so they are not in the package: they lie in the checkout, or where
-# an installation puts a distribution's data.
-PEERS = (
-    Path(__file__).resolve().parents[2] / "benchmarks" / "peers",
-    Path(sysconfig.get_path("data")) / "share" / "gemmakit" / "peers",
-)
+HERE = Path(__file__).resolve().parent
+SIDES = HERE / "sides"
 Found = dict[str, Any]
 Round = dict[str, Found]
 TAIL = 3000  # characters
@@ -35,14 +29,6 @@ class SideFailed(Exception):
         self.tail = tail
 
 
-def script(name: str) -> Path:
-    """The file of a side. Raises SideFailed for a peer whose script was not installed."""
-    found = next((path for folder in (SIDES, *PEERS) if (path := folder / f"{name}.py").is_file()), None)
-    if found is None:
-        raise SideFailed(f"{name}.py is in none of {', '.join(map(str, PEERS))}: install gemmakit again")
-    return found
-
-
 @dataclass(frozen=True)
 class Side:
     """One thing to measure: its label in tables, its script, what it is told, whose interpreter runs it."""
@@ -54,7 +40,7 @@ class Side:
 
     @property
     def command(self) -> list[str]:
-        return [self.python, str(script(self.script)), json.dumps(dict(self.spec))]
+        return [self.python, str(SIDES / f"{self.script}.py"), json.dumps(dict(self.spec))]
 
 
 def run_command(command: Sequence[str], timeout_s: float | None = None) -> Found:
@@ -93,9 +79,8 @@ def _why(err: str) -> str:
 
 
 def _path() -> str:
-    """This package, and what all sides share, can be imported by the process, from wherever they are."""
-    here = str(Path(__file__).resolve().parents[2])
-    return os.pathsep.join(p for p in (here, str(SIDES), os.environ.get("PYTHONPATH")) if p)
+    """gemmakit and the scripts here can be imported by the process, from wherever they are."""
+    return os.pathsep.join(p for p in (str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH")) if p)
 
 
 @dataclass

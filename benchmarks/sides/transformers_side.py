@@ -1,7 +1,7 @@
-"""transformers, measured as gemmakit is. A script of its own: nothing of gemmakit imports it, nor it gemmakit.
+"""transformers, measured as gemmakit is, by the same clock; nothing else of gemmakit is in its process.
 
-Fields of a spec besides those in common.py: model (a folder) or config (fields, for random weights made on the device),
-dtype, device, static (a static cache, which transformers compiles on a GPU), and for batches and training as in ours.
+Fields of a spec besides those in side.py: static (a static cache, which transformers compiles on a GPU), and for
+batches and training those of gemmakit_side.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import statistics
 import time
 from typing import Any
 
-import common
+import side
+
+from gemmakit.bench import timing
 
 
 def load(spec: dict[str, Any]) -> tuple[Any, Any, dict[str, float]]:
@@ -21,7 +23,7 @@ def load(spec: dict[str, Any]) -> tuple[Any, Any, dict[str, float]]:
 
     torch.set_num_threads(spec["threads"])
     imported = time.perf_counter() - started
-    spec["bare"] = common.anonymous_bytes()
+    spec["bare"] = timing.anonymous_bytes()
     started, device = time.perf_counter(), torch.device(spec["device"])
     if "config" in spec:
         with device:
@@ -49,17 +51,17 @@ def generate(spec: dict[str, Any]) -> dict[str, Any]:
     from transformers import DynamicCache
 
     device, static = spec["device"], spec.get("static", False)
-    ids = torch.tensor([common.prompt_ids(spec["prompt"], model.config.vocab_size)], device=device)
+    ids = torch.tensor([timing.prompt_ids(spec["prompt"], model.config.vocab_size)], device=device)
     extra = {"cache_implementation": "static"} if static else {}
     caches: dict[int, Any] = {}
 
     def run(context: int, new: int, streamer: Any) -> None:
         if context and (static or spec.get("fill") != "random"):  # a static cache is generate()'s own
-            long = torch.tensor([common.prompt_ids(context, model.config.vocab_size, seed=1)], device=device)
+            long = torch.tensor([timing.prompt_ids(context, model.config.vocab_size, seed=1)], device=device)
             model.generate(long, max_new_tokens=new, do_sample=False, streamer=streamer, **extra)
         elif context:
             if context not in caches:
-                caches[context] = common.filled(torch, model, DynamicCache(), context)
+                caches[context] = timing.filled(torch, model, DynamicCache(), context)
             cache = caches[context]
             if cache.get_seq_length() > context:
                 cache.crop(context - cache.get_seq_length())
@@ -72,16 +74,16 @@ def generate(spec: dict[str, Any]) -> dict[str, Any]:
 
     with torch.inference_mode():
         if static:  # compiled for the longest of the calls, once
-            run(max(spec["contexts"]), common.FEW + spec["new"], None)
+            run(max(spec["contexts"]), timing.FEW + spec["new"], None)
         begin = spec["contexts"][0] if static else 0
-        first = common.seconds(lambda: run(begin, 1, None))
+        first = timing.seconds(lambda: run(begin, 1, None))
         run(begin, 3, None)
-        used = common.memory(spec["bare"])
-        found = common.rates(run, spec)
+        used = timing.memory(spec["bare"])
+        found = timing.rates(run, timing.Work.of(spec))
     if static and not spec.get("prefill"):
         del found["prefill_tokens_per_s"]  # of a prompt of another length than the other sides'
     total = times["import_s"] + times["load_s"] + first
-    peak = {k: v for k, v in common.memory(spec["bare"]).items() if k == "peak_rss_gb"}
+    peak = {k: v for k, v in timing.memory(spec["bare"]).items() if k == "peak_rss_gb"}
     kept = {**about(torch, static), **times, "first_token_s": total, **found, **used, **peak}
     return {**kept, **device_memory(torch, device)}
 
@@ -91,15 +93,15 @@ def batch(spec: dict[str, Any]) -> dict[str, Any]:
     torch, model, times = load(spec)
     from transformers import GenerationConfig
 
-    prompts = [common.prompt_ids(spec["prompt"], model.config.vocab_size, seed=i) for i in range(spec["rows"])]
+    prompts = [timing.prompt_ids(spec["prompt"], model.config.vocab_size, seed=i) for i in range(spec["rows"])]
 
     def run(new: int) -> float:
         config = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0)
-        return common.seconds(lambda: model.generate_batch(inputs=prompts, generation_config=config))
+        return timing.seconds(lambda: model.generate_batch(inputs=prompts, generation_config=config))
 
     few, many = spec["few"], spec["few"] + spec["new"]
     run(few)
-    took = common.above_zero(statistics.median(run(many) - run(few) for _ in range(spec["repeats"])))
+    took = timing.above_zero(statistics.median(run(many) - run(few) for _ in range(spec["repeats"])))
     found = {"batch_tokens_per_s": spec["rows"] * spec["new"] / took}
     return {**about(torch), **times, **found, **device_memory(torch, spec["device"])}
 
@@ -108,7 +110,7 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
     """Tokens/s of a training step: forward, loss, backward, AdamW."""
     torch, model, times = load(spec)
     model.train()
-    ids = torch.tensor([common.prompt_ids(spec["tokens"], model.config.vocab_size)], device=spec["device"])
+    ids = torch.tensor([timing.prompt_ids(spec["tokens"], model.config.vocab_size)], device=spec["device"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=spec["device"] != "cpu")
 
     def step() -> None:
@@ -119,10 +121,10 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
             torch.cuda.synchronize()
 
     step()
-    took = statistics.median(common.seconds(step) for _ in range(spec["repeats"]))
+    took = statistics.median(timing.seconds(step) for _ in range(spec["repeats"]))
     found = {"train_tokens_per_s": spec["tokens"] / took}
     return {**about(torch), **times, **found, **device_memory(torch, spec["device"])}
 
 
 if __name__ == "__main__":
-    common.main({"generate": generate, "batch": batch, "train": train})
+    side.main({"generate": generate, "batch": batch, "train": train})

@@ -8,7 +8,9 @@ import os
 import time
 from typing import Any
 
-import common
+import side
+
+from gemmakit.bench import timing
 
 
 def generate(spec: dict[str, Any]) -> dict[str, Any]:
@@ -17,21 +19,21 @@ def generate(spec: dict[str, Any]) -> dict[str, Any]:
     import llama_cpp
 
     imported = time.perf_counter() - started
-    bare = common.anonymous_bytes()
+    bare = timing.anonymous_bytes()
     started, threads = time.perf_counter(), spec["threads"]
     room = max(spec["prompt"], *spec["contexts"]) + spec["new"] + 16
     model: Any = llama_cpp.Llama(
         spec["model"], n_ctx=room, n_threads=threads, n_threads_batch=threads, logits_all=False, verbose=False
     )
     loaded = time.perf_counter() - started
-    prompt = common.prompt_ids(spec["prompt"], model.n_vocab())
+    prompt = timing.prompt_ids(spec["prompt"], model.n_vocab())
     filled = 0
 
     def run(context: int, new: int, streamer: Any) -> None:
         nonlocal filled
         if context and filled != context:
             model.reset()
-            model.eval(common.prompt_ids(context, model.n_vocab(), seed=1))
+            model.eval(timing.prompt_ids(context, model.n_vocab(), seed=1))
             filled = context
         model.n_tokens = context  # what is behind it is forgotten by the next eval
         filled = context
@@ -43,20 +45,20 @@ def generate(spec: dict[str, Any]) -> dict[str, Any]:
             if left > 1:
                 model.eval([token])
 
-    first = common.seconds(lambda: run(0, 1, None))
-    common.streamed(run, 0, 1)
-    used = common.memory(bare)
+    first = timing.seconds(lambda: run(0, 1, None))
+    timing.streamed(run, 0, 1)
+    used = timing.memory(bare)
     return {
         "side": f"llama.cpp (llama-cpp-python {llama_cpp.__version__})",
         "file_gb": os.path.getsize(spec["model"]) / 1e9,
         "import_s": imported,
         "load_s": loaded,
         "first_token_s": imported + loaded + first,
-        **common.rates(run, spec),
+        **timing.rates(run, timing.Work.of(spec)),
         **used,
-        **{k: v for k, v in common.memory(bare).items() if k == "peak_rss_gb"},
+        **{k: v for k, v in timing.memory(bare).items() if k == "peak_rss_gb"},
     }
 
 
 if __name__ == "__main__":
-    common.main({"generate": generate})
+    side.main({"generate": generate})

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from gemmakit.bench.compare import decode_key
-from gemmakit.bench.recipe import peak_flops
+from gemmakit.bench.timing import decode_key
+from gemmakit.cli.bench import NOTHING, aligned, bytes_note, limit_notes, quality_note
 
-NOTHING = "-"
+# Published dense bfloat16 rates, operations a second. Source: NVIDIA's data sheets.
+PEAKS = {"H100 PCIe": 756e12, "H100": 989.4e12, "H200": 989.4e12, "A100": 312e12, "L4": 121e12, "L40S": 362e12}
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,8 @@ class Table:
 
 def plain_lines(table: Table) -> Iterator[str]:
     """The table as aligned text, numbers to the right."""
-    rows = [table.headings, *table.rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(table.headings))]
     yield table.title
-    for row in rows:
-        cells = [c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-        yield "  ".join(cells).rstrip()
+    yield from aligned([table.headings, *table.rows])
     yield from table.notes
 
 
@@ -86,11 +84,8 @@ def _percent(share: float | None) -> str:
 def _notes(result: dict[str, Any]) -> Iterator[str]:
     ours = result["sides"].get(result["ours"])
     if ours is not None:
-        read = ", ".join(f"{b / 1e9:.3g} GB after {c}" for c, b in ours["bytes_a_token"].items())
-        yield f"Bytes a token: {read}; the head, in {ours['head_dtype']}, is {ours['head_bytes'] / 1e9:.3g} GB of them."
-    yield from limit_notes(result["limits"], result["shares"].get("matmul_dtype"))
-    if any(share > 1 for share in result["shares"].get("decode_of_bandwidth", {}).values()):
-        yield "A share above 100 % cannot be: the machine was busier while its limits were measured. Measure again."
+        yield bytes_note(ours)
+    yield from limit_notes(result["limits"], result["shares"])
     for label, side in result["sides"].items():
         for context in result["settings"]["contexts"][1:]:
             after = side.get(f"decode_after_{context}_over_first")
@@ -108,28 +103,6 @@ def _notes(result: dict[str, Any]) -> Iterator[str]:
         yield f"{label} failed: {why}"
     if result["interrupted"]:
         yield "Interrupted: this is what was measured until then."
-
-
-def limit_notes(limits: dict[str, Any], used: str | None = None) -> Iterator[str]:
-    if "bandwidth_gb_per_s" not in limits:
-        return
-    rates = ", ".join(f"{rate / 1e3:.3g} in {dtype}" for dtype, rate in limits["matmul_gflop_per_s"].items())
-    said = f" (shares are of {used})" if used else ""
-    yield (
-        f"Limits in this run: {limits['bandwidth_gb_per_s']:.4g} GB/s read ({limits['bandwidth_by']}); "
-        f"matmul {rates} TFLOP/s{said}."
-    )
-
-
-def quality_note(scheme: str, quality: dict[str, Any] | None) -> str:
-    """A quantized speed without its quality says nothing."""
-    if not quality or "error" in quality:
-        why = f" ({quality['error']})" if quality else ""
-        return f"No quality of {scheme} was measured{why}: without it these speeds say nothing."
-    return (
-        f"Quality of {scheme}, demo model: perplexity {quality['perplexity_ratio']:.4f}x, likeliest token the same "
-        f"{quality['top1_agreement']:.1%}, KL {quality['kl_nats']:.2g} nats."
-    )
 
 
 # -- the recipe of an accelerator --------------------------------------------------------------------------------------
@@ -198,7 +171,7 @@ def _matmul(part: dict[str, Any], limits: dict[str, Any]) -> float:
 
 
 def _recipe_notes(result: dict[str, Any]) -> Iterator[str]:
-    yield from limit_notes(result["limits"], result["settings"]["dtype"])
+    yield from limit_notes(result["limits"], {"matmul_dtype": result["settings"]["dtype"]})
     yield from _heads(result["parts"])
     yield from _agreements(result["parts"])
     yield from _ways(result)
@@ -279,3 +252,9 @@ def _peer_ratios(parts: dict[str, Any]) -> Iterator[str]:
         first, second = (label, plain) if "gemmakit" in label else (plain, label)
         if said:
             yield f"{first} / {second}: {', '.join(said)}."
+
+
+def peak_flops(device: str) -> float | None:
+    """The data sheet's dense bfloat16 rate; None for a device that is not in the table."""
+    words = set(re.findall(r"\w+", device))
+    return next((rate for name, rate in PEAKS.items() if words.issuperset(name.split())), None)

@@ -1,18 +1,34 @@
-"""One model, measured: against the machine's limits, and against peers that do the same work in turn."""
+"""One model, measured against the machine's limits and, in turn, beside transformers and llama.cpp.
+
+    python benchmarks/compare.py [MODEL | --size 2b] --peer transformers [--quantize int8] [--json FILE]
+    python benchmarks/compare.py MODEL --peer llama.cpp --gguf FILE --llama-python llama/bin/python
+
+Each measurement is a fresh process, and the sides take turns; Ctrl-C keeps what there is.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from gemmakit.bench.facts import machine
-from gemmakit.bench.rounds import Found, Rounds, Side, SideFailed, interleave, run_command
-from gemmakit.errors import InputError
+from checkpoints import cached_random
+from report import comparison_table, plain_lines
+from rounds import Found, Rounds, Side, SideFailed, interleave, run_command
+
+from gemmakit import demo_model
+from gemmakit.bench.measure import scheme_config, shares
+from gemmakit.bench.timing import Work
+from gemmakit.cli.env import about, available_cores
+from gemmakit.errors import GemmakitError, InputError, MissingDependency
 from gemmakit.files import write_text
 
+PEERS = ("transformers", "llama.cpp")
 LIMITS = ("limits", "limits again")  # measured before and behind gemmakit, in every round
 WHAT = (
     "load, first token, prefill and greedy decoding of one prompt, choosing tokens included; each side a fresh process"
@@ -53,12 +69,10 @@ class Comparison:
     run_command: Callable[[Sequence[str]], Found] = run_command
 
     def __post_init__(self) -> None:
-        sizes = {"--prompt": self.prompt, "--new": self.new, "--rounds": self.rounds, "--repeats": self.repeats}
-        for option, value in {**sizes, "--threads": self.threads}.items():
+        for name, value in {"rounds": self.rounds, "threads": self.threads}.items():
             if value < 1:
-                raise InputError(f"{option} is {value}; it must be at least 1.")
-        if not self.contexts or min(self.contexts) < 0:
-            raise InputError(f"--context is {list(self.contexts)}; give token counts of at least 0, as in 0,4096.")
+                raise InputError(f"{name} is {value}; it must be at least 1.")
+        Work.of(self.spec)  # refuses sizes that measure nothing
 
     @property
     def label(self) -> str:
@@ -79,9 +93,9 @@ class Comparison:
         extra = self.more or {}
         limits = {"part": "limits", "device": self.device, "threads": self.threads, **extra}
         sides = [
-            Side(LIMITS[0], "ours", limits),
-            Side(self.label, "ours", {**self.spec, "quantize": self.quantize}),
-            Side(LIMITS[1], "ours", limits),
+            Side(LIMITS[0], "gemmakit_side", limits),
+            Side(self.label, "gemmakit_side", {**self.spec, "quantize": self.quantize}),
+            Side(LIMITS[1], "gemmakit_side", limits),
             *self.peers,
         ]
 
@@ -105,7 +119,7 @@ class Comparison:
         self.say(f"the quality of {scheme}, on the demo model")
         spec = {"part": "quality", "quantize": scheme, "threads": self.threads, **extra}
         try:
-            return self.run_command(Side("quality", "ours", spec).command)
+            return self.run_command(Side("quality", "gemmakit_side", spec).command)
         except SideFailed as error:
             return {"error": str(error)}
 
@@ -115,7 +129,7 @@ class Comparison:
         peers = [label for label in sides if label != self.label]
         return {
             "what": WHAT,
-            **machine(self.threads),
+            **about(self.threads, "triton", "transformers"),
             "model": {"name": self.name, "random_weights": self.random},
             "settings": {k: v for k, v in self.spec.items() if k not in ("model", "config")}
             | {"quantize": self.quantize},
@@ -141,26 +155,6 @@ def best_limits(done: Rounds) -> Found:
     return {**best, "matmul_gflop_per_s": rates}
 
 
-def shares(side: Found | None, limits: Found) -> dict[str, Any]:
-    """Of the bandwidth, decoding after each context; of the matmul rate (the faster dtype's), prefill. 0 to 1."""
-    if side is None or not limits:
-        return {}
-    bandwidth, rates = limits["bandwidth_gb_per_s"] * 1e9, limits["matmul_gflop_per_s"]
-    fastest = max(rates, key=lambda dtype: rates[dtype])
-    decode = {
-        context: read * side[decode_key(int(context))] / bandwidth
-        for context, read in side.get("bytes_a_token", {}).items()
-    }
-    prefill = side["prefill_flops_a_token"] * side["prefill_tokens_per_s"] / (rates[fastest] * 1e9)
-    decode = {context: round(share, 4) for context, share in decode.items()}
-    return {"decode_of_bandwidth": decode, "prefill_of_matmul": round(prefill, 4), "matmul_dtype": fastest}
-
-
-def decode_key(context: int) -> str:
-    """As sides/common.py names it."""
-    return "decode_tokens_per_s" if context == 0 else f"decode_tokens_per_s_after_{context}"
-
-
 def short(dtype: str) -> str:
     return {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "auto": ""}.get(dtype, dtype)
 
@@ -174,3 +168,79 @@ def llamacpp_side(spec: dict[str, Any], file: str | Path, python: str, **changes
     """llama.cpp on a GGUF file, named by it, run by an interpreter that has llama-cpp-python."""
     path = Path(file)
     return Side(f"llama.cpp {path.stem}", "llamacpp", {**spec, "model": str(path.absolute()), **changes}, python)
+
+
+def refused(args: argparse.Namespace) -> None:
+    """Raises InputError and MissingDependency, before anything is measured."""
+    if args.model is not None and args.size is not None:
+        raise InputError(f"{args.model!r} and --size {args.size} are both given: give one of them.")
+    scheme_config(args.quantize)
+    if "transformers" in args.peer and find_spec("transformers") is None:
+        raise MissingDependency("--peer transformers needs the transformers package: pip install transformers.")
+    if "llama.cpp" in args.peer and not args.gguf:
+        raise InputError("--peer llama.cpp needs a model of its own: name one with --gguf FILE.")
+    if "llama.cpp" in args.peer and args.device != "cpu":
+        raise InputError("--peer llama.cpp is measured on the CPU only: leave --device out.")
+    for file in args.gguf:
+        if not file.is_file():
+            raise InputError(f"--gguf {file}: there is no such file.")
+
+
+def compared(args: argparse.Namespace) -> Comparison:
+    """What the command line asks for."""
+    refused(args)
+    say = lambda message: print(message, file=sys.stderr, flush=True)  # noqa: E731
+    model, name = args.model or str(demo_model()), args.model or "the demo model"
+    if args.size is not None:
+        model = str(cached_random(args.size, "bfloat16" if args.dtype == "auto" else args.dtype, say))
+        name = f"Gemma {args.size.upper()} shape"
+    quick = {"limit_s": 0.05, "limit_bytes": 1 << 22, "tokens": 512}
+    comparison = Comparison(
+        model=model, name=name, random=args.size is not None, device=args.device, dtype=args.dtype,
+        quantize=args.quantize, prompt=args.prompt, new=args.new, contexts=args.context, threads=args.threads,
+        rounds=args.rounds, repeats=args.repeats, save=args.json, say=say, more=quick if args.quick else None,
+    )  # fmt: skip
+    peers = [transformers_side(comparison.spec, args.dtype)] if "transformers" in args.peer else []
+    if "llama.cpp" in args.peer:
+        peers += [llamacpp_side(comparison.spec, file, args.llama_python) for file in args.gguf]
+    comparison.peers = peers
+    return comparison
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", help="folder or Hub id; if left out, the demo model")
+    parser.add_argument("--size", help="random weights in the shape 2b, 7b or tiny, instead of a model")
+    parser.add_argument("--peer", action="append", choices=PEERS, default=[], help="may be repeated")
+    parser.add_argument("--llama-python", default=sys.executable, help="interpreter that has llama-cpp-python")
+    parser.add_argument("--gguf", type=Path, action="append", default=[], help="for llama.cpp; may be repeated")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--quantize", help="int8, int4 or int4-g128, for gemmakit's side")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of the prompt")
+    parser.add_argument("--new", type=int, default=16, help="tokens to generate in each timed run")
+    parser.add_argument(
+        "--context", type=lambda text: tuple(map(int, text.split(","))), default=(0,),
+        help="tokens in the cache before decoding is timed, as in 0,4096",
+    )  # fmt: skip
+    parser.add_argument("--threads", type=int, default=available_cores(), help="of every side")
+    parser.add_argument("--rounds", type=int, default=3, help="processes a side")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs in each process")
+    parser.add_argument("--json", type=Path, help="write everything measured there, after each process")
+    parser.add_argument("--quick", action="store_true", help="a trial: the numbers are rough")
+    return parser
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    try:
+        comparison = compared(arguments().parse_args(given))
+    except GemmakitError as error:
+        print(f"compare.py: {error}", file=sys.stderr)
+        return 2
+    result = comparison.run()
+    print("\n".join(plain_lines(comparison_table(result))))
+    return 130 if result["interrupted"] else int(result["ours"] not in result["sides"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

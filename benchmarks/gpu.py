@@ -1,12 +1,16 @@
 """What an accelerator has to show, in one command of under ten minutes: weights are made there, nothing is downloaded.
 
+    python benchmarks/gpu.py --json FILE
+    python benchmarks/gpu.py --device cpu --size tiny --quick    # the same code, where there is no accelerator
+
 Every part is a process of its own: what fails, runs out of memory or out of time costs its own row and no other.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,8 +18,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from gemmakit.bench.facts import machine
-from gemmakit.bench.rounds import Found, Side, SideFailed, run_command
+import torch
+from checkpoints import fields
+from report import plain_lines, recipe_table
+from rounds import Found, Side, SideFailed, run_command
+
+from gemmakit.cli.env import about, available_cores
+from gemmakit.errors import GemmakitError, InputError
 from gemmakit.files import write_text
 
 WHAT = "random weights made on the device; batch 1 unless said; rates are differences of runs of two lengths"
@@ -24,8 +33,6 @@ LEAST_S = 15.0  # a part that has less than this left is not begun
 # No part takes what the others need: a peer's compiler may take minutes, and a device that hangs all there is.
 OURS_S, PEER_S = 150.0, 120.0
 SCHEMES = ("int8", "int4", "int4-g128")
-# Published dense bfloat16 rates, operations a second. Source: NVIDIA's data sheets.
-PEAKS = {"H100 PCIe": 756e12, "H100": 989.4e12, "H200": 989.4e12, "A100": 312e12, "L4": 121e12, "L40S": 362e12}
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ class Recipe:
     """Runs the parts, most telling first and peers behind, and saves after each.
 
     Args:
-        sizes: of models.SIZES, in their order: the first gets everything, the others decoding and prefill, last.
+        sizes: shapes, in their order: the first gets everything, the others decoding and prefill, last.
         peers: measure transformers too, where it is installed.
     """
 
@@ -71,6 +78,13 @@ class Recipe:
     save: Path | None = None
     say: Callable[[str], None] = lambda _: None
     run_command: Callable[[Sequence[str], float], Found] = run_command
+
+    def require(self) -> None:
+        """Raises InputError for a size or a device that there is not."""
+        for size in self.sizes:
+            fields(size)
+        if self.device != "cpu" and not torch.cuda.is_available():
+            raise InputError(f"--device {self.device}: this torch sees no CUDA device. See gemmakit doctor.")
 
     def run(self) -> dict[str, Any]:
         """What the JSON holds. Ctrl-C gives what there is, `interrupted` true."""
@@ -91,7 +105,7 @@ class Recipe:
             return {"error": f"not begun: the {self.budget_s:.0f} s were used up"}
         begun = time.monotonic()
         try:
-            found = self.run_command(side.command, min(left_s, OURS_S if side.script == "ours" else PEER_S))
+            found = self.run_command(side.command, min(left_s, OURS_S if side.script == "gemmakit_side" else PEER_S))
         except SideFailed as error:
             found = {"error": str(error), **({"stderr": error.tail} if error.tail else {})}
         return {**found, "took_s": round(time.monotonic() - begun, 1)}
@@ -103,7 +117,7 @@ class Recipe:
     def result(self, parts: dict[str, Found], interrupted: bool) -> dict[str, Any]:
         return {
             "what": WHAT,
-            **machine(self.threads),
+            **about(self.threads, "triton", "transformers"),
             "settings": {
                 "device": self.device,
                 "dtype": self.dtype,
@@ -124,7 +138,7 @@ class Recipe:
         limits = {"part": "limits", "device": self.device, "threads": self.threads, "limit_s": self.scale.limit_s}
         if self.scale is SMALL:
             limits["limit_bytes"] = 1 << 20
-        yield Side("limits", "ours", limits)
+        yield Side("limits", "gemmakit_side", limits)
         yield from self._main(self.sizes[0])
         for size in self.sizes[1:]:
             yield from self._decoding(size)
@@ -137,7 +151,9 @@ class Recipe:
             yield self._side(size, "gemmakit", what, tokens=self.scale.train, chunk=chunk)
         for scheme in SCHEMES:
             spec = {"part": "quality", "quantize": scheme, "threads": self.threads, "device": self.device}
-            yield Side(f"quality {scheme}", "ours", {**spec, **({"tokens": 256} if self.scale is SMALL else {})})
+            yield Side(
+                f"quality {scheme}", "gemmakit_side", {**spec, **({"tokens": 256} if self.scale is SMALL else {})}
+            )
         if self._peer:
             yield from self._peers(size)
 
@@ -177,24 +193,37 @@ class Recipe:
             "repeats": scale.repeats, "new": scale.new, "prompt": scale.prompt, "contexts": [0, scale.context],
             "prefill": scale.prefill, "fill": "prompt", "stream": False,
         }  # fmt: skip
-        return Side(f"{size} {side} {what}", "ours" if ours else "transformers_side", {**base, **spec})
-
-
-def fields(size: str) -> dict[str, Any]:
-    """The fields of a size that any library's GemmaConfig takes."""
-    from gemmakit.bench.models import size_config
-
-    config = size_config(size)
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-             "num_key_value_heads", "head_dim", "max_position_embeddings")  # fmt: skip
-    return {name: getattr(config, name) for name in names}
+        return Side(f"{size} {side} {what}", "gemmakit_side" if ours else "transformers_side", {**base, **spec})
 
 
 def _installed() -> bool:
     return find_spec("transformers") is not None
 
 
-def peak_flops(device: str) -> float | None:
-    """The data sheet's dense bfloat16 rate; None for a device that is not in the table."""
-    words = set(re.findall(r"\w+", device))
-    return next((rate for name, rate in PEAKS.items() if words.issuperset(name.split())), None)
+def main(given: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:N, or cpu to try it out")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--size", nargs="+", default=["2b", "7b"], help="shapes; the first gets everything")
+    parser.add_argument("--threads", type=int, default=available_cores())
+    parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds it may take")
+    parser.add_argument("--json", type=Path, help="write everything measured there, after each part")
+    parser.add_argument("--quick", action="store_true", help="a trial: the numbers are rough")
+    args = parser.parse_args(given)
+    recipe = Recipe(
+        sizes=args.size, device=args.device, dtype=args.dtype, threads=args.threads, budget_s=args.budget,
+        save=args.json, say=lambda message: print(message, file=sys.stderr, flush=True),
+        scale=SMALL if args.quick else Scale(),
+    )  # fmt: skip
+    try:
+        recipe.require()
+    except GemmakitError as error:
+        print(f"gpu.py: {error}", file=sys.stderr)
+        return 2
+    result = recipe.run()
+    print("\n".join(plain_lines(recipe_table(result))))
+    return 130 if result["interrupted"] else int(all("error" in part for part in result["parts"].values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
