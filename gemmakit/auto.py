@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import os
@@ -83,6 +84,7 @@ class _AutoModel(_Auto):
         if kwargs:
             raise InputError(f"from_config has no argument {', '.join(kwargs)}: set fields in the configuration.")
         if attention is not None:
+            config = copy.deepcopy(config)
             config.attn_implementation = attention
         model = cls._class()(config)
         from gemmakit.pytorch.pretrained import dtype_of

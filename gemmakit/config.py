@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import copy
 import difflib
+import functools
 import json
 import os
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import KW_ONLY, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Generic, TypeVar, overload
 
-from gemmakit.checks import FLAG, Real, Whole, check
+from gemmakit.checks import FLAG, Real, Whole, check, check_fields
 from gemmakit.dtypes import dtype_name
 from gemmakit.errors import CheckpointError, ConfigError
 from gemmakit.family import Kind, LayerSpec, kept_heads, kind_of
 from gemmakit.files import read_json_object, write_text
 from gemmakit.gguf import config_values, read_gguf_header
 from gemmakit.hub import find_file, find_gguf
-from gemmakit.rotary import check_rope, merged_rope
+from gemmakit.rotary import check_rope, merged_rope, without_theta
 
 # "gelu" is absent on purpose: in Gemma configurations it means the tanh form (see _activation).
 ACTIVATIONS = ("gelu_pytorch_tanh", "gelu_erf", "relu", "silu")
@@ -45,7 +47,52 @@ _OTHER_NAMES = {
     "tie_embeddings": "tie_word_embeddings",
 }  # fmt: skip
 
+T = TypeVar("T")
+_WIDTH = Whole(1, 2**24)
+_HEADS = Whole(1, 2**16)
 
+
+class _Spelling(Generic[T]):
+    """A second name of what a field holds: `read` finds it there, `write` says what an assignment changes.
+
+    While a configuration is made, the field may come after it: what is given is kept for __post_init__.
+    """
+
+    def __init__(self, read: Callable[[GemmaConfig], T], write: Callable[[GemmaConfig, Any], dict[str, Any]]):
+        self.read, self.write = read, write
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.given = f"_{name}"
+
+    @overload
+    def __get__(self, config: None, owner: Any = None) -> None: ...
+    @overload
+    def __get__(self, config: GemmaConfig, owner: Any = None) -> T: ...
+    def __get__(self, config: GemmaConfig | None, owner: Any = None) -> T | None:
+        return None if config is None else self.read(config)
+
+    def __set__(self, config: GemmaConfig, value: Any) -> None:
+        made = "extra" in vars(config)
+        vars(config).update(self.write(config, value) if made else {self.given: value})
+
+
+def _keeps_unknown(cls: type[T]) -> type[T]:
+    """Keywords that are no fields go to `extra`, unless they look like one."""
+    plain = cls.__init__
+
+    @functools.wraps(plain)
+    def init(self: Any, *args: Any, **values: Any) -> None:
+        unknown = {name: values.pop(name) for name in [*values] if name not in _FIELDS}
+        _refuse_misspelled(unknown)
+        plain(self, *args, **values)
+        self.extra = copy.deepcopy(unknown)
+
+    cls.__init__ = init
+    return cls
+
+
+@_keeps_unknown
+@dataclass(eq=False, repr=False)
 class GemmaConfig:
     """The settings of a Gemma model; the defaults are those of Gemma 7B.
 
@@ -84,82 +131,72 @@ class GemmaConfig:
         ConfigError: a value is impossible; names the field, the value and the limit.
     """
 
-    model_type = "gemma"
+    vocab_size: Annotated[int, Whole(1, 2**31 - 1)] = 256000
+    hidden_size: Annotated[int, _WIDTH] = 3072
+    intermediate_size: Annotated[int, _WIDTH] = 24576
+    num_hidden_layers: Annotated[int, Whole(1, 1000)] = 28
+    num_attention_heads: Annotated[int, _HEADS] = 16
+    num_key_value_heads: Annotated[int, _HEADS] = 16
+    head_dim: Annotated[int, _HEADS] = 256
+    hidden_act: str | Callable[[Any], Any] = "gelu_pytorch_tanh"
+    max_position_embeddings: Annotated[int, Whole(1, 2**40)] = 8192
+    initializer_range: Annotated[float, Real(0.0)] = 0.02
+    rms_norm_eps: Annotated[float, Real(0.0)] = 1e-6
+    use_cache: Annotated[bool, FLAG] = True
+    pad_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 1
+    bos_token_id: int | None = 2
+    tie_word_embeddings: Annotated[bool, FLAG] = True
+    rope_theta: _Spelling[float] = _Spelling(
+        lambda c: c.rope_parameters["rope_theta"],
+        lambda c, value: {"rope_parameters": {**c.rope_parameters, "rope_theta": value}},
+    )
+    attention_bias: Annotated[bool, FLAG] = False
+    attention_dropout: Annotated[float, Real(0.0, 1.0, below=True)] = 0.0
+    _: KW_ONLY
+    rope_parameters: dict[str, Any] = field(default_factory=dict[str, Any])
+    rope_scaling: _Spelling[dict[str, Any] | None] = _Spelling(
+        lambda c: without_theta(c.rope_parameters),
+        lambda c, value: {"rope_parameters": merged_rope(c.rope_theta, None, value)},
+    )
+    hidden_activation: _Spelling[str | Callable[[Any], Any]] = _Spelling(
+        lambda c: c.hidden_act, lambda c, value: {"hidden_act": _activation(value)}
+    )
+    use_bidirectional_attention: bool | None = None
+    pruned_heads: dict[int, list[int]] = field(default_factory=dict[int, "list[int]"])
+    num_labels: _Spelling[int] = _Spelling(lambda c: len(c.id2label), lambda c, value: _labels(value, {}, {}))
+    id2label: dict[int, str] = field(default_factory=dict[int, str])
+    label2id: dict[str, int] = field(default_factory=dict[str, int])
+    problem_type: str | None = None
+    classifier_dropout: float | None = None
+    output_attentions: bool = False
+    output_hidden_states: bool = False
+    return_dict: bool = True
+    attn_implementation: str = "sdpa"
+    dtype: str | None = None
+    torch_dtype: _Spelling[str | None] = _Spelling(lambda c: c.dtype, lambda c, value: {"dtype": _dtype_name(value)})
+    architectures: list[str] | None = None
+    name_or_path: str = field(default="", init=False)
+    extra: dict[str, Any] = field(default_factory=dict[str, Any], init=False)
 
-    def __init__(
-        self,
-        vocab_size: int = 256000,
-        hidden_size: int = 3072,
-        intermediate_size: int = 24576,
-        num_hidden_layers: int = 28,
-        num_attention_heads: int = 16,
-        num_key_value_heads: int | None = 16,
-        head_dim: int | None = 256,
-        hidden_act: str | Callable[[Any], Any] = "gelu_pytorch_tanh",
-        max_position_embeddings: int = 8192,
-        initializer_range: float = 0.02,
-        rms_norm_eps: float = 1e-6,
-        use_cache: bool = True,
-        pad_token_id: int | None = 0,
-        eos_token_id: int | list[int] | None = 1,
-        bos_token_id: int | None = 2,
-        tie_word_embeddings: bool = True,
-        rope_theta: float | None = None,
-        attention_bias: bool = False,
-        attention_dropout: float = 0.0,
-        *,
-        rope_parameters: dict[str, Any] | None = None,
-        rope_scaling: dict[str, Any] | None = None,
-        hidden_activation: str | Callable[[Any], Any] | None = None,
-        use_bidirectional_attention: bool | None = None,
-        pruned_heads: dict[int, list[int]] | None = None,
-        num_labels: int | None = None,
-        id2label: dict[int, str] | None = None,
-        label2id: dict[str, int] | None = None,
-        problem_type: str | None = None,
-        classifier_dropout: float | None = None,
-        output_attentions: bool = False,
-        output_hidden_states: bool = False,
-        return_dict: bool = True,
-        attn_implementation: str | None = None,
-        dtype: Any = None,
-        torch_dtype: Any = None,
-        architectures: list[str] | None = None,
-        **extra: Any,
-    ):
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
-        self.head_dim = _head_dim(hidden_size, num_attention_heads) if head_dim is None else head_dim
-        self.hidden_act = _activation(hidden_act if hidden_activation is None else hidden_activation)
-        self.max_position_embeddings = max_position_embeddings
-        self.initializer_range = initializer_range
-        self.rms_norm_eps = rms_norm_eps
-        self.use_cache = use_cache
-        self.pad_token_id = pad_token_id
-        self.eos_token_id = eos_token_id
-        self.bos_token_id = bos_token_id
-        self.tie_word_embeddings = tie_word_embeddings
-        self.rope_parameters = merged_rope(rope_theta, rope_parameters, rope_scaling)
-        self.attention_bias = attention_bias
-        self.attention_dropout = attention_dropout
-        self.use_bidirectional_attention = use_bidirectional_attention
-        self.pruned_heads = _pruned_heads(pruned_heads)
-        self.problem_type = problem_type
-        self.classifier_dropout = classifier_dropout
-        self.output_attentions = output_attentions
-        self.output_hidden_states = output_hidden_states
-        self.return_dict = return_dict
-        self.attn_implementation = attn_implementation
-        self.dtype = _dtype_name(dtype if dtype is not None else torch_dtype)
-        self.architectures = architectures
-        self.name_or_path = ""
-        self._set_labels(num_labels, id2label, label2id)
-        _refuse_misspelled(extra)
-        self.extra = extra
+    model_type = "gemma"  # not annotated: the same for every instance
+
+    def __post_init__(self) -> None:
+        given = {name: vars(self).pop(f"_{name}") for name in _SPELLINGS}
+        for name, value in vars(self).items():
+            if isinstance(value, dict | list):  # the caller's own stays as it is
+                setattr(self, name, copy.deepcopy(value))
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = _head_dim(self.hidden_size, self.num_attention_heads)
+        activation = given["hidden_activation"]
+        self.hidden_act = _activation(self.hidden_act if activation is None else activation)
+        self.rope_parameters = merged_rope(given["rope_theta"], self.rope_parameters, given["rope_scaling"])
+        self.pruned_heads = _pruned_heads(self.pruned_heads)
+        vars(self).update(_labels(given["num_labels"], self.id2label, self.label2id))
+        self.attn_implementation = self.attn_implementation or "sdpa"
+        self.dtype = _dtype_name(given["torch_dtype"] if self.dtype is None else self.dtype)
         self.validate()
 
     def __getattr__(self, name: str) -> Any:
@@ -171,49 +208,6 @@ class GemmaConfig:
         raise AttributeError(f"GemmaConfig has no field {name!r}{hint}.")
 
     # -- derived ---------------------------------------------------------------------------------------------------
-
-    @property
-    def rope_theta(self) -> float:
-        return self.rope_parameters["rope_theta"]
-
-    @rope_theta.setter
-    def rope_theta(self, value: float) -> None:
-        self.rope_parameters["rope_theta"] = value
-
-    @property
-    def rope_scaling(self) -> dict[str, Any] | None:
-        """The rotary settings without theta, or None for the default type."""
-        if self.rope_parameters["rope_type"] == "default":
-            return None
-        return {k: v for k, v in self.rope_parameters.items() if k != "rope_theta"}
-
-    @rope_scaling.setter
-    def rope_scaling(self, value: dict[str, Any] | None) -> None:
-        self.rope_parameters = merged_rope(self.rope_theta, None, value)
-
-    @property
-    def hidden_activation(self) -> str | Callable[[Any], Any]:
-        return self.hidden_act
-
-    @hidden_activation.setter
-    def hidden_activation(self, value: str | Callable[[Any], Any]) -> None:
-        self.hidden_act = _activation(value)
-
-    @property
-    def torch_dtype(self) -> str | None:
-        return self.dtype
-
-    @torch_dtype.setter
-    def torch_dtype(self, value: Any) -> None:
-        self.dtype = _dtype_name(value)
-
-    @property
-    def num_labels(self) -> int:
-        return len(self.id2label)
-
-    @num_labels.setter
-    def num_labels(self, value: int) -> None:
-        self._set_labels(value, None, None)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -255,25 +249,11 @@ class GemmaConfig:
         """The settings of the rotary table that a `LayerSpec.rope` names."""
         return self.rope_parameters
 
-    def _set_labels(self, num: int | None, id2label: dict[Any, str] | None, label2id: dict[str, int] | None) -> None:
-        if num is not None:
-            check("num_labels", num, Whole(1, 1 << 20), ConfigError)
-        if id2label is None:
-            id2label = {i: f"LABEL_{i}" for i in range(2 if num is None else num)}
-        try:
-            self.id2label: dict[int, str] = {int(i): label for i, label in id2label.items()}
-        except (AttributeError, TypeError, ValueError):
-            raise ConfigError(f"id2label is {id2label!r}; it must map whole numbers to names.") from None
-        if num is not None and num != len(self.id2label):
-            raise ConfigError(f"num_labels is {num}, but id2label names {len(self.id2label)} labels: give one of them.")
-        self.label2id: dict[str, int] = label2id or {label: i for i, label in self.id2label.items()}
-
     # -- validation ------------------------------------------------------------------------------------------------
 
     def validate(self) -> None:
         """Refuse what no model can be built from. Raises ConfigError."""
-        for name, high in _LARGEST.items():
-            check(name, getattr(self, name), Whole(1, high), ConfigError)
+        check_fields(self, ConfigError)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_key_value_heads is {self.num_key_value_heads}, which does not divide num_attention_heads = "
@@ -281,15 +261,10 @@ class GemmaConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim is {self.head_dim}; rotary embeddings rotate halves, so it must be even.")
-        check("rms_norm_eps", self.rms_norm_eps, Real(0.0), ConfigError)
-        check("initializer_range", self.initializer_range, Real(0.0), ConfigError)
-        check("attention_dropout", self.attention_dropout, Real(0.0, 1.0, below=True), ConfigError)
         for name in ("pad_token_id", "bos_token_id"):
             self._check_token(name, getattr(self, name))
         for token in self.eos_token_ids:
             self._check_token("eos_token_id", token)
-        for name in ("use_cache", "tie_word_embeddings", "attention_bias"):
-            check(name, getattr(self, name), FLAG, ConfigError)
         check_rope(self.rope_parameters, self.head_dim)
         for layer in self.pruned_heads:
             self.heads(layer)
@@ -324,7 +299,7 @@ class GemmaConfig:
         name = values.pop("_name_or_path", "")
         unknown = {k: values.pop(k) for k in list(values) if k not in _FIELDS}
         config = cls(**values)
-        config.extra.update(unknown)
+        config.extra.update(copy.deepcopy(unknown))
         config.name_or_path = name
         return config
 
@@ -380,7 +355,7 @@ class GemmaConfig:
 
     def to_json_string(self) -> str:
         """`to_dict` as indented JSON, with sorted keys and a line end."""
-        return json.dumps(self.to_dict(), indent=2, sort_keys=True, default=str) + "\n"
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True, default=_plain) + "\n"
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write config.json into `directory`, replacing an older one at once."""
@@ -390,7 +365,7 @@ class GemmaConfig:
         """Change fields in place. Raises ConfigError for an impossible value or a misspelt name."""
         _refuse_misspelled(k for k in values if k not in _FIELDS and k not in self.extra)
         for name, value in values.items():
-            setattr(self, name, _activation(value) if name == "hidden_act" else value)
+            setattr(self, "hidden_activation" if name == "hidden_act" else name, value)
         self.validate()
 
     def __eq__(self, other: object) -> bool:
@@ -403,22 +378,11 @@ class GemmaConfig:
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 _ROPE_SPELLINGS = ("rope_theta", "rope_parameters", "rope_scaling")
 
-# Far above any Gemma: a file must not make a program build modules, or shapes that overflow, until it is killed.
-_LARGEST = {
-    "vocab_size": 2**31 - 1, "hidden_size": 2**24, "intermediate_size": 2**24, "num_hidden_layers": 1000,
-    "num_attention_heads": 2**16, "num_key_value_heads": 2**16, "head_dim": 2**16, "max_position_embeddings": 2**40,
-}  # fmt: skip
-
-_STORED = (
-    "architectures", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps",
-    "use_cache", "pad_token_id", "eos_token_id", "bos_token_id", "tie_word_embeddings", "rope_parameters",
-    "attention_bias", "attention_dropout", "use_bidirectional_attention", "pruned_heads", "id2label", "label2id",
-    "problem_type", "classifier_dropout", "dtype",
-)  # fmt: skip
-
-_FIELDS = frozenset(GemmaConfig.__init__.__code__.co_varnames[: GemmaConfig.__init__.__code__.co_argcount
-                    + GemmaConfig.__init__.__code__.co_kwonlyargcount]) - {"self"}  # fmt: skip
+_FIELDS = [f.name for f in fields(GemmaConfig) if f.init]
+_SPELLINGS = [name for name in _FIELDS if isinstance(vars(GemmaConfig).get(name), _Spelling)]
+# Of a call, not of the model: config.json does not hold them.
+_OF_A_CALL = ("output_attentions", "output_hidden_states", "return_dict", "attn_implementation")
+_STORED = [name for name in _FIELDS if name not in (*_SPELLINGS, *_OF_A_CALL)]
 
 _warned_gelu = False
 
@@ -432,13 +396,28 @@ def _activation(name: str | Callable[[Any], Any]) -> str | Callable[[Any], Any]:
             warnings.warn(
                 'hidden_act "gelu" is a legacy value of the released Gemma files; Gemma was trained with the tanh form,'
                 ' so "gelu_pytorch_tanh" is used. Ask for the exact form with hidden_act="gelu_erf".',
-                stacklevel=4,
+                stacklevel=5,
             )
             _warned_gelu = True
         return "gelu_pytorch_tanh"
     if name not in ACTIVATIONS:
         raise ConfigError(f"hidden_act is {name!r}; it must be a callable or one of {', '.join(ACTIVATIONS)}.")
     return name
+
+
+def _labels(num: int | None, id2label: dict[Any, str], label2id: dict[str, int]) -> dict[str, Any]:
+    """The fields id2label and label2id, with the names LABEL_0, ... where there are none."""
+    if num is not None:
+        check("num_labels", num, Whole(1, 1 << 20), ConfigError)
+    if not id2label:
+        id2label = {i: f"LABEL_{i}" for i in range(2 if num is None else num)}
+    try:
+        names = {int(i): label for i, label in id2label.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise ConfigError(f"id2label is {id2label!r}; it must map whole numbers to names.") from None
+    if num is not None and num != len(names):
+        raise ConfigError(f"num_labels is {num}, but id2label names {len(names)} labels: give one of them.")
+    return {"id2label": names, "label2id": label2id or {label: i for i, label in names.items()}}
 
 
 def _pruned_heads(stored: Any) -> dict[int, list[int]]:
@@ -483,3 +462,8 @@ def _refuse_misspelled(names: Iterable[str]) -> None:
 
 def _dtype_name(dtype: Any) -> str | None:
     return None if dtype is None else dtype_name(dtype)
+
+
+def _plain(value: Any) -> Any:
+    """JSON for a number of numpy, and the name of anything else."""
+    return value.item() if hasattr(value, "item") else str(value)

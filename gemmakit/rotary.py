@@ -49,6 +49,11 @@ def merged_rope(
     return merged
 
 
+def without_theta(rope: dict[str, Any]) -> dict[str, Any] | None:
+    """Merged settings in the older spelling, rope_scaling: None for the default type."""
+    return None if rope["rope_type"] == "default" else {k: v for k, v in rope.items() if k != "rope_theta"}
+
+
 def check_rope(rope: dict[str, Any], head_dim: int) -> None:
     """ConfigError unless merged settings are a type's own, and in their ranges."""
     kind = rope["rope_type"]

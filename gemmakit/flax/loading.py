@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import sys
@@ -48,7 +49,7 @@ def config_of(name: Any, config: GemmaConfig | None, hub: dict[str, Any], overri
     if config is not None:
         if overrides:
             raise InputError(f"config and {', '.join(overrides)} are both given: set the fields in the config.")
-        return config
+        return copy.deepcopy(config)
     if is_orbax(name):
         config = OrbaxFile(Path(name)).config()
         config.update(overrides)

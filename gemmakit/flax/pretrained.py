@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 from pathlib import Path
@@ -63,8 +64,8 @@ class FlaxGemmaPreTrainedModel:
     ):
         if not isinstance(config, GemmaConfig):
             raise InputError(f"config is a {type(config).__name__}; give a GemmaConfig, or use from_pretrained.")
-        config.attn_implementation = implementation(config.attn_implementation)
-        self.config = config
+        self.config = copy.deepcopy(config)
+        self.config.attn_implementation = implementation(config.attn_implementation)
         self.dtype = dtype_of(dtype)
         self.input_shape = input_shape
         self.scan_layers = scan_layers

@@ -32,6 +32,7 @@ class GemmaForSequenceClassification(GemmaPreTrainedModel):
         _check_config(config)
         self.num_labels = config.num_labels
         self.model = GemmaModel(config)
+        self.config = self.model.config
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
@@ -109,6 +110,7 @@ class GemmaForTokenClassification(GemmaPreTrainedModel):
         _check_config(config)
         self.num_labels = config.num_labels
         self.model = GemmaModel(config)
+        self.config = self.model.config
         self.dropout = nn.Dropout(TOKEN_DROPOUT if config.classifier_dropout is None else config.classifier_dropout)
         biased = config.extra.get("token_classification_bias", True)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=biased)

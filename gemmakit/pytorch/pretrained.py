@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -47,8 +48,8 @@ class GemmaPreTrainedModel(QuantizedMethods, ModelMethods):
         super().__init__()
         if not isinstance(config, GemmaConfig):
             raise InputError(f"config is a {type(config).__name__}; give a GemmaConfig, or use from_pretrained.")
-        config.attn_implementation = implementation(config.attn_implementation)
-        self.config = config
+        self.config = copy.deepcopy(config)
+        self.config.attn_implementation = implementation(config.attn_implementation)
         self.gradient_checkpointing = False
         self.checkpointing_arguments = {"use_reentrant": False}
         self.name_or_path = config.name_or_path
@@ -131,6 +132,8 @@ class GemmaPreTrainedModel(QuantizedMethods, ModelMethods):
                 )
         elif kwargs:
             raise InputError(f"config and {', '.join(kwargs)} are both given: set the fields in the config.")
+        else:
+            config = copy.deepcopy(config)
         if attn_implementation is not None:
             config.attn_implementation = attn_implementation
         wanted = dtype_of(dtype or torch_dtype or "auto")

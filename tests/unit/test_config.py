@@ -403,6 +403,27 @@ def test_configs_that_differ_are_not_equal(config, field):
     assert other != config
 
 
+def test_what_is_given_is_copied_and_never_changed():
+    rope, eos, extra = {"rope_type": "longrope", "long_factor": [1.0] * 128, "short_factor": [1.0] * 128}, [1, 2], [3]
+    config = GemmaConfig(rope_parameters=rope, eos_token_id=eos, unknown_future_key=extra)
+    config.rope_parameters["long_factor"][0] = 2.0
+    config.rope_theta = 7.0
+    config.eos_token_id.append(5)
+    config.unknown_future_key.append(5)
+    assert (rope["long_factor"][0], "rope_theta" in rope, eos, extra) == (1.0, False, [1, 2], [3])
+
+
+def test_a_model_has_a_configuration_of_its_own():
+    config = GemmaConfig(vocab_size=9, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1,
+                         num_key_value_heads=1, head_dim=4)  # fmt: skip
+    before = copy.deepcopy(vars(config))
+    for cls in (gemmakit.GemmaModel, gemmakit.GemmaForCausalLM, gemmakit.GemmaForSequenceClassification):
+        model = cls(config)
+        model.resize_token_embeddings(11)
+        assert {id(m.config) for m in model.modules() if hasattr(m, "config")} == {id(model.config)}
+    assert vars(config) == before
+
+
 def test_a_changed_dictionary_leaves_the_config_alone():
     config = GemmaConfig(eos_token_id=[1, 2])
     config.to_dict()["rope_parameters"]["rope_theta"] = 1.0
