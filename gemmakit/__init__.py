@@ -69,7 +69,7 @@ _HOME = {
     "LogitsProcessorList": "gemmakit.pytorch.decode.protocols",
     "StoppingCriteria": "gemmakit.pytorch.decode.protocols",
     "StoppingCriteriaList": "gemmakit.pytorch.decode.protocols",
-    "WatermarkDetector": "gemmakit.pytorch.decode.watermark",
+    "WatermarkDetector": "gemmakit.pytorch.decode.processors.watermark",
     "TextStreamer": "gemmakit.streamers",
     "TextIteratorStreamer": "gemmakit.streamers",
     "AsyncTextIteratorStreamer": "gemmakit.streamers",
@@ -135,13 +135,13 @@ if TYPE_CHECKING:
     )
     from gemmakit.pytorch.cache import Cache, DynamicCache, OffloadedCache, QuantizedCache, StaticCache
     from gemmakit.pytorch.decode.batch import BatchEngine, BatchResult, Request
+    from gemmakit.pytorch.decode.processors.watermark import WatermarkDetector
     from gemmakit.pytorch.decode.protocols import (
         LogitsProcessor,
         LogitsProcessorList,
         StoppingCriteria,
         StoppingCriteriaList,
     )
-    from gemmakit.pytorch.decode.watermark import WatermarkDetector
     from gemmakit.pytorch.heads import GemmaForSequenceClassification, GemmaForTokenClassification
     from gemmakit.pytorch.model import GemmaForCausalLM, GemmaModel
     from gemmakit.pytorch.pretrained import GemmaPreTrainedModel

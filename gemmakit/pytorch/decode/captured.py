@@ -18,7 +18,7 @@ from torch import Tensor
 from gemmakit.pytorch.cache import Cache, DynamicCache, StaticCache
 from gemmakit.pytorch.decode import graphs
 from gemmakit.pytorch.decode.plan import Mail, Plan
-from gemmakit.pytorch.decode.processors import BY_SCORES
+from gemmakit.pytorch.decode.processors import ScoresOnly
 from gemmakit.pytorch.decode.prompt import Prompt
 from gemmakit.pytorch.decode.rows import Rows
 from gemmakit.pytorch.decode.sampling import greedy, sampler
@@ -201,7 +201,7 @@ def _of_call(prompt: Prompt, plan: Plan) -> str | None:
         return f"the cache is {'the one that was passed' if prompt.given else kind}"
     if prompt.embeds is not None:
         return "the prompt is embeddings"
-    others = [type(p).__name__ for p in plan.processors if not isinstance(p, BY_SCORES)]
+    others = [type(p).__name__ for p in plan.processors if not isinstance(p, ScoresOnly)]
     if others or plan.criteria:
         others += [type(c).__name__ for c in plan.criteria]
         return f"{', '.join(others)} may need the host"

@@ -17,9 +17,9 @@ from gemmakit.pytorch.cache.paged import PagedCache, Placement, Span, sent
 from gemmakit.pytorch.cache.pages import NULL_PAGE
 from gemmakit.pytorch.decode import graphs
 from gemmakit.pytorch.decode.captured import rounded
+from gemmakit.pytorch.decode.processors import Processor
 from gemmakit.pytorch.decode.requests import Row, shared_chain
 from gemmakit.pytorch.decode.sampling import greedy, sampler
-from gemmakit.pytorch.decode.scores import Processor
 from gemmakit.pytorch.decode.step import Step, forward
 
 MAX_ROWS = 256

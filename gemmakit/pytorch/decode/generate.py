@@ -16,10 +16,9 @@ from gemmakit.generation import GenerationConfig
 from gemmakit.outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from gemmakit.pytorch.cache import Cache
 from gemmakit.pytorch.decode import arguments, batch, graphs, processors, stopping
-from gemmakit.pytorch.decode.constrain import constraint
 from gemmakit.pytorch.decode.healing import heal
 from gemmakit.pytorch.decode.plan import Ends, Plan, Streamer
-from gemmakit.pytorch.decode.processors.forcing import AllowedTokens
+from gemmakit.pytorch.decode.processors import AllowedTokens
 from gemmakit.pytorch.decode.prompt import Prompt, prepare
 from gemmakit.pytorch.decode.protocols import LogitsProcessorList
 from gemmakit.pytorch.decode.sampling import Exponential, greedy, row_generators, sampler
@@ -123,7 +122,7 @@ class GenerationMixin:
                 prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
                 negative_ids=negative_prompt_ids,
                 negative_mask=negative_prompt_attention_mask,
-                constraint=constraint(config, tokenizer, vocabulary, length),
+                tokenizer=tokenizer,
             )
             noise = Exponential(_generators(config, generator, prompt, strategy))
             plan = Plan(

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from gemmakit.errors import InputError
-from gemmakit.pytorch.decode.pieces import Tokenizer, token_table
+from gemmakit.pytorch.decode.processors import FORBIDDEN
 from gemmakit.pytorch.decode.prompt import Prompt
-from gemmakit.pytorch.decode.scores import FORBIDDEN
+from gemmakit.pytorch.decode.token_bytes import Tokenizer, token_table
 
 # The token that stood there needs no better reason to stay: "http" should not become "https" on a near tie.
 _FAVOUR = 1.0

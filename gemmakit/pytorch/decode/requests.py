@@ -18,7 +18,6 @@ from gemmakit.errors import InputError, PromptTooLong, TokenOutOfRange
 from gemmakit.generation import GenerationConfig
 from gemmakit.pytorch.cache.paged import sent
 from gemmakit.pytorch.decode import processors, scheduler, stopping
-from gemmakit.pytorch.decode.constrain import constraint
 from gemmakit.pytorch.decode.healing import heal
 from gemmakit.pytorch.decode.prompt import prepare
 from gemmakit.pytorch.decode.sampling import Exponential, Pick, greedy, row_generators, sampler
@@ -66,7 +65,7 @@ class Row:
 
     @property
     def by_scores(self) -> bool:
-        return all(isinstance(processor, processors.BY_SCORES) for processor in self.step.processors)
+        return all(isinstance(processor, processors.ScoresOnly) for processor in self.step.processors)
 
     def process(self, scores: Tensor) -> Tensor:
         """scores: (1, V) -> (1, V) after this request's processors."""
@@ -116,7 +115,7 @@ def prepare_row(model: Any, request: Request, number: int) -> Row:
         total=length + new,
         vocabulary=vocabulary,
         model=model,
-        constraint=constraint(config, request.tokenizer, vocabulary, length),
+        tokenizer=request.tokenizer,
     )
     row = Row(
         sequence=scheduler.Sequence(number, ids[0].tolist(), length + new),

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from gemmakit.pytorch.decode.processors import Processor
 from gemmakit.pytorch.decode.sampling import Pick, greedy
-from gemmakit.pytorch.decode.scores import Processor
 from gemmakit.pytorch.decode.stopping import Criterion, first_reason, reasons
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gemmakit.errors import InputError
 from gemmakit.generation import GenerationConfig
-from gemmakit.pytorch.decode.pieces import Tokenizer, token_table
+from gemmakit.pytorch.decode.token_bytes import Tokenizer, token_table
 
 # ids (B, n) and scores (B, V) -> bool (B,) or one bool for all rows
 Criterion = Callable[[Tensor, Tensor], Any]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gemmakit.errors import InputError
-from gemmakit.pytorch.decode.pieces import token_table
+from gemmakit.pytorch.decode.token_bytes import token_table
 
 NEW = dict(max_new_tokens=1, eos_token_id=None, pad_token_id=0)
 

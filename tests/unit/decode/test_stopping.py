@@ -9,7 +9,7 @@ import gemmakit
 from gemmakit import GenerationConfig
 from gemmakit.errors import InputError
 from gemmakit.pytorch.decode import stopping
-from gemmakit.pytorch.decode.pieces import token_table
+from gemmakit.pytorch.decode.token_bytes import token_table
 
 
 def criterion(tokenizer, *texts):

@@ -6,7 +6,7 @@ import torch
 import gemmakit
 from gemmakit import GemmaConfig, SynthIDTextWatermarkingConfig, WatermarkDetector, WatermarkingConfig
 from gemmakit.errors import InputError
-from gemmakit.pytorch.decode import watermark
+from gemmakit.pytorch.decode.processors import watermark
 
 V = 400
 KEYS = [654, 400, 836, 123, 340, 443, 597, 160, 57, 29]

@@ -21,10 +21,10 @@ from gemmakit.outputs import GenerateDecoderOnlyOutput
 from gemmakit.pytorch.cache import DynamicCache
 from gemmakit.pytorch.decode.loop import Run
 from gemmakit.pytorch.decode.plan import Plan, refuse_no_token
+from gemmakit.pytorch.decode.processors import FORBIDDEN
 from gemmakit.pytorch.decode.prompt import Prompt
 from gemmakit.pytorch.decode.rows import Rows
 from gemmakit.pytorch.decode.sampling import NO_TOKEN, Noise
-from gemmakit.pytorch.decode.scores import FORBIDDEN
 
 
 @dataclass

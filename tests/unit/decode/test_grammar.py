@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from gemmakit.errors import GenerationConfigError, InputError, MissingDependency
-from gemmakit.pytorch.decode import constrain
-from gemmakit.pytorch.decode.pieces import bytes_of, token_table
+from gemmakit.pytorch.decode.processors.grammar import grammar_constraint
+from gemmakit.pytorch.decode.token_bytes import bytes_of, token_table
 
 pytest.importorskip("llguidance")
 
@@ -122,19 +122,19 @@ def test_matcher_follows_any_change_of_rows(fast, model):
 
     config = GenerationConfig(regex=r"(abc|abd|xyz)+!", eos_token_id=1)
     V = model.config.vocab_size
-    used = constrain.constraint(config, fast, V, 1)
+    used = grammar_constraint(config, fast, V, 1)
     table, _ = token_table(fast, V)
     letter = {c: next(i for i, b in enumerate(table) if b == c.encode()) for c in "abcdxyz!"}
     for pair in (("abcx", "xyzx"), ("xyzx", "abca"), ("abdab", "abdxy"), ("a", "x"), ("abc!", "abd!")):
         ids = torch.tensor([[2] + [letter[c] for c in text] for text in pair])
-        fresh = constrain.constraint(config, fast, V, 1)
+        fresh = grammar_constraint(config, fast, V, 1)
         scores = torch.zeros(2, V)
         assert torch.equal(used(ids, scores), fresh(ids, scores))
     assert used(ids, scores).isfinite().sum(-1).tolist() == [1, 1]  # eos alone
 
 
 def test_the_end_is_any_eos_and_only_when_complete(model, fast):
-    constraint = constrain.constraint(_config(regex="ab", eos_token_id=EOS), fast, model.config.vocab_size, 1)
+    constraint = grammar_constraint(_config(regex="ab", eos_token_id=EOS), fast, model.config.vocab_size, 1)
     table, _ = token_table(fast, model.config.vocab_size)
     a, b = (next(i for i, w in enumerate(table) if w == c) for c in (b"a", b"b"))
     scores = torch.zeros(1, model.config.vocab_size)
@@ -145,7 +145,7 @@ def test_the_end_is_any_eos_and_only_when_complete(model, fast):
 
 
 def test_where_it_may_go_on_or_end_any_eos_ends_it(model, fast):
-    constraint = constrain.constraint(_config(regex="ab*", eos_token_id=EOS), fast, model.config.vocab_size, 1)
+    constraint = grammar_constraint(_config(regex="ab*", eos_token_id=EOS), fast, model.config.vocab_size, 1)
     table, _ = token_table(fast, model.config.vocab_size)
     a = table.index(b"a")
     allowed = constraint(torch.tensor([[2, a]]), torch.zeros(1, model.config.vocab_size))[0].isfinite()
@@ -160,7 +160,7 @@ def _config(**settings):
 
 
 def test_special_tokens_and_ids_beyond_the_tokenizer_never_come(model, fast):
-    constraint = constrain.constraint(_config(regex="(?s:.*)", eos_token_id=1), fast, model.config.vocab_size, 1)
+    constraint = grammar_constraint(_config(regex="(?s:.*)", eos_token_id=1), fast, model.config.vocab_size, 1)
     V = model.config.vocab_size
     allowed = constraint(torch.tensor([[2]]), torch.zeros(1, V))[0].isfinite()
     assert not allowed[[0, 2, 3, 106, 107]].any()

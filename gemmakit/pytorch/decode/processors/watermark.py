@@ -15,7 +15,7 @@ from torch import Tensor
 from gemmakit.errors import InputError
 from gemmakit.generation import BaseWatermarkingConfig, SynthIDTextWatermarkingConfig, WatermarkingConfig
 from gemmakit.generation.watermarks import watermark_of
-from gemmakit.pytorch.decode.scores import Processor, rows_of, seen
+from gemmakit.pytorch.decode.processors.logits import Processor, seen
 
 # Candidates that "selfhash" tries a step: trying the whole vocabulary would take minutes.
 _SELFHASH_CANDIDATES = 40
@@ -81,8 +81,7 @@ class GreenList:
         width = self.settings.context_width
         if ids.shape[1] < width:
             return scores  # too early to know a context
-        padding = None if self.padding is None else rows_of(self.padding, ids.shape[0])
-        context = seen(ids, padding)[:, -width:].cpu()
+        context = seen(ids, self.padding)[:, -width:].cpu()
         green = (
             self._by_itself(context, scores) if self.settings.seeding_scheme == "selfhash" else self._by_last(context)
         )
@@ -130,11 +129,6 @@ class Tournament:
         # The usual sizes are powers of two, for which the remainder is a mask.
         place = hashed.bitwise_and_(size - 1) if size & (size - 1) == 0 else hashed.remainder_(size)
         return torch.take(self._table, place)
-
-    def g_values(self, ids: Tensor) -> Tensor:
-        """ids: (B, n) -> (B, n - ngram_len + 1, keys): the flips of every n-gram of a text."""
-        grams = self.hash(ids.unfold(1, self.settings.ngram_len, 1))
-        return torch.stack([self.flips(grams, key) for key in self.settings.keys], dim=-1)
 
     def fresh(self, contexts: Tensor) -> Tensor:
         """contexts: hashes (B, m) in order -> bool (B, m), False where one came before and is remembered."""

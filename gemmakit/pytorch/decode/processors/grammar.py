@@ -13,8 +13,8 @@ from torch import Tensor
 
 from gemmakit.errors import GenerationConfigError, InputError, MissingDependency
 from gemmakit.generation import GenerationConfig
-from gemmakit.pytorch.decode.pieces import Tokenizer, token_table
-from gemmakit.pytorch.decode.scores import FORBIDDEN
+from gemmakit.pytorch.decode.processors.logits import FORBIDDEN
+from gemmakit.pytorch.decode.token_bytes import Tokenizer, token_table
 
 SETTINGS = ("json_schema", "regex", "grammar")
 # Space between the parts of a JSON text. Bounded: a model that is unsure would write blanks for ever.
@@ -22,10 +22,10 @@ _BLANK = r"[\x20\x0A\x0D\x09]{1,32}"
 _engines: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
 
 
-def constraint(
+def grammar_constraint(
     config: GenerationConfig, tokenizer: Tokenizer | None, vocabulary: int, prompt_length: int
-) -> Constraint | None:
-    """The processor for the shape that the settings ask for; None when they ask for none.
+) -> GrammarConstraint | None:
+    """The processor for json_schema, regex or grammar; None when the settings ask for none of them.
 
     Raises MissingDependency without llguidance, InputError without a tokenizer or eos, GenerationConfigError for a
     schema, expression or grammar that it cannot read.
@@ -42,7 +42,7 @@ def constraint(
     matcher = library.LLMatcher(engine, _grammar(library, name, getattr(config, name)), log_level=0)
     if matcher.is_error():
         raise GenerationConfigError(f"{name} cannot be followed: {_said(matcher)}")
-    return Constraint(matcher, config.eos_token_ids, prompt_length)
+    return GrammarConstraint(matcher, config.eos_token_ids, prompt_length)
 
 
 def _library() -> Any:
@@ -118,7 +118,7 @@ class _Row:
 
 
 @dataclass
-class Constraint:
+class GrammarConstraint:
     """Forbids every token that the grammar cannot go on with; when it is complete, all but eos.
 
     Rows go on each for itself. The matcher runs on the host, so every step waits for the device.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gemmakit.errors import InputError
 from gemmakit.pytorch.cache import Cache, DynamicCache
-from gemmakit.pytorch.decode.scores import rows_of
+from gemmakit.pytorch.decode.processors.logits import rows_of
 
 
 @dataclass
