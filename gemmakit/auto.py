@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from gemmakit.checkpoint.readahead import read_ahead, weights_at
-from gemmakit.config import HUB_ARGUMENTS, GemmaConfig
+from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError
 from gemmakit.family import kind_of
-from gemmakit.hub import find_file, refuse_code
+from gemmakit.hub import HubOptions, find_file, refuse_code
 
 Name = str | os.PathLike[str]
 
@@ -53,7 +53,7 @@ class AutoTokenizer(_Auto):
 
         refuse_code(kwargs)
         if "gguf_file" not in kwargs and not Path(pretrained_model_name_or_path).is_file():
-            _check_model_type(pretrained_model_name_or_path, {k: v for k, v in kwargs.items() if k in HUB_ARGUMENTS})
+            _check_model_type(pretrained_model_name_or_path, HubOptions.take({**kwargs}))
         chosen = GemmaTokenizerFast if use_fast else GemmaTokenizer
         return chosen.from_pretrained(pretrained_model_name_or_path, *inputs, **kwargs)
 
@@ -119,8 +119,8 @@ class AutoModelForTokenClassification(_AutoModel):
     _class_name = "GemmaForTokenClassification"
 
 
-def _check_model_type(name: Name, where: dict[str, Any]) -> None:
-    path = find_file(name, "config.json", optional=True, **where)
+def _check_model_type(name: Name, hub: HubOptions) -> None:
+    path = find_file(name, "config.json", hub, optional=True)
     if path is None:
         return
     try:

@@ -19,7 +19,7 @@ from gemmakit.errors import CheckpointError, ConfigError
 from gemmakit.family import Kind, LayerSpec, kept_heads, kind_of
 from gemmakit.files import read_json_object, write_text
 from gemmakit.gguf import config_values, read_gguf_header
-from gemmakit.hub import find_file, find_gguf
+from gemmakit.hub import HubOptions, find_file, find_gguf
 from gemmakit.rotary import check_rope, merged_rope, without_theta
 
 # "gelu" is absent on purpose: in Gemma configurations it means the tanh form (see _activation).
@@ -316,11 +316,11 @@ class GemmaConfig:
             CheckpointError: no such file, or it is not a JSON object; a GGUF that is damaged or no Gemma.
             ConfigError: a value is impossible.
         """
-        where = {k: kwargs.pop(k) for k in HUB_ARGUMENTS if k in kwargs}
-        gguf = find_gguf(name_or_path, kwargs.pop("gguf_file", None), **where)
+        hub = HubOptions.take(kwargs)
+        gguf = find_gguf(name_or_path, kwargs.pop("gguf_file", None), hub)
         path = Path(name_or_path)
         if gguf is None and not path.is_file():
-            found = find_file(name_or_path, "config.json", **where)
+            found = find_file(name_or_path, "config.json", hub)
             assert found is not None
             path = found
         elif gguf is None and path.suffix != ".json":
@@ -375,7 +375,6 @@ class GemmaConfig:
         return f"GemmaConfig {self.to_json_string()}"
 
 
-HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 _ROPE_SPELLINGS = ("rope_theta", "rope_parameters", "rope_scaling")
 
 _FIELDS = [f.name for f in fields(GemmaConfig) if f.init]

@@ -11,7 +11,7 @@ import itertools
 import os
 import re
 from collections.abc import Iterable, Sequence
-from functools import partial
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,29 @@ _COMMIT_HASH = re.compile(r"[0-9a-f]{40}")
 _DRIVE = re.compile(r"[A-Za-z]:")
 _DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _TRANSPORTS = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"}
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """Which copy of a repository is meant and how it may be had: keyword arguments of every `from_pretrained`.
+
+    revision: a branch, tag or commit. token: True takes the stored one. cache_dir: instead of the Hub's own cache.
+    local_files_only: download nothing. subfolder: of the repository or the local directory.
+    """
+
+    revision: str | None = None
+    token: Token = None
+    cache_dir: Name | None = None
+    local_files_only: bool = False
+    subfolder: str = ""
+
+    @classmethod
+    def take(cls, arguments: dict[str, Any]) -> HubOptions:
+        """Those among a call's keyword arguments, which loses them."""
+        return cls(**{field.name: arguments.pop(field.name) for field in fields(cls) if field.name in arguments})
+
+
+DEFAULT = HubOptions()
 
 
 def check_relative(filename: str) -> str:
@@ -75,46 +98,26 @@ def demo_model() -> Path:
     return folder
 
 
-def find_file(
-    name_or_path: Name,
-    filename: str,
-    *,
-    revision: str | None = None,
-    token: Token = None,
-    cache_dir: Name | None = None,
-    local_files_only: bool = False,
-    subfolder: str = "",
-    optional: bool = False,
-) -> Path | None:
+def find_file(name_or_path: Name, filename: str, hub: HubOptions = DEFAULT, *, optional: bool = False) -> Path | None:
     """The local path of one file of a checkpoint, downloaded if need be.
 
     `optional=True` gives None where the file is known to be absent: the directory lacks it, the Hub said so (now or
     when it was last asked), or we are offline on request and the cached snapshot lacks it. It hides no other failure.
     Raises UnsafeFile (a name that leaves its folder), CheckpointError (a directory without the file), HubError.
     """
-    filename = check_relative(f"{subfolder.rstrip('/')}/{filename}" if subfolder else filename)
+    filename = check_relative(f"{hub.subfolder.rstrip('/')}/{filename}" if hub.subfolder else filename)
     directory = local_directory(name_or_path)
     if directory is not None:
         return _find_local(directory, filename, optional)
-    where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
     try:
-        return _download(str(name_or_path), filename, token=token, local_files_only=local_files_only, **where)
+        return _download(str(name_or_path), filename, hub)
     except Exception as error:
-        if optional and _known_absent(error, str(name_or_path), filename, local_files_only, **where):
+        if optional and _known_absent(error, str(name_or_path), filename, hub):
             return None
-        raise _explain(error, str(name_or_path), filename, revision, local_files_only) from error
+        raise _explain(error, str(name_or_path), filename, hub) from error
 
 
-def find_files(
-    name_or_path: Name,
-    filenames: Sequence[str],
-    *,
-    revision: str | None = None,
-    token: Token = None,
-    cache_dir: Name | None = None,
-    local_files_only: bool = False,
-    subfolder: str = "",
-) -> list[Path]:
+def find_files(name_or_path: Name, filenames: Sequence[str], hub: HubOptions = DEFAULT) -> list[Path]:
     """The local paths of several files, in the order asked, downloaded several at a time.
 
     Every name is checked before the first byte is read. Raises as `find_file`.
@@ -123,51 +126,40 @@ def find_files(
 
     for filename in filenames:
         check_relative(filename)
-
-    find = partial(
-        find_file,
-        name_or_path,
-        revision=revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-        subfolder=subfolder,
-    )
     pool = ThreadPoolExecutor(_PARALLEL_DOWNLOADS)
     try:
-        return [path for path in pool.map(find, filenames) if path is not None]
+        found = pool.map(lambda filename: find_file(name_or_path, filename, hub), filenames)
+        return [path for path in found if path is not None]
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def find_gguf(name_or_path: Name, gguf_file: str | None, **where: Any) -> Path | None:
+def find_gguf(name_or_path: Name, gguf_file: str | None, hub: HubOptions = DEFAULT) -> Path | None:
     """The GGUF file that is meant: `name_or_path` itself, or `gguf_file` of that directory or id; None if neither.
 
-    where: as in `find_file`. Raises as `find_file`, and CheckpointError where both are files.
+    Raises as `find_file`, and CheckpointError where both are files.
     """
     path = Path(name_or_path).expanduser()
     if gguf_file is None:
         return path if path.suffix == ".gguf" and path.is_file() else None
     if path.is_file():
         raise CheckpointError(f"{str(path)!r} is a file, and gguf_file={gguf_file!r} names another: give one of them.")
-    return find_file(name_or_path, gguf_file, **where)
+    return find_file(name_or_path, gguf_file, hub)
 
 
-def list_files(
-    name_or_path: Name, *, revision: str | None = None, token: Token = None, local_files_only: bool = False
-) -> list[str]:
+def list_files(name_or_path: Name, hub: HubOptions = DEFAULT) -> list[str]:
     """The names of all files of a checkpoint, relative and sorted; for a Hub id as the Hub lists them now."""
     directory = local_directory(name_or_path)
     if directory is not None:
         return sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file())
     try:
-        if local_files_only:
+        if hub.local_files_only:
             raise _hub_error("OfflineModeIsEnabled")("local_files_only=True")
         from huggingface_hub import HfApi
 
-        return sorted(HfApi().list_repo_files(str(name_or_path), revision=revision, token=token))
+        return sorted(HfApi().list_repo_files(str(name_or_path), revision=hub.revision, token=hub.token))
     except Exception as error:
-        raise _explain(error, str(name_or_path), "", revision, local_files_only) from error
+        raise _explain(error, str(name_or_path), "", hub) from error
 
 
 def commit_of(path: Path) -> str | None:
@@ -213,7 +205,7 @@ def push_folder(
             ignore_patterns=[".*", "*/.*", *ignore],
         )
     except Exception as error:
-        raise _explain(error, repo_id, "", revision, False, uploading=True) from error
+        raise _explain(error, repo_id, "", HubOptions(revision), uploading=True) from error
     return str(commit.pr_url if create_pr else commit.commit_url)
 
 
@@ -236,62 +228,40 @@ def _find_local(directory: Path, filename: str, optional: bool) -> Path | None:
     )
 
 
-def _download(
-    repo_id: str,
-    filename: str,
-    *,
-    revision: str | None,
-    token: Token,
-    cache_dir: Any,
-    local_files_only: bool,
-) -> Path:
+def _download(repo_id: str, filename: str, hub: HubOptions) -> Path:
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-    if local_files_only:
+    where: dict[str, Any] = {"revision": hub.revision, "cache_dir": hub.cache_dir}
+    if hub.local_files_only:
         # hf_hub_download prepares request headers even then, for which its recent versions ask the network.
-        cached = try_to_load_from_cache(repo_id, filename, cache_dir=cache_dir, revision=revision)
+        cached = try_to_load_from_cache(repo_id, filename, **where)
         if isinstance(cached, str):
             return Path(cached)
         raise _hub_error("LocalEntryNotFoundError")(f"{filename} of {repo_id} is not cached")
-    path = hf_hub_download(
-        repo_id,
-        filename,
-        revision=revision,
-        token=token,
-        cache_dir=cache_dir,
-        library_name="gemmakit",
-    )
-    return Path(path)
+    return Path(hf_hub_download(repo_id, filename, token=hub.token, library_name="gemmakit", **where))
 
 
-def _known_absent(
-    error: BaseException,
-    repo_id: str,
-    filename: str,
-    local_files_only: bool,
-    *,
-    revision: str | None,
-    cache_dir: Any,
-) -> bool:
+def _known_absent(error: BaseException, repo_id: str, filename: str, hub: HubOptions) -> bool:
     if not isinstance(error, _hub_error("EntryNotFoundError")):
         return False
     if not isinstance(error, _hub_error("LocalEntryNotFoundError")):
         return True
     from huggingface_hub import try_to_load_from_cache
 
-    cached = try_to_load_from_cache(repo_id, filename, cache_dir=cache_dir, revision=revision)
+    cache_dir: Any = hub.cache_dir
+    cached = try_to_load_from_cache(repo_id, filename, cache_dir=cache_dir, revision=hub.revision)
     if cached is not None:
         return not isinstance(cached, str)
-    return (local_files_only or _offline_on_request()) and _has_snapshot(repo_id, revision, cache_dir)
+    return (hub.local_files_only or _offline_on_request()) and _has_snapshot(repo_id, hub)
 
 
-def _has_snapshot(repo_id: str, revision: str | None, cache_dir: Any) -> bool:
+def _has_snapshot(repo_id: str, hub: HubOptions) -> bool:
     """Whether anything of this repository at this revision is cached: then the cache is what the user chose to use."""
     from huggingface_hub import constants
 
-    root = Path(cache_dir or constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}"
-    reference = root / "refs" / (revision or "main")
-    commit = reference.read_text().strip() if reference.is_file() else revision
+    root = Path(hub.cache_dir or constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}"
+    reference = root / "refs" / (hub.revision or "main")
+    commit = reference.read_text().strip() if reference.is_file() else hub.revision
     return bool(commit) and (root / "snapshots" / str(commit)).is_dir()
 
 
@@ -347,7 +317,7 @@ _MEANINGS = (
 
 
 def _explain(
-    error: BaseException, repo_id: str, filename: str, revision: str | None, local_only: bool, uploading: bool = False
+    error: BaseException, repo_id: str, filename: str, hub: HubOptions, uploading: bool = False
 ) -> BaseException:
     """The HubError that says what `error` was; `error` itself if it is nothing of the Hub's."""
     if isinstance(error, CheckpointError):
@@ -356,9 +326,9 @@ def _explain(
     page = f"https://huggingface.co/{repo_id}"
     if isinstance(error, (_hub_error("LocalEntryNotFoundError"), _hub_error("OfflineModeIsEnabled"))):
         if hasattr(error.__cause__, "response") and error.__cause__ is not None:
-            return _explain(error.__cause__, repo_id, filename, revision, local_only)
-        return _explain_not_cached(what, repo_id, local_only)
-    fields = {"repo": repo_id, "file": filename, "revision": revision or "main", "what": what, "page": page}
+            return _explain(error.__cause__, repo_id, filename, hub)
+        return _explain_not_cached(what, repo_id, hub.local_files_only)
+    fields = {"repo": repo_id, "file": filename, "revision": hub.revision or "main", "what": what, "page": page}
     for name, meaning in _MEANINGS:
         if isinstance(error, _hub_error(name)):
             return HubError(meaning.format(**fields))

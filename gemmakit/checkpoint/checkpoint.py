@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, Protocol
@@ -14,7 +15,17 @@ from gemmakit.checkpoint.formats.gguf import GgufFile, is_gguf
 from gemmakit.checkpoint.formats.google import PickleFile
 from gemmakit.checkpoint.formats.safetensors import SafetensorsFile
 from gemmakit.errors import CheckpointError, HubError, UnsafeFile
-from gemmakit.hub import Name, Token, check_relative, commit_of, find_file, find_files, list_files, local_directory
+from gemmakit.hub import (
+    DEFAULT,
+    HubOptions,
+    Name,
+    check_relative,
+    commit_of,
+    find_file,
+    find_files,
+    list_files,
+    local_directory,
+)
 
 # Bytes that are compared at a time.
 _STEP = 16 << 20
@@ -125,15 +136,7 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    name_or_path: Name,
-    *,
-    revision: str | None = None,
-    token: Token = None,
-    cache_dir: Name | None = None,
-    local_files_only: bool = False,
-    subfolder: str = "",
-    allow_pickle: bool = False,
-    variant: str | None = None,
+    name_or_path: Name, hub: HubOptions = DEFAULT, *, allow_pickle: bool = False, variant: str | None = None
 ) -> Checkpoint:
     """Open the checkpoint in a directory, in one file or behind a Hub id; check headers and index; read no tensor.
 
@@ -147,19 +150,12 @@ def open_checkpoint(
     path = Path(name_or_path).expanduser()
     if path.is_file():
         return _open_file(path, allow_pickle)
-    where = {
-        "revision": revision,
-        "token": token,
-        "cache_dir": cache_dir,
-        "local_files_only": local_files_only,
-        "subfolder": subfolder,
-    }
     stem = _stem("model", "safetensors", variant)
     for single, index in (stem, _stem("pytorch_model", "bin", variant))[: 2 if allow_pickle else 1]:
-        found = _open_layout(name_or_path, single, index, where, allow_pickle)
+        found = _open_layout(name_or_path, single, index, hub, allow_pickle)
         if found is not None:
             return found
-    raise _nothing_found(name_or_path, stem, where)
+    raise _nothing_found(name_or_path, stem, hub)
 
 
 def _stem(name: str, suffix: str, variant: str | None) -> tuple[str, str]:
@@ -170,19 +166,16 @@ def _stem(name: str, suffix: str, variant: str | None) -> tuple[str, str]:
     return f"{name}{dot}.{suffix}", f"{name}.{suffix}.index{dot}.json"
 
 
-def _open_layout(
-    name_or_path: Name, single: str, index: str, where: dict[str, Any], allow_pickle: bool
-) -> Checkpoint | None:
-    path = find_file(name_or_path, single, optional=True, **where)
+def _open_layout(name_or_path: Name, single: str, index: str, hub: HubOptions, allow_pickle: bool) -> Checkpoint | None:
+    path = find_file(name_or_path, single, hub, optional=True)
     if path is not None:
         return Checkpoint([_open_one(path)])
-    path = find_file(name_or_path, index, optional=True, **where)
+    path = find_file(name_or_path, index, hub, optional=True)
     if path is None:
         return None
     weight_map, names = _read_weight_map(path, allow_pickle)
     # Shards of the very commit the index came from, even if the branch moves on meanwhile.
-    same: dict[str, Any] = {**where, "revision": commit_of(path) or where["revision"]}
-    shards = find_files(name_or_path, names, **same)
+    shards = find_files(name_or_path, names, replace(hub, revision=commit_of(path) or hub.revision))
     return _open_shards(path, weight_map, names, shards)
 
 
@@ -221,9 +214,9 @@ def _open_one(path: Path) -> _File:
     return SafetensorsFile(path)
 
 
-def _nothing_found(name_or_path: Name, looked_for: tuple[str, str], where: dict[str, Any]) -> CheckpointError:
-    held = _neighbours(name_or_path, where)
-    name = "/".join(part for part in (str(name_or_path), where["subfolder"]) if part)
+def _nothing_found(name_or_path: Name, looked_for: tuple[str, str], hub: HubOptions) -> CheckpointError:
+    held = _neighbours(name_or_path, hub)
+    name = "/".join(part for part in (str(name_or_path), hub.subfolder) if part)
     if any(file in ("pytorch_model.bin", "pytorch_model.bin.index.json") for file in held):
         return _pickle_refused(f"{name}/pytorch_model.bin")
     message = (
@@ -233,15 +226,14 @@ def _nothing_found(name_or_path: Name, looked_for: tuple[str, str], where: dict[
     return (CheckpointError if local_directory(name_or_path) is not None else HubError)(message)
 
 
-def _neighbours(name_or_path: Name, where: dict[str, Any]) -> list[str]:
+def _neighbours(name_or_path: Name, hub: HubOptions) -> list[str]:
     """The files beside where the weights should be, for an error message; empty if they cannot be listed."""
-    subfolder = check_relative(where["subfolder"].rstrip("/")) if where["subfolder"] else ""
+    subfolder = check_relative(hub.subfolder.rstrip("/")) if hub.subfolder else ""
     directory = local_directory(name_or_path)
     try:
         if directory is not None:
             return sorted(path.name for path in (directory / subfolder).iterdir())
-        asked = {key: where[key] for key in ("revision", "token", "local_files_only")}
-        held = list_files(name_or_path, **asked)
+        held = list_files(name_or_path, hub)
     except OSError:
         return []
     prefix = f"{subfolder}/" if subfolder else ""

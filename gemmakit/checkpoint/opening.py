@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from gemmakit.checkpoint.checkpoint import PICKLE_SUFFIXES, Checkpoint, check_in
 from gemmakit.checkpoint.formats import google, msgpack, orbax
 from gemmakit.checkpoint.formats.safetensors import SafetensorsFile
 from gemmakit.errors import CheckpointError, UnsafeFile
-from gemmakit.hub import Name, Token, commit_of, find_file, find_files, local_directory
+from gemmakit.hub import DEFAULT, HubOptions, Name, commit_of, find_file, find_files, local_directory
 
 SAFETENSORS, PICKLE, GOOGLE, MSGPACK, ORBAX, GGUF = "safetensors", "pickle", "google", "msgpack", "orbax", "gguf"
 # what to call each in a report
@@ -40,14 +41,10 @@ class Weights(NamedTuple):
 
 def open_weights(
     name_or_path: Name,
+    hub: HubOptions = DEFAULT,
     *,
     allow_pickle: bool = False,
     vocab_size: int | None = None,
-    revision: str | None = None,
-    token: Token = None,
-    cache_dir: Name | None = None,
-    local_files_only: bool = False,
-    subfolder: str = "",
     variant: str | None = None,
 ) -> Weights:
     """Open a checkpoint of any kind; headers are checked, no tensor is read. Names and shapes are the PyTorch layout's.
@@ -58,27 +55,20 @@ def open_weights(
     vocab_size: rows of an Orbax embedding that are used, which may be padded.
     Raises UnsafeFile, CheckpointError, HubError, MissingDependency.
     """
-    where: dict[str, Any] = {
-        "revision": revision,
-        "token": token,
-        "cache_dir": cache_dir,
-        "local_files_only": local_files_only,
-        "subfolder": subfolder,
-    }
     path = Path(name_or_path).expanduser()
     if path.is_file():
         return open_file(path, allow_pickle)
-    folder = None if local_directory(name_or_path) is None else path / subfolder
+    folder = None if local_directory(name_or_path) is None else path / hub.subfolder
     if folder is not None and orbax.is_orbax(folder):
         return Weights(ORBAX, Checkpoint([orbax.OrbaxFile(folder, vocab_size)]))
-    if not _held(name_or_path, SAFETENSORS, where) or variant is not None:
-        found = None if variant else _held(name_or_path, MSGPACK, where)
+    if not _held(name_or_path, SAFETENSORS, hub) or variant is not None:
+        found = None if variant else _held(name_or_path, MSGPACK, hub)
         if found:
-            return _open_msgpack(name_or_path, found, where)
+            return _open_msgpack(name_or_path, found, hub)
         single = _only_file(folder, allow_pickle) if folder is not None and variant is None else None
         if single is not None:
             return open_file(single, allow_pickle)
-    checkpoint = open_checkpoint(name_or_path, allow_pickle=allow_pickle, variant=variant, **where)
+    checkpoint = open_checkpoint(name_or_path, hub, allow_pickle=allow_pickle, variant=variant)
     return Weights(_kind_of(checkpoint.files[0]), _in_pytorch_names(checkpoint))
 
 
@@ -88,7 +78,7 @@ def open_file(path: Path, allow_pickle: bool) -> Weights:
     if name.endswith(".msgpack"):
         return Weights(MSGPACK, Checkpoint([msgpack.MsgpackFile(path)]))
     if name.endswith(".msgpack.index.json"):
-        return _open_msgpack(path.parent, path, {})
+        return _open_msgpack(path.parent, path, DEFAULT)
     if name.endswith(PICKLE_SUFFIXES) and allow_pickle:
         file = google.open_pickle(path)
         return Weights(GOOGLE if isinstance(file, google.GoogleFile) else PICKLE, Checkpoint([file]))
@@ -107,10 +97,10 @@ def _kind_of(path: Path) -> str:
     return GGUF if path.suffix == ".gguf" else SAFETENSORS
 
 
-def _held(name: Name, kind: str, where: Mapping[str, Any]) -> Path | None:
+def _held(name: Name, kind: str, hub: HubOptions) -> Path | None:
     layout = _LAYOUTS[kind]
-    found = find_file(name, layout.single, optional=True, **where)
-    return found or find_file(name, layout.index, optional=True, **where)
+    found = find_file(name, layout.single, hub, optional=True)
+    return found or find_file(name, layout.index, hub, optional=True)
 
 
 def _only_file(folder: Path, allow_pickle: bool) -> Path | None:
@@ -133,7 +123,7 @@ def _only_file(folder: Path, allow_pickle: bool) -> Path | None:
     return None
 
 
-def _open_msgpack(name: Name, found: Path, where: Mapping[str, Any]) -> Weights:
+def _open_msgpack(name: Name, found: Path, hub: HubOptions) -> Weights:
     if found.suffix != ".json":
         return Weights(MSGPACK, Checkpoint([msgpack.MsgpackFile(found)]))
     weight_map = read_index(found)
@@ -142,8 +132,8 @@ def _open_msgpack(name: Name, found: Path, where: Mapping[str, Any]) -> Weights:
         if not shard.endswith(".msgpack"):
             raise UnsafeFile(f"{found} names {shard!r}, which is no msgpack file. Do not use this checkpoint.")
     # Shards of the very commit the index came from, even if the branch moves on meanwhile.
-    same: dict[str, Any] = {**where, "revision": commit_of(found) or where.get("revision")}
-    files = [msgpack.MsgpackFile(path) for path in find_files(name, shards, **same)]
+    same = replace(hub, revision=commit_of(found) or hub.revision)
+    files = [msgpack.MsgpackFile(path) for path in find_files(name, shards, same)]
     named = {msgpack.pytorch_name(path)[0]: shard for path, shard in weight_map.items()}
     check_index(found, named, {shard: file.tensors for shard, file in zip(shards, files, strict=True)})
     return Weights(MSGPACK, Checkpoint([*files]))

@@ -146,11 +146,11 @@ def _require_tokenizer(asked: bool, named: str | None, source: str, revision: st
     """--convert_tokenizer is a promise that OUT will have one; otherwise it has one where there is one."""
     if not asked or named is not None:
         return
-    from gemmakit.hub import find_file
+    from gemmakit.hub import HubOptions, find_file
 
     beside = Path(source).parent if Path(source).is_file() else source
     if not source.endswith(".gguf") and not any(
-        find_file(beside, name, optional=True, revision=revision) for name in ("tokenizer.model", "tokenizer.json")
+        find_file(beside, name, HubOptions(revision), optional=True) for name in ("tokenizer.model", "tokenizer.json")
     ):
         raise InputError(f"--convert_tokenizer: {beside} holds no tokenizer; name it with --tokenizer_checkpoint.")
 

@@ -17,7 +17,7 @@ from gemmakit.conversion.sources import Source, open_source
 from gemmakit.conversion.targets import TARGETS, Order, gguf_kind, require_free, target_kind
 from gemmakit.dtypes import dtype_name
 from gemmakit.errors import InputError
-from gemmakit.hub import Name
+from gemmakit.hub import HubOptions, Name
 
 DTYPES = ("float32", "bfloat16", "float16")
 Progress = Callable[[int, int], None]
@@ -79,13 +79,6 @@ def convert_checkpoint(
     wanted = _dtype(dtype)
     shard_bytes = parse_size(max_shard_size)
     require_free(out, kind, overwrite)
-    where = {
-        "revision": revision,
-        "token": token,
-        "cache_dir": cache_dir,
-        "local_files_only": local_files_only,
-        "subfolder": subfolder,
-    }
     found = open_source(
         source,
         config=config,
@@ -94,7 +87,7 @@ def convert_checkpoint(
         dtype=wanted,
         keep_quantized=keep_quantized,
         allow_pickle=allow_pickle,
-        where=where,
+        hub=HubOptions(revision, token, cache_dir, local_files_only, subfolder),
     )
     with found.checkpoint:
         _refuse_quantized(found, kind, wanted)

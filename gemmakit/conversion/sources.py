@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
 
 from gemmakit.checkpoint import Checkpoint
 from gemmakit.checkpoint.formats.orbax import OrbaxFile
@@ -26,7 +24,7 @@ from gemmakit.config import PRESETS, GemmaConfig
 from gemmakit.conversion.tokenizers import TokenizerFiles, read_tokenizer
 from gemmakit.errors import CheckpointError, InputError
 from gemmakit.generation import GenerationConfig
-from gemmakit.hub import Name, check_relative, find_file
+from gemmakit.hub import DEFAULT, HubOptions, Name, check_relative, find_file
 from gemmakit.text.saving import MODEL
 
 GENERATION = "generation_config.json"
@@ -65,29 +63,29 @@ def open_source(
     dtype: str | None = None,
     keep_quantized: bool = False,
     allow_pickle: bool = False,
-    where: Mapping[str, Any],
+    hub: HubOptions = DEFAULT,
 ) -> Source:
     """Open, find the configuration, and refuse what is missing, left over or wrongly shaped; no tensor is read.
 
-    A pickle is read when `name` is that very file, or with `allow_pickle`. where: revision, token and the like.
+    A pickle is read when `name` is that very file, or with `allow_pickle`.
     dtype: that of tensors a GGUF file holds in fewer bits; keep_quantized: instead keep what gemmakit has a layout for.
     Raises CheckpointError, ConfigError, InputError and others.
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        name = path = path / check_relative(where["subfolder"]) if where.get("subfolder") else path
-        where = {}
+        name = path = path / check_relative(hub.subfolder) if hub.subfolder else path
+        hub = DEFAULT
     given = _given(config)
     vocab_size = None if given is None else given.vocab_size
-    weights = open_weights(name, allow_pickle=allow_pickle or path.is_file(), vocab_size=vocab_size, **where)
+    weights = open_weights(name, hub, allow_pickle=allow_pickle or path.is_file(), vocab_size=vocab_size)
     beside: Name = path.parent if path.is_file() else name
-    where = {} if path.exists() else where
+    hub = DEFAULT if path.exists() else hub
     if weights.kind == GGUF:
         beside = path = weights.checkpoint.files[0]
         weights, given = _gguf(path, dtype, given, keep_quantized)
     elif keep_quantized:
         raise InputError(f"keep_quantized is for GGUF files, and {name} is none: leave it out.")
-    config = given or _config(weights, str(name), beside, model_size, where)
+    config = given or _config(weights, str(name), beside, model_size, hub)
     if model_size is not None:
         _check_size(str(name), config, weights.checkpoint, model_size)
     source = Source(str(name), weights.kind, weights.checkpoint, config, [])
@@ -95,10 +93,10 @@ def open_source(
     config.architectures = config.architectures or [architecture_of(config, source.names)]
     if tokenizer is None and weights.kind == ORBAX and not (path / MODEL).exists() and (path.parent / MODEL).is_file():
         tokenizer = path.parent / MODEL  # as Google's releases have it
-    source.tokenizer = read_tokenizer(beside if tokenizer is None else tokenizer, where if tokenizer is None else {})
+    source.tokenizer = read_tokenizer(beside, hub) if tokenizer is None else read_tokenizer(tokenizer)
     if tokenizer is not None and source.tokenizer is None:
         raise CheckpointError(f"{tokenizer} holds neither tokenizer.model nor tokenizer.json.")
-    source.files[GENERATION] = _generation(beside, config, where)
+    source.files[GENERATION] = _generation(beside, config, hub)
     if source.tokenizer is not None:
         source.files.update(source.tokenizer.files)
         if source.tokenizer.size > config.vocab_size:
@@ -129,9 +127,9 @@ def _given(config: GemmaConfig | Name | None) -> GemmaConfig | None:
     return GemmaConfig.from_pretrained(config)
 
 
-def _config(weights: Weights, where: str, beside: Name, size: str | None, hub: Mapping[str, Any]) -> GemmaConfig:
+def _config(weights: Weights, where: str, beside: Name, size: str | None, hub: HubOptions) -> GemmaConfig:
     """The configuration beside the weights, within them, or of the released model of that size."""
-    found = find_file(beside, "config.json", optional=True, **hub)
+    found = find_file(beside, "config.json", hub, optional=True)
     if found is not None:
         return GemmaConfig.from_pretrained(found)
     file = weights.checkpoint._files[0]
@@ -161,9 +159,9 @@ def _check_size(where: str, config: GemmaConfig, checkpoint: Checkpoint, size: s
         )
 
 
-def _generation(beside: Name, config: GemmaConfig, hub: Mapping[str, Any]) -> bytes:
+def _generation(beside: Name, config: GemmaConfig, hub: HubOptions) -> bytes:
     alone = Path(beside).is_file()  # a GGUF file says all itself
-    found = None if alone else find_file(beside, GENERATION, optional=True, **hub)
+    found = None if alone else find_file(beside, GENERATION, hub, optional=True)
     if found is not None:
         GenerationConfig.from_pretrained(found.parent)  # refuses what is impossible
         return found.read_bytes()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gemmakit.checkpoint.save import same_content
 from gemmakit.errors import CheckpointError, InputError
 from gemmakit.files import replacing
-from gemmakit.hub import Name, find_file, local_directory
+from gemmakit.hub import DEFAULT, HubOptions, Name, find_file, local_directory
 from gemmakit.text import GemmaTokenizer, GemmaTokenizerFast
 from gemmakit.text.saving import ADDED, CONFIG, JSON, MODEL, SPECIALS, TEMPLATE
 
@@ -25,7 +24,7 @@ class TokenizerFiles(NamedTuple):
     size: int
 
 
-def read_tokenizer(name: Name, where: Mapping[str, Any]) -> TokenizerFiles | None:
+def read_tokenizer(name: Name, hub: HubOptions = DEFAULT) -> TokenizerFiles | None:
     """The tokenizer in a folder, behind a Hub id, or of one tokenizer.model; None where there is none.
 
     Where only tokenizer.model lies (Google's releases), the files that transformers reads are made from it.
@@ -35,15 +34,15 @@ def read_tokenizer(name: Name, where: Mapping[str, Any]) -> TokenizerFiles | Non
     if path.is_file() and path.suffix in (".model", ".gguf"):
         return _made(path)
     if path.is_file():
-        return read_tokenizer(path.parent, {})
+        return read_tokenizer(path.parent)
     if local_directory(name) is None and path.exists():
         raise CheckpointError(f"{path} is no file and no folder: it holds no tokenizer.")
-    found = {file: held for file in FILES if (held := find_file(name, file, optional=True, **where)) is not None}
+    found = {file: held for file in FILES if (held := find_file(name, file, hub, optional=True)) is not None}
     if MODEL not in found and JSON not in found:
         return None
     if set(found) == {MODEL}:
         return _made(found[MODEL])
-    tokenizer = GemmaTokenizerFast.from_pretrained(str(name), **where)
+    tokenizer = GemmaTokenizerFast.from_pretrained(str(name), **vars(hub))
     parent = next(iter(found.values())).parent
     return TokenizerFiles(parent, {file: held.read_bytes() for file, held in found.items()}, len(tokenizer))
 
@@ -73,7 +72,7 @@ def convert_tokenizer(source: Name, target: Name, *, overwrite: bool = False, **
     """
     if not Path(source).expanduser().exists() and local_directory(source) is not None:
         raise CheckpointError(f"{source} does not exist: there is no tokenizer to convert.")
-    found = read_tokenizer(source, where)
+    found = read_tokenizer(source, HubOptions(**where))
     if found is None:
         raise CheckpointError(f"{source} holds neither {MODEL} nor {JSON}: there is no tokenizer to convert.")
     folder = Path(target).expanduser()

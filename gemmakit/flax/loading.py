@@ -26,6 +26,7 @@ from gemmakit.errors import CheckpointError, InputError
 from gemmakit.flax.layers import embedding_init
 from gemmakit.flax.names import PREFIX, pytorch_name
 from gemmakit.flax.sharding import Rules
+from gemmakit.hub import HubOptions
 
 
 def fresh(path: str, shape: Any, key: jax.Array, config: GemmaConfig) -> jax.Array:
@@ -45,7 +46,7 @@ def _drawn(key: jax.Array, salt: np.uint32, shape: tuple[int, ...], std: float, 
     return embedding_init(std, pad)(jax.random.fold_in(key, salt), shape)
 
 
-def config_of(name: Any, config: GemmaConfig | None, hub: dict[str, Any], overrides: dict[str, Any]) -> GemmaConfig:
+def config_of(name: Any, config: GemmaConfig | None, hub: HubOptions, overrides: dict[str, Any]) -> GemmaConfig:
     if config is not None:
         if overrides:
             raise InputError(f"config and {', '.join(overrides)} are both given: set the fields in the config.")
@@ -54,7 +55,7 @@ def config_of(name: Any, config: GemmaConfig | None, hub: dict[str, Any], overri
         config = OrbaxFile(Path(name)).config()
         config.update(overrides)
         return config
-    config = GemmaConfig.from_pretrained(name, **hub, **overrides)
+    config = GemmaConfig.from_pretrained(name, **vars(hub), **overrides)
     unknown = [k for k in overrides if k in config.extra]
     if unknown:
         raise InputError(f"from_pretrained has no argument {', '.join(unknown)}, nor has GemmaConfig such a field.")

@@ -16,7 +16,7 @@ import numpy as np
 from gemmakit.checkpoint import save_checkpoint
 from gemmakit.checkpoint.formats.orbax import is_orbax
 from gemmakit.checkpoint.opening import open_weights
-from gemmakit.config import HUB_ARGUMENTS, GemmaConfig
+from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError, TokenOutOfRange
 from gemmakit.flax import cache as caches
 from gemmakit.flax.attention import implementation
@@ -26,7 +26,7 @@ from gemmakit.flax.sharding import Rules
 from gemmakit.flax.static import FrozenConfig, Wanted
 from gemmakit.flax.training import known
 from gemmakit.generation import GenerationConfig
-from gemmakit.hub import find_file, find_gguf, push_folder, refuse_code
+from gemmakit.hub import HubOptions, find_file, find_gguf, push_folder, refuse_code
 
 Model = TypeVar("Model", bound="FlaxGemmaPreTrainedModel")
 # Arguments that old code passes and that ask for what is always so.
@@ -287,22 +287,21 @@ class FlaxGemmaPreTrainedModel:
         name = pretrained_model_name_or_path
         refuse_code(kwargs)
         kwargs = {k: v for k, v in kwargs.items() if k not in _ALWAYS}
-        where = {k: kwargs.pop(k) for k in (*HUB_ARGUMENTS, "variant") if k in kwargs}
-        hub = {k: v for k, v in where.items() if k != "variant"}
-        gguf = find_gguf(name, kwargs.pop("gguf_file", None), **hub)
+        hub, variant = HubOptions.take(kwargs), kwargs.pop("variant", None)
+        gguf = find_gguf(name, kwargs.pop("gguf_file", None), hub)
         if gguf is not None:
-            name, where, hub = gguf, {}, {}
+            name, hub, variant = gguf, HubOptions(), None
         config = config_of(name, config, hub, kwargs)
         if gguf is not None and param_dtype is None:
             param_dtype = config.dtype
         config.attn_implementation = attn_implementation or config.attn_implementation
         model = cls(config, input_shape, seed, jnp.float32, _do_init=False, scan_layers=scan_layers)
         shapes = flat(model.params_shape_tree)
-        opened = open_weights(name, vocab_size=config.vocab_size, allow_pickle=allow_pickle, **where)
+        opened = open_weights(name, hub, vocab_size=config.vocab_size, allow_pickle=allow_pickle, variant=variant)
         rules = None if mesh is None else Rules(mesh, config, mesh_axes)
         params = load(model, opened.checkpoint, shapes, param_dtype, rules, ignore_mismatched_sizes)
         alone = gguf is not None or is_orbax(name)
-        found = None if alone else find_file(name, "generation_config.json", optional=True, **hub)
+        found = None if alone else find_file(name, "generation_config.json", hub, optional=True)
         if found is not None:
             model.generation_config = GenerationConfig.from_pretrained(found.parent)
         model.dtype = dtype_of(

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from gemmakit.checks import Real, TokenIds, Whole, check_fields, is_whole, ranges
-from gemmakit.config import HUB_ARGUMENTS, GemmaConfig
+from gemmakit.config import GemmaConfig
 from gemmakit.errors import GenerationConfigError, PromptTooLong, TokenOutOfRange
 from gemmakit.files import read_json_object, write_text
 from gemmakit.generation import rules
 from gemmakit.generation.settings import DEFAULTS, REFUSED, Settings
 from gemmakit.generation.watermarks import BaseWatermarkingConfig, watermark_of
-from gemmakit.hub import find_file
+from gemmakit.hub import HubOptions, find_file
 
 T = TypeVar("T")
 FILE = "generation_config.json"
@@ -239,8 +239,7 @@ class GenerationConfig(Settings):
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike[str], config_file_name: str = FILE, **kwargs: Any) -> Any:
         """Read generation_config.json of a folder or a Hub id; keyword arguments as in GemmaConfig.from_pretrained."""
-        where = {k: kwargs.pop(k) for k in HUB_ARGUMENTS if k in kwargs}
-        path = find_file(name_or_path, config_file_name, **where)
+        path = find_file(name_or_path, config_file_name, HubOptions.take(kwargs))
         assert path is not None
         return cls.from_dict(read_json_object(path), **kwargs)
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from gemmakit.auto import AutoTokenizer
-from gemmakit.config import HUB_ARGUMENTS, GemmaConfig
+from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError
-from gemmakit.hub import demo_model
+from gemmakit.hub import HubOptions, demo_model
 from gemmakit.pipelines.base import Pipeline, find_device, is_flax
 from gemmakit.pipelines.text_classification import TextClassificationPipeline
 from gemmakit.pipelines.text_generation import TextGenerationPipeline
@@ -65,15 +65,15 @@ def pipeline(
         raise InputError(f"framework is {framework!r}; it must be 'pt' (PyTorch) or 'flax'.")
     if device is not None and device_map is not None:
         raise InputError("device and device_map are both given: give one of them.")
-    where = {k: kwargs.pop(k) for k in HUB_ARGUMENTS if k in kwargs}
+    hub = HubOptions.take(kwargs)
     if model is None and made.task != TextGenerationPipeline.task:
         raise InputError(f"{made.task} needs model=: a folder, a Hub id or a loaded model. The demo model generates.")
     source = demo_model() if model is None else model
     if isinstance(source, (str, Path)):
-        loading = {**where, **(model_kwargs or {}), "trust_remote_code": trust_remote_code}
+        loading = {**vars(hub), **(model_kwargs or {}), "trust_remote_code": trust_remote_code}
         if config is not None:
             loading["config"] = (
-                config if isinstance(config, GemmaConfig) else GemmaConfig.from_pretrained(config, **where)
+                config if isinstance(config, GemmaConfig) else GemmaConfig.from_pretrained(config, **vars(hub))
             )
         chosen = torch_dtype if dtype is None else dtype
         if framework == "flax":
@@ -83,12 +83,12 @@ def pipeline(
             placed = find_device(placed) if isinstance(placed, (int, str)) and placed != "auto" else placed
             source = made.model_class.from_pretrained(source, device_map=placed, dtype=chosen, **loading)
         device = None
-    elif any(x is not None for x in (config, dtype, torch_dtype, device_map, model_kwargs)) or where:
+    elif any(x is not None for x in (config, dtype, torch_dtype, device_map, model_kwargs)) or hub != HubOptions():
         raise InputError("config, dtype, device_map, model_kwargs and revision are for loading; this model is loaded.")
     elif framework is not None and (framework == "flax") != is_flax(source):
         raise InputError(f"framework is {framework!r}, but the model is a {type(source).__name__}.")
     if tokenizer is None or isinstance(tokenizer, (str, Path)):
-        tokenizer = AutoTokenizer.from_pretrained(_tokenizer_source(tokenizer, source), use_fast=use_fast, **where)
+        tokenizer = AutoTokenizer.from_pretrained(_tokenizer_source(tokenizer, source), use_fast=use_fast, **vars(hub))
     return made(source, tokenizer, device=device, **kwargs)
 
 

@@ -15,12 +15,12 @@ from gemmakit.checkpoint import Checkpoint, open_checkpoint, require_memory, sav
 from gemmakit.checkpoint.formats.gguf import GgufFile
 from gemmakit.checkpoint.layout import HEADS, differences, stored_names, warn_of_copies
 from gemmakit.checkpoint.readahead import read_ahead
-from gemmakit.config import HUB_ARGUMENTS, GemmaConfig
+from gemmakit.config import GemmaConfig
 from gemmakit.dtypes import dtype_name
 from gemmakit.errors import InputError, NotEnoughMemory
 from gemmakit.generation import GenerationConfig
 from gemmakit.gguf import matrices_dtype, read_gguf_header
-from gemmakit.hub import find_file, find_gguf, push_folder, refuse_code
+from gemmakit.hub import HubOptions, find_file, find_gguf, push_folder, refuse_code
 from gemmakit.pytorch.attention import implementation
 from gemmakit.pytorch.loading import weights
 from gemmakit.pytorch.methods import ModelMethods, assign
@@ -118,12 +118,11 @@ class GemmaPreTrainedModel(QuantizedMethods, ModelMethods):
             UnsafeFile, HubError, NotEnoughMemory, ConfigError, MissingDependency.
         """
         name = pretrained_model_name_or_path
-        where = {k: kwargs.pop(k) for k in (*HUB_ARGUMENTS, "variant") if k in kwargs}
+        hub, variant = HubOptions.take(kwargs), kwargs.pop("variant", None)
         _settle(kwargs)
-        hub = {k: v for k, v in where.items() if k != "variant"}
-        gguf = find_gguf(name, kwargs.pop("gguf_file", None), **hub)
+        gguf = find_gguf(name, kwargs.pop("gguf_file", None), hub)
         if config is None:
-            config = GemmaConfig.from_pretrained(gguf or name, **({} if gguf else hub), **kwargs)
+            config = GemmaConfig.from_pretrained(gguf or name, **({} if gguf else vars(hub)), **kwargs)
             unknown = [k for k in kwargs if k in config.extra]
             if unknown:
                 said = "".join(f" Instead of {k}: {_INSTEAD[k]}." for k in unknown if k in _INSTEAD)
@@ -138,7 +137,7 @@ class GemmaPreTrainedModel(QuantizedMethods, ModelMethods):
             config.attn_implementation = attn_implementation
         wanted = dtype_of(dtype or torch_dtype or "auto")
         if gguf is None:
-            opened, stored = open_checkpoint(name, allow_pickle=allow_pickle, **where), None
+            opened, stored = open_checkpoint(name, hub, allow_pickle=allow_pickle, variant=variant), None
         else:
             file = _gguf_file(gguf, wanted, quantization_config)
             opened, stored = Checkpoint([file]), file.quantization
@@ -153,7 +152,7 @@ class GemmaPreTrainedModel(QuantizedMethods, ModelMethods):
         model.config.dtype = dtype_name(model.dtype)
         model.name_or_path = str(gguf or name)
         alone = Path(name).is_file()  # a GGUF file says everything itself
-        found = None if alone else find_file(name, "generation_config.json", optional=True, **hub)
+        found = None if alone else find_file(name, "generation_config.json", hub, optional=True)
         if found is not None:
             model.generation_config = GenerationConfig.from_pretrained(found.parent)
         if device is None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from gemmakit.errors import GemmakitError, InputError, TokenizerError
 from gemmakit.files import replacing
-from gemmakit.hub import find_file, find_gguf, push_folder, refuse_code
+from gemmakit.hub import HubOptions, find_file, find_gguf, push_folder, refuse_code
 from gemmakit.text.tokenizer_json import read_json
 from gemmakit.text.vocabulary import AddedToken, Engine
 
@@ -59,21 +59,15 @@ class Saving:
         for key in ("use_fast", "force_download", "resume_download", "proxies", "legacy"):
             settings.pop(key, None)
 
-        where: dict[str, Any] = {
-            "revision": revision,
-            "token": token,
-            "cache_dir": cache_dir,
-            "local_files_only": local_files_only,
-            "subfolder": subfolder,
-        }
-        gguf = find_gguf(name, gguf_file, **where)
+        hub = HubOptions(revision, token, cache_dir, local_files_only, subfolder)
+        gguf = find_gguf(name, gguf_file, hub)
         if gguf is not None:
             from gemmakit.text.gguf import gguf_settings
 
             return _made(cls, inputs, {**gguf_settings(gguf), "name_or_path": str(gguf), **settings})
 
         def find(filename: str) -> Path | None:
-            return find_file(name, filename, **where, optional=True)
+            return find_file(name, filename, hub, optional=True)
 
         config = {**_config(find), "name_or_path": name}
         order = (JSON, MODEL) if cls.is_fast else (MODEL, JSON)

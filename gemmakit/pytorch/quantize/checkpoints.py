@@ -13,10 +13,10 @@ from torch import Tensor
 
 from gemmakit.checkpoint import Checkpoint, LazyTensor, open_checkpoint, require_memory, save_checkpoint
 from gemmakit.checkpoint.layout import differences, warn_of_copies
-from gemmakit.config import HUB_ARGUMENTS, GemmaConfig
+from gemmakit.config import GemmaConfig
 from gemmakit.dtypes import dtype_name
 from gemmakit.errors import InputError
-from gemmakit.hub import find_file, local_directory
+from gemmakit.hub import HubOptions, find_file, local_directory
 from gemmakit.pytorch.kernels import PackedWeight
 from gemmakit.pytorch.quantize import rounding
 from gemmakit.pytorch.quantize.modules import TABLES
@@ -80,29 +80,29 @@ def quantize_checkpoint(
         CheckpointError: files missing or damaged, NaN in a weight, too little disk; nothing has then changed.
         NotEnoughMemory, HubError, UnsafeFile, ConfigError.
     """
-    unknown = [k for k in kwargs if k not in HUB_ARGUMENTS]
-    if unknown:
-        raise InputError(f"quantize_checkpoint has no argument {', '.join(unknown)}.")
+    hub = HubOptions.take(kwargs)
+    if kwargs:
+        raise InputError(f"quantize_checkpoint has no argument {', '.join(kwargs)}.")
     source, target = pretrained_model_name_or_path, Path(save_directory).expanduser()
     wanted = _wanted(quantization_config, calibration_ids is not None)
     _refuse_target(source, target, overwrite)
-    config = GemmaConfig.from_pretrained(source, **kwargs)
+    config = GemmaConfig.from_pretrained(source, **vars(hub))
     if config.extra.get("quantization_config") is not None:
         method = config.extra["quantization_config"].get("quant_method", "another library")
         raise InputError(f"{source} is quantized by {method} already: quantize the weights it was made from.")
     quantizer = WeightOnlyQuantizer(wanted, config.tie_word_embeddings)
     report = progress or (lambda *_: None)
-    with open_checkpoint(source, allow_pickle=allow_pickle, **kwargs) as checkpoint:
+    with open_checkpoint(source, hub, allow_pickle=allow_pickle) as checkpoint:
         hollow = _hollow(config)
         stored = _stored(hollow, checkpoint)
         if calibration_ids is None:
             tensors = _streamed(hollow, stored, checkpoint, quantizer, report)
         else:
             load = type(hollow).from_pretrained
-            model = load(source, allow_pickle=allow_pickle, **kwargs)
+            model = load(source, allow_pickle=allow_pickle, **vars(hub))
             tensors = _calibrated(model, stored, checkpoint, quantizer, calibration_ids, report)
         config.extra["quantization_config"] = wanted.to_dict()
-        files: dict[str, str | bytes] = {"config.json": config.to_json_string(), **_beside(source, kwargs)}
+        files: dict[str, str | bytes] = {"config.json": config.to_json_string(), **_beside(source, hub)}
         save_checkpoint(tensors, target, max_shard_size=max_shard_size, extra_files=files)
     return target
 
@@ -127,8 +127,8 @@ def _refuse_target(source: Name, target: Path, overwrite: bool) -> None:
         raise InputError(f"{str(target)!r} {kind}: name another folder, or pass overwrite=True (--overwrite).")
 
 
-def _beside(source: Name, hub: dict[str, Any]) -> dict[str, bytes]:
-    found = {name: find_file(source, name, optional=True, **hub) for name in BESIDE}
+def _beside(source: Name, hub: HubOptions) -> dict[str, bytes]:
+    found = {name: find_file(source, name, hub, optional=True) for name in BESIDE}
     return {name: path.read_bytes() for name, path in found.items() if path is not None}
 
 

@@ -141,7 +141,8 @@ time.sleep = lambda seconds: None
 for name, arguments, options in json.load(sys.stdin):
     function = getattr(hub, name, None) or getattr(checkpoint, name)
     try:
-        result = function(*arguments, **options)
+        where = [] if name == "push_folder" else [hub.HubOptions.take(options)]
+        result = function(*arguments, *where, **options)
         result = result.names() if name == "open_checkpoint" else result
     except Exception as error:
         result = {"kind": type(error).__name__, "says": str(error)}
@@ -380,7 +381,7 @@ def test_file_name_that_leaves_its_folder_is_refused(tmp_path, name):
             with pytest.raises(UnsafeFile):
                 call_(tmp_path, name)
     with pytest.raises(UnsafeFile):
-        hub.find_file("org/any", "config.json", subfolder="../x")
+        hub.find_file("org/any", "config.json", hub.HubOptions(subfolder="../x"))
 
 
 @pytest.mark.parametrize("name", ["a", "a.b", "sub/a", "..a", "a..b", "model-00001-of-00002.safetensors", "é"])
@@ -392,7 +393,7 @@ def test_local_directory_wins_over_a_hub_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "name" / "sub").mkdir(parents=True)
     (tmp_path / "org/name/sub/config.json").write_text("{}")
-    assert hub.find_file("org/name", "config.json", subfolder="sub") == Path("org/name/sub/config.json")
+    assert hub.find_file("org/name", "config.json", hub.HubOptions(subfolder="sub")) == Path("org/name/sub/config.json")
     assert hub.find_file("org/name", "config.json", optional=True) is None
     assert hub.list_files("org/name") == ["sub/config.json"]
     with pytest.raises(CheckpointError, match=r"no file 'config.json'.*It holds: sub\."):

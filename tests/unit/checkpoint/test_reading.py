@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 import gemmakit
 from gemmakit.checkpoint import open_checkpoint
 from gemmakit.errors import CheckpointError, UnsafeFile
+from gemmakit.hub import HubOptions
 
 ROOT = Path(next(iter(gemmakit.__path__))).parent
 TENSORS = {
@@ -71,7 +72,7 @@ def test_shards_open_by_directory_subfolder_and_index(tmp_path):
         (tmp_path, "sub"),
         (tmp_path / "sub/model.safetensors.index.json", ""),
     ):
-        checkpoint = open_checkpoint(name, subfolder=subfolder)
+        checkpoint = open_checkpoint(name, HubOptions(subfolder=subfolder))
         assert_same(checkpoint)
         assert len(checkpoint.files) == 2
 

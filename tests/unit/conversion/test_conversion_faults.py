@@ -145,7 +145,7 @@ def test_the_released_sizes_are_known_without_a_config_and_checked_against_what_
 
     torch.save(hollow_release(size.lower()), tmp_path / "model.ckpt")
     for said in (None, size):
-        found = open_source(tmp_path / "model.ckpt", model_size=said, where={})
+        found = open_source(tmp_path / "model.ckpt", model_size=said)
         assert (found.config.hidden_size, found.kind) == ({"2B": 2048, "7B": 3072}[size], "google")
         assert found.parameters == {"2B": 2_506_172_416, "7B": 8_537_680_896}[size]
         assert "lm_head.weight" not in found.names
