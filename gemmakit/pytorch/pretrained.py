@@ -14,7 +14,7 @@ from torch import nn
 from gemmakit.checkpoint import Checkpoint, open_checkpoint, require_memory, save_checkpoint
 from gemmakit.checkpoint.formats.gguf import GgufFile
 from gemmakit.checkpoint.layout import HEADS, differences, stored_names, warn_of_copies
-from gemmakit.checkpoint.readahead import read_ahead
+from gemmakit.checkpoint.readahead import fault_in, read_ahead
 from gemmakit.config import GemmaConfig
 from gemmakit.dtypes import dtype_name
 from gemmakit.errors import InputError, NotEnoughMemory
@@ -22,11 +22,9 @@ from gemmakit.generation import GenerationConfig
 from gemmakit.gguf import matrices_dtype, read_gguf_header
 from gemmakit.hub import HubOptions, find_file, find_gguf, push_folder, refuse_code
 from gemmakit.pytorch.attention import implementation
-from gemmakit.pytorch.loading import weights
 from gemmakit.pytorch.methods import ModelMethods, assign
 from gemmakit.pytorch.placement import DeviceMap, MaxMemory, one_device, spread
 from gemmakit.pytorch.quantize import TABLES, QuantizedMethods, Quantizer, adopt, choose, stored_groups, unpacked_shapes
-from gemmakit.pytorch.quantize.quantizer import Parts
 
 Model = TypeVar("Model", bound="GemmaPreTrainedModel")
 
@@ -248,17 +246,25 @@ def _load(
     warn_of_copies(checkpoint, found.copies, stacklevel=3)
     if dtype is not None or device.type != "cpu" or quantizer is not None:
         _require_room(checkpoint, found.names.values(), dtype, device, quantizer)
-    with weights(checkpoint, _sent(found.names, packed, quantizer), device) as taken:
-        for name, key in found.names.items():
-            if name in packed:
-                parts = {part: taken.take(stored) for part, stored in packed[name].items()}
-                adopt(quantizer, model, name, parts, device, dtype)
-                continue
-            tensor = taken.take(key)
-            if not adopt(quantizer, model, name, tensor, device, dtype):
-                tensor = tensor.to(device).to(dtype if tensor.is_floating_point() else None)
-                assign(model, name, nn.Parameter(tensor))
-        taken.settle(model)
+    # bitsandbytes quantizes what comes from the CPU.
+    source = "cpu" if quantizer is not None and quantizer.config.quant_method != "gemmakit" else device
+    mapped: set[int] = set()
+
+    def read(key: str) -> torch.Tensor:
+        tensor = checkpoint.tensor(key, device=source)
+        mapped.add(tensor.data_ptr())
+        return tensor
+
+    for name, key in found.names.items():
+        if name in packed:
+            parts = {part: read(stored) for part, stored in packed[name].items()}
+            adopt(quantizer, model, name, parts, device, dtype)
+            continue
+        tensor = read(key)
+        if not adopt(quantizer, model, name, tensor, device, dtype):
+            tensor = tensor.to(device).to(dtype if tensor.is_floating_point() else None)
+            assign(model, name, nn.Parameter(tensor))
+    _enter(model, mapped)
     model._set_quantizer(quantizer)
     complete(model, found.fresh, dtype, device)
 
@@ -269,12 +275,12 @@ def wanted_shapes(model: GemmaPreTrainedModel) -> dict[str, tuple[int, ...]]:
     return {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False) if n not in tied}
 
 
-def _sent(stored: Mapping[str, str], packed: Mapping[str, Parts], quantizer: Quantizer | None) -> list[str]:
-    """The file's tensors in the order in which they are taken, those that may go to an accelerator as they are."""
-    if quantizer is not None and quantizer.config.quant_method != "gemmakit":
-        return []  # bitsandbytes quantizes what comes from the CPU
-    order = (key for n, key in stored.items() for key in (packed[n].values() if n in packed else (key,)))
-    return [*order]
+def _enter(model: nn.Module, mapped: set[int]) -> None:
+    """Bring in what the model keeps at addresses of the mapped file from now on, beside whatever comes next."""
+    kept = [t for t in (*model.parameters(), *model.buffers()) if t.device.type == "cpu" and t.data_ptr() in mapped]
+    pieces = dict.fromkeys((t.data_ptr(), t.nbytes) for t in kept if t.nbytes)
+    if pieces:
+        fault_in(list(pieces), kept)
 
 
 def _saved(model: GemmaPreTrainedModel) -> dict[str, torch.Tensor]:

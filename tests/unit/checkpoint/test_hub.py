@@ -344,13 +344,13 @@ def test_pushed_folder_arrives_without_hidden_files(endpoint, tmp_path):
 
 
 def test_full_disk_and_unwritable_cache_are_told_apart():
-    full = hub._explain(OSError(28, "No space left on device"), "a/b", "x", None, False)
+    full = hub._explain(OSError(28, "No space left on device"), "a/b", "x", hub.HubOptions())
     assert isinstance(full, HubError)
     assert "disk filled up" in str(full)
-    closed = hub._explain(PermissionError(13, "Permission denied", "/cache"), "a/b", "x", None, False)
+    closed = hub._explain(PermissionError(13, "Permission denied", "/cache"), "a/b", "x", hub.HubOptions())
     assert "cannot be written" in str(closed)
     other = KeyError("bug")
-    assert hub._explain(other, "a/b", "x", None, False) is other
+    assert hub._explain(other, "a/b", "x", hub.HubOptions()) is other
 
 
 UNSAFE = [
