@@ -1,21 +1,23 @@
 """Flax msgpack: a tree of arrays, as transformers' FlaxGemma wrote it and `flax.serialization` reads it.
 
-Read here without flax or msgpack: the bounded reader below walks the mapped file and notes where each array lies, so a
-damaged or hostile file takes no memory and gives an error, and arrays are read one at a time. Written here too, byte
-for byte what `flax.serialization.msgpack_serialize` gives. Sources: the msgpack specification; flax's serialization.py
-(extension 1 is an array: shape, dtype, bytes; arrays over 2**30 bytes are cut into flat chunks).
+The package msgpack reads and writes counts, names and shapes, a few bytes at a time; the arrays, which it would have
+whole in memory, are left where they lie in the mapped file. So a damaged or hostile file takes no memory and gives an
+error, and arrays are read one at a time. Written are the very bytes of `flax.serialization.msgpack_serialize`.
+Sources: the msgpack specification; flax's serialization.py (extension 1 is an array: shape, dtype, bytes; arrays over
+2**30 bytes are cut into flat chunks).
 """
 
 from __future__ import annotations
 
 import mmap
-import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
+
+import msgpack
 
 from gemmakit.checkpoint.arrays import BITS, TensorInfo, numpy_dtype, to_jax
 from gemmakit.errors import CheckpointError
@@ -34,6 +36,13 @@ CHUNK_BYTES = 2**30
 _CHUNKED, _SHAPE, _CHUNKS = "__msgpack_chunked_array__", "shape", "chunks"
 _NDARRAY = 1
 _MAX_DEPTH, _MAX_ARRAYS, _MAX_NAME_BYTES, _MAX_AXES = 32, 200_000, 4096, 16
+# What is given to msgpack at a time: more than any name or shape takes.
+_WINDOW_BYTES = 8192
+# The first byte of a map; and of bytes and of an extension, whose lengths then have one, two or four bytes.
+_MAP = (*range(0x80, 0x90), 0xDE, 0xDF)
+_BINARY, _EXTENSION = (0xC4, 0xC5, 0xC6), (0xC7, 0xC8, 0xC9)
+# The first byte of an extension of one of five lengths.
+_FIXED = {0xD4: 1, 0xD5: 2, 0xD6: 4, 0xD7: 8, 0xD8: 16}
 
 
 def pytorch_name(path: str) -> tuple[str, bool]:
@@ -147,10 +156,9 @@ class _Reader:
                 if file.seek(0, 2) == 0:
                     raise ValueError("it is empty")
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as self.data:
-                    self.size = len(self.data)
                     end = self._tree(0, "", 0)
-            if end != self.size:
-                raise ValueError(f"its tree ends at byte {end}, the file has {self.size}")
+                    if end != len(self.data):
+                        raise ValueError(f"its tree ends at byte {end}, the file has {len(self.data)}")
             if not self.found:
                 raise ValueError("it holds no arrays")
         except OSError as error:
@@ -162,20 +170,19 @@ class _Reader:
         return self.found
 
     def _tree(self, at: int, path: str, depth: int) -> int:
+        """Find the arrays in the map at `at`; where it ends."""
         if depth > _MAX_DEPTH:
             raise ValueError(f"its tree is more than {_MAX_DEPTH} levels deep at byte {at}")
-        count, at = self._map(at, path)
-        if self._is_chunked(at, count):
-            array, at = self._chunked(at, count, path)
-            self._add(path, array)
-            return at
-        for _ in range(count):
-            key, at = self._text(at)
+        count, at = self._small(at, "a tree of names", lambda reader: reader.read_map_header())
+        for index in range(count):
+            key, after = self._name(at)
+            if index == 0 and count == 3 and key == _CHUNKED:
+                return self._chunked(at, path)
             below = f"{path}/{key}" if path else key
-            if self._kind(at) == "map":
-                at = self._tree(at, below, depth + 1)
+            if self._byte(after) in _MAP:
+                at = self._tree(after, below, depth + 1)
             else:
-                array, at = self._array(at, below)
+                array, at = self._array(after, below)
                 self._add(below, array)
         return at
 
@@ -186,61 +193,43 @@ class _Reader:
             raise ValueError(f"it has more than {_MAX_ARRAYS} arrays")
         self.found[path] = array
 
-    # -- chunked arrays --
-
-    def _is_chunked(self, at: int, count: int) -> bool:
-        return count == 3 and self._kind(at) == "text" and self._text(at)[0] == _CHUNKED
-
-    def _chunked(self, at: int, count: int, path: str) -> tuple[_Array, int]:
-        """{marker: true, "shape": {"0": ..}, "chunks": {"0": array, ..}}"""
-        shape: tuple[int, ...] = ()
+    def _chunked(self, at: int, path: str) -> int:
+        """The three entries {marker: true, "shape": {"0": ..}, "chunks": {"0": array, ..}}, in any order."""
+        shape: list[int] = []
         chunks: list[_Array] = []
-        for _ in range(count):
-            key, at = self._text(at)
-            if key == _CHUNKED:
-                at = self._need(at, 1)
-            elif key == _SHAPE:
-                shape, at = self._numbered(at, path, lambda i, _: self._number(i))
-            elif key == _CHUNKS:
-                chunks, at = self._numbered(at, path, self._array)
+        for _ in range(3):
+            key, at = self._name(at)
+            if key == _CHUNKS:
+                count, at = self._small(at, "chunks", lambda reader: reader.read_map_header())
+                parts: dict[str, _Array] = {}
+                for _ in range(count):
+                    number, at = self._name(at)
+                    parts[number], at = self._array(at, path)
+                chunks = _in_order(parts, count, path)
+            elif key in (_CHUNKED, _SHAPE):
+                value, at = self._small(at, "a shape", lambda reader: reader.unpack())
+                if key == _SHAPE:
+                    shape = _in_order(value, len(value) if isinstance(value, dict) else -1, path)
             else:
                 raise ValueError(f"the array {path!a} in chunks has the unknown key {key!a}")
+        _check_shape(shape, path)
         dtypes = {chunk.dtype for chunk in chunks}
         if len(dtypes) != 1 or sum(prod(chunk.shape) for chunk in chunks) != prod(shape):
-            raise ValueError(f"the chunks of {path!a} do not make up its shape {list(shape)}")
-        return _Array(dtypes.pop(), tuple(shape), tuple(r for chunk in chunks for r in chunk.ranges)), at
-
-    def _numbered(self, at: int, path: str, read: Any) -> tuple[Any, int]:
-        """A map with the keys "0", "1", ..., in any order, as a list."""
-        count, at = self._map(at, path)
-        values: dict[str, Any] = {}
-        for _ in range(count):
-            key, at = self._text(at)
-            values[key], at = read(at, path)
-        if set(values) != {str(i) for i in range(count)}:
-            raise ValueError(f"the array {path!a} in chunks lacks some of them")
-        return [values[str(i)] for i in range(count)], at
-
-    # -- one array --
+            raise ValueError(f"the chunks of {path!a} do not make up its shape {shape}")
+        self._add(path, _Array(dtypes.pop(), tuple(shape), tuple(r for chunk in chunks for r in chunk.ranges)))
+        return at
 
     def _array(self, at: int, path: str) -> tuple[_Array, int]:
         """An extension of code 1: (shape, dtype name, bytes)."""
-        length, at = self._extension(at, path)
-        end = self._need(at, length)
-        count, at = self._list(at, path)
+        at, end = self._extension(at, path)
+        head = lambda reader: (reader.read_array_header(), reader.unpack(), reader.unpack())  # noqa: E731
+        (count, shape, dtype), at = self._small(at, f"the shape of {path!a}", head)
         if count != 3:
             raise ValueError(f"the array {path!a} has {count} parts, not 3")
-        axes, at = self._list(at, path)
-        if axes > _MAX_AXES:
-            raise ValueError(f"the array {path!a} has {axes} axes")
-        shape: list[int] = []
-        for _ in range(axes):
-            number, at = self._number(at)
-            shape.append(number)
-        dtype, at = self._text(at)
-        if dtype not in BITS or BITS[dtype] % 8:
-            raise ValueError(f"the array {path!a} has the unknown dtype {dtype!a}")
-        nbytes, at = self._binary(at, path)
+        _check_shape(shape, path)
+        if not isinstance(dtype, str) or dtype not in BITS or BITS[dtype] % 8:
+            raise ValueError(f"the array {path!a} has the unknown dtype {dtype!a:.100}")
+        nbytes, at = self._length(at, _BINARY, f"the bytes of {path!a}")
         needed = prod(shape) * BITS[dtype] // 8
         if nbytes != needed or at + nbytes != end:
             raise ValueError(f"the array {path!a} of shape {shape} needs {needed} bytes, found {nbytes}")
@@ -248,68 +237,62 @@ class _Reader:
 
     # -- the pieces of the format --
 
+    def _name(self, at: int) -> tuple[str, int]:
+        what = f"a name of at most {_MAX_NAME_BYTES} bytes"
+        name, after = self._small(at, what, lambda reader: reader.unpack())
+        if not isinstance(name, str):
+            raise ValueError(f"{what} expected at byte {at}")
+        return name, after
+
+    def _small(self, at: int, what: str, read: Callable[[msgpack.Unpacker], Any]) -> tuple[Any, int]:
+        """What msgpack reads at `at`, which takes a few bytes, and where it ends."""
+        reader = msgpack.Unpacker(max_buffer_size=_WINDOW_BYTES, max_str_len=_MAX_NAME_BYTES)
+        reader.feed(self.data[at : at + _WINDOW_BYTES])
+        try:
+            return read(reader), at + reader.tell()
+        except msgpack.OutOfData:
+            raise ValueError(f"truncated: {what} at byte {at}, the file has {len(self.data)}") from None
+        except UnicodeDecodeError:
+            raise ValueError(f"{what} at byte {at} is not UTF-8") from None
+        except (ValueError, msgpack.UnpackException):
+            raise ValueError(f"{what} expected at byte {at}") from None
+
     def _need(self, at: int, count: int) -> int:
-        if at + count > self.size:
-            raise ValueError(f"truncated: bytes {at} to {at + count} are needed, the file has {self.size}")
+        if at + count > len(self.data):
+            raise ValueError(f"truncated: bytes {at} to {at + count} are needed, the file has {len(self.data)}")
         return at + count
 
     def _byte(self, at: int) -> int:
         self._need(at, 1)
         return self.data[at]
 
-    def _big(self, at: int, width: int) -> tuple[int, int]:
-        end = self._need(at, width)
-        return int.from_bytes(self.data[at:end], "big"), end
-
-    def _kind(self, at: int) -> str:
+    def _length(self, at: int, codes: tuple[int, int, int], what: str) -> tuple[int, int]:
         first = self._byte(at)
-        if 0x80 <= first <= 0x8F or first in (0xDE, 0xDF):
-            return "map"
-        return "text" if 0xA0 <= first <= 0xBF or first in (0xD9, 0xDA, 0xDB) else "other"
-
-    def _sized(self, at: int, path: str, what: str, fixed: tuple[int, int], wide: dict[int, int]) -> tuple[int, int]:
-        """A length: in the first byte when it lies in `fixed`, else in as many bytes as `wide` says."""
-        first = self._byte(at)
-        low, high = fixed
-        if low <= first <= high:
-            return first - low, at + 1
-        if first not in wide:
-            raise ValueError(f"{what} expected at byte {at}" + (f", in {path!a}" if path else ""))
-        return self._big(at + 1, wide[first])
-
-    def _map(self, at: int, path: str) -> tuple[int, int]:
-        return self._sized(at, path, "a tree of names", (0x80, 0x8F), {0xDE: 2, 0xDF: 4})
-
-    def _list(self, at: int, path: str) -> tuple[int, int]:
-        return self._sized(at, path, "a list", (0x90, 0x9F), {0xDC: 2, 0xDD: 4})
-
-    def _binary(self, at: int, path: str) -> tuple[int, int]:
-        return self._sized(at, path, "an array's bytes", (1, 0), {0xC4: 1, 0xC5: 2, 0xC6: 4})
-
-    def _text(self, at: int) -> tuple[str, int]:
-        length, at = self._sized(at, "", "a name", (0xA0, 0xBF), {0xD9: 1, 0xDA: 2, 0xDB: 4})
-        if length > _MAX_NAME_BYTES:
-            raise ValueError(f"the name at byte {at} has {length} bytes; at most {_MAX_NAME_BYTES} are allowed")
-        end = self._need(at, length)
-        try:
-            return self.data[at:end].decode("utf-8"), end
-        except UnicodeDecodeError:
-            raise ValueError(f"the name at byte {at} is not UTF-8") from None
-
-    def _number(self, at: int) -> tuple[int, int]:
-        return self._sized(at, "", "a whole number", (0x00, 0x7F), {0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8})
+        if first not in codes:
+            raise ValueError(f"{what} expected at byte {at}")
+        end = self._need(at + 1, 1 << codes.index(first))
+        return int.from_bytes(self.data[at + 1 : end], "big"), end
 
     def _extension(self, at: int, path: str) -> tuple[int, int]:
-        """The length of an array's payload and where it begins."""
+        """Where an array's payload begins and ends."""
         first = self._byte(at)
-        fixed = {0xD4: 1, 0xD5: 2, 0xD6: 4, 0xD7: 8, 0xD8: 16}
-        if first in fixed:
-            length, at = fixed[first], at + 1
-        else:
-            length, at = self._sized(at, path, "an array", (1, 0), {0xC7: 1, 0xC8: 2, 0xC9: 4})
+        fixed = _FIXED.get(first)
+        length, at = (fixed, at + 1) if fixed else self._length(at, _EXTENSION, f"in {path!a}, an array")
         if self._byte(at) != _NDARRAY:
             raise ValueError(f"{path!a} is an extension of code {self._byte(at)}, no array")
-        return length, at + 1
+        return at + 1, self._need(at + 1, length)
+
+
+def _in_order(numbered: Any, count: int, path: str) -> list[Any]:
+    """{"0": a, "1": b, ...} in any order, as a list."""
+    if not isinstance(numbered, dict) or set(numbered) != {str(i) for i in range(count)}:
+        raise ValueError(f"the array {path!a} in chunks lacks some of them")
+    return [numbered[str(i)] for i in range(count)]
+
+
+def _check_shape(shape: Any, path: str) -> None:
+    if not isinstance(shape, list) or len(shape) > _MAX_AXES or not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError(f"the array {path!a} has the impossible shape {shape!a:.100}")
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -342,9 +325,9 @@ def encode(leaves: Mapping[str, Leaf]) -> Iterator[bytes | memoryview]:
 
 
 def _encode_tree(tree: dict[str, Any]) -> Iterator[bytes | memoryview]:
-    yield _length(len(tree), 0x80, 15, ((0xDE, 2), (0xDF, 4)))
+    yield msgpack.Packer().pack_map_header(len(tree))
     for key in sorted(tree):
-        yield _encode_text(key)
+        yield _packed(key)
         value = tree[key]
         yield from _encode_leaf(value) if isinstance(value, Leaf) else _encode_tree(value)
 
@@ -357,42 +340,29 @@ def _encode_leaf(leaf: Leaf) -> Iterator[bytes | memoryview]:
     wide = BITS[leaf.dtype] // 8
     edges = [*range(0, leaf.nbytes, CHUNK_BYTES // wide * wide), leaf.nbytes]
     # In the order in which flax writes the keys of a chunked array.
-    yield _length(3, 0x80, 15, ()) + _encode_text(_CHUNKED) + b"\xc3" + _encode_text(_SHAPE)
-    yield _length(len(leaf.shape), 0x80, 15, ())
-    for i, number in enumerate(leaf.shape):
-        yield _encode_text(str(i)) + _encode_number(number)
-    yield _encode_text(_CHUNKS) + _length(len(edges) - 1, 0x80, 15, ((0xDE, 2), (0xDF, 4)))
+    shape = {str(i): number for i, number in enumerate(leaf.shape)}
+    yield msgpack.Packer().pack_map_header(3) + _packed(_CHUNKED, True, _SHAPE, shape, _CHUNKS)
+    yield msgpack.Packer().pack_map_header(len(edges) - 1)
     data = leaf.load()
     for i, (begin, end) in enumerate(pairwise(edges)):
-        yield _encode_text(str(i)) + _array_head(leaf.dtype, ((end - begin) // wide,), end - begin)
+        yield _packed(str(i)) + _array_head(leaf.dtype, ((end - begin) // wide,), end - begin)
         yield data[begin:end]
 
 
 def _array_head(dtype: str, shape: tuple[int, ...], nbytes: int) -> bytes:
     """Everything of an array but its bytes."""
-    inner = b"\x93" + _length(len(shape), 0x90, 15, ()) + b"".join(map(_encode_number, shape)) + _encode_text(dtype)
-    inner += _length(nbytes, 0, -1, ((0xC4, 1), (0xC5, 2), (0xC6, 4)))
-    return _encode_extension(len(inner) + nbytes) + inner
+    inner = msgpack.Packer().pack_array_header(3) + _packed(shape, dtype) + _sized(_BINARY, nbytes)
+    length = len(inner) + nbytes
+    fixed = next((code for code, size in _FIXED.items() if size == length), None)
+    return (bytes([fixed]) if fixed else _sized(_EXTENSION, length)) + bytes([_NDARRAY]) + inner
 
 
-def _encode_extension(length: int) -> bytes:
-    fixed = {1: 0xD4, 2: 0xD5, 4: 0xD6, 8: 0xD7, 16: 0xD8}
-    head = bytes([fixed[length]]) if length in fixed else _length(length, 0, -1, ((0xC7, 1), (0xC8, 2), (0xC9, 4)))
-    return head + bytes([_NDARRAY])
+def _sized(codes: tuple[int, int, int], length: int) -> bytes:
+    """A length in the fewest bytes that hold it, after the code that says how many."""
+    width = next(width for width in (1, 2, 4) if length < 1 << 8 * width)
+    return bytes([codes[width.bit_length() - 1]]) + length.to_bytes(width, "big")
 
 
-def _encode_text(text: str) -> bytes:
-    data = text.encode()
-    return _length(len(data), 0xA0, 31, ((0xD9, 1), (0xDA, 2), (0xDB, 4))) + data
-
-
-def _encode_number(number: int) -> bytes:
-    return _length(number, 0, 127, ((0xCC, 1), (0xCD, 2), (0xCE, 4), (0xCF, 8)))
-
-
-def _length(value: int, first: int, most: int, wide: tuple[tuple[int, int], ...]) -> bytes:
-    """A number in the first byte if it is at most `most`, else in the narrowest of the `wide` forms (code, bytes)."""
-    if value <= most:
-        return bytes([first + value])
-    code, width = next((code, width) for code, width in wide if value < 1 << 8 * width)
-    return struct.pack("B", code) + value.to_bytes(width, "big")
+def _packed(*values: Any) -> bytes:
+    packer = msgpack.Packer()
+    return b"".join(bytes(packer.pack(value)) for value in values)
