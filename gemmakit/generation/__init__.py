@@ -1,7 +1,6 @@
-"""What is asked of generate(): settings and the order in which logits are processed. Data; no tensors."""
+"""What is asked of generate(): settings, each with its range, and how they act together. Data; no tensors."""
 
 from gemmakit.generation.config import GenerationConfig
-from gemmakit.generation.rules import PROCESSOR_ORDER
 from gemmakit.generation.watermarks import (
     BaseWatermarkingConfig,
     SynthIDTextWatermarkingConfig,
@@ -9,7 +8,6 @@ from gemmakit.generation.watermarks import (
 )
 
 __all__ = [
-    "PROCESSOR_ORDER",
     "BaseWatermarkingConfig",
     "GenerationConfig",
     "SynthIDTextWatermarkingConfig",

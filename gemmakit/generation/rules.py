@@ -1,4 +1,4 @@
-"""How settings act together: which contradict each other, which have no effect, in which order they change logits."""
+"""How settings act together: which contradict each other, and which have no effect as the others stand."""
 
 from __future__ import annotations
 
@@ -6,53 +6,12 @@ import warnings
 from collections.abc import Collection, Iterator
 
 from gemmakit.errors import GenerationConfigError
-from gemmakit.generation.settings import Settings
+from gemmakit.generation.settings import DEFAULTS, Settings
 
-# The order in which generate() changes the logits of a step: that of transformers, which has no "constraint".
-# Those before "custom" shape every strategy; those after it shape sampling alone, but for the last two.
-PROCESSOR_ORDER: tuple[str, ...] = (
-    "guidance_scale",
-    "sequence_bias",
-    "encoder_repetition_penalty",
-    "repetition_penalty",
-    "no_repeat_ngram_size",
-    "encoder_no_repeat_ngram_size",
-    "bad_words_ids",
-    "min_length",
-    "min_new_tokens",
-    "prefix_allowed_tokens_fn",
-    "forced_bos_token_id",
-    "forced_eos_token_id",
-    "remove_invalid_values",
-    "exponential_decay_length_penalty",
-    "suppress_tokens",
-    "begin_suppress_tokens",
-    "constraint",
-    "custom",
-    "temperature",
-    "top_h",
-    "top_k",
-    "top_p",
-    "min_p",
-    "typical_p",
-    "epsilon_cutoff",
-    "eta_cutoff",
-    "watermarking_config",
-    "renormalize_logits",
-)
-
-# field: the value that means "off"
-_SAMPLING = {
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "min_p": None,
-    "top_h": None,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-}
-_BEAMS = {"early_stopping": False, "length_penalty": 1.0}
-_CACHE = {"cache_implementation": None, "cache_config": None}
+# What only sampling, beams or a cache read; at their defaults they are off.
+_SAMPLING = ("temperature", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_BEAMS = ("early_stopping", "length_penalty")
+_CACHE = ("cache_implementation", "cache_config")
 _OUTPUTS = ("output_attentions", "output_hidden_states", "output_scores", "output_logits")
 _STATIC = ("static", "offloaded_static")
 
@@ -139,14 +98,14 @@ def warn_of_no_effect(c: Settings, asked: Collection[str] | None = None) -> None
 def _no_effect(c: Settings) -> Iterator[tuple[str, str]]:
     if not c.do_sample:
         why = "do_sample is False: it shapes sampling only. Set do_sample=True or leave it out."
-        yield from ((n, why) for n, off in _SAMPLING.items() if getattr(c, n) != off)
+        yield from ((n, why) for n in _SAMPLING if getattr(c, n) != DEFAULTS[n])
         if c.top_k not in (0, 50) and not c.penalty_alpha:  # contrastive search takes top_k candidates
             yield "top_k", why
     if c.num_beams == 1:
         why = "num_beams is 1: it acts on beam search only. Set num_beams above 1 or leave it out."
-        yield from ((n, why) for n, off in _BEAMS.items() if getattr(c, n) != off)
+        yield from ((n, why) for n in _BEAMS if getattr(c, n) != DEFAULTS[n])
     if not c.use_cache:
-        yield from ((n, "use_cache is False.") for n, off in _CACHE.items() if getattr(c, n) != off)
+        yield from ((n, "use_cache is False.") for n in _CACHE if getattr(c, n) != DEFAULTS[n])
     if c.max_cache_len is not None and c.cache_implementation not in _STATIC:
         yield "max_cache_len", 'only static caches have a length: set cache_implementation="static".'
     if not c.return_dict_in_generate:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gemmakit.generation import PROCESSOR_ORDER
+from gemmakit.pytorch.decode.processors import PROCESSORS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -18,7 +18,7 @@ def test_the_documented_order_of_processors_is_the_one_that_runs():
     page = (ROOT / "docs" / "generation.md").read_text(encoding="utf-8")
     numbered = re.findall(r"(?<=\| )(\d+) `?(\w+)`?(?= \|)", page)
     order = [name for _, name in sorted(numbered, key=lambda pair: int(pair[0]))]
-    assert tuple(order) == PROCESSOR_ORDER
+    assert tuple(order) == tuple(PROCESSORS)
 
 
 def test_the_speed_table_in_the_readme_is_the_measured_one():

@@ -7,11 +7,9 @@ import warnings
 import pytest
 import transformers
 
-import gemmakit
 from gemmakit import GenerationConfig, SynthIDTextWatermarkingConfig, WatermarkingConfig
 from gemmakit.checks import OneOf, Real, TokenIds, Whole, ranges
 from gemmakit.errors import GenerationConfigError, TokenOutOfRange
-from gemmakit.generation import PROCESSOR_ORDER
 from gemmakit.generation.settings import DEFAULTS, REFUSED
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -336,8 +334,3 @@ def test_live_objects_cannot_be_saved(tmp_path):
     with pytest.raises(GenerationConfigError, match="cannot be written"):
         config.save_pretrained(tmp_path / "x")
     assert not (tmp_path / "x").exists()
-
-
-def test_order_is_complete():
-    assert len(set(PROCESSOR_ORDER)) == len(PROCESSOR_ORDER)
-    assert gemmakit.generation.PROCESSOR_ORDER[-1] == "renormalize_logits"

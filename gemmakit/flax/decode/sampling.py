@@ -20,7 +20,7 @@ Knobs = dict[str, Any]
 
 
 def process(plan: Plan, knobs: Knobs, scores: jax.Array, step: jax.Array, ids: jax.Array, seen: jax.Array) -> jax.Array:
-    """The settings in the order of `gemmakit.generation.PROCESSOR_ORDER`.
+    """The settings in the order of docs/generation.md, which PyTorch's processors have too.
 
     scores: float32 (R, V). step: () new tokens so far. ids: (R, P + room), prompt and new tokens; seen: bool like ids,
     True where there is a token.

@@ -9,7 +9,6 @@ import torch
 import gemmakit
 from gemmakit import GenerationConfig
 from gemmakit.errors import GenerationConfigError, InputError, NumericalError, TokenOutOfRange
-from gemmakit.generation import PROCESSOR_ORDER
 from gemmakit.pytorch.decode import processors
 from gemmakit.pytorch.decode.processors.guidance import Guidance
 
@@ -108,7 +107,7 @@ def test_no_processor_waits_for_the_device(monkeypatch):
     ids, mask = padded(rows(3, 9), 12)
     chain = processors.build(context(**settings, prompt=ids, padding=mask == 0, total=30))
     # min_length gives way to min_new_tokens, whose kind it is.
-    assert len(chain) == len(PROCESSOR_ORDER) - len(WAITS | {"guidance_scale", "custom", "min_length"})
+    assert len(chain) == len(processors.PROCESSORS) - len(WAITS | {"guidance_scale", "custom", "min_length"})
     chain.append(processors.build(context(watermarking_config={"ngram_len": 3, "keys": [5]}, prompt=ids))[0])
 
     def waiting(*_, **__):
@@ -132,10 +131,6 @@ def test_everything_stays_on_its_device():
     for processor in chain:
         scores = processor(ids.repeat_interleave(2, dim=0).to("meta"), scores)
         assert scores.device.type == "meta"
-
-
-def test_processors_run_in_the_stated_order():
-    assert tuple(processors.PROCESSORS) == PROCESSOR_ORDER
 
 
 def test_nothing_is_built_for_defaults():
