@@ -20,12 +20,15 @@ from torch.utils.checkpoint import checkpoint
 from gemmakit.checks import Whole, check
 from gemmakit.errors import InputError
 from gemmakit.pytorch.layers import Linear
+from gemmakit.pytorch.shapes import Float, Int, Shaped
 
 IGNORED_LABEL = -100
 
 
-def causal_loss(logits: Tensor, targets: Tensor, num_items: int | Tensor | None = None) -> Tensor:
-    """Cross entropy in float32. logits: (B, S, V); targets: (B, S), the id that follows each position, or -100."""
+def causal_loss(
+    logits: Float[Tensor, "B S V"], targets: Int[Tensor, "B S"], num_items: int | Shaped[Tensor, ""] | None = None
+) -> Float[Tensor, ""]:
+    """Cross entropy in float32. targets: the id that follows each position, or -100."""
     flat, target = logits.float().flatten(0, 1), targets.to(logits.device, torch.long).flatten()
     if num_items is None:
         return F.cross_entropy(flat, target, ignore_index=IGNORED_LABEL)
@@ -33,7 +36,7 @@ def causal_loss(logits: Tensor, targets: Tensor, num_items: int | Tensor | None 
     return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
 
 
-def next_labels(labels: Tensor) -> Tensor:
+def next_labels(labels: Int[Tensor, "B S"]) -> Int[Tensor, "B S"]:
     """What each position is to predict: the label after it; the last has none."""
     return F.pad(labels[:, 1:].long(), (0, 1), value=IGNORED_LABEL)
 
@@ -54,12 +57,16 @@ def check_labels(labels: Tensor, inputs: Tensor | None, vocab_size: int) -> None
 
 
 def chunked_loss(
-    head: nn.Module, hidden: Tensor, targets: Tensor | None, chunk: int, num_items: int | Tensor | None = None
-) -> Tensor:
-    """Cross entropy of head(hidden) in float32, () as `causal_loss` gives it, `chunk` positions at a time.
+    head: nn.Module,
+    hidden: Float[Tensor, "B S D"],
+    targets: Int[Tensor, "B S"] | None,
+    chunk: int,
+    num_items: int | Shaped[Tensor, ""] | None = None,
+) -> Float[Tensor, ""]:
+    """Cross entropy of head(hidden) in float32 as `causal_loss` gives it, `chunk` positions at a time.
 
-    hidden: (B, S, D); targets: (B, S), the id that follows each position, or -100; num_items: what to divide the sum
-    by, instead of the number of targets. With a plain head the gradients are computed along with the loss: memory is a
+    targets: the id that follows each position, or -100; num_items: what to divide the sum by, instead of the number of
+    targets. With a plain head the gradients are computed along with the loss: memory is a
     few times (C, V), and (V, D) in float32 where the head is trained in several chunks, for its gradient is summed in
     float32 and rounded once. A head with hooks or adapters, or a quantized one, is run twice instead, so that it sees
     its call.
@@ -87,7 +94,7 @@ def _is_plain(head: nn.Module) -> bool:
     return type(head) is Linear and not hooked and "forward" not in head.__dict__
 
 
-def _by_module(head: nn.Module, flat: Tensor, target: Tensor, chunk: int) -> Tensor:
+def _by_module(head: nn.Module, flat: Float[Tensor, "n D"], target: Int[Tensor, " n"], chunk: int) -> Float[Tensor, ""]:
     total = torch.zeros((), dtype=torch.float32, device=flat.device)
     for at in _chunks(len(flat), chunk):
         arguments = (head, flat[at], target[at])
@@ -96,7 +103,7 @@ def _by_module(head: nn.Module, flat: Tensor, target: Tensor, chunk: int) -> Ten
     return total
 
 
-def _sum(head: nn.Module, hidden: Tensor, target: Tensor) -> Tensor:
+def _sum(head: nn.Module, hidden: Float[Tensor, "n D"], target: Int[Tensor, " n"]) -> Float[Tensor, ""]:
     return F.cross_entropy(head(hidden).float(), target, ignore_index=IGNORED_LABEL, reduction="sum")
 
 
@@ -113,8 +120,14 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, chunk: int, grad: bool
-    ) -> Tensor:
+        ctx: Any,
+        hidden: Float[Tensor, "n D"],
+        weight: Float[Tensor, "V D"],
+        bias: Float[Tensor, " V"] | None,
+        target: Int[Tensor, " n"],
+        chunk: int,
+        grad: bool,
+    ) -> Float[Tensor, ""]:
         wanted = [grad and need for need in ctx.needs_input_grad[:3]]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         # One product is rounded once as it is; several are summed in float32.

@@ -1,6 +1,6 @@
 """Keys and values of the tokens already seen. A cache owns its memory and its positions; the model asks it to append.
 
-Axis letters: B batch, K kv heads, T positions held, H head_dim. Every key and value tensor is (B, K, T, H).
+Axis letters: B batch, K kv heads, T positions held, S new ones, H head_dim.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from gemmakit.checks import Whole, check
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError, PromptTooLong
 from gemmakit.pytorch.cache.files import load_cache, save_cache
+from gemmakit.pytorch.shapes import Float, Int
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 Legacy = tuple[tuple[Tensor, Tensor], ...]
 
 
-def _sizes(x: Tensor) -> tuple[int, int, int]:
+def _sizes(x: Float[Tensor, "B K T H"]) -> tuple[int, int, int]:
     return x.shape[0], x.shape[1], x.shape[3]
 
 
@@ -42,11 +43,11 @@ class CacheLayer:
         self.told: Tensor | None = None
 
     @property
-    def keys(self) -> Tensor | None:
+    def keys(self) -> Float[Tensor, "B K T H"] | None:
         return None if self._keys is None else self._keys[:, :, : int(self.length)]
 
     @property
-    def values(self) -> Tensor | None:
+    def values(self) -> Float[Tensor, "B K T H"] | None:
         return None if self._values is None else self._values[:, :, : int(self.length)]
 
     @property
@@ -59,8 +60,10 @@ class CacheLayer:
         """Bytes of memory held, used or not."""
         return sum(t.nbytes for t in (self._keys, self._values) if t is not None)
 
-    def append(self, k: Tensor, v: Tensor, places: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Take S more positions; give all that is held, or with `places` (S,) the whole fixed buffer."""
+    def append(
+        self, k: Float[Tensor, "B K S H"], v: Float[Tensor, "B K S H"], places: Int[Tensor, " S"] | None
+    ) -> tuple[Float[Tensor, "B K T H"], Float[Tensor, "B K T H"]]:
+        """Take S more positions; give all that is held, or with `places` the whole fixed buffer."""
         if places is not None and self.fixed is not None:
             return self._write_at(k, v, places)
         # Even if k needs no gradient: that of a trained q_proj reads the keys of this call.
@@ -72,11 +75,13 @@ class CacheLayer:
         values[:, :, start:end] = v
         return keys[:, :, :end], values[:, :, :end]
 
-    def claim(self, sizes: tuple[int, int, int], more: int, like: Tensor) -> tuple[Tensor, Tensor, int, int]:
+    def claim(
+        self, sizes: tuple[int, int, int], more: int, like: Tensor
+    ) -> tuple[Float[Tensor, "B K capacity H"], Float[Tensor, "B K capacity H"], int, int]:
         """Room for `more` positions, which count as held from now on: the caller writes them, before anyone reads.
 
-        sizes: (B, K, H); like: has dtype and device. Returns the buffers of keys and values, (B, K, capacity, H), and
-        where the new positions start and end in them.
+        sizes: (B, K, H); like: has dtype and device. Returns the buffers of keys and values, and where
+        the new positions start and end in them.
         """
         start, end = self._span(more)
         self._reserve(sizes, like, start, end)
@@ -102,14 +107,18 @@ class CacheLayer:
             )
         return start, end
 
-    def _write_at(self, k: Tensor, v: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    def _write_at(
+        self, k: Float[Tensor, "B K S H"], v: Float[Tensor, "B K S H"], places: Int[Tensor, " S"]
+    ) -> tuple[Float[Tensor, "B K capacity H"], Float[Tensor, "B K capacity H"]]:
         keys, values = self.claim_at(_sizes(k), places, k)
         keys.index_copy_(2, places, k)
         values.index_copy_(2, places, v)
         return keys, values
 
-    def claim_at(self, sizes: tuple[int, int, int], places: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """As `claim`, of a fixed buffer, for the positions at `places` (S,): no length is read on the host."""
+    def claim_at(
+        self, sizes: tuple[int, int, int], places: Int[Tensor, " S"], like: Tensor
+    ) -> tuple[Float[Tensor, "B K capacity H"], Float[Tensor, "B K capacity H"]]:
+        """As `claim`, of a fixed buffer, for the positions at `places`: no length is read on the host."""
         if self._keys is None or self._borrowed:
             self._reserve(sizes, like, int(self.length), len(places))
         assert self._keys is not None and self._values is not None
@@ -119,7 +128,9 @@ class CacheLayer:
         self.told = places
         return self._keys, self._values
 
-    def _join(self, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    def _join(
+        self, k: Float[Tensor, "B K S H"], v: Float[Tensor, "B K S H"], start: int
+    ) -> tuple[Float[Tensor, "B K T H"], Float[Tensor, "B K T H"]]:
         """Gradients forbid writing in place."""
         if start:
             assert self._keys is not None and self._values is not None
@@ -141,7 +152,9 @@ class CacheLayer:
         self._values = self._grown(self._values, sizes, room, used, like)
 
     @staticmethod
-    def _grown(old: Tensor | None, sizes: tuple[int, int, int], room: int, used: int, like: Tensor) -> Tensor:
+    def _grown(
+        old: Float[Tensor, "B K held H"] | None, sizes: tuple[int, int, int], room: int, used: int, like: Tensor
+    ) -> Float[Tensor, "B K room H"]:
         B, K, H = sizes
         # Zeros, because a masked position still multiplies: 0 * garbage could be NaN.
         new = torch.zeros((B, K, room, H), dtype=like.dtype, device=like.device)
@@ -180,9 +193,13 @@ class Cache:
     # -- what the model asks for -----------------------------------------------------------------------------------
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, cache_kwargs: dict[str, Any] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Append (B, K, S, H) to layer `layer_idx`; give every key and value the queries may look at.
+        self,
+        key_states: Float[Tensor, "B K S H"],
+        value_states: Float[Tensor, "B K S H"],
+        layer_idx: int,
+        cache_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Float[Tensor, "B K T H"], Float[Tensor, "B K T H"]]:
+        """Append to layer `layer_idx`; give every key and value the queries may look at.
 
         Raises PromptTooLong when a static cache is full, InputError when the batch changed.
         """
@@ -217,7 +234,9 @@ class Cache:
             "the cache is another model's."
         )
 
-    def span(self, queries: int, cache_position: Tensor | None = None) -> tuple[int | Tensor, int]:
+    def span(
+        self, queries: int, cache_position: Int[Tensor, " S"] | None = None
+    ) -> tuple[int | Int[Tensor, " S"], int]:
         """Where the next tokens go, and how many keys they get to see.
 
         The first is the number of positions before them, or, for a static cache that is told places by a tensor, that
@@ -251,12 +270,12 @@ class Cache:
         for layer in self.layers:
             layer.crop(0)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Int[Tensor, " rows"]) -> None:
         """Row i becomes what row beam_idx[i] was."""
         self.batch_select_indices(beam_idx)
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows, in this order; indices: (B',), a row may come several times."""
+    def batch_select_indices(self, indices: Int[Tensor, " rows"]) -> None:
+        """Keep these rows, in this order; a row may come several times."""
         for layer in self.layers:
             layer.rebatch(lambda x: x.index_select(0, indices.to(x.device)))
 
