@@ -11,10 +11,10 @@ from typing import Annotated, Any
 from typer import Argument, Option
 
 from gemmakit.auto import AutoConfig
+from gemmakit.checkpoint.inspect import memory
 from gemmakit.checkpoint.memory import free_memory_bytes
 from gemmakit.cli import options as o
 from gemmakit.cli.env import available_cores, cpu_flags, cpu_name, missing_extras, versions
-from gemmakit.cli.inspection import memory
 from gemmakit.cli.shell import FAILED
 from gemmakit.config import GemmaConfig
 from gemmakit.dtypes import dtype_name
@@ -56,11 +56,12 @@ def doctor(
 
 
 def _checkpoint(path: Path, tensors: bool, deep: bool, allow_pickle: bool, json_: bool) -> int:
-    from gemmakit.cli.inspection import inspect
-    from gemmakit.cli.inspection_report import lines
+    from gemmakit.checkpoint.inspect import inspect
+    from gemmakit.cli.inspection_report import inspect_tokenizer, lines
 
     with progress_bar("bytes") as progress:
         found = inspect(path, deep=deep, allow_pickle=allow_pickle, progress=progress)
+    inspect_tokenizer(found)
     print(json.dumps(found.to_dict(tensors), indent=2) if json_ else "\n".join(lines(found, tensors)))
     return FAILED if found.problems else 0
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
-from gemmakit.cli.inspection import Findings, memory
+from gemmakit.checkpoint.inspect import Findings, Problem, memory
+from gemmakit.errors import GemmakitError
 
 _BOLD, _GREEN, _RED, _DIM = "1", "32", "31", "2"
 _MANY_FILES = 8
@@ -112,3 +114,35 @@ def _bold(text: str) -> str:
 def _style(text: str, code: str) -> str:
     plain = not sys.stdout.isatty() or "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
     return text if plain else f"\x1b[{code}m{text}\x1b[0m"
+
+
+# -- the tokenizer beside it -------------------------------------------------------------------------------------------
+
+
+def inspect_tokenizer(found: Findings) -> None:
+    """Load the tokenizer that lies beside the weights, once, and add what is known of it and what is wrong."""
+    from gemmakit.conversion.tokenizers import FILES
+
+    where = found.beside
+    if where is None or (where.is_dir() and not any((where / name).is_file() for name in FILES[:2])):
+        return
+    files = [name for name in FILES if (where / name).is_file()] if where.is_dir() else [where.name]
+    found.tokenizer = {"files": files, "loads": False, "size": None, "chat_template": None}
+    _load_tokenizer(found, found.tokenizer, where)
+
+
+def _load_tokenizer(found: Findings, about: dict[str, Any], where: Path) -> None:
+    from gemmakit.text import GemmaTokenizerFast
+
+    try:
+        tokenizer: Any = GemmaTokenizerFast.from_pretrained(str(where))
+        template = tokenizer.get_chat_template()
+        about.update(loads=True, size=len(tokenizer), chat_template=template is not None)
+        if template is not None:
+            tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
+    except GemmakitError as error:
+        found.problems.append(Problem("tokenizer", None, None, None, f"tokenizer: {error}"))
+        return
+    if found.config is not None and len(tokenizer) > found.config.vocab_size:
+        expected = f"at most {found.config.vocab_size} ids, as the embedding has rows"
+        found.problems.append(Problem("tokenizer", None, expected, str(len(tokenizer))))

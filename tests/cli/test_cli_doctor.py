@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import gemmakit
+from gemmakit.checkpoint.inspect import inspect
 from gemmakit.cli import main
-from gemmakit.cli.inspection import inspect
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "conversion"))
 
@@ -209,7 +209,7 @@ def test_nan_and_infinity_are_found_by_deep_alone(tmp_path, capsys):
 
 def test_a_deep_look_tells_how_far_it_is(tmp_path, monkeypatch):
     make(dtype="bfloat16").save_pretrained(tmp_path)
-    monkeypatch.setattr("gemmakit.cli.inspection._SCAN_ELEMENTS", 1 << 10)
+    monkeypatch.setattr("gemmakit.checkpoint.inspect._SCAN_ELEMENTS", 1 << 10)
     told = []
     found = inspect(tmp_path, deep=True, progress=lambda done, total: told.append((done, total)))
     assert {total for _, total in told} == {found.tensor_bytes}
@@ -224,7 +224,7 @@ def test_small_files_that_are_broken_are_problems_too(tiny, tmp_path, capsys):
     (tmp_path / "tokenizer.model").write_bytes(b"\x0a\xff")
     (tmp_path / "generation_config.json").write_text('{"temperature": -1}')
     report = examined(capsys, tmp_path, code=2)
-    assert [problem["file"] for problem in report["problems"]] == ["tokenizer", "generation_config.json"]
+    assert [problem["file"] for problem in report["problems"]] == ["generation_config.json", "tokenizer"]
     assert report["tokenizer"]["loads"] is False
     (tmp_path / "config.json").write_text("{")
     assert "config.json" in examined(capsys, tmp_path, code=2)["problems"][0]["line"]

@@ -7,9 +7,9 @@ from conversion_tools import make
 
 import gemmakit
 from gemmakit.checkpoint.formats import msgpack
+from gemmakit.checkpoint.inspect import memory
 from gemmakit.checkpoint.layout import architecture_of, tensor_shapes
 from gemmakit.checkpoint.opening import open_weights
-from gemmakit.cli.inspection import memory
 
 CLASSES = (
     gemmakit.GemmaForCausalLM,

@@ -8,14 +8,17 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from gemmakit.checkpoint import Checkpoint, TensorInfo
-from gemmakit.checkpoint.checkpoint import read_index
+from gemmakit.checkpoint.arrays import TensorInfo
+from gemmakit.checkpoint.checkpoint import Checkpoint, read_index
+from gemmakit.checkpoint.formats.gguf import released_name
 from gemmakit.checkpoint.formats.orbax import OrbaxFile
 from gemmakit.checkpoint.formats.safetensors import SafetensorsFile
 from gemmakit.checkpoint.layout import CAUSAL, architecture_of, differences, released_size, tensor_shapes, tied_names
 from gemmakit.checkpoint.opening import GGUF, SAFETENSORS, TITLES, open_weights
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import CheckpointError, GemmakitError
+from gemmakit.generation import GenerationConfig
+from gemmakit.gguf import config_values, read_gguf_header
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _SCAN_ELEMENTS = 1 << 22
@@ -40,7 +43,10 @@ class Problem:
 
 @dataclass
 class Findings:
-    """Everything a report says. `files` are (name, bytes, tensors); `dtypes` numbers a dtype."""
+    """Everything a report says. `files` are (name, bytes, tensors); `dtypes` numbers a dtype.
+
+    beside: the folder or GGUF file whose tokenizer goes with the weights, which whoever knows tokenizers may look at.
+    """
 
     path: str
     kind: str = ""
@@ -57,6 +63,7 @@ class Findings:
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     scanned: bool = False
+    beside: Path | None = None
 
     def to_dict(self, tensors: bool) -> dict[str, Any]:
         """As JSON has it; the table of tensors if it is asked for."""
@@ -94,8 +101,17 @@ def inspect(
         if deep:
             _scan(found, checkpoint, progress)
     if found.kind == GGUF or (folder / "config.json").is_file() or path.is_dir():
-        _small_files(found, checkpoint.files[0] if found.kind == GGUF and checkpoint else folder)
+        found.beside = checkpoint.files[0] if found.kind == GGUF and checkpoint else folder
+        _check_generation(found, found.beside / "generation_config.json")
     return found
+
+
+def _check_generation(found: Findings, path: Path) -> None:
+    if path.is_file():
+        try:
+            GenerationConfig.from_pretrained(path.parent)
+        except GemmakitError as error:
+            found.problems.append(Problem(path.name, None, None, None, f"{path.name}: {error}"))
 
 
 # -- what it takes in memory -------------------------------------------------------------------------------------------
@@ -177,8 +193,6 @@ def _own_config(found: Findings, checkpoint: Checkpoint) -> None:
         if isinstance(file, OrbaxFile) and found.config is None:
             found.config = file.config()
         elif found.kind == GGUF:
-            from gemmakit.gguf import config_values, read_gguf_header
-
             found.config = GemmaConfig.from_dict(config_values(read_gguf_header(file.path)))
     except GemmakitError as error:
         found.problems.append(Problem(file.path.name, None, None, None, str(error)))
@@ -247,9 +261,6 @@ def _size(path: Path) -> int:
 
 def _as_gguf_has_it(found: Findings, path: Path) -> None:
     """The types and bytes in the file, instead of those that its blocks are given out with."""
-    from gemmakit.checkpoint.formats.gguf import released_name
-    from gemmakit.gguf import read_gguf_header
-
     found.dtypes.clear()
     for theirs, held in read_gguf_header(path).tensors.items():
         info = TensorInfo(held.kind.name, tuple(held.shape), held.begin, held.end)
@@ -378,43 +389,3 @@ def _pieces(tensor: Any) -> Iterator[Any]:
         yield tensor
     for begin in range(0, len(tensor) if tensor.ndim else 0, rows):
         yield tensor[begin : begin + rows]
-
-
-# -- what lies beside --------------------------------------------------------------------------------------------------
-
-
-def _small_files(found: Findings, where: Path) -> None:
-    """The tokenizer, loaded once, and the settings of generation; `where` is their folder or the GGUF file."""
-    from gemmakit.conversion.tokenizers import FILES
-    from gemmakit.generation import GenerationConfig
-
-    if where.is_dir() and not any((where / name).is_file() for name in FILES[:2]):
-        found.tokenizer = None
-    else:
-        files = [name for name in FILES if (where / name).is_file()] if where.is_dir() else [where.name]
-        found.tokenizer = {"files": files, "loads": False, "size": None, "chat_template": None}
-        _load_tokenizer(found, where)
-    if (where / "generation_config.json").is_file():
-        try:
-            GenerationConfig.from_pretrained(where)
-        except GemmakitError as error:
-            name = "generation_config.json"
-            found.problems.append(Problem(name, None, None, None, f"{name}: {error}"))
-
-
-def _load_tokenizer(found: Findings, where: Path) -> None:
-    from gemmakit.text import GemmaTokenizerFast
-
-    assert found.tokenizer is not None
-    try:
-        tokenizer: Any = GemmaTokenizerFast.from_pretrained(str(where))
-        template = tokenizer.get_chat_template()
-        found.tokenizer.update(loads=True, size=len(tokenizer), chat_template=template is not None)
-        if template is not None:
-            tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
-    except GemmakitError as error:
-        found.problems.append(Problem("tokenizer", None, None, None, f"tokenizer: {error}"))
-        return
-    if found.config is not None and len(tokenizer) > found.config.vocab_size:
-        expected = f"at most {found.config.vocab_size} ids, as the embedding has rows"
-        found.problems.append(Problem("tokenizer", None, expected, str(len(tokenizer))))
