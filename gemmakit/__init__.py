@@ -27,7 +27,7 @@ _HOME = {
     "GemmaTokenizer": "gemmakit.text",
     "GemmaTokenizerFast": "gemmakit.text",
     "GemmaModel": "gemmakit.pytorch.model",
-    "GemmaForCausalLM": "gemmakit.pytorch.model",
+    "GemmaForCausalLM": "gemmakit.pytorch.heads",
     "GemmaForSequenceClassification": "gemmakit.pytorch.heads",
     "GemmaForTokenClassification": "gemmakit.pytorch.heads",
     "GemmaPreTrainedModel": "gemmakit.pytorch.pretrained",
@@ -142,8 +142,8 @@ if TYPE_CHECKING:
         StoppingCriteria,
         StoppingCriteriaList,
     )
-    from gemmakit.pytorch.heads import GemmaForSequenceClassification, GemmaForTokenClassification
-    from gemmakit.pytorch.model import GemmaForCausalLM, GemmaModel
+    from gemmakit.pytorch.heads import GemmaForCausalLM, GemmaForSequenceClassification, GemmaForTokenClassification
+    from gemmakit.pytorch.model import GemmaModel
     from gemmakit.pytorch.pretrained import GemmaPreTrainedModel
     from gemmakit.pytorch.quantize.checkpoints import quantize_checkpoint
     from gemmakit.quantization import BitsAndBytesConfig, WeightOnlyConfig

@@ -60,7 +60,7 @@ class AutoTokenizer(_Auto):
 
 class _AutoModel(_Auto):
     # Resolved when used: reading a configuration or a tokenizer needs no torch.
-    _home: ClassVar[str] = "gemmakit.pytorch.model"
+    _home: ClassVar[str] = "gemmakit.pytorch.heads"
     _class_name: ClassVar[str]
 
     @classmethod
@@ -96,6 +96,7 @@ class _AutoModel(_Auto):
 class AutoModel(_AutoModel):
     """`GemmaModel`: hidden states."""
 
+    _home = "gemmakit.pytorch.model"
     _class_name = "GemmaModel"
 
 
@@ -108,14 +109,12 @@ class AutoModelForCausalLM(_AutoModel):
 class AutoModelForSequenceClassification(_AutoModel):
     """`GemmaForSequenceClassification`: one label or number a text."""
 
-    _home = "gemmakit.pytorch.heads"
     _class_name = "GemmaForSequenceClassification"
 
 
 class AutoModelForTokenClassification(_AutoModel):
     """`GemmaForTokenClassification`: a label a token."""
 
-    _home = "gemmakit.pytorch.heads"
     _class_name = "GemmaForTokenClassification"
 
 

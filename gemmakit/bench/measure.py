@@ -19,9 +19,9 @@ from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError
 from gemmakit.hub import demo_model
 from gemmakit.pytorch.cache import DynamicCache
+from gemmakit.pytorch.heads import GemmaForCausalLM
 from gemmakit.pytorch.kernels import cpu
 from gemmakit.pytorch.methods import assign
-from gemmakit.pytorch.model import GemmaForCausalLM
 from gemmakit.pytorch.pretrained import HEADS, complete
 from gemmakit.pytorch.quantize import adopt, choose
 from gemmakit.quantization import SHORT_NAMES, parse_quantization

@@ -144,7 +144,7 @@ def paths(config: GemmaConfig) -> dict[str, Any]:
     steps: dict[str, list[str]] = {}
     for name, weight in _matrices(_hollow(config)):
         alike = torch.empty((), dtype=dtype).expand(weight.shape)  # the shape on the CPU, without its memory
-        steps.setdefault(linear_plan(alike), []).append(name)
+        steps.setdefault(str(linear_plan(alike)), []).append(name)
     return {
         "attention": chosen,
         "attention_others": [name for name in IMPLEMENTATIONS if name != chosen],
@@ -157,7 +157,7 @@ def _hollow(config: GemmaConfig) -> Any:
     """The model without any memory for its weights."""
     import torch
 
-    from gemmakit.pytorch.model import GemmaForCausalLM
+    from gemmakit.pytorch.heads import GemmaForCausalLM
 
     with torch.device("meta"):
         return GemmaForCausalLM(config)

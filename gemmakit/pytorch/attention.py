@@ -1,6 +1,6 @@
-"""Attention: one signature, an eager reference, and the fast paths behind it.
+"""Attention: one signature, an eager reference, the fast paths behind it, and the module around them.
 
-Axis letters: B batch, S query positions, T key positions, N query heads, K kv heads, H head_dim.
+Axis letters: B batch, S query positions, T key positions, N query heads, K kv heads, H head_dim, D hidden.
 """
 
 from __future__ import annotations
@@ -12,9 +12,13 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from gemmakit.config import GemmaConfig
 from gemmakit.errors import ConfigError, InputError, MissingDependency
+from gemmakit.pytorch.cache.core import Cache
+from gemmakit.pytorch.kernels.reference import rotate
+from gemmakit.pytorch.layers import Linear
 from gemmakit.pytorch.masks import Rule, Visibility
 
 
@@ -96,11 +100,11 @@ def flash(
 ) -> tuple[Tensor, None]:
     """Through the flash_attn package: padding is left out of the computation, and its queries give zeros.
 
-    What that package cannot say (the caller's own 4-D mask, places given by a tensor) runs as `sdpa`.
+    What that package cannot say (the caller's own 4-D mask, places given by a tensor) and a window run as `sdpa`.
     Raises InputError for float32. Source: arXiv:2205.14135, arXiv:2307.08691.
     """
     rule = None if visible.rule is None else visible.rule.to(q.device)
-    if rule is None or not isinstance(rule.past, int):
+    if rule is None or not isinstance(rule.past, int) or rule.window is not None:
         return sdpa(
             q, k, v, visible if rule is None else rule.memo("masked", rule.masked), scale=scale, dropout=dropout
         )
@@ -188,13 +192,18 @@ def _blocks(rule: Rule, batch: int) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
     last = rule.queries == 1 and isinstance(rule.past, int)
-    if rule.padding is None and rule.documents is None and (not rule.causal or last):
+    if rule.padding is None and rule.documents is None and rule.window is None and (not rule.causal or last):
         return None
+
+    def place(i: Tensor) -> Tensor:
+        return i + rule.past if isinstance(rule.past, int) else rule.past[i]
 
     def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         ok = j >= 0
         if rule.causal:
-            ok = ok & (j <= (i + rule.past if isinstance(rule.past, int) else rule.past[i]))
+            ok = ok & (j <= place(i))
+        if rule.window is not None:
+            ok = ok & (j > place(i) - rule.window)
         if rule.padding is not None:
             ok = ok & rule.padding[b, j]
         if rule.documents is not None:
@@ -230,3 +239,61 @@ def implementation(name: str | None) -> str:
             'pip install flash-attn --no-build-isolation (a CUDA GPU and compiler), or use "sdpa".'
         )
     return name
+
+
+class GemmaAttention(nn.Module):
+    """Multi-query, grouped-query or multi-head attention with rotary positions."""
+
+    def __init__(self, config: GemmaConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        spec = config.layer(layer_idx)
+        self.head_dim = spec.head_dim
+        self.scaling = spec.scale
+        self.attention_dropout = config.attention_dropout
+        D, H, bias = config.hidden_size, spec.head_dim, config.attention_bias
+        N, K = spec.num_attention_heads, spec.num_key_value_heads
+        self.q_proj = Linear(D, N * H, bias=bias)
+        self.k_proj = Linear(D, K * H, bias=bias)
+        self.v_proj = Linear(D, K * H, bias=bias)
+        self.o_proj = Linear(N * H, D, bias=bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        visible: Visibility,
+        past_key_values: Cache | None = None,
+        cache_position: Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states: (B, S, D). Returns (B, S, D) and, when asked, the weights (B, N, S, T)."""
+        q, k, v = (project(hidden_states) for project in (self.q_proj, self.k_proj, self.v_proj))
+        arguments = (position_embeddings, visible, past_key_values, cache_position, output_attentions)
+        out, weights = self.attend(q, k, v, *arguments)
+        return self.o_proj(out), weights
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        visible: Visibility,
+        past_key_values: Cache | None = None,
+        cache_position: Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What happens between the projections. q: (B, S, N * H); k, v: (B, S, K * H). Returns (B, S, N * H)."""
+        B, S, _ = q.shape
+        q, k, v = (x.view(B, S, -1, self.head_dim).transpose(1, 2) for x in (q, k, v))
+        cos, sin = position_embeddings
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx, {"cache_position": cache_position})
+        # The fused kernels keep no weights, so whoever asks for them gets the written-out form for this call.
+        attend = eager if output_attentions else IMPLEMENTATIONS[self.config.attn_implementation or "sdpa"]
+        dropout = self.attention_dropout if self.training else 0.0
+        out, weights = attend(q, k, v, visible, scale=self.scaling, dropout=dropout)
+        return out.transpose(1, 2).reshape(B, S, -1), weights

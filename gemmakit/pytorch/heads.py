@@ -1,11 +1,11 @@
-"""Classification heads: one label a sequence, one label a token.
+"""What stands on the decoder: the language model, one label a sequence, one label a token.
 
-Axis letters: B batch, S positions, D hidden, C labels. Parameter names are those of released checkpoints.
+Axis letters: B batch, S positions, D hidden, V vocabulary, C labels. Parameter names are those of released checkpoints.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,15 +13,150 @@ from torch import Tensor, nn
 
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import ConfigError, InputError
-from gemmakit.outputs import BaseModelOutputWithPast, SequenceClassifierOutputWithPast, TokenClassifierOutput
+from gemmakit.outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
 from gemmakit.pytorch.cache import Cache
-from gemmakit.pytorch.loss import IGNORED_LABEL
+from gemmakit.pytorch.decode.generate import GenerationMixin
+from gemmakit.pytorch.fused import layers_plan
+from gemmakit.pytorch.kernels import linear_plan
+from gemmakit.pytorch.layers import Linear
+from gemmakit.pytorch.loss import IGNORED_LABEL, causal_loss, check_labels, chunked_loss, next_labels
 from gemmakit.pytorch.model import GemmaModel
 from gemmakit.pytorch.pretrained import GemmaPreTrainedModel
+from gemmakit.pytorch.quantize import QuantizedLinear
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 # The field's common default where a configuration names none; only token classification drops.
 TOKEN_DROPOUT = 0.1
+
+
+class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
+    """Gemma with the language modelling head, whose weight is the embedding's unless the configuration unties them."""
+
+    tied_weights: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: GemmaConfig):
+        super().__init__(config)
+        self.model = GemmaModel(config)
+        self.config = self.model.config
+        self.vocab_size = config.vocab_size
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def decode_plan(self) -> dict[str, str]:
+        """How a decoding step runs and why, in words: the loop, attention, the fused forms of the layers, the head.
+
+        Each projection's line says what its module does where it is called itself.
+        """
+        plan = {"loop": self.loop_plan(), "attention": self.config.attn_implementation or "sdpa"}
+        plan["seams"] = str(layers_plan(self.model.layers))
+        layer = self.model.layers[0]
+        matrices = {name.split(".")[-1]: m for name, m in layer.named_modules() if name.endswith("_proj")}
+        for name, module in {**matrices, "lm_head": self.lm_head}.items():
+            if isinstance(module, QuantizedLinear | Linear):
+                weight = module.packed if isinstance(module, QuantizedLinear) else module.weight
+                plan[name] = str(linear_plan(weight))
+            else:
+                plan[name] = f"{type(module).__module__}.{type(module).__name__}"
+        return plan
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | tuple[tuple[Tensor, Tensor], ...] | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cache_position: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        *,
+        is_causal: bool | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        loss_chunk_size: int | None = None,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Run the decoder and the head; arguments as in `GemmaModel.forward`, and:
+
+        Args:
+            labels: (B, S) ids to predict, shifted inside (position s predicts label s + 1); -100 is ignored.
+            logits_to_keep: 0 for all positions, n for the last n, or a tensor of positions.
+            num_items_in_batch: divide the summed loss by this instead of by the number of labels of this call, for
+                gradient accumulation.
+            loss_chunk_size: with labels, compute the loss so many positions (B * S) at a time and no logits: those of
+                all positions are most of the memory of a training step. Loss and gradients are the same up to rounding.
+
+        Returns:
+            CausalLMOutputWithPast with logits (B, S or fewer, V) in the weights' dtype and loss () in float32.
+
+        Raises:
+            InputError: labels of another shape, or outside the vocabulary.
+        """
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        if labels is not None:
+            check_labels(labels, inputs_embeds if input_ids is None else input_ids, self.config.vocab_size)
+        out = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_attentions,
+            output_hidden_states,
+            True,
+            cache_position,
+            is_causal=is_causal,
+        )
+        hidden, targets = out.last_hidden_state, None if labels is None else next_labels(labels)
+        kept = _kept(logits_to_keep)
+        hidden, targets = hidden[:, kept, :], None if targets is None else targets[:, kept]
+        if loss_chunk_size is not None:
+            logits, loss = None, chunked_loss(self.lm_head, hidden, targets, loss_chunk_size, num_items_in_batch)
+        else:
+            logits = self.lm_head(hidden)
+            loss = None if targets is None else causal_loss(logits, targets, num_items_in_batch)
+        result = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+        )
+        return result if return_dict else result.to_tuple()
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The arguments of the next forward pass: of the ids (B, S) those that the cache does not hold.
+
+        For libraries that step a model themselves; `generate` has its own loop.
+        """
+        held = 0 if past_key_values is None else past_key_values.get_seq_length()
+        first = inputs_embeds is not None and not held
+        position_ids = None
+        if attention_mask is not None and attention_mask.dim() == 2:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, held:]
+        return {
+            "input_ids": None if first else input_ids[:, held:],
+            "inputs_embeds": inputs_embeds if first else None,
+            "past_key_values": past_key_values,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            **kwargs,
+        }
 
 
 class GemmaForSequenceClassification(GemmaPreTrainedModel):
@@ -272,3 +407,12 @@ def _check_classes(labels: Tensor, classes: int) -> None:
 def _check_shape(labels: Tensor, allowed: list[tuple[int, ...]]) -> None:
     if tuple(labels.shape) not in allowed:
         raise InputError(f"labels has shape {tuple(labels.shape)}; it must be {' or '.join(map(str, allowed))}.")
+
+
+def _kept(positions: Any) -> Any:
+    """What picks the positions whose logits are wanted: 0 for all, n for the last n, or a list of positions."""
+    if isinstance(positions, int) and not isinstance(positions, bool) and positions >= 0:
+        return slice(-positions or None, None)
+    if isinstance(positions, slice | list) or (isinstance(positions, Tensor) and positions.dim() == 1):
+        return positions
+    raise InputError(f"logits_to_keep is {positions!r}; give a whole number >= 0, or positions as a 1-D tensor.")

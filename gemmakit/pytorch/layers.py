@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gemmakit.config import GemmaConfig
+from gemmakit.family import FULL_ATTENTION, LayerSpec, Norms
 from gemmakit.pytorch.kernels import linear
 from gemmakit.pytorch.kernels.ids import Activation
 from gemmakit.pytorch.kernels.reference import ACTIVATION_OF, ACTIVATIONS
@@ -79,9 +80,9 @@ _NUMBERS = {
 class GemmaMLP(nn.Module):
     """down(act(gate(x)) * up(x)). Source: arXiv:2002.05202."""
 
-    def __init__(self, config: GemmaConfig):
+    def __init__(self, config: GemmaConfig, spec: LayerSpec):
         super().__init__()
-        D, F_ = config.hidden_size, config.intermediate_size
+        D, F_ = config.hidden_size, spec.intermediate_size
         self.gate_proj = Linear(D, F_, bias=False)
         self.up_proj = Linear(D, F_, bias=False)
         self.down_proj = Linear(F_, D, bias=False)
@@ -94,6 +95,39 @@ class GemmaMLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
+class LayerNorms(NamedTuple):
+    """A decoder layer's norms, as `family.Norms` names them; None for no norm."""
+
+    before_attention: Any
+    after_attention: Any
+    before_mlp: Any
+    after_mlp: Any
+
+
+class LayerParts(NamedTuple):
+    """What a decoder layer is made of: declared by the layer, for those who run it otherwise than by its modules."""
+
+    self_attn: Any
+    mlp: Any
+    norms: LayerNorms
+    norm_names: Norms
+    q_proj: Any
+    k_proj: Any
+    v_proj: Any
+    o_proj: Any
+    gate_proj: Any
+    up_proj: Any
+    down_proj: Any
+    act_fn: Callable[[Tensor], Tensor]
+
+    def projections(self) -> list[tuple[str, Any]]:
+        """Each by its name."""
+        return [(name, module) for name, module in zip(self._fields, self, strict=True) if name.endswith("_proj")]
+
+    def norm_modules(self) -> list[tuple[str, Any]]:
+        return [(name, norm) for name, norm in zip(self.norm_names, self.norms, strict=True) if name and norm]
+
+
 class GemmaRotaryEmbedding(nn.Module):
     """Cosine and sine tables for the positions at hand.
 
@@ -102,9 +136,11 @@ class GemmaRotaryEmbedding(nn.Module):
     earlier call saw.
     """
 
-    def __init__(self, config: GemmaConfig):
+    def __init__(self, config: GemmaConfig, rope: str = FULL_ATTENTION):
+        """rope: which table, as a LayerSpec names it."""
         super().__init__()
         self.config = config
+        self.rope = rope
         self.inv_freq: Tensor
         self.register_buffer("inv_freq", torch.empty(config.head_dim // 2), persistent=False)
         self.attention_scaling = 1.0
@@ -114,7 +150,7 @@ class GemmaRotaryEmbedding(nn.Module):
         """Recompute the table on `device` (default: where it is)."""
         device = self.inv_freq.device if device is None else device
         if device.type != "meta":
-            self.inv_freq, self.attention_scaling = rope_frequencies(self.config, device=device)
+            self.inv_freq, self.attention_scaling = rope_frequencies(self.config, 0, device, self.rope)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GemmaRotaryEmbedding:
         super()._apply(fn, recurse)  # type: ignore[arg-type]
@@ -125,9 +161,9 @@ class GemmaRotaryEmbedding(nn.Module):
     def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """position_ids: (B or 1, S) -> cos, sin: (B or 1, 1, S, H) in `dtype`, to broadcast over heads."""
         inv_freq, scaling = self.inv_freq, self.attention_scaling
-        if self.config.rope_parameters["rope_type"] in ("dynamic", "longrope"):
+        if self.config.rope(self.rope)["rope_type"] in ("dynamic", "longrope"):
             length = int(position_ids.max()) + 1 if position_ids.numel() else 1
-            inv_freq, scaling = rope_frequencies(self.config, length, inv_freq.device)
+            inv_freq, scaling = rope_frequencies(self.config, length, inv_freq.device, self.rope)
         angles = position_ids[:, None, :, None].float() * inv_freq
         angles = torch.cat((angles, angles), dim=-1)
         cos, sin = angles.cos(), angles.sin()
@@ -136,9 +172,14 @@ class GemmaRotaryEmbedding(nn.Module):
         return cos.to(dtype), sin.to(dtype)
 
 
-def rope_frequencies(config: GemmaConfig, length: int = 0, device: torch.device | None = None) -> tuple[Tensor, float]:
-    """Inverse frequencies (H/2,) float32 and the factor on cos and sin, for a context of `length` tokens."""
-    rope, H = config.rope_parameters, config.head_dim
+def rope_frequencies(
+    config: GemmaConfig, length: int = 0, device: torch.device | None = None, name: str = FULL_ATTENTION
+) -> tuple[Tensor, float]:
+    """Inverse frequencies (H/2,) float32 and the factor on cos and sin, for a context of `length` tokens.
+
+    name: which table, as a LayerSpec names it.
+    """
+    rope, H = config.rope(name), config.head_dim
     exponents = torch.arange(0, H, 2, dtype=torch.float32, device=device) / H
     compute = _FREQUENCIES[rope["rope_type"]]
     return compute(rope, exponents, H, config.max_position_embeddings, length)

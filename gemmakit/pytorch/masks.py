@@ -21,6 +21,7 @@ class Rule:
 
     Query i of S stands at place past + i of T keys; `past` as a tensor (S,) gives each query's own place. causal: it
     sees no later place. padding: bool (B, T), False hides a key. documents: (B, S) numbers, seen only where equal.
+    window: of the places up to its own a query sees the last so many; None for all.
     """
 
     causal: bool
@@ -30,6 +31,7 @@ class Rule:
     padding: Tensor | None
     documents: Tensor | None
     device: torch.device
+    window: int | None = None
     derived: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def memo(self, name: str, make: Callable[[], Any]) -> Any:
@@ -54,6 +56,9 @@ class Rule:
             place = torch.arange(self.queries, device=self.device) + self.past if places_known else self.past
             mask = torch.arange(self.keys, device=self.device) <= place[:, None]  # type: ignore[index]
             mask = mask[None, None]
+        if self.window is not None:
+            place = torch.arange(self.queries, device=self.device) + self.past if places_known else self.past
+            mask = mask & (torch.arange(self.keys, device=self.device) > place[:, None] - self.window)  # type: ignore[index]
         if self.padding is not None:
             mask = mask & self.padding[:, None, None, :].to(self.device)
         if self.documents is not None:
@@ -100,6 +105,7 @@ def visibility(
     causal: bool,
     position_ids: Tensor | None,
     device: torch.device,
+    window: int | None = None,
     dense: bool = True,
     segmented: bool = False,
 ) -> Visibility:
@@ -110,6 +116,7 @@ def visibility(
         batch, queries, keys: B, S, T.
         past: how many keys stand before the first query; a tensor (S,) gives each query's own place (static caches).
         causal: False lets every token see every other that is not padding.
+        window: of the keys up to its own a query sees the last so many, itself included; None for all.
         position_ids: (B, S) when the caller gave them and there is no cache and no mask: a restart begins a document.
         dense: False for kernels that read a Rule and want no mask of S x T.
         segmented: whether the kernel takes `segments`.
@@ -120,21 +127,22 @@ def visibility(
     if attention_mask is not None and attention_mask.dim() == 4:
         return _given(attention_mask, batch, queries, keys)
     places_known = isinstance(past, int)
+    window = None if window is None or keys <= window else window
     padding = _padding(attention_mask, batch, keys, whole_buffer=not places_known)
     documents = _documents(position_ids) if attention_mask is None else None  # on every device alike
-    if dense and padding is None and documents is None and places_known:
+    if dense and padding is None and documents is None and places_known and window is None:
         if queries == 1 or not causal:
             return Visibility(None)
         if past == 0:
             return Visibility(None, causal=True)
-    if segmented and dense and causal and padding is None and documents is not None:
+    if segmented and dense and causal and padding is None and documents is not None and window is None:
         found = _segments(documents)
         if found is not None:
             return Visibility(None, causal=True, segments=found)
     if not causal and not places_known:  # nothing hides what is not written yet
         written = (torch.arange(keys, device=device) <= past[-1]).expand(batch, -1)  # type: ignore[index]
         padding = written if padding is None else written & padding.to(device)
-    rule = Rule(causal, past, queries, keys, padding, documents, device)
+    rule = Rule(causal, past, queries, keys, padding, documents, device, window)
     return rule.masked() if dense else Visibility(None, rule=rule)
 
 

@@ -1,12 +1,13 @@
-"""Gemma, top to bottom: attention, decoder layer, the bare model, the causal language model.
+"""The decoder: layers between an embedding and a norm. What stands on it is in `heads`.
 
-Axis letters: B batch, S query positions, T key positions, N heads, K kv heads, H head_dim, D hidden, V vocabulary.
+Axis letters: B batch, S query positions, T key positions, D hidden.
 Source: arXiv:2403.08295. Parameter names are those of the released checkpoints.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,88 +15,36 @@ from torch.utils.checkpoint import checkpoint
 
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError, TokenOutOfRange
-from gemmakit.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from gemmakit.pytorch.attention import IMPLEMENTATIONS, MASKLESS, SEGMENTED, eager
+from gemmakit.family import FULL_ATTENTION
+from gemmakit.outputs import BaseModelOutputWithPast
+from gemmakit.pytorch.attention import MASKLESS, SEGMENTED, GemmaAttention
 from gemmakit.pytorch.cache import Cache, DynamicCache
-from gemmakit.pytorch.decode.arguments import check_tensor
-from gemmakit.pytorch.decode.generate import GenerationMixin
-from gemmakit.pytorch.kernels import linear_plan
-from gemmakit.pytorch.kernels.reference import rotate
-from gemmakit.pytorch.kernels.seams import choose, seams_plan
-from gemmakit.pytorch.layers import GemmaMLP, GemmaRMSNorm, GemmaRotaryEmbedding, GemmaScaledEmbedding, Linear
-from gemmakit.pytorch.loss import causal_loss, check_labels, chunked_loss, next_labels
+from gemmakit.pytorch.fused import fused_layer
+from gemmakit.pytorch.layers import (
+    GemmaMLP,
+    GemmaRMSNorm,
+    GemmaRotaryEmbedding,
+    GemmaScaledEmbedding,
+    LayerNorms,
+    LayerParts,
+)
 from gemmakit.pytorch.masks import Visibility, visibility
 from gemmakit.pytorch.pretrained import GemmaPreTrainedModel
-from gemmakit.pytorch.quantize import QuantizedLinear
-
-
-class GemmaAttention(nn.Module):
-    """Multi-query, grouped-query or multi-head attention with rotary positions."""
-
-    def __init__(self, config: GemmaConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        spec = config.layer(layer_idx)
-        self.head_dim = spec.head_dim
-        self.scaling = spec.scale
-        self.attention_dropout = config.attention_dropout
-        D, H, bias = config.hidden_size, spec.head_dim, config.attention_bias
-        N, K = spec.num_attention_heads, spec.num_key_value_heads
-        self.q_proj = Linear(D, N * H, bias=bias)
-        self.k_proj = Linear(D, K * H, bias=bias)
-        self.v_proj = Linear(D, K * H, bias=bias)
-        self.o_proj = Linear(N * H, D, bias=bias)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        visible: Visibility,
-        past_key_values: Cache | None = None,
-        cache_position: Tensor | None = None,
-        output_attentions: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states: (B, S, D). Returns (B, S, D) and, when asked, the weights (B, N, S, T)."""
-        q, k, v = (project(hidden_states) for project in (self.q_proj, self.k_proj, self.v_proj))
-        arguments = (position_embeddings, visible, past_key_values, cache_position, output_attentions)
-        out, weights = self.attend(q, k, v, *arguments)
-        return self.o_proj(out), weights
-
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        visible: Visibility,
-        past_key_values: Cache | None = None,
-        cache_position: Tensor | None = None,
-        output_attentions: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """What happens between the projections. q: (B, S, N * H); k, v: (B, S, K * H). Returns (B, S, N * H)."""
-        B, S, _ = q.shape
-        q, k, v = (x.view(B, S, -1, self.head_dim).transpose(1, 2) for x in (q, k, v))
-        cos, sin = position_embeddings
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx, {"cache_position": cache_position})
-        # The fused kernels keep no weights, so whoever asks for them gets the written-out form for this call.
-        attend = eager if output_attentions else IMPLEMENTATIONS[self.config.attn_implementation or "sdpa"]
-        dropout = self.attention_dropout if self.training else 0.0
-        out, weights = attend(q, k, v, visible, scale=self.scaling, dropout=dropout)
-        return out.transpose(1, 2).reshape(B, S, -1), weights
 
 
 class GemmaDecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + after_attention(attention(before_attention(x))), then x + after_mlp(mlp(before_mlp(x))).
+
+    The four norms are those of `family.Norms`, None for none.
+    """
 
     def __init__(self, config: GemmaConfig, layer_idx: int):
         super().__init__()
+        self.norm_names = config.kind.norms
         self.self_attn = GemmaAttention(config, layer_idx)
-        self.mlp = GemmaMLP(config)
-        self.input_layernorm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = GemmaMLP(config, config.layer(layer_idx))
+        for name in filter(None, self.norm_names):
+            self.add_module(name, GemmaRMSNorm(config.hidden_size, config.rms_norm_eps))
 
     def forward(
         self,
@@ -108,30 +57,31 @@ class GemmaDecoderLayer(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states: (B, S, D), same out; the attention weights when asked.
 
-        A decoding step takes the fused forms of these modules where there are any: see `kernels.seams`.
+        A decoding step takes the fused form of this layer where there is one: see `fused`.
         """
-        attention, mlp = self.self_attn, self.mlp
-        seams = choose(self, hidden_states, visible, past_key_values, output_attentions)
-        if seams is not None:
-            q, k, v = seams.norm_qkv(
-                hidden_states, self.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj
-            )
-            out = seams.attend(q, k, v, position_embeddings, visible, past_key_values, cache_position, attention)
-            hidden_states = seams.project_add(out, attention.o_proj, hidden_states)
-            gated = seams.norm_gate_up(
-                hidden_states, self.post_attention_layernorm, mlp.gate_proj, mlp.up_proj, mlp.act_fn
-            )
-            return seams.project_add(gated, mlp.down_proj, hidden_states), None
-        attended, weights = attention(
-            self.input_layernorm(hidden_states),
-            position_embeddings,
-            visible,
-            past_key_values,
-            cache_position,
-            output_attentions,
-        )
-        hidden_states = hidden_states + attended
-        return hidden_states + mlp(self.post_attention_layernorm(hidden_states)), weights
+        x, told = hidden_states, (position_embeddings, visible, past_key_values, cache_position)
+        fused = fused_layer(self, x, output_attentions)
+        if fused is not None:
+            return fused(x, *told), None
+        before, after, before_mlp, after_mlp = self.parts().norms
+        attended, weights = self.self_attn(before(x), *told, output_attentions)
+        x = x + _through(after, attended)
+        return x + _through(after_mlp, self.mlp(before_mlp(x))), weights
+
+    def parts(self) -> LayerParts:
+        """The modules that `forward` runs."""
+        own = self._modules
+        attention, mlp = own["self_attn"], own["mlp"]
+        assert attention is not None and mlp is not None
+        norms = LayerNorms(*[None if name is None else own[name] for name in self.norm_names])
+        a, m = attention._modules.get, mlp._modules.get
+        q, k, v, o = a("q_proj"), a("k_proj"), a("v_proj"), a("o_proj")
+        gate, up, down, act = m("gate_proj"), m("up_proj"), m("down_proj"), getattr(mlp, "act_fn", None)
+        return LayerParts(attention, mlp, norms, self.norm_names, q, k, v, o, gate, up, down, act)  # type: ignore[arg-type]
+
+
+def _through(norm: nn.Module | None, x: Tensor) -> Tensor:
+    return x if norm is None else norm(x)
 
 
 class GemmaModel(GemmaPreTrainedModel):
@@ -144,7 +94,12 @@ class GemmaModel(GemmaPreTrainedModel):
         self.embed_tokens = GemmaScaledEmbedding(config.vocab_size, config.hidden_size, padding_idx=pad)
         self.layers = nn.ModuleList(GemmaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary_emb = GemmaRotaryEmbedding(config)
+        self.specs = tuple(config.layer(i) for i in range(config.num_hidden_layers))
+        # One description of who sees whom a window, one rotary table a kind: most models have one of each.
+        self.windows = tuple(dict.fromkeys(spec.window for spec in self.specs))
+        self.ropes = {spec.rope: _rotary_name(spec.rope) for spec in self.specs}
+        for rope, name in self.ropes.items():
+            self.add_module(name, GemmaRotaryEmbedding(config, rope))
         self.post_init()
 
     def forward(
@@ -202,28 +157,35 @@ class GemmaModel(GemmaPreTrainedModel):
         device = inputs_embeds.device
         past, keys = (0, S) if cache is None else cache.span(S, cache_position)
         packed = cache is None or cache.packs or (past_key_values is None and past == 0)
-        visible = visibility(
-            attention_mask,
-            batch=B,
-            queries=S,
-            keys=keys,
-            past=past,
-            causal=not config.use_bidirectional_attention if is_causal is None else is_causal,
-            position_ids=position_ids if packed else None,
-            device=device,
-            dense=output_attentions or config.attn_implementation not in MASKLESS,
-            segmented=not output_attentions and config.attn_implementation in SEGMENTED,
-        )
+        documents = position_ids if packed else None
+        visible = {
+            window: visibility(
+                attention_mask,
+                batch=B,
+                queries=S,
+                keys=keys,
+                past=past,
+                causal=not config.use_bidirectional_attention if is_causal is None else is_causal,
+                window=window,
+                position_ids=documents,
+                device=device,
+                dense=output_attentions or config.attn_implementation not in MASKLESS,
+                segmented=not output_attentions and config.attn_implementation in SEGMENTED,
+            )
+            for window in self.windows
+        }
         if position_ids is None:
             position_ids = (torch.arange(past, past + S, device=device) if isinstance(past, int) else past)[None]
-        tables = self.rotary_emb(position_ids, inputs_embeds.dtype)
+        dtype = inputs_embeds.dtype
+        tables = {rope: getattr(self, name)(position_ids, dtype) for rope, name in self.ropes.items()}
 
         hidden = inputs_embeds
         all_hidden, all_weights = [], []
-        for i, layer in enumerate(self.layers):
+        for i, (layer, spec) in enumerate(zip(self.layers, self.specs, strict=False)):
             if output_hidden_states:
                 all_hidden.append(hidden)
-            arguments = (hidden, tables, visible, cache, cache_position, output_attentions)
+            told = (tables[spec.rope], visible[spec.window], cache, cache_position, output_attentions)
+            arguments = (hidden, *told)
             again = recompute and i % self.checkpointing_every == 0
             hidden, weights = checkpoint(layer, *arguments, **how) if again else layer(*arguments)
             if output_attentions:
@@ -270,138 +232,16 @@ class GemmaModel(GemmaPreTrainedModel):
         return DynamicCache.from_legacy_cache(past), True
 
 
-class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
-    """Gemma with the language modelling head, whose weight is the embedding's unless the configuration unties them."""
-
-    tied_weights: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
-
-    def __init__(self, config: GemmaConfig):
-        super().__init__(config)
-        self.model = GemmaModel(config)
-        self.config = self.model.config
-        self.vocab_size = config.vocab_size
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    def decode_plan(self) -> dict[str, str]:
-        """How a decoding step runs and why, in words: the loop, attention, the fused forms of the layers, the head.
-
-        Each projection's line says what its module does where it is called itself.
-        """
-        plan = {"loop": self.loop_plan(), "attention": self.config.attn_implementation or "sdpa"}
-        plan["seams"] = seams_plan(self.model.layers)
-        layer = self.model.layers[0]
-        matrices = {name.split(".")[-1]: m for name, m in layer.named_modules() if name.endswith("_proj")}
-        for name, module in {**matrices, "lm_head": self.lm_head}.items():
-            if isinstance(module, QuantizedLinear):
-                plan[name] = module.plan()
-            else:
-                other = f"{type(module).__module__}.{type(module).__name__}"
-                plan[name] = linear_plan(module.weight) if isinstance(module, Linear) else other
-        return plan
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | tuple[tuple[Tensor, Tensor], ...] | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        cache_position: Tensor | None = None,
-        logits_to_keep: int | Tensor = 0,
-        *,
-        is_causal: bool | None = None,
-        num_items_in_batch: int | Tensor | None = None,
-        loss_chunk_size: int | None = None,
-    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """Run the decoder and the head; arguments as in `GemmaModel.forward`, and:
-
-        Args:
-            labels: (B, S) ids to predict, shifted inside (position s predicts label s + 1); -100 is ignored.
-            logits_to_keep: 0 for all positions, n for the last n, or a tensor of positions.
-            num_items_in_batch: divide the summed loss by this instead of by the number of labels of this call, for
-                gradient accumulation.
-            loss_chunk_size: with labels, compute the loss so many positions (B * S) at a time and no logits: those of
-                all positions are most of the memory of a training step. Loss and gradients are the same up to rounding.
-
-        Returns:
-            CausalLMOutputWithPast with logits (B, S or fewer, V) in the weights' dtype and loss () in float32.
-
-        Raises:
-            InputError: labels of another shape, or outside the vocabulary.
-        """
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        if labels is not None:
-            check_labels(labels, inputs_embeds if input_ids is None else input_ids, self.config.vocab_size)
-        out = self.model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            use_cache,
-            output_attentions,
-            output_hidden_states,
-            True,
-            cache_position,
-            is_causal=is_causal,
-        )
-        hidden, targets = out.last_hidden_state, None if labels is None else next_labels(labels)
-        kept = _kept(logits_to_keep)
-        hidden, targets = hidden[:, kept, :], None if targets is None else targets[:, kept]
-        if loss_chunk_size is not None:
-            logits, loss = None, chunked_loss(self.lm_head, hidden, targets, loss_chunk_size, num_items_in_batch)
-        else:
-            logits = self.lm_head(hidden)
-            loss = None if targets is None else causal_loss(logits, targets, num_items_in_batch)
-        result = CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=out.past_key_values,
-            hidden_states=out.hidden_states,
-            attentions=out.attentions,
-        )
-        return result if return_dict else result.to_tuple()
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        past_key_values: Cache | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """The arguments of the next forward pass: of the ids (B, S) those that the cache does not hold.
-
-        For libraries that step a model themselves; `generate` has its own loop.
-        """
-        held = 0 if past_key_values is None else past_key_values.get_seq_length()
-        first = inputs_embeds is not None and not held
-        position_ids = None
-        if attention_mask is not None and attention_mask.dim() == 2:
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, held:]
-        return {
-            "input_ids": None if first else input_ids[:, held:],
-            "inputs_embeds": inputs_embeds if first else None,
-            "past_key_values": past_key_values,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            **kwargs,
-        }
+def _rotary_name(rope: str) -> str:
+    return "rotary_emb" if rope == FULL_ATTENTION else f"rotary_emb_{rope}"
 
 
-def _kept(positions: Any) -> Any:
-    """What picks the positions whose logits are wanted: 0 for all, n for the last n, or a list of positions."""
-    if isinstance(positions, int) and not isinstance(positions, bool) and positions >= 0:
-        return slice(-positions or None, None)
-    if isinstance(positions, slice | list) or (isinstance(positions, Tensor) and positions.dim() == 1):
-        return positions
-    raise InputError(f"logits_to_keep is {positions!r}; give a whole number >= 0, or positions as a 1-D tensor.")
+def check_tensor(name: str, value: Any) -> None:
+    """Raises InputError for anything but a tensor or None; a tokenizer's whole result is the commonest of these."""
+    if value is None or isinstance(value, Tensor):
+        return
+    remedy = f"unpack it, as in model(**{name})" if isinstance(value, Mapping) else f"torch.as_tensor({name})"
+    raise InputError(f"{name} is a {type(value).__name__}; it must be a tensor: {remedy}.")
 
 
 def _check_shapes(embeds: Tensor, position_ids: Tensor | None, width: int) -> None:

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from gemmakit.errors import InputError
 from gemmakit.generation import GenerationConfig
 from gemmakit.pytorch.cache import Cache
-
-
-def check_tensor(name: str, value: Any) -> None:
-    """Raises InputError for anything but a tensor or None; a tokenizer's whole result is the commonest of these."""
-    if value is None or isinstance(value, Tensor):
-        return
-    remedy = f"unpack it, as in model(**{name})" if isinstance(value, Mapping) else f"torch.as_tensor({name})"
-    raise InputError(f"{name} is a {type(value).__name__}; it must be a tensor: {remedy}.")
 
 
 def check_config(value: Any) -> None:

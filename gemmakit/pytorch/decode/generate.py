@@ -24,6 +24,7 @@ from gemmakit.pytorch.decode.protocols import LogitsProcessorList
 from gemmakit.pytorch.decode.sampling import Exponential, greedy, row_generators, sampler
 from gemmakit.pytorch.decode.step import StepOutputs
 from gemmakit.pytorch.decode.strategies import BEAMS, STRATEGIES, choose, copies, transition_scores, tried
+from gemmakit.pytorch.model import check_tensor
 
 
 class GenerationMixin:
@@ -96,7 +97,7 @@ class GenerationMixin:
                 "negative_prompt_ids": negative_prompt_ids,
                 "negative_prompt_attention_mask": negative_prompt_attention_mask,
             }.items():
-                arguments.check_tensor(name, value)
+                check_tensor(name, value)
             arguments.check_config(generation_config)
             arguments.check_cache(past_key_values)
             arguments.check_generator(generator)

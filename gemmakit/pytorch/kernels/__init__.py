@@ -1,8 +1,8 @@
-"""Where speed plugs in beneath the one model: each seam is one function, with the plain torch form as its reference."""
+"""Tensors in, tensors out: the products and pointwise parts of the model, each with its plain-torch reference."""
 
-from gemmakit.pytorch.kernels.linear import linear, linear_plan
+from gemmakit.pytorch.kernels.decision import Decision
+from gemmakit.pytorch.kernels.linear import linear, linear_packed, linear_plan
 from gemmakit.pytorch.kernels.packed import PackedWeight
-from gemmakit.pytorch.kernels.quantized import linear_packed
 from gemmakit.pytorch.kernels.training import training_plan
 
-__all__ = ["PackedWeight", "linear", "linear_packed", "linear_plan", "training_plan"]
+__all__ = ["Decision", "PackedWeight", "linear", "linear_packed", "linear_plan", "training_plan"]

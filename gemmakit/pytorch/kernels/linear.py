@@ -1,12 +1,22 @@
 """x @ weight.T + bias, the seam through which every projection and the head go.
 
-The reference is torch's linear. A few rows against a large weight, which is what a decoding step is, go through a
-kernel that reads the weight once, in its own format, for all rows: on the CPU the native one, on a GPU Triton's. On the
-CPU many rows go through panels in float32 where the processor only emulates 16-bit products. Axis letters: M rows,
-O outputs, I inputs.
+The reference is torch's linear, of a packed weight once it is dequantized. A few rows against a large weight, which is
+what a decoding step is, go through a kernel that reads the weight once, in its own format, for all rows: on the CPU the
+native one, on a GPU Triton's. On the CPU many rows go through panels in float32 where the processor only emulates
+16-bit products.
+
+With a packed weight, the native kernel computes with the codes as they lie and with x rounded to 16 bits in blocks of
+32 (cpu/inputs.h bounds the error). More rows than eight are multiplied in bytes, with x rounded to 8 bits in blocks of
+32, where the processor is fast at that, gradients are off and the weight's `activation_bits` are 8; else with panels of
+the weight, expanded in turn. Axis letters: M rows, O outputs, I inputs.
 """
 
 from __future__ import annotations
+
+import warnings
+from contextlib import suppress
+from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +24,18 @@ from torch import Tensor
 
 from gemmakit.pytorch.kernels import cpu, triton
 from gemmakit.pytorch.kernels.cpu import MAX_ROWS
+from gemmakit.pytorch.kernels.decision import Decision
+from gemmakit.pytorch.kernels.ids import WeightFormat
 from gemmakit.pytorch.kernels.packed import PackedWeight
-from gemmakit.pytorch.kernels.panels import multiply, product_dtype
-from gemmakit.pytorch.kernels.quantized import few_rows, packed_plan
+from gemmakit.pytorch.kernels.panels import multiply, multiply_back, product_dtype
+from gemmakit.pytorch.kernels.triton import launch
 
 # Smaller weights stay in the processor's caches, where torch is as good and the call costs more than it saves.
 MIN_WEIGHT = 1 << 20
 # Types of devices that the Triton kernel is for.
 GPU = {"cuda"}
+# Bits of codes -> rows up to which reading them once for every eight costs less than expanding them.
+FEW_ROWS = {8: 16, 4: 24}
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -57,36 +71,74 @@ def _few_on_gpu(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def linear_plan(weight: Tensor | PackedWeight) -> str:
-    """Which form a decoding step takes for this weight, and why, in words."""
-    if isinstance(weight, PackedWeight):
-        return packed_plan(weight)
-    if weight.device.type in GPU:
-        return _gpu_plan(weight)
-    if weight.device.type != "cpu":
-        return f"torch on {weight.device.type}"
-    if weight.dtype not in cpu.FORMATS:
-        return f"torch ({str(weight.dtype).removeprefix('torch.')} has no native kernel)"
-    if weight.numel() < MIN_WEIGHT:
-        return f"torch ({weight.numel():,} weights fit the caches)"
-    return f"native {cpu.instruction_set()}" if cpu.library() is not None else f"torch (native kernel {cpu.why_not()})"
+def linear_packed(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """x: (..., I), packed: (O, I) of weights, bias: (O,) or None -> (..., O), in x's dtype.
+
+    Gradients reach x and the bias.
+    """
+    codes, scale, zero, in_features, group_size, format, activation_bits = packed
+    bits = 16 if torch.is_grad_enabled() else activation_bits
+    return torch.ops.gemmakit.linear_packed(x, codes, scale, zero, bias, in_features, group_size, int(format), bits)
 
 
-def _gpu_plan(weight: Tensor) -> str:
-    on = f"torch on {weight.device.type}"
-    if weight.dtype not in triton.DTYPES:
-        return f"{on} ({str(weight.dtype).removeprefix('torch.')} has no Triton kernel)"
+def takes_bytes(packed: PackedWeight) -> bool:
+    """Whether many rows are multiplied by this weight in bytes, with x rounded to 8 bits in blocks of 32."""
+    return packed.activation_bits == 8 and cpu.multiplies_bytes(packed)
+
+
+def linear_plan(weight: Tensor | PackedWeight) -> Decision:
+    """Which form a decoding step takes for this weight, and why."""
+    return _packed_plan(weight) if isinstance(weight, PackedWeight) else _plain_plan(weight)
+
+
+def _plain_plan(weight: Tensor) -> Decision:
+    device, known, kernel = weight.device, cpu.FORMATS, "native"
+    if device.type in GPU:
+        known, kernel = triton.DTYPES, "Triton"
+    elif device.type != "cpu":
+        return Decision(f"torch on {device.type}")
+    torch_ = f"torch on {device.type}" if device.type in GPU else "torch"
+    if weight.dtype not in known:
+        return Decision(torch_, f"{_name(weight.dtype)} has no {kernel} kernel")
     if weight.numel() < MIN_WEIGHT:
-        return f"{on} ({weight.numel():,} weights are few)"
-    why = triton.why_not(weight.device)
-    return f"{on} (Triton kernels: {why})" if why else f"Triton, without gradients, up to {triton.MAX_ROWS} rows"
+        few = f"{weight.numel():,} weights"
+        return Decision(torch_, f"{few} are few" if device.type in GPU else f"{few} fit the caches")
+    if device.type not in GPU:
+        return cpu.decision()
+    why = triton.decision(device).why
+    return Decision(torch_, why) if why else Decision(f"Triton, without gradients, up to {triton.MAX_ROWS} rows")
+
+
+def _packed_plan(packed: PackedWeight) -> Decision:
+    device, kind = packed.codes.device, f"int{packed.bits}"
+    if device.type in GPU:
+        why = triton.decision(device).why
+        if why:
+            return Decision(f"torch on {device.type}, {kind} expanded", why)
+        return Decision(f"Triton {kind}, up to {launch.constants(device).dequantize_above} rows; beyond that expanded")
+    if device.type != "cpu":
+        return Decision(f"torch on {device.type}, {kind} expanded")
+    if cpu.library() is None:
+        return Decision(f"torch, {kind} expanded", cpu.decision().why)
+    if not cpu.reads(packed):
+        return Decision(f"torch, {kind} expanded", f"no kernel reads scales of {_name(packed.scale.dtype)}")
+    many = "; beyond 8 rows activations in 8 bits" if takes_bytes(packed) else ""
+    return Decision(f"native {cpu.instruction_set()} {kind}{many}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# -- plain weights -----------------------------------------------------------------------------------------------------
 
 
 def _linear_rows_on_gpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    from gemmakit.pytorch.kernels.triton import launch
-
     bias = None if bias is None else bias.to(x.dtype).contiguous()
-    return launch.linear(x, weight.detach(), bias)
+    try:
+        return launch.linear(x, weight.detach(), bias)
+    except triton.Refused:
+        return F.linear(x, weight, bias)
 
 
 def _linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -99,7 +151,19 @@ def _linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return (few_rows if few else multiply)(flat, weight, bias).view(shape)
 
 
-# A torch operator rather than a bare call, so that dispatch modes, fake tensors and profilers see it.
+def few_rows(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None) -> Tensor:
+    """x: (M, I), in pieces of at most eight rows, none much smaller than the others."""
+    if len(x) <= MAX_ROWS:
+        return _native(x, weight, bias)
+    return torch.cat([_native(piece, weight, bias) for piece in x.tensor_split(-(-len(x) // MAX_ROWS))])
+
+
+def _native(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None) -> Tensor:
+    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    return cpu.project(x, [cpu.matrix(weight, bias)])[0]
+
+
+# Torch operators rather than bare calls, so that dispatch modes, fake tensors and profilers see them.
 _ops = torch.library.Library("gemmakit", "FRAGMENT")
 _ops.define("linear_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _ops.impl("linear_rows", _linear_rows, "CPU")
@@ -111,3 +175,107 @@ def _linear_rows_shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
 
 
 torch.library.register_fake("gemmakit::linear_rows", _linear_rows_shape)
+
+
+# -- packed weights ----------------------------------------------------------------------------------------------------
+
+
+def _linear_packed(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    in_features: int,
+    group_size: int,
+    format: int,
+    activation_bits: int,
+) -> Tensor:
+    packed = _contiguous(codes, scale, zero, in_features, group_size, format, activation_bits)
+    shape = (*x.shape[:-1], len(codes))
+    flat = x.reshape(-1, in_features).contiguous()
+    if flat.numel() == 0 or len(codes) == 0:
+        return x.new_zeros(shape) if bias is None else x.new_zeros(shape) + bias
+    on = _packed_on_gpu if x.device.type in GPU else _packed_on_cpu if x.device.type == "cpu" else multiply
+    return on(flat, packed, bias).view(shape)
+
+
+def _packed_on_gpu(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+    if x.dtype in triton.DTYPES and triton.available(x.device):
+        with suppress(triton.Refused):
+            return launch.linear(x, packed, bias)
+    return multiply(x, packed, bias)
+
+
+def _packed_on_cpu(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+    if cpu.library() is None:
+        _warn_once()
+    elif x.dtype in cpu.FORMATS and cpu.reads(packed):
+        if len(x) <= MAX_ROWS or takes_bytes(packed):
+            return _native(x, packed, bias)
+        if len(x) <= FEW_ROWS[packed.bits]:
+            return few_rows(x, packed, bias)
+    return multiply(x, packed, bias)
+
+
+@lru_cache(maxsize=1)
+def _warn_once() -> None:
+    warnings.warn(
+        f"gemmakit: quantized weights are expanded for every product, which is slow: {cpu.decision().why}.",
+        stacklevel=4,
+    )
+
+
+def _contiguous(codes: Tensor, scale: Tensor, zero: Tensor | None, *facts: int) -> PackedWeight:
+    """The kernels read rows without gaps. facts: PackedWeight's fields after the tensors."""
+    in_features, group_size, format, bits = facts
+    zero = None if zero is None else zero.contiguous()
+    codes, scale = codes.contiguous(), scale.contiguous()
+    return PackedWeight(codes, scale, zero, in_features, group_size, WeightFormat(format), bits)
+
+
+def _linear_packed_back(
+    gradient: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, in_features: int, group_size: int, format: int
+) -> Tensor:
+    packed = _contiguous(codes, scale, zero, in_features, group_size, format, 16)
+    flat = gradient.reshape(-1, len(codes))
+    return multiply_back(flat, packed).view(*gradient.shape[:-1], in_features)
+
+
+_weight = "Tensor codes, Tensor scale, Tensor? zero"
+_facts = "int in_features, int group_size, int format"
+_ops.define(f"linear_packed(Tensor x, {_weight}, Tensor? bias, {_facts}, int activation_bits) -> Tensor")
+_ops.define(f"linear_packed_back(Tensor gradient, {_weight}, {_facts}) -> Tensor")
+_ops.impl("linear_packed", _linear_packed, "CompositeExplicitAutograd")
+_ops.impl("linear_packed_back", _linear_packed_back, "CompositeExplicitAutograd")
+
+
+def _packed_shape(x: Tensor, codes: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], codes.shape[0])
+
+
+def _packed_shape_back(
+    gradient: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, in_features: int, group_size: int, format: int
+) -> Tensor:
+    return gradient.new_empty(*gradient.shape[:-1], in_features)
+
+
+def _keep_packed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, codes, scale, zero, bias, *ctx.facts, _ = inputs
+    ctx.save_for_backward(codes, scale, zero)
+    ctx.biased = bias is not None
+
+
+def _differentiate_packed(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    codes, scale, zero = ctx.saved_tensors
+    for_x = for_bias = None
+    if ctx.needs_input_grad[0]:
+        for_x = torch.ops.gemmakit.linear_packed_back(gradient, codes, scale, zero, *ctx.facts)
+    if ctx.biased and ctx.needs_input_grad[4]:
+        for_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)
+    return for_x, None, None, None, for_bias, None, None, None, None
+
+
+torch.library.register_fake("gemmakit::linear_packed", _packed_shape)
+torch.library.register_fake("gemmakit::linear_packed_back", _packed_shape_back)
+torch.library.register_autograd("gemmakit::linear_packed", _differentiate_packed, setup_context=_keep_packed)

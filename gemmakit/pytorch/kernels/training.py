@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from gemmakit.pytorch.kernels import reference, triton
+from gemmakit.pytorch.kernels.decision import Decision
 from gemmakit.pytorch.kernels.ids import Activation
+from gemmakit.pytorch.kernels.triton import launch
 
 # Types of devices on which the modules call the operators.
 DEVICES = {"cuda"}
@@ -46,11 +48,10 @@ def _dense(tensors: tuple[Tensor, ...], device: torch.device) -> bool:
     return all(type(t) in _DENSE and t.device == device and t.dtype in triton.DTYPES for t in tensors)
 
 
-def training_plan(device: torch.device | str | None = None) -> str:
-    """Which form norm and gate take on `device` (default: the current GPU) while gradients are on, in words."""
-    found = torch.device("cuda") if device is None else torch.device(device)
-    why = triton.why_not(found)
-    return f"modules (Triton kernels: {why})" if why else "Triton: RMSNorm and gate, forward and backward"
+def training_plan(device: torch.device | str | None = None) -> Decision:
+    """Which form norm and gate take on `device` (default: the current GPU) while gradients are on."""
+    why = triton.decision(torch.device("cuda" if device is None else device)).why
+    return Decision("modules", why) if why else Decision("Triton: RMSNorm and gate, forward and backward")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -71,10 +72,8 @@ def gated(gate: Tensor, up: Tensor, act: Activation) -> Tensor:
 def _compute(name: str, first: Tensor, *rest: Any) -> Any:
     """An operator by its kernel where that runs, by its plain form elsewhere."""
     if first.device.type in DEVICES and first.dtype in triton.DTYPES and triton.available(first.device):
-        from gemmakit.pytorch.kernels.triton import training
-
         with suppress(triton.Refused):
-            return getattr(training, name)(first, *rest)
+            return getattr(launch, name)(first, *rest)
     return getattr(reference, name)(first, *rest)
 
 

@@ -31,7 +31,7 @@ BESIDE = (
 )  # fmt: skip
 # The class of a checkpoint -> its module; any other is taken for the first.
 _CLASSES = {
-    "GemmaForCausalLM": "gemmakit.pytorch.model",
+    "GemmaForCausalLM": "gemmakit.pytorch.heads",
     "GemmaModel": "gemmakit.pytorch.model",
     "GemmaForSequenceClassification": "gemmakit.pytorch.heads",
     "GemmaForTokenClassification": "gemmakit.pytorch.heads",

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from gemmakit.pytorch.kernels import PackedWeight, linear_packed
 from gemmakit.pytorch.kernels.ids import WeightFormat
 from gemmakit.pytorch.kernels.packed import dequantize
-from gemmakit.pytorch.kernels.quantized import packed_plan
 from gemmakit.pytorch.layers import GemmaScaledEmbedding
 from gemmakit.pytorch.quantize import rounding
 
@@ -73,10 +72,6 @@ class QuantizedWeight(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.scheme()}"
-
-    def plan(self) -> str:
-        """Which form a decoding step takes, in words."""
-        return packed_plan(self.packed)
 
     def reset_parameters(self) -> None:
         """Nothing: codes are given."""

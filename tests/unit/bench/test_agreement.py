@@ -59,6 +59,6 @@ def test_triton_is_turned_off_in_words_and_on_again(before, monkeypatch):
     if before is not None:
         monkeypatch.setenv("GEMMAKIT_TRITON", before)
     with modules_alone():
-        assert triton.why_not(torch.device("cuda")) == "GEMMAKIT_TRITON is 0"
+        assert triton.decision(torch.device("cuda")).why == "Triton kernels: GEMMAKIT_TRITON is 0"
     assert os.environ.get("GEMMAKIT_TRITON") == before
-    assert triton.why_not(torch.device("cuda")) != "GEMMAKIT_TRITON is 0"
+    assert triton.decision(torch.device("cuda")).why != "Triton kernels: GEMMAKIT_TRITON is 0"

@@ -412,7 +412,7 @@ from killing import kill_at
 from gemmakit import convert_checkpoint
 source, out, to, shard = sys.argv[1:]
 from gemmakit.conversion import targets
-import gemmakit.text, gemmakit.pytorch.model
+import gemmakit.text, gemmakit.pytorch.heads
 for step in range(1, 200):
     child = os.fork()
     if not child:

@@ -9,8 +9,8 @@ import torch
 
 from gemmakit import GemmaConfig
 from gemmakit.errors import CheckpointError, ConfigError, InputError, TokenOutOfRange
-from gemmakit.pytorch.heads import GemmaForSequenceClassification, GemmaForTokenClassification
-from gemmakit.pytorch.model import GemmaForCausalLM, GemmaModel
+from gemmakit.pytorch.heads import GemmaForCausalLM, GemmaForSequenceClassification, GemmaForTokenClassification
+from gemmakit.pytorch.model import GemmaModel
 
 HEADS = [GemmaForSequenceClassification, GemmaForTokenClassification]
 

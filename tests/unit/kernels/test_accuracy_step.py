@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from instruction_sets import FORMATS, runnable
 
+from gemmakit.pytorch.fused.cpu import Attention
 from gemmakit.pytorch.kernels import cpu
-from gemmakit.pytorch.kernels.cpu.seams import Attention
 from gemmakit.pytorch.kernels.ids import Activation
 from gemmakit.pytorch.kernels.reference import rotate
 from gemmakit.pytorch.layers import GemmaRMSNorm
 
-pytestmark = pytest.mark.skipif(cpu.library() is None, reason=f"needs the compiled kernels: {cpu.why_not()}")
+pytestmark = pytest.mark.skipif(cpu.library() is None, reason=f"needs the compiled kernels: {cpu.decision().why}")
 
 SETS = runnable()
 u = 2.0**-24

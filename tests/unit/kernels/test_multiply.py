@@ -10,8 +10,8 @@ from packed_weights import SCHEMES, exact, random_packed, room
 
 from gemmakit.pytorch.kernels import cpu, linear_packed
 from gemmakit.pytorch.kernels.ids import WeightFormat
+from gemmakit.pytorch.kernels.linear import takes_bytes
 from gemmakit.pytorch.kernels.packed import PackedWeight, dequantize
-from gemmakit.pytorch.kernels.quantized import takes_bytes
 
 MOST = 127
 
@@ -26,7 +26,7 @@ def multiplied_by():
 
 
 PAIRS = multiplied_by()
-native = pytest.mark.skipif(not PAIRS, reason=f"needs the compiled kernels: {cpu.why_not()}")
+native = pytest.mark.skipif(not PAIRS, reason=f"needs the compiled kernels: {cpu.decision().why}")
 everywhere = pytest.mark.parametrize(("isa", "scheme"), PAIRS)
 
 

@@ -1,5 +1,7 @@
 """Products with 8- and 4-bit weights: every instruction set's kernels within their stated error of float64."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,13 +10,14 @@ from hypothesis import strategies as st
 from instruction_sets import FORMATS, runnable, shifted, using
 from packed_weights import SCHEMES, exact, random_packed, room
 
-from gemmakit.pytorch.kernels import cpu, linear_packed, linear_plan
+from gemmakit.pytorch.kernels import cpu, linear, linear_packed, linear_plan
 from gemmakit.pytorch.kernels.cpu import MAX_ROWS
 from gemmakit.pytorch.kernels.ids import WeightFormat
+from gemmakit.pytorch.kernels.linear import FEW_ROWS, takes_bytes
 from gemmakit.pytorch.kernels.packed import PackedWeight, dequantize, pack
-from gemmakit.pytorch.kernels.quantized import FEW_ROWS, takes_bytes
 
-native = pytest.mark.skipif(cpu.library() is None, reason=f"needs the compiled kernels: {cpu.why_not()}")
+linear_module = sys.modules["gemmakit.pytorch.kernels.linear"]  # the package has a function of its name
+native = pytest.mark.skipif(cpu.library() is None, reason=f"needs the compiled kernels: {cpu.decision().why}")
 SHAPES = [(1, 1), (5, 31), (7, 32), (13, 257), (9, 2051), (67, 64), (6, 512), (5, 1100), (4, 544)]
 
 
@@ -178,23 +181,20 @@ def test_scales_that_no_kernel_reads_are_still_computed_with():
     cast = packed._replace(scale=packed.scale.float())
     x = torch.randn(2, 64)
     assert not cpu.reads(cast)
-    assert "float32" in linear_plan(cast) or cpu.library() is None
+    assert "float32" in linear_plan(cast).why or cpu.library() is None
     torch.testing.assert_close(linear_packed(x, cast), F.linear(x, dequantize(cast)))
 
 
 def test_without_the_library_it_is_torch_and_says_so_once(monkeypatch):
-    from gemmakit.pytorch.kernels import quantized
-
     packed, x = random_packed("int8", 7, 64), torch.randn(2, 64)
-    monkeypatch.setattr(cpu, "library", lambda: None)
-    monkeypatch.setattr(cpu, "why_not", lambda: "not there")
-    quantized._warn_once.cache_clear()
+    monkeypatch.setattr(cpu, "_loaded", lambda: (None, "not there"))
+    linear_module._warn_once.cache_clear()
     with pytest.warns(UserWarning, match="slow.*not there") as warned:
         first, second = linear_packed(x, packed), linear_packed(x, packed)
     assert len(warned) == 1
     assert torch.equal(first, F.linear(x, dequantize(packed))) and torch.equal(first, second)
-    assert "not there" in linear_plan(packed)
-    quantized._warn_once.cache_clear()
+    assert "not there" in linear_plan(packed).why
+    linear_module._warn_once.cache_clear()
 
 
 @native
@@ -202,7 +202,7 @@ def test_the_plan_names_bits_and_instructions():
     for scheme, (bits, _) in SCHEMES.items():
         packed = random_packed(scheme, 7, 64)
         many = "; beyond 8 rows activations in 8 bits" if takes_bytes(packed) else ""
-        assert linear_plan(packed) == f"native {cpu.instruction_set()} int{bits}{many}"
+        assert str(linear_plan(packed)) == f"native {cpu.instruction_set()} int{bits}{many}"
 
 
 def test_a_group_that_is_the_row_needs_no_multiple_of_32():
@@ -212,3 +212,31 @@ def test_a_group_that_is_the_row_needs_no_multiple_of_32():
     )
     x = torch.randn(1, 45)
     torch.testing.assert_close(linear_packed(x, packed), x @ (codes - 8).float().T, rtol=1e-4, atol=1e-3)
+
+
+@native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_the_plan_says_is_what_runs(dtype, monkeypatch):
+    """Of every format, with and without the library and where no kernel reads the scales: native calls are counted."""
+    called = []
+    project = cpu.project
+    monkeypatch.setattr(cpu, "project", lambda *arguments: called.append(1) or project(*arguments))
+    monkeypatch.setattr(linear_module, "MIN_WEIGHT", 8 * 64)
+    dense = torch.randn(8, 64).to(dtype)
+    packed = [random_packed(scheme, 8, 64) for scheme in SCHEMES]
+    packed += [packed[-1]._replace(scale=packed[-1].scale.float()), packed[0]._replace(activation_bits=16)]
+
+    def runs_native(weight, rows):
+        called.clear()
+        with torch.no_grad():
+            x = torch.randn(rows, 64).to(dtype)
+            linear(x, weight) if isinstance(weight, torch.Tensor) else linear_packed(x, weight)
+        return bool(called)
+
+    for there in (True, False):
+        if not there:
+            monkeypatch.setattr(cpu, "_loaded", lambda: (None, "not there"))
+        for weight in (dense, dense[:4], *packed):
+            assert runs_native(weight, 1) == linear_plan(weight).path.startswith("native")
+            if isinstance(weight, PackedWeight):
+                assert runs_native(weight, 33) == ("activations in 8 bits" in linear_plan(weight).path)

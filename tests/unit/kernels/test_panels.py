@@ -10,7 +10,7 @@ from gemmakit.pytorch.kernels import cpu, linear, panels
 from gemmakit.pytorch.kernels.linear import MIN_WEIGHT
 from gemmakit.pytorch.kernels.packed import dequantize
 
-native = pytest.mark.skipif(cpu.library() is None, reason=f"needs the compiled kernels: {cpu.why_not()}")
+native = pytest.mark.skipif(cpu.library() is None, reason=f"needs the compiled kernels: {cpu.decision().why}")
 
 
 @native

@@ -12,16 +12,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import gemmakit.pytorch.model as model_file
 from gemmakit.pytorch.cache import DynamicCache, StaticCache
+from gemmakit.pytorch.fused import fused_layer, layers_plan
+from gemmakit.pytorch.fused.reference import MAX_ROWS
+from gemmakit.pytorch.fused.weights import weight_of
 from gemmakit.pytorch.kernels import PackedWeight, cpu
-from gemmakit.pytorch.kernels.quantized import takes_bytes
-from gemmakit.pytorch.kernels.seams import MAX_ROWS, choose, seams_plan, weight_of
+from gemmakit.pytorch.kernels.linear import takes_bytes
+from gemmakit.pytorch.layers import Linear
 from gemmakit.pytorch.quantize.modules import QuantizedLinear
 from gemmakit.pytorch.quantize.rounding import quantize
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "pytorch"))
 from tiny_gemma import left_padded, prompts, tiny
 
-native = pytest.mark.skipif(cpu.library() is None, reason=f"needs the compiled kernels: {cpu.why_not()}")
+native = pytest.mark.skipif(cpu.library() is None, reason=f"needs the compiled kernels: {cpu.decision().why}")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HEADS = [(4, 1), (4, 2), (4, 4)]
 
@@ -49,7 +52,7 @@ def modules_only(monkeypatch):
 
     def run(function):
         with monkeypatch.context() as patch:
-            patch.setattr(model_file, "choose", lambda *arguments: None)
+            patch.setattr(model_file, "fused_layer", lambda *arguments: None)
             with torch.no_grad():
                 return function()
 
@@ -58,7 +61,7 @@ def modules_only(monkeypatch):
 
 def chosen(layer, x, **more):
     with torch.no_grad():
-        return choose(layer, x, None, None, more.get("output_attentions", False))
+        return fused_layer(layer, x, more.get("output_attentions", False))
 
 
 def one_layer(dtype=torch.float32, B=1, S=1, **changes):
@@ -88,17 +91,18 @@ def test_projections_of_a_seam_are_the_modules(threads, dtype, weights, B, S):
         if weights != "plain":
             quantized(model, int(weights[3:]), None if weights == "int8" else 32)
         layer = model.model.layers[0]
+        layer.post_attention_layernorm = layer.input_layernorm  # so that both seams see the same numbers
         attention, mlp = layer.self_attn, layer.mlp
         x = torch.randn(B, S, 72, generator=torch.Generator().manual_seed(1)).to(dtype)
         with torch.no_grad():
-            seams = choose(layer, x, None, None, False)
+            seams = fused_layer(layer, x, False)
             projections = attention.q_proj, attention.k_proj, attention.v_proj
             normed = layer.input_layernorm(x)
             # Sums of 72 (200 below) products of numbers near 1, whose order in float32 is another: 1e-5; and where that
             # moves a sum over a rounding's edge, one unit of the format.
-            for got, module in zip(seams.norm_qkv(x, layer.input_layernorm, *projections), projections, strict=True):
+            for got, module in zip(seams.norm_qkv(x), projections, strict=True):
                 near(got, module(normed), dtype, terms=1e-5)
-            gated = seams.norm_gate_up(x, layer.input_layernorm, mlp.gate_proj, mlp.up_proj, mlp.act_fn)
+            gated = seams.norm_gate_up(x)
             gate, up = mlp.gate_proj(normed), mlp.up_proj(normed)
             expected = mlp.act_fn(gate) * up
             # One unit in gate moves gelu by up to 1.13 units of gate, one in up moves the product by itself.
@@ -106,7 +110,7 @@ def test_projections_of_a_seam_are_the_modules(threads, dtype, weights, B, S):
             near(gated, expected, dtype, roundings=2, terms=float(2 * unit * (gate.abs() * up.abs()).max()) + 1e-5)
             # The product is rounded, then the sum: a unit of the product as well.
             product = mlp.down_proj(expected)
-            sums = seams.project_add(expected, mlp.down_proj, x)
+            sums = seams.mlp_add(expected, x)
             near(sums, x + product, dtype, terms=float(unit * product.abs().max()) + 1e-5)
 
 
@@ -119,28 +123,29 @@ def test_projections_of_many_rows_are_the_modules_where_codes_are_multiplied_in_
     model = tiny(head_dim=48, hidden_size=72, intermediate_size=200).to(dtype)
     quantized(model, int(weights[3:]), None if weights == "int8" else 32)
     layer = model.model.layers[0]
+    layer.post_attention_layernorm = layer.input_layernorm
     attention, mlp = layer.self_attn, layer.mlp
     x = torch.randn(B, S, 72, generator=torch.Generator().manual_seed(1)).to(dtype)
     with torch.no_grad():
-        seams = choose(layer, x, None, None, False)
+        seams = fused_layer(layer, x, False)
         if not takes_bytes(mlp.up_proj.packed):
             assert seams is None
             pytest.skip("this processor has no fast products of bytes for these weights")
         projections = attention.q_proj, attention.k_proj, attention.v_proj
         normed, unit = layer.input_layernorm(x), torch.finfo(dtype).eps
-        for got, module in zip(seams.norm_qkv(x, layer.input_layernorm, *projections), projections, strict=True):
+        for got, module in zip(seams.norm_qkv(x), projections, strict=True):
             # Where the order of the norm's sum moves a number over an edge, it moves by one of 127 steps.
             step = float(normed.abs().max() * module.dequantized().abs().max()) / 127
             near(got, module(normed), dtype, terms=2 * step)
             assert (got - module(normed)).abs().mean() < step / 20 + unit
         gate, up = mlp.gate_proj(normed), mlp.up_proj(normed)
         expected = mlp.act_fn(gate) * up
-        gated = seams.norm_gate_up(x, layer.input_layernorm, mlp.gate_proj, mlp.up_proj, mlp.act_fn)
+        gated = seams.norm_gate_up(x)
         step = float(normed.abs().max() * mlp.up_proj.dequantized().abs().max()) / 127
         most = float(gate.abs().max() + up.abs().max())
         near(gated, expected, dtype, roundings=2, terms=(2 * unit * most + 4 * step) * most)
         # Nothing is left to a norm here: the product is the modules' to the bit, and the sum is rounded as theirs.
-        assert torch.equal(seams.project_add(expected, mlp.down_proj, x), x + mlp.down_proj(expected))
+        assert torch.equal(seams.mlp_add(expected, x), x + mlp.down_proj(expected))
 
 
 @native
@@ -153,9 +158,9 @@ def test_many_rows_of_plain_weights_stay_with_the_modules():
 @pytest.mark.parametrize("act", ["gelu_pytorch_tanh", "gelu_erf", "silu", "relu", torch.tanh])
 def test_every_activation_is_the_modules(act):
     layer, x = one_layer(hidden_act=act)
-    normed, mlp = layer.input_layernorm(x), layer.mlp
+    normed, mlp = layer.post_attention_layernorm(x), layer.mlp
     with torch.no_grad():
-        got = chosen(layer, x).norm_gate_up(x, layer.input_layernorm, mlp.gate_proj, mlp.up_proj, mlp.act_fn)
+        got = chosen(layer, x).norm_gate_up(x)
         torch.testing.assert_close(got, mlp.act_fn(mlp.gate_proj(normed)) * mlp.up_proj(normed), rtol=2e-5, atol=1e-6)
 
 
@@ -164,7 +169,7 @@ def test_norm_weights_may_have_another_dtype():
     layer, x = one_layer(torch.bfloat16)
     layer.input_layernorm.float()
     with torch.no_grad():
-        q, _, _ = chosen(layer, x).norm_qkv(x, layer.input_layernorm, *list(layer.self_attn.children())[:3])
+        q, _, _ = chosen(layer, x).norm_qkv(x)
         torch.testing.assert_close(q, layer.self_attn.q_proj(layer.input_layernorm(x)), rtol=2**-7, atol=1e-5)
 
 
@@ -419,9 +424,8 @@ def test_bfloat16_tokens_part_only_where_two_are_near(modules_only):
 
 @native
 def test_a_plain_layer_is_fused_and_says_so():
-    layer, x = one_layer()
-    assert chosen(layer, x).name == f"native {cpu.instruction_set()}"
-    assert seams_plan([layer]) == f"native {cpu.instruction_set()}, without gradients, up to {MAX_ROWS} rows"
+    layer, _ = one_layer()
+    assert str(layers_plan([layer])) == f"native {cpu.instruction_set()}, without gradients, up to {MAX_ROWS} rows"
     assert cpu.instruction_set() in tiny().decode_plan()["seams"]
     assert (
         "attention by torch (attn_implementation is 'eager')"
@@ -432,23 +436,23 @@ def test_a_plain_layer_is_fused_and_says_so():
 @native
 def test_the_reference_runs_where_somebody_needs_it():
     layer, x = one_layer()
-    assert choose(layer, x, None, None, False) is None  # gradients are on
+    assert fused_layer(layer, x, False) is None  # gradients are on
     with torch.no_grad():
-        assert choose(layer, x.expand(9, 1, -1), None, None, False) is None
-        assert choose(layer, x, None, None, True) is None
-        assert choose(layer, x.double(), None, None, False) is None
-        assert choose(layer, x.to("meta"), None, None, False) is None
-        assert choose(layer, nn.Parameter(x), None, None, False) is None
+        assert fused_layer(layer, x.expand(9, 1, -1), False) is None
+        assert fused_layer(layer, x, True) is None
+        assert fused_layer(layer, x.double(), False) is None
+        assert fused_layer(layer, x.to("meta"), False) is None
+        assert fused_layer(layer, nn.Parameter(x), False) is None
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert choose(layer, x, None, None, False) is None
+            assert fused_layer(layer, x, False) is None
         with FlopCounterMode(display=False):
-            assert choose(layer, x, None, None, False) is None
+            assert fused_layer(layer, x, False) is None
         asked = []
-        torch.func.vmap(lambda row: asked.append(choose(layer, row, None, None, False)) or row)(x[None])
+        torch.func.vmap(lambda row: asked.append(fused_layer(layer, row, False)) or row)(x[None])
         assert asked == [None]
-        assert choose(layer, x, None, None, False) is not None
+        assert fused_layer(layer, x, False) is not None
     with torch.inference_mode():
-        assert choose(layer, x, None, None, False) is not None
+        assert fused_layer(layer, x, False) is not None
 
 
 @native
@@ -506,7 +510,7 @@ def test_replaced_and_rebuilt_parts_are_noticed():
     plain = layer.mlp.up_proj
     layer.mlp.up_proj = Other(40, 64, bias=False)
     assert chosen(layer, x) is None
-    assert "up_proj is a" in seams_plan([layer])
+    assert "up_proj is a" in str(layers_plan([layer]))
     layer.mlp.up_proj = plain
     assert chosen(layer, x) is not None
     layer.mlp.forward = lambda x: x  # as offloading does
@@ -579,11 +583,11 @@ def test_adapters_keep_their_layer_on_the_modules():
             if "lora_B" in name:
                 p.fill_(0.5)
         assert not torch.allclose(adapted(ids).logits, plain, rtol=1e-3, atol=1e-3)
-    assert "layers 1 to 1: modules (v_proj is a peft" in seams_plan(model.model.layers)
+    assert "layers 1 to 1: modules (v_proj is a peft" in str(layers_plan(model.model.layers))
 
 
 def test_weights_behind_modules():
-    linear = model_file.Linear(3, 2)
+    linear = Linear(3, 2)
     linear.weight.data.normal_()
     assert weight_of(linear) is linear.weight
     assert weight_of(nn.Linear(3, 2)) is not None
@@ -596,11 +600,10 @@ def test_weights_behind_modules():
 
 
 def test_without_the_library_the_modules_run(monkeypatch):
-    monkeypatch.setattr(cpu, "library", lambda: None)
-    monkeypatch.setattr(cpu, "why_not", lambda: "switched off by GEMMAKIT_NATIVE=0")
+    monkeypatch.setattr(cpu, "_loaded", lambda: (None, "switched off by GEMMAKIT_NATIVE=0"))
     model, ids = tiny(), prompts(1, 4)
     assert chosen(model.model.layers[0], torch.randn(1, 1, 40)) is None
-    assert model.decode_plan()["seams"] == "modules (native kernels: switched off by GEMMAKIT_NATIVE=0)"
+    assert model.decode_plan()["seams"] == "modules (native kernel switched off by GEMMAKIT_NATIVE=0)"
     assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 7)
 
 

@@ -13,16 +13,16 @@ from tiny_gemma import far, left_padded, prompts
 
 from gemmakit.pytorch.cache import DynamicCache, StaticCache
 from gemmakit.pytorch.cache.paged import PagedCache, Span
-from gemmakit.pytorch.kernels import linear, linear_plan, seams, triton
+from gemmakit.pytorch.fused import cuda, decide
+from gemmakit.pytorch.fused.weights import weight_of
+from gemmakit.pytorch.kernels import linear, linear_packed, linear_plan, triton
 from gemmakit.pytorch.kernels.ids import WeightFormat
-from gemmakit.pytorch.kernels.seams import PROJECTIONS
 from gemmakit.pytorch.kernels.triton import attention, gemv, launch, rowwise
-from gemmakit.pytorch.kernels.triton import seams as triton_seams
 from gemmakit.pytorch.quantize import rounding
 from gemmakit.pytorch.quantize.modules import QuantizedLinear
 
 linear_module = sys.modules[linear.__module__]  # the package has a function of its name
-TRITON = {"cpu": "gemmakit.pytorch.kernels.triton.seams"}
+TRITON = {"cpu": cuda.fuse}
 # float32 sums in another order; bfloat16: a rounding that falls the other way (2^-8) passes through two layers.
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 0.03, torch.float16: 4e-3}
 
@@ -40,12 +40,12 @@ def both(monkeypatch):
     def run(model, f):
         results = []
         for forms in ({}, TRITON):
-            monkeypatch.setattr(seams, "FORMS", forms)
+            monkeypatch.setattr(decide, "fused_layers", forms)
             for layer in model.model.layers:
-                layer.__dict__.pop("chosen", None)
+                layer.__dict__.pop("fusion", None)
             with torch.no_grad():
                 results.append(f())
-        assert all(type(layer.__dict__["chosen"].seams).__name__ == "TritonSeams" for layer in model.model.layers)
+        assert all(type(layer.__dict__["fusion"].form) is cuda.TritonLayer for layer in model.model.layers)
         assert not triton._refused, "a kernel did not start, and the modules took its place"
         return results
 
@@ -136,7 +136,7 @@ def test_layers_in_8_and_4_bits(both, bits, mixed):
     """mixed: a projection left as it was, so that neither q, k, v nor gate and up have one format."""
     model = tiny(hidden_size=32, intermediate_size=40)
     layer = model.model.layers[0]
-    for name in PROJECTIONS:
+    for name, _ in layer.parts().projections():
         parent = layer.self_attn if hasattr(layer.self_attn, name) else layer.mlp
         if mixed and name in ("k_proj", "up_proj"):
             continue
@@ -144,7 +144,7 @@ def test_layers_in_8_and_4_bits(both, bits, mixed):
         packed = rounding.quantize(module.weight.detach(), bits, 32 if bits == 4 else None, name=name)
         setattr(parent, name, QuantizedLinear(packed, module.bias))
     with torch.no_grad():
-        assert (launch.operand(seams.weight_of(layer.mlp.down_proj)).format == WeightFormat.INT4) == (bits == 4)
+        assert (launch.operand(weight_of(layer.mlp.down_proj)).format == WeightFormat.INT4) == (bits == 4)
     modules, fused = both(model, lambda: steps(model, prompts(2, 7), DynamicCache()))
     # The CPU's kernel rounds the inputs to 16 bits in blocks of 32 (2^-16 of the block's largest).
     assert far(fused, modules) < 2e-4
@@ -153,7 +153,7 @@ def test_layers_in_8_and_4_bits(both, bits, mixed):
 def test_only_attention_that_the_kernel_describes_takes_it(monkeypatch):
     """An additive mask goes through torch, cache and all."""
     model, ids = tiny(), prompts(1, 1)
-    monkeypatch.setattr(seams, "FORMS", TRITON)
+    monkeypatch.setattr(decide, "fused_layers", TRITON)
     called = []
     monkeypatch.setattr(launch, "attend", lambda *a, **k: called.append(1))
     with torch.no_grad():
@@ -166,15 +166,15 @@ def test_only_attention_that_the_kernel_describes_takes_it(monkeypatch):
 def test_weights_of_another_dtype_are_refused_in_words():
     layer = tiny().model.layers[0]
     layer.mlp.down_proj.to(torch.bfloat16)
-    assert triton_seams.fused(layer, torch.zeros(1, 1, 24)) == (
+    assert cuda.fuse(layer.parts(), torch.zeros(1, 1, 24)) == (
         "down_proj is in torch.bfloat16 and the activations in torch.float32"
     )
     layer = tiny(attention_bias=True).model.layers[0].to(torch.bfloat16)
     layer.self_attn.k_proj.bias.data = layer.self_attn.k_proj.bias.data.float()
     assert "k_proj is with a bias in torch.float32" in str(
-        triton_seams.fused(layer, torch.zeros(1, 1, 24, dtype=torch.bfloat16))
+        cuda.fuse(layer.parts(), torch.zeros(1, 1, 24, dtype=torch.bfloat16))
     )
-    assert "float64" in str(triton_seams.fused(layer, torch.zeros(1, 1, 24, dtype=torch.float64)))
+    assert "float64" in str(cuda.fuse(layer.parts(), torch.zeros(1, 1, 24, dtype=torch.float64)))
 
 
 # -- more rows than the kernels that read weights take ----------------------------------------------------------------
@@ -262,7 +262,7 @@ BREAKABLE = [(gemv, "project", 2), (gemv, "gate_up", 2), (attention, "attend", 2
 @pytest.mark.parametrize("kind", ["dynamic", "static", "told places"])
 def test_the_modules_take_the_place_of_a_kernel_that_does_not_start(module, name, rows, kind, afterwards, monkeypatch):
     model, ids = tiny(), prompts(rows, 6)
-    monkeypatch.setattr(seams, "FORMS", {})
+    monkeypatch.setattr(decide, "fused_layers", {})
 
     def run():
         cache = DynamicCache() if kind == "dynamic" else StaticCache(model.config, max_cache_len=40)
@@ -270,15 +270,15 @@ def test_the_modules_take_the_place_of_a_kernel_that_does_not_start(module, name
             return steps(model, ids, cache, kind == "told places"), cache.get_seq_length()
 
     expected, length = run()
-    monkeypatch.setattr(seams, "FORMS", TRITON)
+    monkeypatch.setattr(decide, "fused_layers", TRITON)
     for layer in model.model.layers:
-        layer.__dict__.pop("chosen", None)
+        layer.__dict__.pop("fusion", None)
     monkeypatch.setattr(module, name, Broken())
     with pytest.warns(UserWarning, match="are not used on cpu.*ValueError: out of resource"):
         logits, held = run()
     assert far(logits, expected) < TOLERANCE[torch.float32]
     assert held == length
-    assert "one did not start" in triton.why_not(torch.device("cpu"))
+    assert "one did not start" in triton.decision(torch.device("cpu")).why
     assert run()[1] == length  # and no second warning
 
 
@@ -306,7 +306,7 @@ def test_the_head_of_a_step_goes_through_the_kernel(dtype, on_gpu):
     terms = torch.nn.functional.linear(x.double().abs(), weight.double().abs(), bias.double().abs())
     room = torch.finfo(dtype).eps * expected.abs() + 25 * 2.0**-24 * terms
     assert ((y.double() - expected).abs() <= room).all()
-    assert linear_plan(weight) == "Triton, without gradients, up to 8 rows"
+    assert str(linear_plan(weight)) == "Triton, without gradients, up to 8 rows"
 
 
 def test_the_head_goes_through_torch_otherwise(on_gpu, afterwards, monkeypatch):
@@ -320,7 +320,7 @@ def test_the_head_goes_through_torch_otherwise(on_gpu, afterwards, monkeypatch):
             linear(x, weight)
         monkeypatch.setattr(linear_module, "MIN_WEIGHT", 1000)
         linear(x, weight)
-        assert "960 weights are few" in linear_plan(weight)
+        assert "960 weights are few" in linear_plan(weight).why
         monkeypatch.setattr(linear_module, "MIN_WEIGHT", 64)
         assert on_gpu == []
         monkeypatch.setattr(gemv, "project", Broken())
@@ -329,4 +329,17 @@ def test_the_head_goes_through_torch_otherwise(on_gpu, afterwards, monkeypatch):
         assert torch.equal(y, torch.nn.functional.linear(x, weight)) and on_gpu == [1]
         linear(x, weight)
     assert on_gpu == [1]
-    assert "one did not start" in linear_plan(weight)
+    assert "one did not start" in linear_plan(weight).why
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_packed_weight_is_said_to_be_read_by_triton_where_it_is(bits, on_gpu, started, afterwards, monkeypatch):
+    packed = rounding.quantize(torch.randn(24, 64), bits, 32)
+    with torch.no_grad():
+        linear_packed(torch.randn(2, 64), packed)
+        assert started == ["project"]
+        assert str(linear_plan(packed)) == f"Triton int{bits}, up to 32 rows; beyond that expanded"
+        monkeypatch.setenv("GEMMAKIT_TRITON", "0")
+        linear_packed(torch.randn(2, 64), packed)
+        assert started == ["project"]
+        assert str(linear_plan(packed)) == f"torch on cpu, int{bits} expanded (Triton kernels: GEMMAKIT_TRITON is 0)"

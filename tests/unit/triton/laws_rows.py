@@ -120,7 +120,7 @@ def test_the_sum_is_of_float32():
     packed = PackedWeight(
         torch.ones(2, 4096, dtype=torch.int8), torch.full((2, 1), 0.5), None, 4096, 4096, WeightFormat.INT8_ROWS
     )
-    assert launch.linear_packed(x[:, :4096], packed).tolist() == [[2048.0, 2048.0]]
+    assert launch.linear(x[:, :4096], packed).tolist() == [[2048.0, 2048.0]]
 
 
 @pytest.mark.parametrize("act", range(4), ids=["gelu_tanh", "gelu_erf", "relu", "silu"])
@@ -178,7 +178,7 @@ def test_packed_linear_is_right_on_both_sides_of_the_crossover(form, M):
     """9 rows take two blocks of rows; 33 take the weight written out, which is rounded to the dtype first."""
     assert tuning.HOPPER.dequantize_above == 32
     x, w, b = random(M, 96, dtype=torch.bfloat16), weight(form, 10, 96, torch.bfloat16), torch.ones(10).bfloat16()
-    y = launch.linear_packed(x.view(1, M, 96), w, b)[0]
+    y = launch.linear(x.view(1, M, 96), w, b)[0]
     if M <= 32:
         assert_rounded_alike(y, reference.linear(x, w, b), x, w)
     else:
@@ -205,7 +205,7 @@ def test_every_code_of_four_bits_is_exact_in_every_place():
             32,
             WeightFormat.INT4,
         )
-        y = launch.linear_packed(torch.eye(32), w)
+        y = launch.linear(torch.eye(32), w)
         assert torch.equal(y, (torch.arange(16) - zero).float().expand(32, 16))
 
 

@@ -12,7 +12,7 @@ from gemmakit.pytorch.kernels import triton as kernels
 
 # Whether Triton is there, or not installed, or (as None in sys.modules) hidden.
 HIDDEN = "import sys; sys.modules['triton'] = None; "
-SEAMS = "from gemmakit.pytorch.kernels.triton import seams, why_not; "
+FUSED = "from gemmakit.pytorch.fused import cuda; from gemmakit.pytorch.kernels.triton import decision; "
 
 
 def python(code):
@@ -20,14 +20,14 @@ def python(code):
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
 
 
-def test_the_seams_import_without_triton():
-    done = python(HIDDEN + SEAMS + "print(why_not())")
+def test_the_fused_layer_imports_without_triton():
+    done = python(HIDDEN + FUSED + "print(decision())")
     assert done.returncode == 0, done.stderr
     assert "pip install triton" in done.stdout
 
 
-def test_importing_the_seams_imports_no_kernel():
-    done = python("import sys; " + SEAMS + "print([m for m in sys.modules if m.endswith(('.gemv', '.launch'))])")
+def test_importing_the_fused_layer_imports_no_kernel():
+    done = python("import sys; " + FUSED + "print([m for m in sys.modules if m.endswith('.gemv') or m == 'triton'])")
     assert done.stdout.strip() == "[]", done.stderr
 
 
@@ -37,8 +37,8 @@ def test_importing_the_seams_imports_no_kernel():
 def test_without_a_gpu_the_reason_is_given():
     pytest.importorskip("triton", reason="needs triton: pip install 'triton>=3.6,<3.7' (Linux)")
     assert not kernels.available(torch.device("cuda"))
-    assert kernels.why_not(torch.device("cuda")) == "PyTorch sees no CUDA device"
-    assert "this is cpu" in kernels.why_not(torch.device("cpu"))
+    assert kernels.decision(torch.device("cuda")).why == "Triton kernels: PyTorch sees no CUDA device"
+    assert "this is cpu" in kernels.decision(torch.device("cpu")).why
 
 
 CPU = torch.device("cpu")
@@ -56,7 +56,7 @@ def test_a_kernel_that_does_not_start_is_told_once_and_no_other_is_asked_for(mon
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         start()
-    assert kernels.why_not(CPU) == "one did not start (ValueError: no compiler)"
+    assert kernels.decision(CPU).why == "Triton kernels: one did not start (ValueError: no compiler)"
 
 
 def test_too_little_memory_says_nothing_about_kernels(monkeypatch):

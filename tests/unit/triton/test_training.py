@@ -15,8 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "pytorch"))
 from tiny_gemma import far, prompts, tiny  # noqa: E402
 
 from gemmakit.pytorch.kernels import training  # noqa: E402
-from gemmakit.pytorch.kernels.triton import rowwise  # noqa: E402
-from gemmakit.pytorch.kernels.triton import training as launch  # noqa: E402
+from gemmakit.pytorch.kernels.triton import launch, rowwise  # noqa: E402
 from gemmakit.pytorch.layers import GemmaRMSNorm  # noqa: E402
 
 OPS = torch.ops.gemmakit
@@ -97,7 +96,7 @@ def test_on_the_cpu_the_modules_run_as_they_did():
     x, norm = torch.randn(2, 40, requires_grad=True), GemmaRMSNorm(40)
     assert not training.fuses(x)
     assert "RsqrtBackward" in names(norm(x).grad_fn)
-    assert training.training_plan("cpu") == "modules (Triton kernels: they are CUDA kernels, and this is cpu)"
+    assert str(training.training_plan("cpu")) == "modules (Triton kernels: they are CUDA kernels, and this is cpu)"
 
 
 def names(node):

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gemmakit.pytorch.kernels.decision import Decision
 from gemmakit.pytorch.kernels.ids import Activation, WeightFormat
 from gemmakit.pytorch.kernels.packed import FORMATS, PackedWeight
 
@@ -93,9 +94,10 @@ def library() -> ctypes.CDLL | None:
     return _loaded()[0]
 
 
-def why_not() -> str:
-    """Why there is no library; empty when there is one."""
-    return _loaded()[1]
+def decision() -> Decision:
+    """Which native kernels there are, or why none."""
+    isa = instruction_set()
+    return Decision("torch", f"native kernel {_loaded()[1]}") if isa is None else Decision(f"native {isa}")
 
 
 def instruction_set() -> str | None:

@@ -1,7 +1,7 @@
-"""The CUDA kernels, written in Triton: each file of kernels has its plain-torch form in reference.py.
+"""The CUDA kernels, written in Triton, and `launch`, which starts them; `reference` has their plain-torch forms.
 
-Importing this package needs no Triton; asking for a kernel does. Nothing here was tuned by trial on a device unless
-tuning.py says so beside the number.
+Importing this package and `launch` needs no Triton; starting a kernel does. Nothing here was tuned by trial on a
+device unless tuning.py says so beside the number.
 """
 
 from __future__ import annotations
@@ -15,15 +15,19 @@ from contextlib import contextmanager
 
 import torch
 
+from gemmakit.pytorch.kernels.decision import Decision
+from gemmakit.pytorch.kernels.packed import FORMATS
+
 # What the kernels compute in, and how many rows those that read weights take at once.
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = tuple(FORMATS)
 MAX_ROWS = 8
 
 # Below 8.0 there is neither bfloat16 nor an asynchronous copy, and Triton no longer supports them.
 LEAST_CAPABILITY = (8, 0)
 
+_RUNS = Decision("Triton")
 # Why a kernel did not start, by type of device: none is tried there again.
-_refused: dict[str, str] = {}
+_refused: dict[str, Decision] = {}
 
 
 class Refused(RuntimeError):
@@ -36,7 +40,7 @@ def refuse(device: torch.device, error: Exception) -> Refused:
     why = f"one did not start ({type(error).__name__}{f': {said[0]}' if said else ''})"
     if device.type not in _refused:
         warnings.warn(f"gemmakit: its Triton kernels are not used on {device}: {why}.", stacklevel=4)
-    _refused.setdefault(device.type, why)
+    _refused.setdefault(device.type, _not(why))
     return Refused(why)
 
 
@@ -54,32 +58,38 @@ def starting(device: torch.device) -> Generator[None]:
 
 def available(device: torch.device) -> bool:
     """Whether the kernels run on `device`. The CPU counts under TRITON_INTERPRET=1, for tests."""
-    return not why_not(device)
+    return decision(device) is _RUNS
 
 
-def why_not(device: torch.device | None = None) -> str:
-    """Why the kernels do not run on `device` (default: the current GPU), in words; empty when they do."""
+def decision(device: torch.device | None = None) -> Decision:
+    """Whether the kernels run on `device` (default: the current GPU), and why not."""
     if os.environ.get("GEMMAKIT_TRITON") == "0":
-        return "GEMMAKIT_TRITON is 0"
+        return _not("GEMMAKIT_TRITON is 0")
     return _refused.get("cuda" if device is None else device.type) or _lacks(device)
 
 
+def _not(why: str) -> Decision:
+    return Decision("torch", f"Triton kernels: {why}")
+
+
 @functools.cache
-def _lacks(device: torch.device | None) -> str:
+def _lacks(device: torch.device | None) -> Decision:
     if importlib.util.find_spec("triton") is None:
-        return "the triton package is not installed: pip install triton (PyTorch for CUDA on Linux brings it)"
+        return _not("the triton package is not installed: pip install triton (PyTorch for CUDA on Linux brings it)")
     if interpreted():
-        return "" if device is None or device.type in ("cpu", "cuda") else f"there are none for {device.type}"
+        kind = "cuda" if device is None else device.type
+        return _RUNS if kind in ("cpu", "cuda") else _not(f"there are none for {kind}")
     if device is not None and device.type != "cuda":
-        return f"they are CUDA kernels, and this is {device.type}"
+        return _not(f"they are CUDA kernels, and this is {device.type}")
     if not torch.cuda.is_available():
-        return "PyTorch sees no CUDA device"
+        return _not("PyTorch sees no CUDA device")
     if torch.version.hip is not None:
-        return "they are tested on NVIDIA devices only"
+        return _not("they are tested on NVIDIA devices only")
     found = torch.cuda.get_device_capability(device)
     if found < LEAST_CAPABILITY:
-        return f"the GPU has compute capability {found[0]}.{found[1]}; they need {'.'.join(map(str, LEAST_CAPABILITY))}"
-    return ""
+        least = ".".join(map(str, LEAST_CAPABILITY))
+        return _not(f"the GPU has compute capability {found[0]}.{found[1]}; they need {least}")
+    return _RUNS
 
 
 def interpreted() -> bool:

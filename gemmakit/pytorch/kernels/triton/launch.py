@@ -16,21 +16,38 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemmakit.errors import InputError
+from gemmakit.pytorch.kernels import reference
 from gemmakit.pytorch.kernels.ids import WeightFormat
 from gemmakit.pytorch.kernels.packed import FORMATS, PackedWeight
-from gemmakit.pytorch.kernels.panels import multiply
-from gemmakit.pytorch.kernels.triton import (
-    MAX_ROWS,
-    Refused,
-    attention,
-    dequantize,
-    gemv,
-    interpreted,
-    starting,
-    tuning,
-)
+from gemmakit.pytorch.kernels.triton import MAX_ROWS, interpreted, starting, tuning
 
 MAX_HEAD_DIM = 256
+# A program of the norm keeps a row in its registers, of its backward three rows and the sums: longer ones would spill,
+# and go through torch. This and what follows is reasoned, not measured.
+MAX_DIM = 8192
+# Programs of the norm's backward: four a multiprocessor of an H100, which keeps 32 KB on their way. The same number
+# everywhere, so that the sums for the weight are the same on every device.
+PROGRAMS = 512
+# Elements a program of the gate takes: 16 a thread.
+GATE_BLOCK, GATE_WARPS = 2048, 4
+
+
+@functools.cache
+def _kernels() -> dict[str, Any]:
+    """The files of kernels: the one place that needs the triton package."""
+    from gemmakit.pytorch.kernels.triton import attention, dequantize, gemv, rowwise
+
+    return {"attention": attention, "dequantize": dequantize, "gemv": gemv, "rowwise": rowwise}
+
+
+def _start(kernel: str, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Run a kernel, "file.function", on the device of its first argument.
+
+    Raises Refused where it cannot be compiled or started.
+    """
+    file, _, name = kernel.partition(".")
+    with starting(arguments[0].device):
+        getattr(_kernels()[file], name)[grid](*arguments, **constants)
 
 
 @functools.cache
@@ -79,12 +96,6 @@ def alike(operands: Sequence[Operand]) -> bool:
     return len({(w.format, w.group, w.I) for w in operands}) == 1
 
 
-def _start(kernel: Any, grid: tuple[int, ...], x: Tensor, *arguments: Any, **named: Any) -> None:
-    """Run a kernel on x's device. x is its first argument. Raises Refused where it cannot be compiled or started."""
-    with starting(x.device):
-        kernel[grid](x, *arguments, **named)
-
-
 class Norm(NamedTuple):
     weight: Tensor
     eps: float
@@ -129,7 +140,7 @@ def project(
     shape = block_constants(constants(x.device), one, M, x.element_size())
     grid = (sum(-(-w.O // shape["BO"]) for w in weights), -(-M // shape["R"]))
     _start(
-        gemv.project,
+        "gemv.project",
         grid,
         x,
         x if norm is None else norm.weight,
@@ -167,34 +178,22 @@ def gate_up(
     bias = any(b is not None for b in biases)
     b0, b1 = (x if not bias else x.new_zeros(gate.O) if b is None else b for b in biases)
     _start(
-        gemv.gate_up, (-(-gate.O // shape["BO"]),), x, norm.weight, norm.eps, M, gate.codes, up.codes,
+        "gemv.gate_up", (-(-gate.O // shape["BO"]),), x, norm.weight, norm.eps, M, gate.codes, up.codes,
         _or(gate.scale, x), _or(up.scale, x), _or(gate.zero, x), _or(up.zero, x), b0, b1, y, gate.O, BIAS=bias,
         ACT=int(act), **shape,
     )  # fmt: skip
     return y
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias for a few rows: the head of a decoding step. x: (..., I), weight: (O, I) -> (..., O)."""
-    flat = x.reshape(-1, x.shape[-1])
-    try:
-        return project(flat, [operand(weight)], [bias])[0].view(*x.shape[:-1], len(weight))
-    except Refused:
-        return F.linear(x, weight, bias)
+def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias; not differentiable. x: (..., I), weight: (O, I) -> (..., O) in x's dtype.
 
-
-def linear_packed(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """The same for a weight in 8 or 4 bits. x: (..., I) -> (..., O) in x's dtype; not differentiable.
-
-    Up to `dequantize_above` rows the weight is read as it is; more take it written out in x's dtype.
+    A packed weight is read as it is by up to `dequantize_above` rows; more take it written out in x's dtype.
     """
     flat = x.reshape(-1, x.shape[-1])
-    try:
-        if len(flat) > constants(x.device).dequantize_above:
-            return F.linear(x, expand(packed, x.dtype), bias)
-        return project(flat, [operand(packed)], [bias])[0].view(*x.shape[:-1], packed.shape[0])
-    except Refused:
-        return multiply(flat, packed, bias).view(*x.shape[:-1], packed.shape[0])
+    if isinstance(weight, PackedWeight) and len(flat) > constants(x.device).dequantize_above:
+        return F.linear(x, expand(weight, x.dtype), bias)
+    return project(flat, [operand(weight)], [bias])[0].view(*x.shape[:-1], weight.shape[0])
 
 
 def expand(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
@@ -207,9 +206,9 @@ def expand(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
     grid = (-(-w.O // BO), -(-w.I // BI))
     assert w.scale is not None
     if w.zero is None:
-        _start(dequantize.expand8, grid, w.codes, w.scale, y, w.O, **sizes)
+        _start("dequantize.expand8", grid, w.codes, w.scale, y, w.O, **sizes)
     else:
-        _start(dequantize.expand4, grid, w.codes.view(torch.uint8), w.scale, w.zero, y, w.O, **sizes)
+        _start("dequantize.expand4", grid, w.codes.view(torch.uint8), w.scale, w.zero, y, w.O, **sizes)
     return y
 
 
@@ -261,7 +260,7 @@ def attend(
     flags = dict(BLIND=blind is not None, PLACED=room.places is not None, PAGE=page, SPLITS=parts)
     grid = (B * K, parts, -(-(N // K * S) // fixed["BR"]))
     _start(
-        attention.attend, grid, q, k, v, cos, sin, room.keys, room.values, _bytes(mask, q), _bytes(blind, q), places,
+        "attention.attend", grid, q, k, v, cos, sin, room.keys, room.values, _bytes(mask, q), _bytes(blind, q), places,
         _or(room.table, q), out, acc, top, total,
         room.start, scale * math.log2(math.e), S * H if cos.shape[0] > 1 else 0, *room.keys.stride()[:2],
         0 if room.table is None else room.table.stride(0), *_steps(mask), *_steps(blind),
@@ -270,7 +269,7 @@ def attend(
     if parts > 1:
         shared = {name: fixed[name] for name in ("S", "N", "H", "HP", "BT")}
         _start(
-            attention.join, (B * S * N,), acc, top, total, out, _bytes(blind, q), places, room.start, *_steps(blind),
+            "attention.join", (B * S * N,), acc, top, total, out, _bytes(blind, q), places, room.start, *_steps(blind),
             BS=min(parts, 16), **shared, **flags,
         )  # fmt: skip
     return out
@@ -296,3 +295,63 @@ def _steps(mask: Tensor | None) -> tuple[int, int]:
     if mask is None:
         return 0, 0
     return mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(2) if mask.shape[2] > 1 else 0
+
+
+# -- norm and gate, forward and backward: M rows, D hidden, F mlp ------------------------------------------------------
+
+
+def norm_constants(D: int) -> dict[str, int]:
+    """16 elements of a row to a thread."""
+    block = max(1 << (D - 1).bit_length(), 32)
+    return dict(D=D, BLOCK=block, num_warps=min(max(block // 512, 1), 16))
+
+
+def rms_norm_saving(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x: (..., D), weight: (D,) -> the norm in x's dtype, and what its rows were scaled by: (...) float32."""
+    if x.shape[-1] > MAX_DIM:
+        return reference.rms_norm_saving(x, weight, eps)
+    x = x.contiguous()
+    y, scale = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    _start_rows("rowwise.norm", scale.numel(), x, weight.contiguous(), y, scale, eps, **norm_constants(x.shape[-1]))
+    return y, scale
+
+
+def rms_norm_back(
+    gradient: Tensor, x: Tensor, weight: Tensor, scale: Tensor, for_weight: bool
+) -> tuple[Tensor, Tensor]:
+    """What the gradient (..., D) of the norm is to x, (..., D), and to the weight: (D,), or (0,) unless asked for."""
+    if x.shape[-1] > MAX_DIM:
+        return reference.rms_norm_back(gradient, x, weight, scale, for_weight)
+    gradient, x, M, D = gradient.contiguous(), x.contiguous(), scale.numel(), x.shape[-1]
+    programs = min(M, PROGRAMS)
+    dx = torch.empty_like(x)
+    sums = x.new_empty((programs if for_weight else 0, D), dtype=torch.float32)
+    tensors = (gradient, x, weight.contiguous(), scale.contiguous(), dx, sums)
+    _start_rows("rowwise.norm_back", programs, *tensors, M, FOR_WEIGHT=for_weight, **norm_constants(D))
+    return dx, sums.sum(0).to(weight.dtype) if for_weight else weight.new_empty(0)
+
+
+def gated(gate: Tensor, up: Tensor, act: int) -> Tensor:
+    """act(gate) * up, (..., F) like both."""
+    gate, up = gate.contiguous(), up.contiguous()
+    y = torch.empty_like(gate)
+    _start_gate("rowwise.gated", (gate, up, y), act)
+    return y
+
+
+def gated_back(gradient: Tensor, gate: Tensor, up: Tensor, act: int) -> tuple[Tensor, Tensor]:
+    """What the gradient (..., F) of the product is to gate and to up."""
+    gradient, gate, up = gradient.contiguous(), gate.contiguous(), up.contiguous()
+    for_gate, for_up = torch.empty_like(gate), torch.empty_like(up)
+    _start_gate("rowwise.gated_back", (gradient, gate, up, for_gate, for_up), act)
+    return for_gate, for_up
+
+
+def _start_gate(kernel: str, tensors: Sequence[Tensor], act: int) -> None:
+    n = tensors[0].numel()
+    _start_rows(kernel, -(-n // GATE_BLOCK), *tensors, n, ACT=int(act), BLOCK=GATE_BLOCK, num_warps=GATE_WARPS)
+
+
+def _start_rows(kernel: str, programs: int, *arguments: Any, **constants: Any) -> None:
+    if programs:
+        _start(kernel, (programs,), *arguments, **constants)

@@ -1,4 +1,4 @@
-"""The seams of a decoder layer on the CPU: five native calls, which read each weight once for all rows.
+"""A decoder layer on the CPU: five native calls, which read each weight once for all rows.
 
 More rows than eight go through the same calls, a norm and a gate apart, where all weights are codes that are multiplied
 in bytes; attention goes through torch then.
@@ -10,18 +10,19 @@ tensors, nothing else. Axis letters: B batch, S positions, D hidden, F mlp, N he
 from __future__ import annotations
 
 import ctypes
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gemmakit.pytorch.kernels import cpu
-from gemmakit.pytorch.kernels.packed import PackedWeight
-from gemmakit.pytorch.kernels.quantized import takes_bytes
+from gemmakit.pytorch.cache.core import Cache, CacheLayer
+from gemmakit.pytorch.fused.reference import MAX_ROWS, FusedLayer
+from gemmakit.pytorch.fused.weights import misfit, weight_of
+from gemmakit.pytorch.kernels import Decision, PackedWeight, cpu
+from gemmakit.pytorch.kernels.linear import takes_bytes
 from gemmakit.pytorch.kernels.reference import ACTIVATION_OF
-from gemmakit.pytorch.kernels.seams import PROJECTIONS, Seams, weight_of
+from gemmakit.pytorch.layers import LayerParts
+from gemmakit.pytorch.masks import Visibility
 
 # Below so many bytes a second thread costs more than it saves.
 ALONE = 1 << 18
@@ -42,91 +43,108 @@ class Attention(ctypes.Structure):
     )
 
 
-def fused(layer: nn.Module, x: Tensor) -> Seams | str:
-    """What `kernels.seams.FORMS` asks for: the seams of this layer for activations like x, or why there are none."""
+def fuse(parts: LayerParts, x: Tensor) -> FusedLayer | str:
+    """What `decide.fused_layers` asks for: the form of this layer for activations like x, or why there is none."""
     if cpu.library() is None:
-        return f"native kernels: {cpu.why_not()}"
+        return cpu.decision().why
     if x.dtype not in cpu.FORMATS:
         return f"no native kernels for {x.dtype}"
-    for name, module in layer.named_modules():
-        last = name.rpartition(".")[2]
-        found = _unfit(module, x.dtype) if last in PROJECTIONS else ""
-        if last.endswith("layernorm") and module.weight.dtype not in cpu.FORMATS:
-            found = f"in {module.weight.dtype}"
+    for name, module in parts.projections():
+        found, weight = misfit(module, x.dtype), weight_of(module)
+        if not found and isinstance(weight, PackedWeight) and not cpu.reads(weight):
+            found = f"with scales in {weight.scale.dtype}"
         if found:
-            return f"{last} is {found}"
-    return NativeSeams(layer, x.dtype)
-
-
-def _unfit(module: nn.Module, dtype: torch.dtype) -> str:
-    """Why the native kernels do not multiply by this weight."""
-    weight, bias = weight_of(module), module.bias
-    if isinstance(weight, PackedWeight):
-        parts = list(weight.tensors)
-    else:
-        assert weight is not None
-        parts = [weight]
-        if weight.dtype != dtype:
-            return f"in {weight.dtype} and the activations in {dtype}"
-    if isinstance(bias, Tensor):
-        parts.append(bias)
-        if bias.dtype != dtype:
-            return f"with a bias in {bias.dtype} and the activations in {dtype}"
-    return "" if all(t.is_contiguous() for t in parts) else "not contiguous"
+            return f"{name} is {found}"
+    for name, norm in parts.norm_modules():
+        if norm.weight.dtype not in cpu.FORMATS:
+            return f"{name} is in {norm.weight.dtype}"
+    return NativeLayer(parts, x.dtype)
 
 
 class Stack:
     """Projections that share their input, as one native call takes them."""
 
-    def __init__(self, modules: tuple[nn.Module, ...]):
+    def __init__(self, *modules: nn.Module):
         matrices = [cpu.matrix(weight_of(m), m.bias) for m in modules]  # type: ignore[arg-type]
         self.matrices = (cpu.Matrix * len(matrices))(*matrices)
         self.count = len(matrices)
         self.outs = [m.out for m in matrices]
         self.pointers = ctypes.c_void_p * self.count
-        size = sum(t.nbytes for m in modules for t in (*m.parameters(), *m.buffers()))
-        self.small = size < ALONE
+        self.small = sum(t.nbytes for m in modules for t in (*m.parameters(), *m.buffers())) < ALONE
 
     @property
     def threads(self) -> int:
         return 1 if self.small else torch.get_num_threads()
 
 
-class NativeSeams:
-    """The fused forms of one layer, for as long as its tensors stay where they are."""
+class NativeLayer(FusedLayer):
+    """The seams of one layer by native kernels, for as long as its tensors stay where they are."""
 
-    def __init__(self, layer: nn.Module, dtype: torch.dtype):
+    def __init__(self, parts: LayerParts, dtype: torch.dtype):
+        super().__init__(parts)
         library = cpu.library()
         assert library is not None
         self.library = library
-        self.name = f"native {cpu.instruction_set()}"
         self.format = cpu.FORMATS[dtype]
-        self.stacks: dict[tuple[nn.Module, ...], Stack] = {}
-        self.any_rows = all(
-            isinstance(weight := weight_of(module), PackedWeight) and takes_bytes(weight)
-            for name, module in layer.named_modules()
-            if name.rpartition(".")[2] in PROJECTIONS
-        )
-        why = _no_native_attention(layer.get_submodule("self_attn"))
-        self.plan = f"{self.name}, attention by torch ({why})" if why else self.name
-        self.beyond = "; beyond that too, in products of bytes" if self.any_rows else ""
+        self.qkv = Stack(parts.q_proj, parts.k_proj, parts.v_proj)
+        self.o, self.down = Stack(parts.o_proj), Stack(parts.down_proj)
+        self.gate_up = Stack(parts.gate_proj, parts.up_proj)
+        act = ACTIVATION_OF.get(parts.act_fn)
+        self.act = act if act in cpu.ACTIVATIONS else None
+        weights = [weight_of(module) for _, module in parts.projections()]
+        self.any_rows = all(isinstance(weight, PackedWeight) and takes_bytes(weight) for weight in weights)
+        self.decision = self._decision()
 
-    def _stack(self, *modules: nn.Module) -> Stack:
-        found = self.stacks.get(modules)
-        if found is None:
-            found = self.stacks[modules] = Stack(modules)
-        return found
+    def _decision(self) -> Decision:
+        why = _no_native_attention(self.parts.self_attn)
+        attention = f", attention by torch ({why})" if why else ""
+        beyond = "; beyond that too, in products of bytes" if self.any_rows else ""
+        return Decision(f"{cpu.decision()}{attention}, without gradients, up to {MAX_ROWS} rows{beyond}")
 
-    def norm_qkv(
-        self, x: Tensor, norm: Any, q_proj: nn.Module, k_proj: nn.Module, v_proj: nn.Module
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self._norm_project(x, norm, self._stack(q_proj, k_proj, v_proj))
+    def norm_qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self._norm_project(x, self.parts.norms.before_attention, self.qkv)
         return q, k, v
+
+    def attention_add(self, attended: Tensor, residual: Tensor) -> Tensor:
+        return self._project(attended, self.o, residual.contiguous())[0]
+
+    def mlp_add(self, gated: Tensor, residual: Tensor) -> Tensor:
+        return self._project(gated, self.down, residual.contiguous())[0]
+
+    def norm_gate_up(self, x: Tensor) -> Tensor:
+        stack, act, norm = self.gate_up, self.act, self.parts.norms.before_mlp
+        B, S, _ = x.shape
+        if act is None or B * S > cpu.MAX_ROWS:
+            gate, up = self._norm_project(x, norm, stack)
+            return self.parts.act_fn(gate) * up if act is None else self._gated(act, gate, up)
+        x, weight = x.contiguous(), norm.weight
+        y = x.new_empty(B, S, stack.outs[0])
+        failed = self.library.gemmakit_norm_gate_up(
+            stack.matrices,
+            self.format,
+            x.data_ptr(),
+            B * S,
+            cpu.FORMATS[weight.dtype],
+            weight.data_ptr(),
+            norm.eps,
+            act,
+            y.data_ptr(),
+            stack.threads,
+        )
+        assert not failed, f"norm_gate_up takes 1 to {cpu.MAX_ROWS} rows, got {B * S}"
+        return y
+
+    def _gated(self, act: int, gate: Tensor, up: Tensor) -> Tensor:
+        """In the memory of `gate`."""
+        at, threads = gate.data_ptr(), torch.get_num_threads()
+        failed = self.library.gemmakit_gated(self.format, act, at, up.data_ptr(), at, gate.numel(), threads)
+        assert not failed
+        return gate
 
     def _norm_project(self, x: Tensor, norm: Any, stack: Stack) -> list[Tensor]:
         B, S, D = x.shape
         if B * S > cpu.MAX_ROWS:
-            return self._project(self._norm(x, norm), stack)
+            return self._project(self._rms_norm(x, norm), stack)
         x, weight = x.contiguous(), norm.weight
         ys = [x.new_empty(B, S, out) for out in stack.outs]
         failed = self.library.gemmakit_norm_project(
@@ -144,7 +162,7 @@ class NativeSeams:
         assert not failed, f"norm_project takes 1 to {cpu.MAX_ROWS} rows, got {B * S} of {D}"
         return ys
 
-    def _norm(self, x: Tensor, norm: Any) -> Tensor:
+    def _rms_norm(self, x: Tensor, norm: Any) -> Tensor:
         x, weight = x.contiguous(), norm.weight
         y, D = torch.empty_like(x), x.shape[-1]
         kind, threads = cpu.FORMATS[weight.dtype], torch.get_num_threads()
@@ -171,64 +189,27 @@ class NativeSeams:
         assert not failed, f"project takes 1 to {cpu.MAX_ROWS} rows of these weights, got {B * S}"
         return ys
 
-    def project_add(self, x: Tensor, projection: nn.Module, residual: Tensor) -> Tensor:
-        return self._project(x, self._stack(projection), residual.contiguous())[0]
-
-    def norm_gate_up(
-        self, x: Tensor, norm: Any, gate: nn.Module, up: nn.Module, act: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        stack = self._stack(gate, up)
-        kind = ACTIVATION_OF.get(act)
-        kind = kind if kind in cpu.ACTIVATIONS else None
-        B, S, _ = x.shape
-        if kind is None or B * S > cpu.MAX_ROWS:
-            gated, passed = self._norm_project(x, norm, stack)
-            return act(gated) * passed if kind is None else self._gate(kind, gated, passed)
-        x, weight = x.contiguous(), norm.weight
-        y = x.new_empty(B, S, stack.outs[0])
-        failed = self.library.gemmakit_norm_gate_up(
-            stack.matrices,
-            self.format,
-            x.data_ptr(),
-            B * S,
-            cpu.FORMATS[weight.dtype],
-            weight.data_ptr(),
-            norm.eps,
-            kind,
-            y.data_ptr(),
-            stack.threads,
-        )
-        assert not failed, f"norm_gate takes 1 to {cpu.MAX_ROWS} rows, got {B * S}"
-        return y
-
-    def _gate(self, kind: int, gated: Tensor, passed: Tensor) -> Tensor:
-        """In the memory of `gated`."""
-        at, threads = gated.data_ptr(), torch.get_num_threads()
-        failed = self.library.gemmakit_gated(self.format, kind, at, passed.data_ptr(), at, gated.numel(), threads)
-        assert not failed
-        return gated
-
     def attend(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
         tables: tuple[Tensor, Tensor],
-        visible: Any,
-        cache: Any,
+        visible: Visibility,
+        cache: Cache | None,
         cache_position: Tensor | None,
-        attention: Any,
     ) -> Tensor:
-        """As the protocol says; what the native kernel does not take goes through torch, cache and all."""
+        """What the native kernel does not take goes through torch, cache and all."""
         B, S, width = q.shape
+        attention = self.parts.self_attn
         H = attention.head_dim
         if B * S > cpu.MAX_ROWS:
-            return attention.attend(q, k, v, tables, visible, cache, cache_position)[0]
+            return super().attend(q, k, v, tables, visible, cache, cache_position)
         sizes = (B, k.shape[2] // H, H)
         held = _plain_layer(cache, cache_position, attention, sizes)
         past = 0 if held is None or held is NEW else int(held.length)
         if held is None or not _says(visible, past + S) or not _fit(q, tables, held):
-            return attention.attend(q, k, v, tables, visible, cache, cache_position)[0]
+            return super().attend(q, k, v, tables, visible, cache, cache_position)
         if held is NEW:
             keys, values = k.new_empty(B, sizes[1], S, H), k.new_empty(B, sizes[1], S, H)
             start, end = 0, S
@@ -288,19 +269,10 @@ def _plain_layer(cache: Any, cache_position: Tensor | None, attention: Any, size
     if cache is None:
         return NEW
     placed = cache_position is not None and cache.max_cache_len is not None
-    plain_cache, plain_layer = _plain_caches()
-    if placed or type(cache).update is not plain_cache.update:
+    if placed or type(cache).update is not Cache.update:
         return None
     held = cache.layer_for(attention.layer_idx, sizes)
-    return held if type(held) is plain_layer else None
-
-
-@functools.cache
-def _plain_caches() -> tuple[Any, Any]:
-    from gemmakit.pytorch.cache import Cache  # it stands above this module
-    from gemmakit.pytorch.cache.core import CacheLayer
-
-    return Cache, CacheLayer
+    return held if type(held) is CacheLayer else None
 
 
 def _says(visible: Any, T: int) -> bool:

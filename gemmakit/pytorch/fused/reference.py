@@ -1,0 +1,74 @@
+"""A decoder layer as five seams, each one function: what a device's kernels may take over.
+
+Axis letters: B batch, S positions, D hidden, F mlp, N heads, K kv heads, H head_dim.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from gemmakit.pytorch.cache import Cache
+from gemmakit.pytorch.kernels import Decision
+from gemmakit.pytorch.layers import LayerParts
+from gemmakit.pytorch.masks import Visibility
+
+# A step of more rows (B * S) is matrix work, which the modules do best, but for forms that say otherwise.
+MAX_ROWS = 8
+
+
+class FusedLayer:
+    """The seams by the layer's own modules, which is what they mean; a device's form overrides what it has kernels for.
+
+    Each rounds where the modules round: after a norm, each projection, each residual. A form may keep pointers into the
+    modules' tensors, never values: it is used for as long as modules, addresses, dtypes and sizes stay what they are.
+    """
+
+    decision = Decision("modules")
+    any_rows = True  # whether it takes more than MAX_ROWS
+
+    def __init__(self, parts: LayerParts):
+        self.parts = parts
+
+    def __call__(
+        self,
+        x: Tensor,
+        tables: tuple[Tensor, Tensor],
+        visible: Visibility,
+        cache: Cache | None,
+        cache_position: Tensor | None,
+    ) -> Tensor:
+        """The whole layer: (B, S, D) -> (B, S, D)."""
+        q, k, v = self.norm_qkv(x)
+        x = self.attention_add(self.attend(q, k, v, tables, visible, cache, cache_position), x)
+        return self.mlp_add(self.norm_gate_up(x), x)
+
+    def norm_qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x: (B, S, D) -> (B, S, N * H), (B, S, K * H), (B, S, K * H)."""
+        p, normed = self.parts, self.parts.norms.before_attention(x)
+        return p.q_proj(normed), p.k_proj(normed), p.v_proj(normed)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        tables: tuple[Tensor, Tensor],
+        visible: Visibility,
+        cache: Cache | None,
+        cache_position: Tensor | None,
+    ) -> Tensor:
+        """Rotate q and k, append k and v to the cache, attend: (B, S, N * H)."""
+        return self.parts.self_attn.attend(q, k, v, tables, visible, cache, cache_position)[0]
+
+    def attention_add(self, attended: Tensor, residual: Tensor) -> Tensor:
+        """residual + o_proj(attended): (B, S, D)."""
+        return residual + self.parts.o_proj(attended)
+
+    def norm_gate_up(self, x: Tensor) -> Tensor:
+        """act(gate_proj(norm(x))) * up_proj(norm(x)): (B, S, F)."""
+        p, normed = self.parts, self.parts.norms.before_mlp(x)
+        return p.act_fn(p.gate_proj(normed)) * p.up_proj(normed)
+
+    def mlp_add(self, gated: Tensor, residual: Tensor) -> Tensor:
+        """residual + down_proj(gated): (B, S, D)."""
+        return residual + self.parts.down_proj(gated)
