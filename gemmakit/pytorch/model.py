@@ -63,21 +63,24 @@ class GemmaDecoderLayer(nn.Module):
         fused = fused_layer(self, x, output_attentions)
         if fused is not None:
             return fused(x, *told), None
-        before, after, before_mlp, after_mlp = self.parts().norms
+        before, after, before_mlp, after_mlp = self.norms()
         attended, weights = self.self_attn(before(x), *told, output_attentions)
         x = x + _through(after, attended)
         return x + _through(after_mlp, self.mlp(before_mlp(x))), weights
+
+    def norms(self) -> LayerNorms:
+        own = self._modules
+        return LayerNorms(*[None if name is None else own[name] for name in self.norm_names])
 
     def parts(self) -> LayerParts:
         """The modules that `forward` runs."""
         own = self._modules
         attention, mlp = own["self_attn"], own["mlp"]
         assert attention is not None and mlp is not None
-        norms = LayerNorms(*[None if name is None else own[name] for name in self.norm_names])
         a, m = attention._modules.get, mlp._modules.get
         q, k, v, o = a("q_proj"), a("k_proj"), a("v_proj"), a("o_proj")
         gate, up, down, act = m("gate_proj"), m("up_proj"), m("down_proj"), getattr(mlp, "act_fn", None)
-        return LayerParts(attention, mlp, norms, self.norm_names, q, k, v, o, gate, up, down, act)  # type: ignore[arg-type]
+        return LayerParts(attention, mlp, self.norms(), self.norm_names, q, k, v, o, gate, up, down, act)  # type: ignore[arg-type]
 
 
 def _through(norm: nn.Module | None, x: Tensor) -> Tensor:

@@ -27,9 +27,10 @@ fused_layers: dict[str, Callable[[LayerParts, Tensor], FusedLayer | str]] = {"cp
 
 
 class Layer(Protocol):
-    """A decoder layer that declares its parts."""
+    """A decoder layer that declares its parts, which depend on its modules, its attention's and its MLP's alone."""
 
     training: bool
+    _modules: dict[str, nn.Module | None]
 
     def parts(self) -> LayerParts: ...
 
@@ -45,10 +46,9 @@ def fused_layer(layer: Layer, x: Tensor, output_attentions: bool) -> FusedLayer 
     B, S, _ = x.shape
     if not B * S or not (x.is_cpu or x.is_cuda) or _watched(x):
         return None
-    parts = layer.parts()
     found: FusionDecision | None = layer.__dict__.get("fusion")
-    if found is None or not found.is_valid(parts, x):
-        found = layer.__dict__["fusion"] = FusionDecision(parts, x)
+    if found is None or not found.is_valid(x):
+        found = layer.__dict__["fusion"] = FusionDecision(layer, x)
     if found.dropout and layer.training:
         return None
     if B * S > MAX_ROWS and found.form is not None and not found.form.any_rows:
@@ -70,8 +70,11 @@ def _watched(x: Tensor) -> bool:
 class FusionDecision:
     """What was decided for one layer, and by which facts."""
 
-    def __init__(self, parts: LayerParts, x: Tensor | None = None):
-        self.parts, modules = parts, [module for _, module, _ in _named(parts)]
+    def __init__(self, layer: Layer, x: Tensor | None = None):
+        self.parts = parts = layer.parts()
+        modules = [module for _, module, _ in _named(parts)]
+        # What holds the parts, and what it held: two dictionaries are compared faster than parts are collected.
+        self.held = [(m._modules, dict(m._modules)) for m in (layer, parts.self_attn, parts.mlp)]
         self.owns = [m.__dict__ for m in modules]
         # The dictionaries themselves: one that fills later is seen.
         self.hooks = [d for m in modules for d in (m._forward_hooks, m._forward_pre_hooks)]
@@ -88,9 +91,12 @@ class FusionDecision:
         self.form = None if isinstance(found, str) else found
         self.decision = Decision("modules", found) if isinstance(found, str) else found.decision
 
-    def is_valid(self, parts: LayerParts, x: Tensor) -> bool:
+    def is_valid(self, x: Tensor) -> bool:
         """Whether all that was looked at is as it was."""
-        if any(self.hooks) != self.hooked or parts != self.parts:
+        (layer, its), (attention, own), (mlp, inner) = self.held
+        if any(self.hooks) != self.hooked or layer != its or attention != own or mlp != inner:
+            return False
+        if getattr(self.parts.mlp, "act_fn", None) is not self.parts.act_fn:
             return False
         if x.dtype != self.dtype or x.device != self.device:
             return False
@@ -152,7 +158,7 @@ def _named(parts: LayerParts) -> list[tuple[str, Any, type[nn.Module]]]:
 
 def layers_plan(layers: Iterable[Any]) -> Decision:
     """Which fused forms a decoding step of these layers takes, and why not others."""
-    said = [(i, FusionDecision(layer.parts()).decision) for i, layer in enumerate(layers)]
+    said = [(i, FusionDecision(layer).decision) for i, layer in enumerate(layers)]
     runs = [(decision, [i for i, _ in run]) for decision, run in groupby(said, key=lambda pair: pair[1])]
     if len(runs) == 1:
         return runs[0][0]
