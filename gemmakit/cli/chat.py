@@ -11,8 +11,9 @@ from typing import Annotated, Any
 
 from typer import Option
 
+import gemmakit
 from gemmakit.cli import options as o
-from gemmakit.cli.prompts import decode, given
+from gemmakit.cli.records import decode
 from gemmakit.cli.shell import note, show
 from gemmakit.errors import GemmakitError
 
@@ -49,14 +50,13 @@ def chat(
     Answers come as they are generated. /help lists what can be typed besides messages; Ctrl-C stops an answer,
     Ctrl-D leaves. Messages can be piped in, one a line.
     """
-    settings = given(
+    settings = o.given(
         max_new_tokens=max_new_tokens, stop_strings=stop, do_sample=sample, temperature=temperature, top_k=top_k,
         top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed,
     )  # fmt: skip
     from gemmakit.cli.talk import Conversation
-    from gemmakit.pipelines import pipeline
 
-    pipe = pipeline("text-generation", model, device_map=device, dtype=dtype, revision=revision)
+    pipe = gemmakit.pipeline("text-generation", model, device_map=device, dtype=dtype, revision=revision)
     talk = Conversation(pipe, settings, system)
     at_terminal = sys.stdin is not None and sys.stdin.isatty()
     if at_terminal:

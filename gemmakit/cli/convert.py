@@ -7,8 +7,10 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+import gemmakit
 from gemmakit.cli import options as o
 from gemmakit.errors import InputError
+from gemmakit.hub import HubOptions, find_file, push_folder
 from gemmakit.progress import progress_bar
 
 TOKENIZER_ONLY = "tokenizer_only"
@@ -95,9 +97,7 @@ def convert(
             raise InputError("say what to convert: gemmakit convert IN OUT, or --input_checkpoint IN.")
         _require_tokenizer(convert_tokenizer, tokenizer_checkpoint, source, revision)
         with progress_bar("bytes") as progress:
-            from gemmakit.conversion import convert_checkpoint
-
-            paths = convert_checkpoint(
+            paths = gemmakit.convert_checkpoint(
                 source,
                 target,
                 to=to,
@@ -135,19 +135,15 @@ def _size(size: str | None) -> str | None:
 
 
 def _tokenizer_only(source: str | None, target: str, overwrite: bool, revision: str | None) -> list[Path]:
-    from gemmakit.conversion import convert_tokenizer
-
     if source is None:
         raise InputError("say where the tokenizer is: --tokenizer_checkpoint PATH.")
-    return convert_tokenizer(source, target, overwrite=overwrite, revision=revision)
+    return gemmakit.convert_tokenizer(source, target, overwrite=overwrite, revision=revision)
 
 
 def _require_tokenizer(asked: bool, named: str | None, source: str, revision: str | None) -> None:
     """--convert_tokenizer is a promise that OUT will have one; otherwise it has one where there is one."""
     if not asked or named is not None:
         return
-    from gemmakit.hub import HubOptions, find_file
-
     beside = Path(source).parent if Path(source).is_file() else source
     if not source.endswith(".gguf") and not any(
         find_file(beside, name, HubOptions(revision), optional=True) for name in ("tokenizer.model", "tokenizer.json")
@@ -166,8 +162,6 @@ def _summary(target: str, paths: list[Path]) -> str:
 
 def _push(folder: Path, repo_id: str | None) -> str:
     """Upload; the commit's address. The documents' script has OUT be the repository's name."""
-    from gemmakit.hub import push_folder
-
     if not folder.is_dir():
         raise InputError(f"{folder} is one file; put it into a folder of its own to upload it.")
     parts = folder.parts

@@ -1,8 +1,8 @@
-"""The options that several verbs share."""
+"""The options that several verbs share, and the settings that they make."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Option
 
@@ -32,3 +32,14 @@ MinP = Annotated[
 ]
 RepetitionPenalty = Annotated[float | None, Option(metavar="X", help="Above 1 discourages repetition.")]
 Seed = Annotated[int | None, Option(metavar="N", help="Sample, the same way every time.")]
+
+# A person who sets one of these wants the answer drawn, not the likeliest.
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The settings that were set. Any of `SAMPLING` turns sampling on unless do_sample says otherwise."""
+    settings = {name: value for name, value in options.items() if value is not None and value != []}
+    if "do_sample" not in settings and any(name in settings for name in SAMPLING):
+        settings["do_sample"] = True
+    return settings

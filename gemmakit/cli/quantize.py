@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
+import gemmakit
 from gemmakit.cli import options as o
-from gemmakit.cli.prompts import decode
+from gemmakit.cli.records import decode
 from gemmakit.errors import InputError
 from gemmakit.progress import progress_bar
 
@@ -52,21 +53,17 @@ def quantize(
         raise InputError("--int4 and --int8: give one of them.")
     if head_bits not in ("8", "4", "none"):
         raise InputError(f"--head-bits is {head_bits!r}; it must be 8, 4 or none.")
-    from gemmakit.quantization import WeightOnlyConfig
-
-    config = WeightOnlyConfig(
+    config = gemmakit.WeightOnlyConfig(
         bits=4 if int4 else 8,
         group_size=group_size,
         head_bits=None if head_bits == "none" else int(head_bits),
         modules_to_not_convert=keep or None,
         activation_bits=activation_bits,
     )
-    from gemmakit.pytorch.quantize.checkpoints import quantize_checkpoint
-
     ids = None if not calibrate else calibration_ids(model, calibrate, revision)
     start = time.perf_counter()
     with progress_bar("parts") as tell:
-        quantize_checkpoint(
+        gemmakit.quantize_checkpoint(
             model,
             output,
             config,
@@ -86,10 +83,8 @@ def calibration_ids(model: str, files: list[Path], revision: str | None) -> Any:
     """The texts as ids (R, S): pieces of one length behind <bos>, evenly spread over all that is there."""
     import torch
 
-    from gemmakit.auto import AutoConfig, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
-    config = AutoConfig.from_pretrained(model, revision=revision)
+    tokenizer = gemmakit.AutoTokenizer.from_pretrained(model, revision=revision)
+    config = gemmakit.AutoConfig.from_pretrained(model, revision=revision)
     ids = [i for file in files for i in tokenizer(_text(file), add_special_tokens=False)["input_ids"]]
     step = min(PIECE, config.max_position_embeddings, len(ids) + 1) - 1
     if step < 1:

@@ -1,15 +1,15 @@
-"""Files of prompts and of results."""
+"""What comes in and goes out: prompts from arguments, standard input and files; files of results."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gemmakit.cli.prompts import decode, read_prompt, stdin_lines
 from gemmakit.errors import InputError
 from gemmakit.files import write_text
 
@@ -67,6 +67,46 @@ def _field(item: Any, column: str, where: str) -> str:
     if not isinstance(item, str):
         raise InputError(f"{where} is {item!r:.40}; it must be a text, or an object with {column!r}.")
     return item
+
+
+def read_prompt(argument: str | None) -> str:
+    """The argument, or all of standard input without its last line end. Raises InputError where there is neither."""
+    if argument is not None and argument != "-":
+        return check_text(argument)
+    if sys.stdin is None or (sys.stdin.isatty() and argument is None):
+        raise InputError('there is no prompt: gemmakit run "text", or echo "text" | gemmakit run.')
+    text = decode(sys.stdin.buffer.read(), "standard input")
+    text = text.removesuffix("\n").removesuffix("\r")
+    if not text:
+        raise InputError('standard input is empty: give a prompt, or start from nothing with gemmakit run "".')
+    return text
+
+
+def stdin_lines() -> Iterator[str]:
+    """The lines of standard input, each as soon as it is there."""
+    if sys.stdin is None:
+        raise InputError("standard input is closed, so there are no lines to read.")
+    for number, line in enumerate(sys.stdin.buffer, 1):
+        yield decode(line, f"line {number} of standard input").removesuffix("\n").removesuffix("\r")
+
+
+def decode(data: bytes, what: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{what} is not UTF-8 text: byte 0x{data[error.start]:02x} at offset {error.start}. Convert it first, "
+            "for example with iconv -f latin1 -t utf-8."
+        ) from None
+
+
+def check_text(argument: str) -> str:
+    """Python smuggles bytes that are no UTF-8 into arguments as lone surrogates."""
+    try:
+        argument.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError("the prompt argument is not UTF-8 text. Convert it first, or pipe it from a file.") from None
+    return argument
 
 
 def _cell(value: Any) -> Any:

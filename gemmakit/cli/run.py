@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import tee
 from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Argument, Option
 
+import gemmakit
 from gemmakit.cli import options as o
-from gemmakit.cli.classify import Screen, classify, refuse_generation_options
-from gemmakit.cli.prompts import given
+from gemmakit.cli import records
 from gemmakit.cli.shell import INTERRUPTED, note, show
 from gemmakit.errors import InputError
 
@@ -75,9 +78,7 @@ def run(
     Classification prints a label and its score a line; token-classification an entity a line: label, score, where
     it starts and ends, and its text.
     """
-    from gemmakit.cli import records
-
-    settings = given(
+    settings = o.given(
         max_new_tokens=max_new_tokens, stop_strings=stop, do_sample=sample, temperature=temperature, top_k=top_k,
         top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed,
     )  # fmt: skip
@@ -95,17 +96,16 @@ def run(
     if output is not None:
         sink: Any = records.Sink(output, overwrite)
     else:
-        sink = _Screen(plain=not json_ and not several) if generates else Screen(not json_, several)
-
-    from gemmakit.pipelines import pipeline
-
+        sink = _Screen(not json_ and not (generates and several), several)
     start = time.perf_counter()
-    pipe = pipeline(task, model, framework=_framework(backend), device_map=device, dtype=dtype, revision=revision)
+    pipe = gemmakit.pipeline(
+        task, model, framework=_framework(backend), device_map=device, dtype=dtype, revision=revision
+    )
     loaded_s = time.perf_counter() - start
-    with sink:
+    with nullcontext() if output is None else sink:
         if not generates:
             options = {"aggregation_strategy": aggregation or "simple"} if task == "token-classification" else {}
-            classify(pipe, prompts, sink, 1 if format_ == "pipe" else BATCH, **options)
+            _classify(pipe, prompts, sink, 1 if format_ == "pipe" else BATCH, **options)
             return 0
         said = _each(pipe, prompts, chat, settings, sink)
     if stats and said is not None:
@@ -119,14 +119,16 @@ def _framework(backend: str) -> str:
     return "flax" if backend == "flax" else "pt"
 
 
-def _classification(task: str, aggregation: str | None, generating: dict[str, Any]) -> str:
+def _classification(task: str, aggregation: str | None, generating: Mapping[str, Any]) -> str:
     """The task's own name. Raises InputError for one that there is not, and for options that are not its."""
     from gemmakit.pipelines import find_task
 
     name = find_task(task).task
     if aggregation is not None and name != "token-classification":
         raise InputError("--aggregation is of --task token-classification only.")
-    refuse_generation_options(task, generating)
+    given = [option for option, value in generating.items() if value is not None and value is not False and value != []]
+    if given:
+        raise InputError(f"{', '.join(given)}: of text-generation only; --task {task} has no use for it.")
     return name
 
 
@@ -143,21 +145,54 @@ def _each(pipe: Any, prompts: Iterable[str], chat: bool, settings: dict[str, Any
     return said
 
 
+def _classify(pipe: Any, texts: Iterable[str], sink: Any, batch_size: int, **options: Any) -> None:
+    """Put what `pipe` finds in each text into `sink`, in order, as soon as it is there."""
+    fed, named = tee(texts)
+    for text, what in zip(named, pipe(fed, batch_size=batch_size, **options), strict=False):
+        sink.put(text, Found(what))
+
+
+# A line is a line, whatever the text has in it.
+_ESCAPED = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is in a text: its label {"label", "score"}, or a list of its entities."""
+
+    what: Any
+
+    def record(self, text: str) -> dict[str, Any]:
+        return {"text": text, **(self.what if isinstance(self.what, dict) else {"entities": self.what})}
+
+    def lines(self) -> Iterator[str]:
+        """Label and score, tab between; of an entity also where it starts and ends, and what it says."""
+        if isinstance(self.what, dict):
+            yield f"{self.what['label']}\t{self.what['score']:.4f}"
+            return
+        for e in self.what:
+            name = e["entity_group"] if "entity_group" in e else e["entity"]
+            yield f"{name}\t{e['score']:.4f}\t{e['start']}\t{e['end']}\t{e['word'].translate(_ESCAPED)}"
+
+
 class _Screen:
-    """Standard output: the text as it comes, or a JSON object once it is whole."""
+    """Standard output: text as it comes, labels and entities a line each; or a JSON object a text.
 
-    def __init__(self, plain: bool):
-        self.plain = plain
+    Where several texts may come, an empty line ends the entities of each, or nobody could tell whose they are.
+    """
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        pass
+    def __init__(self, plain: bool, several: bool):
+        self.plain, self.several = plain, several
 
     def write(self, text: str) -> None:
         if self.plain:
             show(text)
 
-    def put(self, prompt: str, said: Any) -> None:
-        print("" if self.plain else json.dumps(said.record(prompt), ensure_ascii=False), flush=True)
+    def put(self, text: str, said: Any) -> None:
+        if not self.plain:
+            print(json.dumps(said.record(text), ensure_ascii=False), flush=True)
+        elif isinstance(said, Found):
+            ended = [""] if self.several and isinstance(said.what, list) else []
+            show("".join(f"{line}\n" for line in (*said.lines(), *ended)))
+        else:
+            print(flush=True)

@@ -144,7 +144,7 @@ def test_a_pickle_that_carries_code_is_one_line_and_runs_nothing(tmp_path, monke
 def test_what_is_pushed_is_the_folder_under_the_name_of_the_documents(tiny, tmp_path, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(
-        "gemmakit.hub.push_folder",
+        "gemmakit.cli.convert.push_folder",
         lambda folder, repo_id, **more: seen.append((str(folder), repo_id, more)) or "address",
     )
     monkeypatch.chdir(tmp_path)

@@ -79,10 +79,10 @@ def test_ctrl_c_that_native_code_turns_into_its_own_error_is_still_ctrl_c(monkey
         except KeyboardInterrupt:
             raise ValueError("could not determine the shape") from None
 
-    monkeypatch.setattr("gemmakit.pipelines.pipeline", mapping_a_file)
+    monkeypatch.setattr("gemmakit.pipeline", mapping_a_file)
     assert main(["run", "x"]) == 130
     assert capsys.readouterr() == ("", "")
-    monkeypatch.setattr("gemmakit.pipelines.pipeline", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("gemmakit.pipeline", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["run", "x"])
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
