@@ -33,6 +33,10 @@ SHAPING = [
     {"guidance_scale": 1.5},
 ]
 
+# Those between the caller's own and the watermark, at values that do something.
+SAMPLED = dict(temperature=0.7, top_h=0.5, top_k=5, top_p=0.5, min_p=0.3, typical_p=0.5, epsilon_cutoff=0.02,
+               eta_cutoff=0.02)  # fmt: skip
+
 
 def context(**settings):
     more = {
@@ -94,6 +98,22 @@ def test_truncation_leaves_a_beam_one_token_beside_every_eos(name):
         settings = {"do_sample": True, "top_k": 0, "eos_token_id": eos, "num_beams": beams, name: harsh[name]}
         (processor,) = processors.build(context(**settings))
         assert ((processor(torch.tensor([[2]] * 3), scores) > -torch.inf).sum(-1) == left).all()
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_what_shapes_sampling_alone_reads_scores_alone(name):
+    """So it can be recorded with a step, and equal rows of a batch share it."""
+    asked = {"do_sample": True, "top_k": 0, name: SAMPLED[name]}
+    order = list(processors.PROCESSORS)
+    assert set(SAMPLED) == set(order[order.index("custom") + 1 : order.index("watermarking_config")])
+    (processor,), (again,) = (processors.build(context(**asked)) for _ in range(2))
+    assert isinstance(processor, processors.ScoresOnly) and processor == again
+    scores = torch.randn(3, V)
+    changed = processor(torch.tensor([[2]] * 3), scores)
+    assert not torch.equal(changed, scores)
+    assert torch.equal(processor(torch.randint(V, (3, 7)), scores), changed)
+    for row in range(3):
+        torch.testing.assert_close(processor(torch.tensor([[2]]), scores[row : row + 1])[0], changed[row])
 
 
 WAITS = {"prefix_allowed_tokens_fn", "watermarking_config", "constraint"}
