@@ -13,7 +13,7 @@ import io
 from collections.abc import Iterable
 from pathlib import Path
 
-from gemmakit.text.model_file import BYTE, CONTROL, UNKNOWN, USER_DEFINED, ModelFile, Piece
+from gemmakit.text.model_file import BYTE, CONTROL, UNKNOWN, USER_DEFINED, ModelFile, Piece, _fields
 
 _BLOCK_TAGS = ("table", "caption", "thead", "tbody", "tfoot", "tr", "th", "td")
 _HEADING_TAGS = ("h1", "h2", "h3", "h4", "h5", "h6", "blockquote")
@@ -92,7 +92,9 @@ def train(
     model = ModelFile.parse(buffer.getvalue())
     reserved = reserved_pieces()
     model.pieces = reserved + _keep_best(model.pieces[len(reserved) :], reserved, vocab_size - len(reserved))
-    model.drop_trainer_field(_USER_DEFINED_SYMBOLS)
+    # The pieces no longer hold all of that list.
+    kept = (raw for field, _, _, raw in _fields(model.trainer_spec) if field != _USER_DEFINED_SYMBOLS)
+    model.trainer_spec = b"".join(kept)
     model.validate()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(model.to_bytes())

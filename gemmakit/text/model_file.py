@@ -138,10 +138,6 @@ class ModelFile:
                 parts.append(_length_delimited(number, spec))
         return b"".join(parts + self.rest)
 
-    def drop_trainer_field(self, number: int) -> None:
-        """Remove a trainer setting, for example a list of symbols that the pieces no longer hold."""
-        self.trainer_spec = b"".join(raw for field, _, _, raw in _fields(self.trainer_spec) if field != number)
-
     def vocab(self) -> dict[str, int]:
         """Ids by piece."""
         return {piece.text: index for index, piece in enumerate(self.pieces)}
