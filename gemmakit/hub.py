@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from gemmakit.errors import CheckpointError, HubError, UnsafeFile
+from gemmakit.errors import CheckpointError, HubError, InputError, UnsafeFile
 from gemmakit.files import free_disk_bytes
 
 Name = str | os.PathLike[str]
@@ -207,6 +207,17 @@ def push_folder(
     except Exception as error:
         raise _explain(error, repo_id, "", HubOptions(revision), uploading=True) from error
     return str(commit.pr_url if create_pr else commit.commit_url)
+
+
+def push_saved(folder: Path, push_to_hub: bool, arguments: dict[str, Any]) -> None:
+    """The end of every `save_pretrained`: upload what was saved, if that is asked for, to `repo_id` or its own name.
+
+    arguments: of `push_folder`. Raises InputError where there are any and nothing is to be uploaded.
+    """
+    if push_to_hub:
+        push_folder(folder, arguments.pop("repo_id", folder.name), **arguments)
+    elif arguments:
+        raise InputError(f"save_pretrained has no argument {', '.join(arguments)}.")
 
 
 def _looks_like_path(name: Name) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 import sys
@@ -21,6 +20,7 @@ from gemmakit.checkpoint.formats.msgpack import Leaf, encode
 from gemmakit.checkpoint.formats.orbax import OrbaxFile, is_orbax
 from gemmakit.checkpoint.layout import differences, tied_names, warn_of_copies
 from gemmakit.checkpoint.save import MSGPACK, encode_files, save_shards
+from gemmakit.checkpoint.settings import config_for
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import CheckpointError, InputError
 from gemmakit.flax.layers import embedding_init
@@ -46,20 +46,14 @@ def _drawn(key: jax.Array, salt: np.uint32, shape: tuple[int, ...], std: float, 
     return embedding_init(std, pad)(jax.random.fold_in(key, salt), shape)
 
 
-def config_of(name: Any, config: GemmaConfig | None, hub: HubOptions, overrides: dict[str, Any]) -> GemmaConfig:
-    if config is not None:
-        if overrides:
-            raise InputError(f"config and {', '.join(overrides)} are both given: set the fields in the config.")
-        return copy.deepcopy(config)
-    if is_orbax(name):
+def config_of(name: Any, given: GemmaConfig | None, hub: HubOptions, overrides: dict[str, Any]) -> GemmaConfig:
+    """The configuration to load with; an Orbax folder's is found from its shapes."""
+    if given is None and is_orbax(name):
         config = OrbaxFile(Path(name)).config()
         config.update(overrides)
         return config
-    config = GemmaConfig.from_pretrained(name, **vars(hub), **overrides)
-    unknown = [k for k in overrides if k in config.extra]
-    if unknown:
-        raise InputError(f"from_pretrained has no argument {', '.join(unknown)}, nor has GemmaConfig such a field.")
-    if "quantization_config" in config.extra:
+    config = config_for(name, given, hub, overrides)
+    if given is None and "quantization_config" in config.extra:
         raise CheckpointError(f"{name} holds quantized weights, which the Flax backend cannot read.")
     return config
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemmakit.checkpoint import save_checkpoint
-from gemmakit.checkpoint.formats.orbax import is_orbax
 from gemmakit.checkpoint.opening import open_weights
+from gemmakit.checkpoint.settings import generation_for
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError, TokenOutOfRange
 from gemmakit.flax import cache as caches
@@ -26,7 +26,7 @@ from gemmakit.flax.sharding import Rules
 from gemmakit.flax.static import FrozenConfig, Wanted
 from gemmakit.flax.training import known
 from gemmakit.generation import GenerationConfig
-from gemmakit.hub import HubOptions, find_file, find_gguf, push_folder, refuse_code
+from gemmakit.hub import HubOptions, find_gguf, push_saved, refuse_code
 
 Model = TypeVar("Model", bound="FlaxGemmaPreTrainedModel")
 # Arguments that old code passes and that ask for what is always so.
@@ -300,10 +300,7 @@ class FlaxGemmaPreTrainedModel:
         opened = open_weights(name, hub, vocab_size=config.vocab_size, allow_pickle=allow_pickle, variant=variant)
         rules = None if mesh is None else Rules(mesh, config, mesh_axes)
         params = load(model, opened.checkpoint, shapes, param_dtype, rules, ignore_mismatched_sizes)
-        alone = gguf is not None or is_orbax(name)
-        found = None if alone else find_file(name, "generation_config.json", hub, optional=True)
-        if found is not None:
-            model.generation_config = GenerationConfig.from_pretrained(found.parent)
+        model.generation_config = generation_for(name, hub) or model.generation_config
         model.dtype = dtype_of(
             next(iter(params.values())).dtype if isinstance(dtype, str) and dtype == "auto" else dtype
         )
@@ -349,10 +346,7 @@ class FlaxGemmaPreTrainedModel:
             save_checkpoint(tensors, folder, max_shard_size=max_shard_size, extra_files=files)
         else:
             save_msgpack(leaves, folder, files)
-        if push_to_hub:
-            push_folder(folder, kwargs.pop("repo_id", folder.name), **kwargs)
-        elif kwargs:
-            raise InputError(f"save_pretrained has no argument {', '.join(kwargs)}.")
+        push_saved(folder, push_to_hub, kwargs)
 
 
 @functools.partial(jax.jit, static_argnames=("module", "train", "attentions", "hidden_states", "static"))

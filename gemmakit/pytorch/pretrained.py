@@ -15,12 +15,13 @@ from gemmakit.checkpoint import Checkpoint, open_checkpoint, require_memory, sav
 from gemmakit.checkpoint.formats.gguf import GgufFile
 from gemmakit.checkpoint.layout import HEADS, differences, stored_names, warn_of_copies
 from gemmakit.checkpoint.readahead import fault_in, read_ahead
+from gemmakit.checkpoint.settings import config_for, generation_for
 from gemmakit.config import GemmaConfig
 from gemmakit.dtypes import dtype_name
 from gemmakit.errors import InputError, NotEnoughMemory
 from gemmakit.generation import GenerationConfig
 from gemmakit.gguf import matrices_dtype, read_gguf_header
-from gemmakit.hub import HubOptions, find_file, find_gguf, push_folder, refuse_code
+from gemmakit.hub import HubOptions, find_gguf, push_saved, refuse_code
 from gemmakit.pytorch.attention import implementation
 from gemmakit.pytorch.methods import ModelMethods, assign
 from gemmakit.pytorch.placement import DeviceMap, MaxMemory, one_device, spread
@@ -28,6 +29,8 @@ from gemmakit.pytorch.quantize import TABLES, QuantizedMethods, Quantizer, adopt
 
 Model = TypeVar("Model", bound="GemmaPreTrainedModel")
 
+# Arguments that older code passes and that ask for what is always so.
+_ALWAYS = ("low_cpu_mem_usage", "use_safetensors")
 # What older code passes, and what says it now.
 _INSTEAD = {
     "use_auth_token": "token=",
@@ -108,29 +111,18 @@ class GemmaPreTrainedModel(QuantizedMethods, ModelMethods):
             quantization_config: quantize the weights while they are read: a WeightOnlyConfig or BitsAndBytesConfig,
                 the dictionary of one, or "int8", "int4", "int4-g128".
             kwargs: revision, token, cache_dir, local_files_only, subfolder, variant; gguf_file, the name of a GGUF file
-                of that folder or id; anything else overrides a field
-                of the configuration.
+                of that folder or id; anything else overrides a field of the configuration.
 
         Raises:
             CheckpointError: files missing, damaged, or with tensors this model lacks, misses or shapes otherwise.
             UnsafeFile, HubError, NotEnoughMemory, ConfigError, MissingDependency.
         """
         name = pretrained_model_name_or_path
+        refuse_code(kwargs)
+        kwargs = {k: v for k, v in kwargs.items() if k not in _ALWAYS}
         hub, variant = HubOptions.take(kwargs), kwargs.pop("variant", None)
-        _settle(kwargs)
         gguf = find_gguf(name, kwargs.pop("gguf_file", None), hub)
-        if config is None:
-            config = GemmaConfig.from_pretrained(gguf or name, **({} if gguf else vars(hub)), **kwargs)
-            unknown = [k for k in kwargs if k in config.extra]
-            if unknown:
-                said = "".join(f" Instead of {k}: {_INSTEAD[k]}." for k in unknown if k in _INSTEAD)
-                raise InputError(
-                    f"from_pretrained has no argument {', '.join(unknown)}, nor has GemmaConfig such a field.{said}"
-                )
-        elif kwargs:
-            raise InputError(f"config and {', '.join(kwargs)} are both given: set the fields in the config.")
-        else:
-            config = copy.deepcopy(config)
+        config = config_for(gguf or name, config, HubOptions() if gguf else hub, kwargs, _INSTEAD)
         if attn_implementation is not None:
             config.attn_implementation = attn_implementation
         wanted = dtype_of(dtype or torch_dtype or "auto")
@@ -149,10 +141,7 @@ class GemmaPreTrainedModel(QuantizedMethods, ModelMethods):
             _load(model, checkpoint, wanted, device or torch.device("cpu"), ignore_mismatched_sizes, quantizer)
         model.config.dtype = dtype_name(model.dtype)
         model.name_or_path = str(gguf or name)
-        alone = Path(name).is_file()  # a GGUF file says everything itself
-        found = None if alone else find_file(name, "generation_config.json", hub, optional=True)
-        if found is not None:
-            model.generation_config = GenerationConfig.from_pretrained(found.parent)
+        model.generation_config = generation_for(name, hub) or model.generation_config
         if device is None:
             assert isinstance(device_map, (str, Mapping))
             spread(model, device_map, max_memory, offload_folder)
@@ -191,11 +180,7 @@ class GemmaPreTrainedModel(QuantizedMethods, ModelMethods):
             "generation_config.json": self.generation_config.to_json_string(),
         }
         save_checkpoint(tensors, Path(save_directory), max_shard_size=max_shard_size, extra_files=files)
-        if push_to_hub:
-            repo = kwargs.pop("repo_id", Path(save_directory).name)
-            push_folder(save_directory, repo, **kwargs)
-        elif kwargs:
-            raise InputError(f"save_pretrained has no argument {', '.join(kwargs)}.")
+        push_saved(Path(save_directory), push_to_hub, kwargs)
 
 
 def _init_module(module: nn.Module, std: float, only: str | None = None) -> None:
@@ -210,13 +195,6 @@ def _init_module(module: nn.Module, std: float, only: str | None = None) -> None
         module.bias.zero_()
     if isinstance(module, nn.Embedding) and module.padding_idx is not None:
         module.weight[module.padding_idx].zero_()
-
-
-def _settle(kwargs: dict[str, Any]) -> None:
-    """Take out the arguments that ask for what is always so; refuse the one that asks for code to run."""
-    refuse_code(kwargs)
-    for name in ("low_cpu_mem_usage", "use_safetensors"):
-        kwargs.pop(name, None)
 
 
 def _gguf_file(path: Path, dtype: torch.dtype | None, quantization_config: Any) -> GgufFile:
