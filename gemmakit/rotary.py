@@ -1,13 +1,22 @@
-"""The rotary settings of a configuration: the three spellings merged into one, and what each type needs."""
+"""Rotary positions: the settings' three spellings merged into one, what each type needs, and its frequencies.
+
+The formulas are written once, with the operators that arrays of torch, numpy and jax share; each backend computes them
+in its own arithmetic.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 from gemmakit.checks import Real, check
 from gemmakit.errors import ConfigError
 
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+# Types whose table depends on the length of the call.
+FOLLOW_LENGTH = ("dynamic", "longrope")
+Array = Any  # of torch, numpy or jax
 _ROPE_REQUIRED = {
     "default": (),
     "linear": ("factor",),
@@ -16,6 +25,7 @@ _ROPE_REQUIRED = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "longrope": ("short_factor", "long_factor"),
 }
+ROPE_TYPES = tuple(_ROPE_REQUIRED)
 _POSITIVE = Real(0.0, above=True)
 _ROPE_RANGES = {
     "factor": Real(1.0),
@@ -88,3 +98,108 @@ def _check_factors(name: str, factors: Any, count: int) -> None:
         raise ConfigError(f"rope {name} is {factors!r}; head_dim {2 * count} needs a list of {count} numbers.")
     for factor in cast("list[Any]", factors):
         check(f"rope {name}", factor, _POSITIVE, ConfigError)
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """What a backend calls the few things that are no operators. The numbers are float32.
+
+    arange: 0 to n - 1. asarray: from a list. where: of an array of truths, or of one truth that may be a plain one.
+    """
+
+    arange: Callable[[int], Array]
+    asarray: Callable[[Sequence[float]], Array]
+    where: Callable[[Any, Any, Any], Any]
+
+
+def frequencies(rope: dict[str, Any], head_dim: int, limit: int, length: Any, arrays: Arrays) -> tuple[Array, float]:
+    """Inverse frequencies (H/2,) and the factor on cosine and sine.
+
+    rope: merged settings. limit: the configuration's longest context. length: tokens of the call, for the types of
+    FOLLOW_LENGTH: a number, or an array where it is not known yet.
+    """
+    exponents = arrays.arange(head_dim // 2) * 2 / head_dim
+    return _FREQUENCIES[rope["rope_type"]](rope, exponents, limit, length, arrays)
+
+
+def _default(rope: dict[str, Any], exponents: Array, *_: Any) -> tuple[Array, float]:
+    return 1.0 / rope["rope_theta"] ** exponents, 1.0
+
+
+def _linear(rope: dict[str, Any], exponents: Array, *_: Any) -> tuple[Array, float]:
+    """Position interpolation. Source: arXiv:2306.15595."""
+    return _default(rope, exponents)[0] / rope["factor"], 1.0
+
+
+def _dynamic(rope: dict[str, Any], exponents: Array, limit: int, length: Any, arrays: Arrays) -> tuple[Array, float]:
+    """NTK-aware scaling that grows with the context."""
+    factor, H = rope["factor"], 2 * len(exponents)
+    longest = arrays.where(length > limit, length, limit)
+    base = rope["rope_theta"] * (factor * longest / limit - (factor - 1)) ** (H / (H - 2))
+    return 1.0 / base**exponents, 1.0
+
+
+def _yarn(rope: dict[str, Any], exponents: Array, limit: int, _: Any, arrays: Arrays) -> tuple[Array, float]:
+    """Interpolate slow features, keep fast ones, ramp between. Source: arXiv:2309.00071."""
+    trained = rope.get("original_max_position_embeddings") or limit
+    factor = rope["factor"] or limit / trained
+    theta, H = rope["rope_theta"], 2 * len(exponents)
+
+    def feature(turns: float) -> float:  # the feature index that makes `turns` turns over the trained context
+        return H * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = feature(rope.get("beta_fast") or 32), feature(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, H - 1)
+    width = (high if high != low else high + 0.001) - low
+    keep = 1 - ((arrays.arange(H // 2) - low) / width).clip(0, 1)
+    scale = theta**exponents
+    return 1.0 / (factor * scale) * (1 - keep) + 1.0 / scale * keep, _yarn_scaling(rope, factor)
+
+
+def _yarn_scaling(rope: dict[str, Any], factor: float) -> float:
+    if rope.get("attention_factor") is not None:
+        return rope["attention_factor"]
+
+    def temperature(m: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
+
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return temperature(rope["mscale"]) / temperature(rope["mscale_all_dim"])
+    return temperature(1.0)
+
+
+def _llama3(rope: dict[str, Any], exponents: Array, _: int, __: Any, arrays: Arrays) -> tuple[Array, float]:
+    """Divide long wavelengths by the factor, keep short ones, blend between. Source: arXiv:2407.21783."""
+    inv_freq = _default(rope, exponents)[0]
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    trained, factor = rope["original_max_position_embeddings"], rope["factor"]
+    wavelength = 2 * math.pi / inv_freq
+    blend = (trained / wavelength - low) / (high - low)
+    smooth = (1 - blend) * inv_freq / factor + blend * inv_freq
+    scaled = arrays.where(wavelength > trained / low, inv_freq / factor, inv_freq)
+    between = ~(wavelength < trained / high) & ~(wavelength > trained / low)
+    return arrays.where(between, smooth, scaled), 1.0
+
+
+def _longrope(rope: dict[str, Any], exponents: Array, limit: int, length: Any, arrays: Arrays) -> tuple[Array, float]:
+    """One factor a feature, another set beyond the trained context. Source: arXiv:2402.13753."""
+    trained = rope.get("original_max_position_embeddings") or limit
+    factor = rope.get("factor") or limit / trained
+    scaling = rope.get("attention_factor")
+    if scaling is None:
+        scaling = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(trained))
+    scale = rope["rope_theta"] ** exponents
+    short, long = (1.0 / (arrays.asarray(rope[f"{name}_factor"]) * scale) for name in ("short", "long"))
+    return arrays.where(length > trained, long, short), scaling
+
+
+_FREQUENCIES: dict[str, Callable[..., tuple[Array, float]]] = {
+    "default": _default,
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "yarn": _yarn,
+    "llama3": _llama3,
+    "longrope": _longrope,
+}

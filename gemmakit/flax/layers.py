@@ -5,7 +5,6 @@ Axis letters: B batch, S positions, D hidden, F mlp, H head_dim.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemmakit.config import GemmaConfig
+from gemmakit.rotary import FOLLOW_LENGTH, Arrays, frequencies
 
 Initializer = Callable[..., jax.Array]
 
@@ -146,97 +146,13 @@ def rope_frequencies(config: GemmaConfig, position_ids: jax.Array) -> tuple[Any,
     A table of numpy where the settings alone decide; an array that depends on the positions for the two types whose
     table follows the length of the call.
     """
-    rope, H = config.rope_parameters, config.head_dim
-    exponents = np.arange(0, H, 2, dtype=np.float32) / np.float32(H)
-    compute = _FREQUENCIES[rope["rope_type"]]
-    return compute(rope, exponents, H, config.max_position_embeddings, position_ids)
+    rope = config.rope_parameters
+    length = jnp.max(position_ids) + 1 if rope["rope_type"] in FOLLOW_LENGTH else 0
+    return frequencies(rope, config.head_dim, config.max_position_embeddings, length, _ARRAYS)
 
 
-def _default(rope: dict[str, Any], exponents: np.ndarray, *_: Any) -> tuple[np.ndarray, float]:
-    return np.float32(1.0) / np.float32(rope["rope_theta"]) ** exponents, 1.0
-
-
-def _linear(rope: dict[str, Any], exponents: np.ndarray, *_: Any) -> tuple[np.ndarray, float]:
-    """Position interpolation. Source: arXiv:2306.15595."""
-    return _default(rope, exponents)[0] / np.float32(rope["factor"]), 1.0
-
-
-def _length(position_ids: jax.Array) -> jax.Array:
-    return jnp.max(position_ids) + 1
-
-
-def _dynamic(rope: dict[str, Any], exponents: np.ndarray, H: int, limit: int, at: jax.Array) -> tuple[jax.Array, float]:
-    """NTK-aware scaling that grows with the context."""
-    factor = rope["factor"]
-    length = jnp.maximum(_length(at), limit).astype(jnp.float32)
-    base = rope["rope_theta"] * (factor * length / limit - (factor - 1)) ** (H / (H - 2))
-    return 1.0 / base**exponents, 1.0
-
-
-def _yarn(rope: dict[str, Any], exponents: np.ndarray, H: int, limit: int, _: Any) -> tuple[np.ndarray, float]:
-    """Interpolate slow features, keep fast ones, ramp between. Source: arXiv:2309.00071."""
-    trained = rope.get("original_max_position_embeddings") or limit
-    factor = rope["factor"] or limit / trained
-    theta = rope["rope_theta"]
-
-    def feature(turns: float) -> float:  # the feature index that makes `turns` turns over the trained context
-        return H * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(theta))
-
-    low, high = feature(rope.get("beta_fast") or 32), feature(rope.get("beta_slow") or 1)
-    if rope.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, H - 1)
-    width = np.float32((high if high != low else high + 0.001) - low)
-    keep = 1 - np.clip((np.arange(H // 2, dtype=np.float32) - np.float32(low)) / width, 0, 1)
-    scale = np.float32(theta) ** exponents
-    one = np.float32(1.0)
-    return one / (np.float32(factor) * scale) * (1 - keep) + one / scale * keep, _yarn_scaling(rope, factor)
-
-
-def _yarn_scaling(rope: dict[str, Any], factor: float) -> float:
-    if rope.get("attention_factor") is not None:
-        return rope["attention_factor"]
-
-    def temperature(m: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
-
-    if rope.get("mscale") and rope.get("mscale_all_dim"):
-        return temperature(rope["mscale"]) / temperature(rope["mscale_all_dim"])
-    return temperature(1.0)
-
-
-def _llama3(rope: dict[str, Any], exponents: np.ndarray, *_: Any) -> tuple[np.ndarray, float]:
-    """Divide long wavelengths by the factor, keep short ones, blend between. Source: arXiv:2407.21783."""
-    inv_freq = _default(rope, exponents)[0]
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    trained, factor = rope["original_max_position_embeddings"], np.float32(rope["factor"])
-    wavelength = np.float32(2 * math.pi) / inv_freq
-    blend = (np.float32(trained) / wavelength - np.float32(low)) / np.float32(high - low)
-    smooth = (1 - blend) * inv_freq / factor + blend * inv_freq
-    scaled = np.where(wavelength > trained / low, inv_freq / factor, inv_freq)
-    between = ~(wavelength < trained / high) & ~(wavelength > trained / low)
-    return np.where(between, smooth, scaled).astype(np.float32), 1.0
-
-
-def _longrope(
-    rope: dict[str, Any], exponents: np.ndarray, H: int, limit: int, at: jax.Array
-) -> tuple[jax.Array, float]:
-    """One factor a feature, another set beyond the trained context. Source: arXiv:2402.13753."""
-    trained = rope.get("original_max_position_embeddings") or limit
-    factor = rope.get("factor") or limit / trained
-    scaling = rope.get("attention_factor")
-    if scaling is None:
-        scaling = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(trained))
-    scale = np.float32(rope["rope_theta"]) ** exponents
-    short, long = (1.0 / (np.asarray(rope[f"{n}_factor"], np.float32) * scale) for n in ("short", "long"))
-    return jnp.where(_length(at) > trained, long, short), scaling
-
-
-_FREQUENCIES: dict[str, Callable[..., tuple[Any, float]]] = {
-    "default": _default,
-    "linear": _linear,
-    "dynamic": _dynamic,
-    "yarn": _yarn,
-    "llama3": _llama3,
-    "longrope": _longrope,
-}
+_ARRAYS = Arrays(
+    lambda n: np.arange(n, dtype=np.float32),
+    lambda numbers: np.asarray(numbers, np.float32),
+    lambda truth, yes, no: (np if isinstance(truth, np.ndarray) else jnp).where(truth, yes, no),
+)

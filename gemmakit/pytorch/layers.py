@@ -5,7 +5,6 @@ Axis letters: B batch, S positions, D hidden, F mlp, H head_dim.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from gemmakit.pytorch.kernels import linear
 from gemmakit.pytorch.kernels.ids import Activation
 from gemmakit.pytorch.kernels.reference import ACTIVATION_OF, ACTIVATIONS
 from gemmakit.pytorch.kernels.training import fuses, gated, rms_norm
+from gemmakit.rotary import FOLLOW_LENGTH, Arrays, frequencies
 
 
 class GemmaRMSNorm(nn.Module):
@@ -161,7 +161,7 @@ class GemmaRotaryEmbedding(nn.Module):
     def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """position_ids: (B or 1, S) -> cos, sin: (B or 1, 1, S, H) in `dtype`, to broadcast over heads."""
         inv_freq, scaling = self.inv_freq, self.attention_scaling
-        if self.config.rope(self.rope)["rope_type"] in ("dynamic", "longrope"):
+        if self.config.rope(self.rope)["rope_type"] in FOLLOW_LENGTH:
             length = int(position_ids.max()) + 1 if position_ids.numel() else 1
             inv_freq, scaling = rope_frequencies(self.config, length, inv_freq.device, self.rope)
         angles = position_ids[:, None, :, None].float() * inv_freq
@@ -179,91 +179,10 @@ def rope_frequencies(
 
     name: which table, as a LayerSpec names it.
     """
-    rope, H = config.rope(name), config.head_dim
-    exponents = torch.arange(0, H, 2, dtype=torch.float32, device=device) / H
-    compute = _FREQUENCIES[rope["rope_type"]]
-    return compute(rope, exponents, H, config.max_position_embeddings, length)
 
+    def where(truth: Tensor | bool, yes: Any, no: Any) -> Any:
+        return torch.where(truth, yes, no) if isinstance(truth, Tensor) else yes if truth else no
 
-def _default(rope: dict[str, Any], exponents: Tensor, *_: int) -> tuple[Tensor, float]:
-    return 1.0 / rope["rope_theta"] ** exponents, 1.0
-
-
-def _linear(rope: dict[str, Any], exponents: Tensor, *_: int) -> tuple[Tensor, float]:
-    """Position interpolation. Source: arXiv:2306.15595."""
-    return _default(rope, exponents)[0] / rope["factor"], 1.0
-
-
-def _dynamic(rope: dict[str, Any], exponents: Tensor, H: int, limit: int, length: int) -> tuple[Tensor, float]:
-    """NTK-aware scaling that grows with the context."""
-    factor = rope["factor"]
-    base = rope["rope_theta"] * (factor * max(length, limit) / limit - (factor - 1)) ** (H / (H - 2))
-    return 1.0 / base**exponents, 1.0
-
-
-def _yarn(rope: dict[str, Any], exponents: Tensor, H: int, limit: int, _: int) -> tuple[Tensor, float]:
-    """Interpolate slow features, keep fast ones, ramp between. Source: arXiv:2309.00071."""
-    trained = rope.get("original_max_position_embeddings") or limit
-    factor = rope["factor"] or limit / trained
-    theta = rope["rope_theta"]
-
-    def feature(turns: float) -> float:  # the feature index that makes `turns` turns over the trained context
-        return H * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(theta))
-
-    low, high = feature(rope.get("beta_fast") or 32), feature(rope.get("beta_slow") or 1)
-    if rope.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, H - 1)
-    index = torch.arange(H // 2, dtype=torch.float32, device=exponents.device)
-    keep = 1 - ((index - low) / ((high if high != low else high + 0.001) - low)).clamp(0, 1)
-    scale = theta**exponents
-    inv_freq = 1.0 / (factor * scale) * (1 - keep) + 1.0 / scale * keep
-    return inv_freq, _yarn_scaling(rope, factor)
-
-
-def _yarn_scaling(rope: dict[str, Any], factor: float) -> float:
-    if rope.get("attention_factor") is not None:
-        return rope["attention_factor"]
-
-    def temperature(m: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
-
-    if rope.get("mscale") and rope.get("mscale_all_dim"):
-        return temperature(rope["mscale"]) / temperature(rope["mscale_all_dim"])
-    return temperature(1.0)
-
-
-def _llama3(rope: dict[str, Any], exponents: Tensor, *_: int) -> tuple[Tensor, float]:
-    """Divide long wavelengths by the factor, keep short ones, blend between. Source: arXiv:2407.21783."""
-    inv_freq = _default(rope, exponents)[0]
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    trained, factor = rope["original_max_position_embeddings"], rope["factor"]
-    wavelength = 2 * math.pi / inv_freq
-    blend = (trained / wavelength - low) / (high - low)
-    smooth = (1 - blend) * inv_freq / factor + blend * inv_freq
-    scaled = torch.where(wavelength > trained / low, inv_freq / factor, inv_freq)
-    between = ~(wavelength < trained / high) & ~(wavelength > trained / low)
-    return torch.where(between, smooth, scaled), 1.0
-
-
-def _longrope(rope: dict[str, Any], exponents: Tensor, H: int, limit: int, length: int) -> tuple[Tensor, float]:
-    """One factor a feature, another set beyond the trained context. Source: arXiv:2402.13753."""
-    trained = rope.get("original_max_position_embeddings") or limit
-    factor = rope.get("factor") or limit / trained
-    scaling = rope.get("attention_factor")
-    if scaling is None:
-        scaling = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(trained))
-    factors = torch.tensor(
-        rope["long_factor" if length > trained else "short_factor"], dtype=torch.float32, device=exponents.device
-    )
-    return 1.0 / (factors * rope["rope_theta"] ** exponents), scaling
-
-
-_FREQUENCIES: dict[str, Callable[..., tuple[Tensor, float]]] = {
-    "default": _default,
-    "linear": _linear,
-    "dynamic": _dynamic,
-    "yarn": _yarn,
-    "llama3": _llama3,
-    "longrope": _longrope,
-}
+    float32: Any = {"dtype": torch.float32, "device": device}
+    arrays = Arrays(lambda n: torch.arange(n, **float32), lambda numbers: torch.tensor(numbers, **float32), where)
+    return frequencies(config.rope(name), config.head_dim, config.max_position_embeddings, length, arrays)
