@@ -126,10 +126,9 @@ def _require(device: str) -> None:
         return
     if device.partition(":")[0] != "cuda":
         raise InputError(f"--device is {device!r}; it must be cpu, cuda or cuda:N.")
-    import torch
+    from gemmakit.pytorch.placement import parse_device
 
-    if not torch.cuda.is_available():
-        raise InputError(f"--device {device}: this torch sees no CUDA device. See gemmakit doctor.")
+    parse_device(device, "--device")
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------

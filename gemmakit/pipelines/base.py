@@ -12,6 +12,7 @@ import torch
 from gemmakit.checks import Whole, check
 from gemmakit.errors import InputError
 from gemmakit.progress import with_progress
+from gemmakit.pytorch.placement import parse_device
 
 Record = dict[str, Any]
 
@@ -42,7 +43,7 @@ class Pipeline:
         batch_size: int = 1,
         **options: Any,
     ):
-        self.model = model if device is None else model.to(find_device(device))
+        self.model = model if device is None else model.to(parse_device(device))
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.options = options
@@ -99,22 +100,6 @@ class Pipeline:
 def is_flax(model: Any) -> bool:
     """Whether a loaded model is one of Flax."""
     return getattr(model, "framework", "pt") == "flax"
-
-
-def find_device(device: int | str | torch.device) -> torch.device:
-    """The torch device of a name or a CUDA index. Raises InputError for one that is not there."""
-    name = str(device)
-    try:
-        found = torch.device("cpu" if name == "-1" else int(name) if name.isdigit() else device)
-    except RuntimeError:
-        if name.isdigit():
-            raise InputError(f"device {device!r} asks for an accelerator, and torch sees none. Use 'cpu'.") from None
-        raise InputError(f"there is no device {device!r}; give 'cpu', 'cuda', 'cuda:1', 'mps' or a number.") from None
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {device!r} asks for CUDA, and torch sees no CUDA device. Use device 'cpu'.")
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device {device!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices.")
-    return found
 
 
 def _batch_size(size: Any) -> int:

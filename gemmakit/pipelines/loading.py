@@ -13,10 +13,11 @@ from gemmakit.auto import AutoTokenizer
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError
 from gemmakit.hub import HubOptions, demo_model
-from gemmakit.pipelines.base import Pipeline, find_device, is_flax
+from gemmakit.pipelines.base import Pipeline, is_flax
 from gemmakit.pipelines.text_classification import TextClassificationPipeline
 from gemmakit.pipelines.text_generation import TextGenerationPipeline
 from gemmakit.pipelines.token_classification import TokenClassificationPipeline
+from gemmakit.pytorch.placement import parse_device
 
 TASKS: dict[str, type[Pipeline]] = {
     made.task: made for made in (TextGenerationPipeline, TextClassificationPipeline, TokenClassificationPipeline)
@@ -79,8 +80,7 @@ def pipeline(
         if framework == "flax":
             source = _load_flax(made, source, chosen, device_map if device is None else device, loading)
         else:
-            placed = device_map or "auto" if device is None else device
-            placed = find_device(placed) if isinstance(placed, (int, str)) and placed != "auto" else placed
+            placed = device_map or "auto" if device is None else parse_device(device)
             source = made.model_class.from_pretrained(source, device_map=placed, dtype=chosen, **loading)
         device = None
     elif any(x is not None for x in (config, dtype, torch_dtype, device_map, model_kwargs)) or hub != HubOptions():

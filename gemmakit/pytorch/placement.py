@@ -25,14 +25,18 @@ def one_device(device_map: DeviceMap, max_memory: MaxMemory, nbytes: int) -> tor
     _refuse_absent(max_memory or {})
     if isinstance(device_map, Mapping):
         places = {str(place) for place in device_map.values()}
-        return named_device(next(iter(device_map.values()))) if len(places) == 1 and places != {"disk"} else None
+        return (
+            parse_device(next(iter(device_map.values())), "device_map")
+            if len(places) == 1 and places != {"disk"}
+            else None
+        )
     if isinstance(device_map, str) and device_map in SPREADS:
         if max_memory is not None or device_map != "auto":
             return None
-        device = named_device("auto")
+        device = parse_device("auto")
         fits = device.type != "cuda" or nbytes <= torch.cuda.mem_get_info(device)[0]
         return device if fits or not _installed() else None
-    return named_device(device_map)  # type: ignore[arg-type]
+    return parse_device(device_map, "device_map")  # type: ignore[arg-type]
 
 
 def _refuse_absent(places: Mapping[Any, int | str]) -> None:
@@ -44,28 +48,34 @@ def _refuse_absent(places: Mapping[Any, int | str]) -> None:
         )
 
 
-def named_device(device_map: str | int | torch.device | None) -> torch.device:
-    """A torch device; "auto" is the first accelerator if there is one. Raises InputError for one that is not there."""
-    if device_map is None:
+def parse_device(device: str | int | torch.device | None, name: str = "device") -> torch.device:
+    """The torch device that is meant; `name` is the argument that errors speak of.
+
+    device: a device or its name; the number of an accelerator, also as text, or -1 for the CPU; "auto" for the first
+    accelerator if there is one; None for where torch puts tensors now. Raises InputError for one that is not there.
+    """
+    if device is None:
         return torch.get_default_device() if torch.get_default_device().type != "meta" else torch.device("cpu")
-    if device_map == "auto":
-        return torch.device(
-            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        )
-    if isinstance(device_map, str) and device_map.lstrip("-").isdigit():
-        device_map = int(device_map)
+    if device == "auto":
+        cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+    if isinstance(device, str) and device.lstrip("-").isdigit():
+        device = int(device)
     try:
-        device = torch.device("cpu" if device_map == -1 else device_map)
+        found = torch.device("cpu" if device == -1 else device)
     except RuntimeError as e:
-        if isinstance(device_map, int):
-            raise InputError(f"device {device_map} asks for an accelerator, and torch sees none. Use 'cpu'.") from e
+        if isinstance(device, int):
+            raise InputError(f"device {device} asks for an accelerator, and torch sees none. Use 'cpu'.") from e
+        spreads = f", {', '.join(map(repr, SPREADS[1:]))} or {{module: device}}" if name == "device_map" else ""
         raise InputError(
-            f"device_map is {device_map!r}; it must be a device, {', '.join(map(repr, SPREADS))} or a dictionary of "
-            "module name to device."
+            f"{name} is {device!r}: there is no such device. Give 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', a number"
+            f"{spreads}."
         ) from e
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {device_map!r} asks for CUDA, and torch sees no CUDA device. Use device 'cpu'.")
-    return device
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if found.type == "cuda" and (found.index or 0) >= count:
+        seen = f"{count or 'no'} CUDA device{'s' * (count > 1)}"
+        raise InputError(f"{name} {device!r} asks for CUDA, and torch sees {seen}. Use 'cpu'.")
+    return found
 
 
 def spread(

@@ -135,7 +135,7 @@ def test_settings_go_to_generate_and_unknown_ones_are_refused(pipe):
     [
         (dict(task="dance"), "gemmakit has text-generation"),
         (dict(device=0, device_map="auto"), "device and device_map"),
-        (dict(device="moon"), "no device 'moon'"),
+        (dict(device="moon"), "device is 'moon': there is no such device"),
         pytest.param(
             dict(device=0),
             "device 0 asks for",
