@@ -59,13 +59,12 @@ class AutoTokenizer(_Auto):
 
 
 class _AutoModel(_Auto):
-    # Resolved when used: reading a configuration or a tokenizer needs no torch.
-    _home: ClassVar[str] = "gemmakit.pytorch.heads"
-    _class_name: ClassVar[str]
+    _role: ClassVar[str]  # in `family.Kind.classes`
 
     @classmethod
-    def _class(cls) -> Any:
-        return getattr(importlib.import_module(cls._home), cls._class_name)
+    def _class(cls, model_type: str = GemmaConfig.model_type) -> Any:
+        home = importlib.import_module("gemmakit")  # when used: a configuration or a tokenizer needs no torch
+        return getattr(home, kind_of(model_type).classes[cls._role])
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Name, **kwargs: Any) -> Any:
@@ -86,7 +85,7 @@ class _AutoModel(_Auto):
         if attention is not None:
             config = copy.deepcopy(config)
             config.attn_implementation = attention
-        model = cls._class()(config)
+        model = cls._class(config.model_type)(config)
         from gemmakit.pytorch.pretrained import dtype_of
 
         chosen = dtype_of(dtype or torch_dtype or "auto")
@@ -96,26 +95,25 @@ class _AutoModel(_Auto):
 class AutoModel(_AutoModel):
     """`GemmaModel`: hidden states."""
 
-    _home = "gemmakit.pytorch.model"
-    _class_name = "GemmaModel"
+    _role = "model"
 
 
 class AutoModelForCausalLM(_AutoModel):
     """`GemmaForCausalLM`: next tokens."""
 
-    _class_name = "GemmaForCausalLM"
+    _role = "causal_lm"
 
 
 class AutoModelForSequenceClassification(_AutoModel):
     """`GemmaForSequenceClassification`: one label or number a text."""
 
-    _class_name = "GemmaForSequenceClassification"
+    _role = "sequence_classification"
 
 
 class AutoModelForTokenClassification(_AutoModel):
     """`GemmaForTokenClassification`: a label a token."""
 
-    _class_name = "GemmaForTokenClassification"
+    _role = "token_classification"
 
 
 def _check_model_type(name: Name, hub: HubOptions) -> None:
