@@ -1,11 +1,13 @@
-"""Text while it is being generated: printed, or iterated over from another thread or task."""
+"""What comes of generation step by step, and the text of it: as events, printed, or for another thread or task."""
 
 from __future__ import annotations
 
 import asyncio
 import queue
-from collections.abc import AsyncIterator, Iterator
-from typing import Any, Protocol
+from collections.abc import AsyncIterator, Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 from gemmakit.errors import InputError
 
@@ -17,6 +19,52 @@ class Tokenizer(Protocol):
     """The part of a tokenizer that streaming needs; one with `incremental_decoder` streams at constant cost a token."""
 
     def decode(self, token_ids: Any, **kwargs: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class StepTokens:
+    """What a step of decoding brought.
+
+    tokens: for each row those that are new, an eos that ends it included; none once the row is over. finish_reasons:
+    why each row is over by now: "eos", "stop" (a stop string or criterion), "length" (of tokens or time); None while it
+    goes on.
+    """
+
+    tokens: Sequence[Sequence[int]]
+    finish_reasons: Sequence[str | None]
+
+
+class StreamEvent(NamedTuple):
+    """A token of a stream.
+
+    text: what is certain of the text now, which may be nothing; all pieces together are the text of all tokens.
+    finish_reason: as in StepTokens, with the last token. scores: (V,) that it was chosen from, where asked for.
+    """
+
+    token: int
+    text: str
+    finish_reason: str | None
+    scores: Any
+
+
+class Token(NamedTuple):
+    """A token of one row on its way into a stream; fields as in StreamEvent."""
+
+    token: int
+    finish_reason: str | None
+    scores: Any
+
+
+def events(tokens: Generator[Token], tokenizer: Tokenizer | None, skip_special_tokens: bool) -> Generator[StreamEvent]:
+    """The tokens with their text. With `skip_special_tokens` a token that ends its row has none, whichever it is."""
+    decoder = None if tokenizer is None else _decoder(tokenizer, {"skip_special_tokens": skip_special_tokens})
+    with closing(tokens):
+        for token, reason, scores in tokens:
+            text = ""
+            if decoder is not None:
+                text = "" if reason == "eos" and skip_special_tokens else decoder.push([token])
+                text += "" if reason is None else decoder.finish()
+            yield StreamEvent(token, text, reason, scores)
 
 
 class BaseStreamer:

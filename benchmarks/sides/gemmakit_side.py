@@ -95,15 +95,15 @@ def batch(spec: dict[str, Any]) -> dict[str, Any]:
 
 def counted_replays() -> Callable[[], int]:
     """What tells how many of the engine's passes were replayed from a graph since now."""
-    from gemmakit.pytorch.decode.captured_batch import FixedBatch
+    from gemmakit.pytorch.decode.captured_batch import StaticBatch
 
-    count, replay = [0], FixedBatch.run
+    count, replay = [0], StaticBatch.run
 
-    def counted(self: FixedBatch, rows: Any) -> None:
+    def counted(self: StaticBatch, rows: Any) -> None:
         count[0] += 1
         replay(self, rows)
 
-    FixedBatch.run = counted
+    StaticBatch.run = counted
     return lambda: count[0]
 
 

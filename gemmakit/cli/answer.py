@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from gemmakit.pipelines import TextGenerationPipeline
-from gemmakit.streamers import TextStreamer
 
 Write = Callable[[str], None]
 
@@ -53,61 +53,36 @@ class Answer:
         }
 
 
-class Meter(TextStreamer):
-    """Writes the new text as it comes and notes what and when. Tokens in `hidden` are counted, not shown."""
-
-    def __init__(self, tokenizer: Any, write: Write, hidden: Sequence[int]):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._write, self._hidden = write, frozenset(hidden)
-        self.ids: list[int] = []
-        self.texts: list[str] = []
-        self.start = self.first = self.last = time.perf_counter()
-
-    @property
-    def text(self) -> str:
-        return "".join(self.texts)
-
-    def put(self, value: Any) -> None:
-        if self.next_tokens_are_prompt:
-            return super().put(value)
-        self.last = time.perf_counter()
-        self.first = self.first if self.ids else self.last
-        self.ids += value.tolist()
-        if self.ids[-1] not in self._hidden:
-            super().put(value)
-        return None
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if text:
-            self.texts.append(text)
-            self._write(text)
-
-
 def answer(pipe: TextGenerationPipeline, prompt: str | Sequence[int], write: Write, **settings: Any) -> Answer:
     """Continue a text (or its ids), handing new text to `write` once it is certain. Ctrl-C ends it and keeps the text.
 
     Without max_new_tokens: 256, or what the context has left. Settings and errors are those of `generate`.
     """
     ids = pipe.encode(prompt) if isinstance(prompt, str) else list(prompt)
-    config = pipe.model.generation_config.updated(**{k: v for k, v in settings.items() if k == "eos_token_id"})
-    room = pipe.room(len(ids), config, settings)
+    room = pipe.room(len(ids), pipe.model.generation_config, settings)
     limit = {} if room is None else {"max_new_tokens": room}
-    meter = Meter(pipe.tokenizer, write, hidden=config.eos_token_ids)
-    interrupted = False
+    new, texts, reason = list[int](), list[str](), "length"
+    start = first = last = time.perf_counter()
     try:
         rows = torch.tensor([ids], device=pipe.device)
-        pipe.model.generate(rows, streamer=meter, tokenizer=pipe.tokenizer, **{**settings, **limit})
+        with closing(pipe.model.stream(rows, tokenizer=pipe.tokenizer, **{**settings, **limit})) as events:
+            for event in events:
+                last = time.perf_counter()
+                first = first if new else last
+                new.append(event.token)
+                if event.text:
+                    texts.append(event.text)
+                    write(event.text)
+                reason = event.finish_reason
     except KeyboardInterrupt:
-        interrupted = True
-    stopped = meter.ids[-1:] and meter.ids[-1] in config.eos_token_ids
-    stopped = stopped or any(stop in meter.text for stop in settings.get("stop_strings", ()))
+        reason = "interrupted"
     return Answer(
-        text=meter.text,
-        finish_reason="interrupted" if interrupted else "stop" if stopped else "length",
+        text="".join(texts),
+        finish_reason="stop" if reason == "eos" else reason or "length",
         prompt_tokens=len(ids),
-        ids=meter.ids,
-        first_s=meter.first - meter.start,
-        rest_s=meter.last - meter.first,
+        ids=new,
+        first_s=first - start,
+        rest_s=last - first,
     )
 
 

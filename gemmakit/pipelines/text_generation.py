@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from gemmakit.auto import AutoModelForCausalLM
 from gemmakit.errors import InputError, PromptTooLong
 from gemmakit.pipelines.base import Pipeline, Record, padded
@@ -124,12 +122,11 @@ class TextGenerationPipeline(Pipeline):
 
     def _generate(self, rows: Sequence[list[int]], settings: dict[str, Any]) -> list[list[list[int]]]:
         ids, mask = padded(rows, self.tokenizer.pad_token_id or 0, self.device, "left")
-        out = self.model.generate(ids, attention_mask=mask, **settings)
-        sequences = out if isinstance(out, torch.Tensor) else out.sequences
-        config = (settings.get("generation_config") or self.model.generation_config).updated(
-            **{k: settings[k] for k in ("eos_token_id", "pad_token_id") if k in settings}
-        )
-        news = [_ended(row, config.eos_token_ids, config.pad_token_id) for row in sequences[:, ids.shape[1] :].tolist()]
+        news: list[list[int]] = []
+        for step in self.model.stream_rows(ids, attention_mask=mask, **settings):
+            news = news or [[] for _ in step.tokens]
+            for new, tokens in zip(news, step.tokens, strict=True):
+                new += tokens
         each = len(news) // len(rows)
         return [news[i * each : (i + 1) * each] for i in range(len(rows))]
 
@@ -148,14 +145,3 @@ def _joined(prompt: str | Sequence[Message], text: str, prefix: str, goes_on: bo
     if _goes_on(prompt, goes_on):
         return [*prompt[:-1], {**prompt[-1], "content": prompt[-1]["content"] + text}]
     return [*prompt, {"role": "assistant", "content": text}]
-
-
-def _ended(new: list[int], eos: Sequence[int], pad: int | None) -> list[int]:
-    """A row up to its eos, or without the padding that follows another end."""
-    for place, token in enumerate(new):
-        if token in eos:
-            return new[: place + 1]
-    end = len(new)
-    while end and new[end - 1] == pad:
-        end -= 1
-    return new[:end]

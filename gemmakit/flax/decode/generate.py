@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Iterable
-from typing import Any, Protocol
+from collections.abc import Generator, Iterable
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from gemmakit.flax.decode.sampling import row_seeds
 from gemmakit.flax.training import known
 from gemmakit.generation import GenerationConfig
 from gemmakit.outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
+from gemmakit.streamers import StepTokens, StreamEvent, Token, events
 
 Output = GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput
 
@@ -89,6 +90,67 @@ class GenerationMixin:
             PromptTooLong: prompt and new tokens do not fit the context.
             NumericalError: a step has no finite score to choose by.
         """
+        call = self._checked(
+            input_ids, generation_config, prng_key, params, logits_processor, attention_mask, lora, **settings
+        )
+        config, inside, prompt, plan = call.config, call.inside, call.prompt, call.plan
+        if streamer is not None and (inside or "beams" in plan.on or call.rows > 1):
+            raise InputError("a streamer follows one row, outside of jit and without beams: stream rows one at a time.")
+        with _compiled(trace):
+            if "beams" in plan.on:
+                found, steps, failed, _ = search(*call.first, *call.seeds)
+            else:
+                found, steps, failed = _decoded(streamer, call)
+        return _untrimmed(prompt, plan, found) if inside else _trimmed(config, prompt, plan, found, steps, failed)
+
+    def stream(
+        self,
+        input_ids: Any = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        tokenizer: Any = None,
+        skip_special_tokens: bool = True,
+        prng_key: jax.Array | None = None,
+        trace: bool = True,
+        params: Any = None,
+        logits_processor: Iterable[Custom] | None = None,
+        attention_mask: Any = None,
+        lora: Any = None,
+        **settings: Any,
+    ) -> Generator[StreamEvent]:
+        """Continue one prompt and give each token as it comes, as the PyTorch backend does; scores are None."""
+        call = self._checked(
+            input_ids, generation_config, prng_key, params, logits_processor, attention_mask, lora, **settings
+        )
+        if call.inside or "beams" in call.plan.on or call.rows > 1:
+            raise InputError("stream follows one row, outside of jit and without beams: stream rows one at a time.")
+        return events(_tokens(call, trace), tokenizer, skip_special_tokens)
+
+    def stream_rows(
+        self, input_ids: Any = None, generation_config: GenerationConfig | None = None, **arguments: Any
+    ) -> Generator[StepTokens]:
+        """Continue prompts as generate() does, with its arguments. One step brings it all: the loop is compiled."""
+        own = {"eos_token_id": arguments["eos_token_id"]} if "eos_token_id" in arguments else {}
+        eos = (generation_config or self.generation_config).updated(**own).eos_token_ids
+        out = self.generate(input_ids, generation_config, **arguments)
+        width = 1 if input_ids is None else max(1, input_ids.shape[1])
+        rows = np.asarray(out.sequences)[:, width:].tolist()
+        # Nothing but an end token ends a row early here.
+        lengths = [next((i for i, token in enumerate(row, 1) if token in eos), None) for row in rows]
+        tokens = [row[:length] for row, length in zip(rows, lengths, strict=True)]
+        yield StepTokens(tokens, ["length" if length is None else "eos" for length in lengths])
+
+    def _checked(
+        self,
+        input_ids: Any,
+        generation_config: GenerationConfig | None,
+        prng_key: jax.Array | None,
+        params: Any,
+        logits_processor: Iterable[Custom] | None,
+        attention_mask: Any,
+        lora: Any,
+        **settings: Any,
+    ) -> Call:
         config = (generation_config or self.generation_config).updated(**settings)
         config.validate(self.config.vocab_size)
         refuse_unsupported(config)
@@ -98,8 +160,6 @@ class GenerationMixin:
         prompt = (traced if inside else prepare)(self.config, config, input_ids, attention_mask)
         ids, mask = (prompt.ids, prompt.mask) if inside else prompt.padded()
         plan = make_plan(config, prompt.new if inside else bucket(prompt.new), tuple(logits_processor or ()))
-        if streamer is not None and (inside or "beams" in plan.on or ids.shape[0] * plan.copies > 1):
-            raise InputError("a streamer follows one row, outside of jit and without beams: stream rows one at a time.")
         variables = {"params": self.stored_params if params is None else self._stored_form(params)}
         if lora is not None:
             variables["lora"] = self._stored_form(lora)
@@ -107,42 +167,73 @@ class GenerationMixin:
             ids, mask = self.rules.batch(ids), self.rules.batch(mask)
         cache = self.init_cache(ids.shape[0] * plan.copies, ids.shape[1] + plan.room)
         first = (self.module, plan, variables, cache, ids, mask, knobs(config, prompt.new, prompt.ids.shape[1]))
-        seeds = _seeds(config, plan, prompt, prng_key)
-        with contextlib.nullcontext() if trace else jax.disable_jit():
-            if "beams" in plan.on:
-                found, steps, failed, _ = search(*first, *seeds)
-            else:
-                found, steps, failed = _decoded(streamer, prompt, first, seeds)
-        return _untrimmed(prompt, plan, found) if inside else _trimmed(config, prompt, plan, found, steps, failed)
+        return Call(config, inside, prompt, plan, first, _seeds(config, plan, prompt, prng_key))
 
 
-def _decoded(
-    streamer: Streamer | None, prompt: Prompt, first: tuple[Any, ...], seeds: tuple[Any, Any]
-) -> tuple[Any, Any, Any]:
+class Call(NamedTuple):
+    """A call that is checked. inside: within a caller's jit. first, seeds: what the compiled loop takes."""
+
+    config: GenerationConfig
+    inside: bool
+    prompt: Prompt
+    plan: Plan
+    first: tuple[Any, ...]
+    seeds: tuple[Any, Any]
+
+    @property
+    def rows(self) -> int:
+        return int(self.prompt.ids.shape[0]) * self.plan.copies
+
+
+def _compiled(trace: bool) -> contextlib.AbstractContextManager[Any]:
+    return contextlib.nullcontext() if trace else jax.disable_jit()
+
+
+def _decoded(streamer: Streamer | None, call: Call) -> tuple[Any, Any, Any]:
     """Tokens (R, room), the steps taken, and the failed one or 0."""
-    module, plan, variables, _, ids, mask, numbers = first
-    state = begin(*first, *seeds)
-    rest = (ids, mask, numbers)
     if streamer is None:
-        state = go_on(module, plan, variables, state, *rest, numbers["limit"])
+        module, plan, variables, _, ids, mask, numbers = call.first
+        state = begin(*call.first, *call.seeds)
+        state = go_on(module, plan, variables, state, ids, mask, numbers, numbers["limit"])
         return state.tokens, state.step, state.failed
+    state = None
     try:
-        streamer.put(np.asarray(prompt.ids))
-        step = 0
-        while _delivered(streamer, state) and step + 1 < prompt.new:
-            step += 1
-            state = go_on(module, plan, variables, state, *rest, np.int32(step + 1))
+        streamer.put(np.asarray(call.prompt.ids))
+        for state in _steps(call):
+            if not int(state.failed):
+                streamer.put(np.asarray(state.token))
     finally:
         streamer.end()
+    assert state is not None
     return state.tokens, state.step, state.failed
 
 
-def _delivered(streamer: Streamer, state: State) -> bool:
-    """Tell of the newest token, if there is one; whether there is more to come."""
-    if int(state.failed):
-        return False
-    streamer.put(np.asarray(state.token))
-    return not bool(state.done.all())
+def _steps(call: Call, trace: bool = True) -> Generator[State]:
+    """The state after each token, while there are more to come."""
+    module, plan, variables, _, ids, mask, numbers = call.first
+    with _compiled(trace):
+        state = begin(*call.first, *call.seeds)
+    for step in range(2, call.prompt.new + 2):
+        yield state
+        if int(state.failed) or bool(state.done.all()) or step > call.prompt.new:
+            return
+        with _compiled(trace):
+            state = go_on(module, plan, variables, state, ids, mask, numbers, np.int32(step))
+
+
+def _tokens(call: Call, trace: bool) -> Generator[Token]:
+    for number, state in enumerate(_steps(call, trace), 1):
+        _refuse_failed(state.failed)
+        reason = "eos" if bool(state.done.all()) else "length" if number == call.prompt.new else None
+        yield Token(int(state.token[0]), reason, None)
+
+
+def _refuse_failed(step: Any) -> None:
+    if int(step):
+        raise NumericalError(
+            f"step {int(step)}: no token has a finite score (NaN or infinity in the weights or logits, or every "
+            "token forbidden). Check weights and processors, or use float32."
+        )
 
 
 def _seeds(config: GenerationConfig, plan: Plan, prompt: Prompt, prng_key: jax.Array | None) -> tuple[np.ndarray, Any]:
@@ -166,11 +257,7 @@ def _seeds(config: GenerationConfig, plan: Plan, prompt: Prompt, prng_key: jax.A
 
 def _trimmed(config: GenerationConfig, prompt: Prompt, plan: Plan, found: Any, steps: Any, failed: Any) -> Output:
     """Without the padding of the bucket, and no longer than the longest row."""
-    if int(failed):
-        raise NumericalError(
-            f"step {int(failed)}: no token has a finite score (NaN or infinity in the weights or logits, or every "
-            "token forbidden). Check weights and processors, or use float32."
-        )
+    _refuse_failed(failed)
     if "beams" not in plan.on:
         tokens = np.asarray(found)[:, : int(steps)]
         return GenerateDecoderOnlyOutput(sequences=_after(prompt.ids, tokens))

@@ -1,13 +1,13 @@
 """The token loop's step on fixed memory, so that an accelerator can replay it: model, processors, sampler and eos.
 
-It runs the same `forward` over a static cache whose length is on the device; where it is impossible, `boarding` says
-why and the loop steps as ever. Axis letters: R rows, V vocabulary, T places.
+It runs the same `forward` over a static cache whose length is on the device; where it is impossible, `recorded_step`
+says why and the loop steps as ever. Axis letters: R rows, V vocabulary, T places.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator, Hashable
+from collections.abc import Callable, Generator, Hashable
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol, cast
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gemmakit.pytorch.cache import Cache, DynamicCache, StaticCache
 from gemmakit.pytorch.decode import graphs
-from gemmakit.pytorch.decode.plan import Mail, Plan
+from gemmakit.pytorch.decode.plan import Plan
 from gemmakit.pytorch.decode.processors import ScoresOnly
 from gemmakit.pytorch.decode.prompt import Prompt
 from gemmakit.pytorch.decode.rows import Rows
@@ -29,16 +29,22 @@ WORTH_STEPS = 8
 MIN_PLACES = 64
 
 
-class Decoding(Protocol):
+class Queue(Protocol):
+    def send(self, *message: Tensor) -> None: ...
+
+
+class Running(Protocol):
     """What the loop lets a step see."""
 
     rows: Rows
     plan: Plan
-    mail: Mail
     ends: Tensor
 
+    @property
+    def queue(self) -> Queue: ...
 
-class Fixed:
+
+class StaticStep:
     """Rows of fixed number and room, and one step on them.
 
     The step runs `tokens`, writes what it chose into `tokens` and `buffer`, moves on by one place, and leaves the
@@ -110,8 +116,8 @@ class Fixed:
         self.cache.reset()
         return prompt if copies > 1 else replace(prompt, cache=self.cache)
 
-    def board(self, run: Decoding) -> Replayed:
-        """Take the rows over, their prompt run and their first token chosen."""
+    def take_over(self, run: Running) -> Callable[[], None]:
+        """Take the rows over, their prompt run and their first token chosen; what runs a step of them."""
         rows, at = run.rows, run.rows.length - 1
         held = rows.cache
         if held is not None and held is not self.cache:
@@ -128,9 +134,17 @@ class Fixed:
             self.mask[:, :at].copy_(rows.mask[:, :at])
             self.positions.copy_(rows.positions[:, at : at + 1])
         rows.buffer, rows.cache = self.buffer[:, : rows.total], self.cache
-        return Replayed(self, run)
 
-    def land(self, run: Decoding, like: Cache | None) -> None:
+        def advance() -> None:
+            if self.noise is not None:
+                run.plan.noise.fill(self.noise)  # outside the graph: the draws are those of the plain step
+            self.replay()
+            rows.length += 1
+            run.queue.send(self.message)
+
+        return advance
+
+    def hand_back(self, run: Running, like: Cache | None) -> None:
         """Leave the rows with tokens of their own, and with what the cache holds copied into `like`."""
         rows = run.rows
         rows.buffer = rows.buffer[:, : rows.length].clone()
@@ -146,23 +160,8 @@ class Fixed:
         self._replay()
 
 
-class Replayed:
-    """Steps of one call: noise in, the step, the tokens on their way to the host."""
-
-    def __init__(self, fixed: Fixed, run: Decoding):
-        self.fixed, self.run = fixed, run
-
-    def next(self) -> None:
-        fixed, run = self.fixed, self.run
-        if fixed.noise is not None:
-            run.plan.noise.fill(fixed.noise)  # outside the graph: the draws are those of the plain step
-        fixed.replay()
-        run.rows.length += 1
-        run.mail.send(fixed.message)
-
-
 @contextmanager
-def boarding(model: Any, prompt: Prompt, plan: Plan) -> Generator[Fixed | None]:
+def recorded_step(model: Any, prompt: Prompt, plan: Plan) -> Generator[StaticStep | None]:
     """The recorded step for a call, recorded now if it was not yet; None, and a line in the log, where there is none.
 
     Whatever goes wrong meanwhile, no half-written memory is used again.
@@ -176,8 +175,11 @@ def boarding(model: Any, prompt: Prompt, plan: Plan) -> Generator[Fixed | None]:
         yield None
         return
     try:
-        yield _fixed(model, prompt, plan, store)
+        yield _static_step(model, prompt, plan, store)
         store.trim()
+    except GeneratorExit:  # the caller has seen enough; the steps are whole
+        store.trim()
+        raise
     except BaseException:
         store.clear()
         raise
@@ -224,7 +226,7 @@ def rounded(count: int) -> int:
     return -(-count // quarter) * quarter
 
 
-def _fixed(model: Any, prompt: Prompt, plan: Plan, store: graphs.Kept) -> Fixed | None:
+def _static_step(model: Any, prompt: Prompt, plan: Plan, store: graphs.Kept) -> StaticStep | None:
     """The recorded step for so many rows and places, kept or new; None if recording it failed."""
     recorder = store.open(model, model.device)
     rows, padded = len(prompt.ids) * plan.copies, prompt.mask is not None
@@ -235,12 +237,12 @@ def _fixed(model: Any, prompt: Prompt, plan: Plan, store: graphs.Kept) -> Fixed 
     lengths = sorted(k[1] for k in store.entries if isinstance(k, tuple) and k[0] == kind)
     fits = [n for n in lengths if places <= n <= 2 * places]
     found = store.use((kind, fits[0])) if fits else None
-    if isinstance(found, Fixed):
+    if isinstance(found, StaticStep):
         return found
     try:
         with torch.inference_mode(False), torch.no_grad():  # memory that later calls may write to in any mode
-            fixed = Fixed(model, rows, places, padded, plan)
-            fixed.record(recorder)
+            static = StaticStep(model, rows, places, padded, plan)
+            static.record(recorder)
     except torch.OutOfMemoryError:
         store.clear()
         graphs.say(model, f"{rows} rows of {places} places and a graph do not fit the memory")
@@ -248,7 +250,7 @@ def _fixed(model: Any, prompt: Prompt, plan: Plan, store: graphs.Kept) -> Fixed 
     except Exception as e:  # whatever it is, steps run one by one meet it too, or they do not
         store.clear()
         store.refusal = graphs.reason_of(e)
-        warnings.warn(f"decoding runs step by step: {store.refusal}.", stacklevel=6)
+        warnings.warn(f"decoding runs step by step: {store.refusal}.", stacklevel=10)
         return None
-    store.entries[kind, places] = fixed
-    return fixed
+    store.entries[kind, places] = static
+    return static

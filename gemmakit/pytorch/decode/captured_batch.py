@@ -28,7 +28,7 @@ MIN_PAGES = 4
 WORTH_USES = 4
 
 
-class FixedBatch:
+class StaticBatch:
     """One pass over rows of one token each.
 
     Rows that are too many repeat the first one: they write what it writes, to the same place. chain: the processors of
@@ -90,7 +90,7 @@ class FixedBatch:
         self.cache.placement = self.where
 
 
-class Captured:
+class BatchCapture:
     """Chooses the recorded pass for a step, if there is to be one."""
 
     def __init__(self, model: Any, cache: PagedCache):
@@ -110,7 +110,7 @@ class Captured:
 
     def loaded(
         self, rows: Sequence[Row], spans: Sequence[Span], ids: Sequence[int], before: Tensor | None
-    ) -> FixedBatch | None:
+    ) -> StaticBatch | None:
         """The pass for these rows with its inputs set; None if it is to be run plainly."""
         if self._reason is not None or self._recorder is None or len(spans) > MAX_ROWS:
             return None
@@ -120,26 +120,26 @@ class Captured:
         pages = max(MIN_PAGES, rounded(max(-(-span.end // self.cache.page_size) for span in spans)))
         key = (1 << (len(spans) - 1).bit_length(), pages, chain, sampled and chain is not None)
         self._uses[key] += 1
-        fixed = self._store.use(key)
-        if fixed is None and self._uses[key] >= WORTH_USES:
+        static = self._store.use(key)
+        if static is None and self._uses[key] >= WORTH_USES:
             return self._made(key, spans, ids, before)
-        if isinstance(fixed, FixedBatch):
-            fixed.load(spans, ids, before)
-            return fixed
+        if isinstance(static, StaticBatch):
+            static.load(spans, ids, before)
+            return static
         return None
 
-    def _made(self, key: Any, spans: Sequence[Span], ids: Sequence[int], before: Tensor | None) -> FixedBatch | None:
+    def _made(self, key: Any, spans: Sequence[Span], ids: Sequence[int], before: Tensor | None) -> StaticBatch | None:
         assert self._recorder is not None
         try:
             with torch.inference_mode(False), torch.no_grad():
-                fixed = FixedBatch(self.model, self.cache, *key)
-                fixed.load(spans, ids, before)
-                fixed.record(self._recorder)
+                static = StaticBatch(self.model, self.cache, *key)
+                static.load(spans, ids, before)
+                static.record(self._recorder)
         except Exception as e:  # memory, or an operator that cannot be recorded: once is enough
             self._store.clear()
             self._reason = graphs.reason_of(e)
             graphs.say(self.model, self._reason)
             return None
-        self._store.entries[key] = fixed
+        self._store.entries[key] = static
         self._store.trim()
-        return fixed
+        return static

@@ -18,12 +18,12 @@ from gemmakit.checks import Whole, check
 from gemmakit.errors import InputError, NumericalError
 from gemmakit.pytorch.cache.paged import PagedCache, Span, bytes_per_token, sent
 from gemmakit.pytorch.cache.pages import PagePool
-from gemmakit.pytorch.decode.captured_batch import Captured
-from gemmakit.pytorch.decode.plan import Letter
+from gemmakit.pytorch.decode.captured_batch import BatchCapture
 from gemmakit.pytorch.decode.requests import Request, Row, choose, prepare_row
 from gemmakit.pytorch.decode.sampling import NO_TOKEN
 from gemmakit.pytorch.decode.scheduler import Part, Scheduler
 from gemmakit.pytorch.decode.step import forward
+from gemmakit.pytorch.decode.stream import HostCopy
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class _Choice:
 
     parts: Sequence[Part]
     tokens: Tensor
-    letter: Letter
+    copy: HostCopy
     scores: Tensor | None
     errors: dict[int, Exception]
 
@@ -81,7 +81,7 @@ class _Flight:
         """Waits for the tokens."""
         found: dict[int, _Outcome] = {}
         for choice in self.choices:
-            for i, (part, token) in enumerate(zip(choice.parts, choice.letter.read(), strict=True)):
+            for i, (part, token) in enumerate(zip(choice.parts, choice.copy.read(), strict=True)):
                 scores = None if choice.scores is None else choice.scores[i : i + 1]
                 found[part.sequence.id] = _Outcome(part, token, scores, choice.errors.get(i))
         return deque(found.get(part.sequence.id, _Outcome(part)) for part in self.parts)
@@ -136,7 +136,7 @@ class BatchEngine:
         self._rows: dict[int, Row] = {}
         self._next_id = 0
         self._overlap = devices[0].type != "cpu" if overlap is None else overlap
-        self._captured = Captured(model, self.cache) if cuda_graphs else None
+        self._captured = BatchCapture(model, self.cache) if cuda_graphs else None
         self._flight: _Flight | None = None
         self._next: _Flight | None = None  # what was started before the tokens of the flight were read
         self._outcomes: deque[_Outcome] = deque()
@@ -228,11 +228,11 @@ class BatchEngine:
         ran: list[tuple[Sequence[Part], Tensor]] = [((part,), self._forward((part,))) for part in prefill]
         choices: list[_Choice] = []
         if decode:
-            fixed = self._replayed(decode, before)
-            if isinstance(fixed, _Choice):
-                choices.append(fixed)
+            static = self._replayed(decode, before)
+            if isinstance(static, _Choice):
+                choices.append(static)
             else:
-                ran.append((decode, self._forward(decode, before) if fixed is None else fixed))
+                ran.append((decode, self._forward(decode, before) if static is None else static))
         if any(part.last for parts, _ in ran for part in parts):
             choices.insert(0, self._choose(ran))
         return _Flight((*prefill, *decode), choices)
@@ -246,7 +246,7 @@ class BatchEngine:
         if len(picking) < len(parts):
             logits = logits[sent(picking, logits.device)]
         tokens, scores, errors = choose(rows, logits)
-        return _Choice([parts[i] for i in picking], tokens, Letter(tokens), scores, errors)
+        return _Choice([parts[i] for i in picking], tokens, HostCopy(tokens), scores, errors)
 
     def _replayed(self, parts: Sequence[Part], before: _Flight | None) -> _Choice | Tensor | None:
         """What the recorded pass gives: tokens, or logits where rows choose apart; None where there is no such pass."""
@@ -254,15 +254,15 @@ class BatchEngine:
             return None
         rows = [self._rows[part.sequence.id] for part in parts]
         ids, tokens = self._inputs(parts, before)
-        fixed = self._captured.loaded(rows, _spans(parts), ids, tokens)
-        if fixed is None:
+        static = self._captured.loaded(rows, _spans(parts), ids, tokens)
+        if static is None:
             return None
-        fixed.run(rows)
-        if fixed.chosen_by is None:
-            assert fixed.logits is not None
-            return fixed.logits[: len(rows)]
-        tokens = fixed.tokens[: len(rows)]
-        return _Choice(parts, tokens, Letter(tokens), None, {})
+        static.run(rows)
+        if static.chosen_by is None:
+            assert static.logits is not None
+            return static.logits[: len(rows)]
+        tokens = static.tokens[: len(rows)]
+        return _Choice(parts, tokens, HostCopy(tokens), None, {})
 
     @staticmethod
     def _inputs(parts: Sequence[Part], before: _Flight | None) -> tuple[list[int], Tensor | None]:

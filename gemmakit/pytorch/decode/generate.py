@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -17,14 +17,16 @@ from gemmakit.outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyO
 from gemmakit.pytorch.cache import Cache
 from gemmakit.pytorch.decode import arguments, batch, graphs, processors, stopping
 from gemmakit.pytorch.decode.healing import heal
-from gemmakit.pytorch.decode.plan import Ends, Plan, Streamer
+from gemmakit.pytorch.decode.plan import Ends, Plan
 from gemmakit.pytorch.decode.processors import AllowedTokens
 from gemmakit.pytorch.decode.prompt import Prompt, prepare
 from gemmakit.pytorch.decode.protocols import LogitsProcessorList
 from gemmakit.pytorch.decode.sampling import Exponential, greedy, row_generators, sampler
 from gemmakit.pytorch.decode.step import StepOutputs
 from gemmakit.pytorch.decode.strategies import BEAMS, STRATEGIES, choose, copies, transition_scores, tried
+from gemmakit.pytorch.decode.stream import Steps, Streamer, tokens_of, told
 from gemmakit.pytorch.model import check_tensor
+from gemmakit.streamers import StepTokens, StreamEvent, events
 
 
 class GenerationMixin:
@@ -33,7 +35,6 @@ class GenerationMixin:
     config: GemmaConfig
     generation_config: GenerationConfig
 
-    @torch.no_grad()
     def generate(
         self,
         inputs: Tensor | None = None,
@@ -86,70 +87,68 @@ class GenerationMixin:
             PromptTooLong: prompt and new tokens do not fit the context or the cache.
             NumericalError: a step has no finite score to choose by.
         """
-        with _ended(streamer):
-            if inputs is not None and input_ids is not None:
-                raise InputError("inputs and input_ids are the same argument: give one of them.")
-            for name, value in {
-                "inputs": inputs,
-                "input_ids": input_ids,
-                "attention_mask": attention_mask,
-                "inputs_embeds": inputs_embeds,
-                "negative_prompt_ids": negative_prompt_ids,
-                "negative_prompt_attention_mask": negative_prompt_attention_mask,
-            }.items():
-                check_tensor(name, value)
-            arguments.check_config(generation_config)
-            arguments.check_cache(past_key_values)
-            arguments.check_generator(generator)
-            own = _own_arguments(custom_generate, settings)
-            config = (generation_config or self.generation_config).updated(**settings)
-            config.validate(self.config.vocab_size)
-            strategy = choose(config, assistant_model, streamer, self)
-            ids = inputs if input_ids is None else input_ids
-            spare = tried(strategy, config)
-            prompt, new = prepare(self, config, ids, attention_mask, inputs_embeds, past_key_values, spare)
-            if config.token_healing:
-                heal(self, prompt, tokenizer)
-            rows = len(prompt.ids) * copies(strategy, config)
-            if streamer is not None and rows > 1:
-                raise InputError(f"a streamer follows one row, and this call has {rows}: stream them one at a time.")
-            length, vocabulary = prompt.ids.shape[1], self.config.vocab_size
-            context = _context(
-                self,
-                config,
-                prompt,
-                total=length + new,
-                custom=arguments.functions("logits_processor", logits_processor),
-                prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
-                negative_ids=negative_prompt_ids,
-                negative_mask=negative_prompt_attention_mask,
-                tokenizer=tokenizer,
-            )
-            noise = Exponential(_generators(config, generator, prompt, strategy))
-            plan = Plan(
-                config=config,
-                total=length + new,
-                pad=config.filler,
-                eos=context.eos,
-                eos_ids=config.eos_token_ids,
-                pick=sampler(noise) if config.do_sample else greedy,
-                noise=noise,
-                processors=processors.build(context),
-                criteria=stopping.build(
-                    config, tokenizer, arguments.functions("stopping_criteria", stopping_criteria), vocabulary
-                ),
-                copies=copies(strategy, config),
-                streamer=streamer,
-                assistant=assistant_model,
-                record=_recorder(config),
-            )
-            if custom_generate is not None:
-                return _run_custom(custom_generate, self, prompt, plan, own)
-            out = STRATEGIES[strategy](self, prompt, plan)
-            if config.return_dict_in_generate:
-                out.past_key_values = out.past_key_values if config.use_cache else None
-                return out
-            return out.sequences
+        decoding = begin(
+            self,
+            inputs,
+            generation_config,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            streamer=streamer,
+            tokenizer=tokenizer,
+            generator=generator,
+            assistant_model=assistant_model,
+            custom_generate=custom_generate,
+            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+            negative_prompt_ids=negative_prompt_ids,
+            negative_prompt_attention_mask=negative_prompt_attention_mask,
+            **settings,
+        )
+        return decoding.run()
+
+    def stream(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        tokenizer: Any = None,
+        skip_special_tokens: bool = True,
+        **arguments: Any,
+    ) -> Generator[StreamEvent]:
+        """Continue one prompt and give each token as it comes, without a thread: an iterator over events.
+
+        An event is `(token, text, finish_reason, scores)`. text: what the token makes certain, never half a character;
+        all together are the text of the tokens, "" without a tokenizer. finish_reason: with the last token "eos",
+        "stop" (a stop string or criterion) or "length" (of tokens or time), None before. scores: (V,) float32 that the
+        token was chosen from, with output_scores=True. A draft's tokens come several a pass, those of beams at the end.
+
+        Leaving the loop, or close(), ends decoding: the model is free, and a cache that was passed holds the prompt and
+        the tokens that came, but for the last.
+
+        Args:
+            tokenizer: turns tokens into text. skip_special_tokens: leave out special tokens and the end token.
+            arguments: as for generate(), a streamer and custom_generate left out; the errors are the same.
+        """
+        for name in ("streamer", "custom_generate"):
+            if arguments.get(name) is not None:
+                raise InputError(f"{name} is given to stream(), which is an iterator itself: leave it out.")
+        decoding = begin(self, inputs, generation_config, tokenizer=tokenizer, **arguments)
+        plan, rows = decoding.plan, decoding.rows
+        if rows > 1:
+            raise InputError(f"stream follows one row, and this call has {rows}: stream them one at a time.")
+        one_a_step = decoding.strategy not in BEAMS
+        plan.record.only_scores(plan.config.output_scores and one_a_step)
+        tokens = tokens_of(decoding.steps, plan.record, decoding.prompt.cache)
+        return events(tokens, tokenizer, skip_special_tokens)
+
+    def stream_rows(
+        self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **arguments: Any
+    ) -> Generator[StepTokens]:
+        """Continue prompts as generate() does, with its arguments; gives what each step brings to every row."""
+        return begin(self, inputs, generation_config, **arguments).steps
 
     def generate_batch(
         self,
@@ -197,30 +196,146 @@ class GenerationMixin:
         return transition_scores(sequences, scores, beam_indices, normalize_logits)
 
 
-def _context(model: Any, config: GenerationConfig, prompt: Prompt, **given: Any) -> processors.Context:
-    """What processors may need to know: what follows from the prompt, and what the caller gave."""
-    ids = prompt.ids
-    return processors.Context(
-        config=config,
-        eos=torch.tensor(config.eos_token_ids, device=ids.device) if config.eos_token_ids else None,
-        prompt_length=ids.shape[1],
-        padding=prompt.padding,
-        prompt=ids,
-        vocabulary=model.config.vocab_size,
-        model=model,
-        unseen=0 if prompt.embeds is None else prompt.embeds.shape[1] - ids.shape[1],
-        **given,
-    )
+class Decoding:
+    """A call that is checked and has not begun; `output` is there once its steps have come to their end."""
+
+    def __init__(self, strategy: str, prompt: Prompt, plan: Plan, steps: Steps[Any]):
+        self.strategy, self.prompt, self.plan = strategy, prompt, plan
+        self.steps = self._through(steps)
+        self.output: Any = None
+
+    @property
+    def rows(self) -> int:
+        """Results of the call."""
+        return len(self.prompt.ids) * self.plan.config.num_return_sequences
+
+    @torch.no_grad()
+    def _through(self, steps: Steps[Any]) -> Steps[None]:
+        self.output = yield from steps
+
+    def run(self) -> Any:
+        with closing(self.steps):
+            for _ in self.steps:
+                pass
+        return self.output
 
 
-@contextmanager
-def _ended(streamer: Streamer | None) -> Generator[None, None, None]:
-    """Tell the streamer that nothing more comes, however generate() ends: whoever reads it must not wait forever."""
+def begin(
+    model: Any,
+    inputs: Tensor | None,
+    generation_config: GenerationConfig | None,
+    *,
+    streamer: Streamer | None = None,
+    **given: Any,
+) -> Decoding:
+    """Check the arguments of generate() and choose the strategy, whose steps return what generate() returns."""
     try:
-        yield
-    finally:
+        with torch.no_grad():
+            decoding = _checked(model, inputs, generation_config, streamer, **given)
+        if streamer is not None and decoding.rows > 1:
+            raise InputError(
+                f"a streamer follows one row, and this call has {decoding.rows}: stream them one at a time."
+            )
+    except BaseException:
         if streamer is not None:
-            streamer.end()
+            streamer.end()  # whoever reads it must not wait forever
+        raise
+    if streamer is not None:
+        decoding.steps = told(decoding.steps, streamer, decoding.prompt.ids)
+    return decoding
+
+
+def _checked(
+    model: Any,
+    inputs: Tensor | None,
+    generation_config: GenerationConfig | None,
+    streamer: Streamer | None,
+    *,
+    logits_processor: Iterable[processors.Processor] | None = None,
+    stopping_criteria: Iterable[stopping.Criterion] | None = None,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    past_key_values: Cache | None = None,
+    tokenizer: stopping.Decoder | None = None,
+    generator: torch.Generator | None = None,
+    assistant_model: Any = None,
+    custom_generate: Callable[..., Any] | None = None,
+    prefix_allowed_tokens_fn: AllowedTokens | None = None,
+    negative_prompt_ids: Tensor | None = None,
+    negative_prompt_attention_mask: Tensor | None = None,
+    **settings: Any,
+) -> Decoding:
+    if inputs is not None and input_ids is not None:
+        raise InputError("inputs and input_ids are the same argument: give one of them.")
+    for name, value in {
+        "inputs": inputs,
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "inputs_embeds": inputs_embeds,
+        "negative_prompt_ids": negative_prompt_ids,
+        "negative_prompt_attention_mask": negative_prompt_attention_mask,
+    }.items():
+        check_tensor(name, value)
+    arguments.check_config(generation_config)
+    arguments.check_cache(past_key_values)
+    arguments.check_generator(generator)
+    own = _own_arguments(custom_generate, settings)
+    config = (generation_config or model.generation_config).updated(**settings)
+    config.validate(model.config.vocab_size)
+    strategy = choose(config, assistant_model, streamer, model)
+    ids = inputs if input_ids is None else input_ids
+    prompt, new = prepare(model, config, ids, attention_mask, inputs_embeds, past_key_values, tried(strategy, config))
+    if config.token_healing:
+        heal(model, prompt, tokenizer)
+    length, vocabulary = prompt.ids.shape[1], model.config.vocab_size
+    eos = torch.tensor(config.eos_token_ids, device=prompt.ids.device) if config.eos_token_ids else None
+    context = processors.Context(
+        config=config,
+        eos=eos,
+        prompt_length=length,
+        padding=prompt.padding,
+        custom=arguments.functions("logits_processor", logits_processor),
+        prompt=prompt.ids,
+        total=length + new,
+        vocabulary=vocabulary,
+        model=model,
+        prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+        negative_ids=negative_prompt_ids,
+        negative_mask=negative_prompt_attention_mask,
+        tokenizer=tokenizer,
+        unseen=0 if prompt.embeds is None else prompt.embeds.shape[1] - length,
+    )
+    noise = Exponential(_generators(config, generator, prompt, strategy))
+    criteria = arguments.functions("stopping_criteria", stopping_criteria)
+    plan = Plan(
+        processors=processors.build(context),
+        pick=sampler(noise) if config.do_sample else greedy,
+        pad=config.filler,
+        eos=eos,
+        eos_ids=config.eos_token_ids,
+        criteria=stopping.build(config, tokenizer, criteria, vocabulary),
+        config=config,
+        total=length + new,
+        noise=noise,
+        copies=copies(strategy, config),
+        assistant=assistant_model,
+        record=_recorder(config),
+    )
+    if custom_generate is None:
+        steps = _as_asked(STRATEGIES[strategy](model, prompt, plan), config)
+    else:
+        steps = _by_custom(custom_generate, model, prompt, plan, own)
+    return Decoding(strategy, prompt, plan, steps)
+
+
+def _as_asked(steps: Steps[Any], config: GenerationConfig) -> Steps[Any]:
+    """What the strategy returns, as generate() gives it."""
+    out = yield from steps
+    if not config.return_dict_in_generate:
+        return out.sequences
+    out.past_key_values = out.past_key_values if config.use_cache else None
+    return out
 
 
 def _generators(
@@ -251,8 +366,9 @@ def _own_arguments(custom: Any, settings: dict[str, Any]) -> dict[str, Any]:
     return {name: settings.pop(name) for name in own}
 
 
-def _run_custom(custom: Callable[..., Any], model: Any, prompt: Prompt, plan: Plan, own: dict[str, Any]) -> Any:
-    return custom(
+def _by_custom(custom: Callable[..., Any], model: Any, prompt: Prompt, plan: Plan, own: dict[str, Any]) -> Steps[Any]:
+    """What the caller's function returns; it brings all its tokens in one step, and does not say how rows ended."""
+    out = custom(
         model,
         prompt.ids,
         logits_processor=LogitsProcessorList(plan.processors),
@@ -263,6 +379,11 @@ def _run_custom(custom: Callable[..., Any], model: Any, prompt: Prompt, plan: Pl
         use_cache=prompt.cache is not None,
         **own,
     )
+    sequences = getattr(out, "sequences", out)
+    if isinstance(sequences, Tensor) and sequences.dim() == 2:
+        new = sequences[:, prompt.ids.shape[1] :].tolist()
+        yield StepTokens(new, [None] * len(new))
+    return out
 
 
 def _recorder(config: GenerationConfig) -> StepOutputs:

@@ -142,7 +142,7 @@ def _inferred(ids: Tensor, config: GenerationConfig) -> Tensor | None:
         warnings.warn(
             f"the prompt holds the pad token ({pad}) after other tokens and there is no attention_mask: it is taken as "
             "an ordinary token. Pass attention_mask if it is padding.",
-            stacklevel=5,
+            stacklevel=7,
         )
         return None
     return ~is_pad
@@ -159,9 +159,9 @@ def _check_bos(ids: Tensor, mask: Tensor | None, config: GenerationConfig, cache
     heads = ids.gather(1, first[:, None]).flatten()
     seconds = ids.gather(1, (first[:, None] + 1).clamp_max(ids.shape[1] - 1)).flatten()
     if not bool((heads == bos).all()):
-        warnings.warn("a prompt does not begin with <bos>: Gemma's text is much worse without it.", stacklevel=5)
+        warnings.warn("a prompt does not begin with <bos>: Gemma's text is much worse without it.", stacklevel=7)
     elif bool(((seconds == bos) & (first < ids.shape[1] - 1)).any()):
-        warnings.warn("a prompt begins with two <bos> tokens: Gemma was trained with one.", stacklevel=5)
+        warnings.warn("a prompt begins with two <bos> tokens: Gemma was trained with one.", stacklevel=7)
 
 
 def _new_tokens(

@@ -148,6 +148,15 @@ class StepOutputs:
         if self.hidden_states is not None:
             self.hidden_states.append(out.hidden_states)
 
+    def only_scores(self, wanted: bool) -> None:
+        """Keep nothing else, and scores only if they are wanted."""
+        self.scores = [] if wanted else None
+        self.logits = self.attentions = self.hidden_states = None
+
+    def take_scores(self) -> Tensor | None:
+        """(V,) of the oldest step of one row, which is forgotten here."""
+        return None if self.scores is None else self.scores.pop(0)[0]
+
     def kept(self, steps: int) -> dict[str, tuple[Any, ...] | None]:
         """The fields of an output, for its first `steps` tokens."""
         return {n: None if v is None else tuple(v[:steps]) for n, v in vars(self).items()}

@@ -14,9 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gemmakit.errors import NumericalError
-from gemmakit.pytorch.decode import captured, graphs, loop, plan
+from gemmakit.pytorch.decode import captured, graphs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "pytorch"))
+from strategy_models import read_late
 from tiny_gemma import left_padded, prompts, tiny
 
 SETTINGS = {
@@ -28,14 +29,6 @@ SETTINGS = {
     "others": dict(do_sample=True, seed=3, min_p=0.01, typical_p=0.95, renormalize_logits=True),
 }
 every_setting = pytest.mark.parametrize("how", SETTINGS)
-
-
-class Late(plan.Mail):
-    """As from an accelerator: a step is read while the next one runs."""
-
-    def __init__(self, device):
-        super().__init__(device)
-        self.lag = 1
 
 
 @pytest.fixture
@@ -56,9 +49,9 @@ def recorded(monkeypatch):
 
 
 @pytest.fixture(params=["at once", "late"])
-def mail(request, monkeypatch):
+def queue(request, monkeypatch):
     if request.param == "late":
-        monkeypatch.setattr(loop, "Mail", Late)
+        read_late(monkeypatch)
 
 
 def plainly(model, ids, **given):
@@ -67,7 +60,7 @@ def plainly(model, ids, **given):
 
 @every_setting
 @pytest.mark.parametrize("rows", [1, 3])
-def test_tokens_are_those_of_the_plain_loop(how, rows, recorded, mail):
+def test_tokens_are_those_of_the_plain_loop(how, rows, recorded, queue):
     model, ids = tiny(), prompts(rows)
     given = dict(max_new_tokens=20, eos_token_id=None, **SETTINGS[how])
     assert torch.equal(model.generate(ids, **given), plainly(model, ids, **given))
@@ -75,7 +68,7 @@ def test_tokens_are_those_of_the_plain_loop(how, rows, recorded, mail):
 
 
 @every_setting
-def test_left_padding_and_rows_that_end_on_the_way(how, recorded, mail):
+def test_left_padding_and_rows_that_end_on_the_way(how, recorded, queue):
     model = tiny()
     ids, mask = left_padded([row[: 9 - 3 * i] for i, row in enumerate(prompts(3))], 9)
     ended = 0
@@ -141,7 +134,7 @@ def test_results_are_not_changed_by_the_next_call(recorded):
 
 
 @pytest.mark.parametrize("kind", [None, "dynamic", "static"])
-def test_the_cache_that_comes_back_is_that_of_the_plain_loop(kind, recorded, mail):
+def test_the_cache_that_comes_back_is_that_of_the_plain_loop(kind, recorded, queue):
     model, ids = tiny(), prompts(2)
     given = dict(max_new_tokens=12, eos_token_id=[1, *range(30, 60)], return_dict_in_generate=True,
                  cache_implementation=kind)  # fmt: skip
@@ -181,7 +174,7 @@ def test_one_generator_draws_what_it_draws_in_the_plain_loop(recorded):
 
 
 @pytest.mark.parametrize("new", [1, 2, 3, 55])
-def test_every_length_up_to_the_whole_context(new, recorded, mail):
+def test_every_length_up_to_the_whole_context(new, recorded, queue):
     model, ids = tiny(), prompts(1)
     given = dict(max_new_tokens=new, eos_token_id=None)
     assert torch.equal(model.generate(ids, **given), plainly(model, ids, **given))
@@ -199,7 +192,7 @@ class Told:
         self.heard.append("end")
 
 
-def test_a_streamer_hears_every_token_in_order_and_then_the_end(recorded, mail):
+def test_a_streamer_hears_every_token_in_order_and_then_the_end(recorded, queue):
     model, ids = tiny(), prompts(1)
     streamer = Told()
     out = model.generate(ids, max_new_tokens=12, eos_token_id=None, streamer=streamer)
@@ -209,10 +202,10 @@ def test_a_streamer_hears_every_token_in_order_and_then_the_end(recorded, mail):
 
 def test_tokens_are_read_one_step_behind(recorded, monkeypatch):
     """When a token is told, the step after it has been started already, and no more than that one."""
-    monkeypatch.setattr(loop, "Mail", Late)
+    read_late(monkeypatch)
     started, gaps = [], []
-    step = captured.Fixed.step
-    monkeypatch.setattr(captured.Fixed, "step", lambda self: (started.append(1), step(self)))
+    step = captured.StaticStep.step
+    monkeypatch.setattr(captured.StaticStep, "step", lambda self: (started.append(1), step(self)))
 
     class Watching(Told):
         def put(self, value):

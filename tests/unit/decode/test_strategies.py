@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from strategy_models import ALL, BOS, MANY, ONE, VOCAB, left_padded, model, new_tokens, rows, settings
+from strategy_models import ALL, BOS, MANY, ONE, VOCAB, left_padded, model, new_tokens, read_late, rows, settings
 
 import gemmakit
 from gemmakit.errors import GenerationConfigError, InputError, NumericalError, PromptTooLong, TokenOutOfRange
@@ -391,13 +391,6 @@ def test_a_setting_that_nobody_knows_is_refused_there_too():
 @every_strategy
 def test_reading_a_step_late_changes_nothing(name, monkeypatch):
     """As on an accelerator: the step that is under way when a row turns out to be over is taken back."""
-    from gemmakit.pytorch.decode import plan
-
-    class Late(plan.Mail):
-        def __init__(self, device):
-            super().__init__(device)
-            self.lag = 1
-
     lists = rows(7) if name in ONE else rows(7, 4, 6)
     ids, mask = left_padded(lists)
     wanted = dict(return_dict_in_generate=True, output_scores=True, output_hidden_states=True)
@@ -405,8 +398,7 @@ def test_reading_a_step_late_changes_nothing(name, monkeypatch):
         given = settings(name, max_new_tokens=14, eos_token_id=[1, 7, *range(10 + seed, 30, 3)], **wanted)
         now = model().generate(ids, attention_mask=mask, **given)
         with monkeypatch.context() as patch:
-            for module in ("loop", "strategies.beam"):
-                patch.setattr(f"gemmakit.pytorch.decode.{module}.Mail", Late)
+            read_late(patch)
             late = model().generate(ids, attention_mask=mask, **given)
         assert now.past_key_values.get_seq_length() == late.past_key_values.get_seq_length()
         for field in ("sequences", "beam_indices", "sequences_scores"):

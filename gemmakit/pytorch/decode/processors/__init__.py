@@ -94,12 +94,12 @@ class Context:
         """(B, P) ids with NOTHING on padding; None, and a warning, where embeddings stand alone."""
         if self.prompt is not None and self.prompt.shape[1]:
             return seen(self.prompt, self.padding)
-        warnings.warn(f"{setting} reads the prompt's ids, and there are none: it does nothing.", stacklevel=6)
+        warnings.warn(f"{setting} reads the prompt's ids, and there are none: it does nothing.", stacklevel=7)
         return None
 
     def warn_if_unseen(self, setting: str) -> None:
         if self.unseen:
-            warnings.warn(f"{setting} sees the new tokens alone: the prompt is embeddings.", stacklevel=6)
+            warnings.warn(f"{setting} sees the new tokens alone: the prompt is embeddings.", stacklevel=7)
 
 
 def build(context: Context) -> list[Processor]:

@@ -5,7 +5,7 @@ Axis letters: B prompts, R rows (prompts times their copies), V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,16 +13,14 @@ from torch import Tensor
 
 from gemmakit.errors import GenerationConfigError, InputError
 from gemmakit.generation import GenerationConfig
-from gemmakit.pytorch.decode.loop import decode
-from gemmakit.pytorch.decode.plan import Plan
-from gemmakit.pytorch.decode.prompt import Prompt
 from gemmakit.pytorch.decode.strategies.assisted import assisted_generation
 from gemmakit.pytorch.decode.strategies.beam import beam_search
 from gemmakit.pytorch.decode.strategies.contrastive import contrastive_search
 from gemmakit.pytorch.decode.strategies.prompt_lookup import prompt_lookup_decoding
+from gemmakit.pytorch.decode.stream import Strategy, decode
 
 # The names are those of GenerationConfig.get_generation_mode, and prompt_lookup for assistance without a model.
-STRATEGIES: dict[str, Callable[[Any, Prompt, Plan], Any]] = {
+STRATEGIES: dict[str, Strategy] = {
     "greedy_search": decode,
     "sample": decode,
     "beam_search": beam_search,

@@ -19,12 +19,13 @@ from gemmakit.errors import InputError
 from gemmakit.generation import GenerationConfig
 from gemmakit.outputs import GenerateDecoderOnlyOutput
 from gemmakit.pytorch.cache import DynamicCache
-from gemmakit.pytorch.decode.loop import Run
-from gemmakit.pytorch.decode.plan import Plan, refuse_no_token
+from gemmakit.pytorch.decode.plan import Plan
 from gemmakit.pytorch.decode.processors import FORBIDDEN
 from gemmakit.pytorch.decode.prompt import Prompt
 from gemmakit.pytorch.decode.rows import Rows
 from gemmakit.pytorch.decode.sampling import NO_TOKEN, Noise
+from gemmakit.pytorch.decode.stream import Run, Steps, refuse_no_token
+from gemmakit.streamers import StepTokens
 
 
 @dataclass
@@ -152,10 +153,12 @@ class Checker:
 
     def __init__(self, run: Run, drafter: Drafter):
         self.run, self.rows, self.plan, self.drafter = run, run.rows, run.plan, drafter
-        self.eos = run.plan.config.eos_token_ids
 
-    def round(self, proposal: Proposal) -> tuple[list[int], int, bool]:
-        """The tokens that come next, how many of the proposed were right, and whether the row is over."""
+    def round(self, proposal: Proposal) -> tuple[StepTokens, int]:
+        """The tokens that come next, and how many of the proposed were right.
+
+        There are no more tokens than these if one of them could not be chosen, or ends the row.
+        """
         rows, plan, start, k = self.rows, self.plan, self.rows.length, len(proposal.tokens)
         rows.buffer[:, start : start + k] = proposal.tokens
         out = rows.forward(start - 1, start + k, keep=k + 1)
@@ -166,17 +169,17 @@ class Checker:
         )
         *found, accepted = torch.cat((tokens, right[None])).tolist()
         rows.buffer[0, start : start + accepted + 1] = tokens[: accepted + 1].clamp_min(0)
-        over = False
+        reason = None
         for i, token in enumerate(found[: accepted + 1]):
-            plan.record.step(_at(out, i, start + rows.offset), logits[i : i + 1], each[i])
-            over = self._take(token, each[i])
-            if over:
+            if token == NO_TOKEN or reason is not None:
                 break
+            plan.record.step(_at(out, i, start + rows.offset), logits[i : i + 1], each[i])
+            reason = self._take(token, each[i])
         rows.buffer[0, rows.length : start + k + 1] = plan.pad
         excess = start + k - (rows.length - 1)
         if excess and rows.cache is not None:  # crop(0) would forget everything
             rows.cache.crop(-excess)
-        return found[: rows.length - start], accepted, over
+        return self.run.took(found[: rows.length - start], reason), accepted
 
     def _processed(self, logits: Tensor, drafted: Tensor, start: int) -> list[Tensor]:
         """The scores (1, V) of each position, up to the first drafted token that is forbidden.
@@ -190,17 +193,12 @@ class Checker:
             out[i] = self.plan.process(self.rows.buffer[:, : start + i], out[i])
         return out
 
-    def _take(self, token: int, scores: Tensor) -> bool:
-        """Count the token in; whether the row ends with it."""
-        run, rows = self.run, self.rows
-        run.delivered += 1
-        refuse_no_token((token,), run.delivered)
+    def _take(self, token: int, scores: Tensor) -> str | None:
+        """Count the token in; why the row ends with it, if it does."""
+        rows = self.rows
         rows.length += 1
-        if self.plan.streamer is not None:
-            self.plan.streamer.put(torch.tensor([token], device="cpu"))
-        if token in self.eos or rows.length == self.plan.total:
-            return True
-        return any(bool(torch.as_tensor(c(rows.ids, scores), device="cpu").all()) for c in self.plan.criteria)
+        reason = self.plan.reason(token, rows.ids, scores)
+        return "length" if reason is None and rows.length == self.plan.total else reason
 
 
 def _at(out: Any, i: int, seen: int) -> SimpleNamespace:
@@ -212,23 +210,27 @@ def _at(out: Any, i: int, seen: int) -> SimpleNamespace:
     )
 
 
-def speculate(model: Any, prompt: Prompt, plan: Plan, drafter: Drafter) -> GenerateDecoderOnlyOutput:
+def speculate(model: Any, prompt: Prompt, plan: Plan, drafter: Drafter) -> Steps[GenerateDecoderOnlyOutput]:
     """Rounds of drafting and checking, after a first token of the model's own."""
     run = Run(model, prompt, plan)
-    run.mail.lag = 0  # a draft needs the tokens before it
+    run.queue.lag = 0  # a draft needs the tokens before it
     checker, rows = Checker(run, drafter), run.rows
-    run.open()
     run.choose(rows.prefill(chunk=plan.config.prefill_chunk_size))
-    over, new = run.deliver(), run.latest
-    while not over:
+    (step,) = run.arrived()
+    yield step
+    while not run.over:
         start = time.perf_counter()
-        proposal = drafter.propose(rows.ids, new, plan.total - rows.length - 1)
+        proposal = drafter.propose(rows.ids, step.tokens[0], plan.total - rows.length - 1)
+        accepted, proposed = 0, 0 if proposal is None else len(proposal.tokens)
         if proposal is None:
             run.choose(rows.next())
-            over, new, accepted = run.deliver(), run.latest, 0
+            (step,) = run.arrived()
         else:
-            new, accepted, over = checker.round(proposal)
-        drafter.learn(0 if proposal is None else len(proposal.tokens), accepted, time.perf_counter() - start)
+            step, accepted = checker.round(proposal)
+        drafter.learn(proposed, accepted, time.perf_counter() - start)
+        yield step
+        if not run.over and len(step.tokens[0]) <= accepted:
+            refuse_no_token((NO_TOKEN,), run.delivered + 1)
     return run.output()
 
 
@@ -240,7 +242,7 @@ def one_row(prompt: Prompt) -> None:
         )
 
 
-def assisted_generation(model: Any, prompt: Prompt, plan: Plan) -> GenerateDecoderOnlyOutput:
+def assisted_generation(model: Any, prompt: Prompt, plan: Plan) -> Steps[GenerateDecoderOnlyOutput]:
     """A draft model (`plan.assistant`) proposes, the model checks."""
     one_row(prompt)
     if prompt.embeds is not None:

@@ -20,10 +20,13 @@ from torch import Tensor
 from gemmakit.errors import TokenOutOfRange
 from gemmakit.generation.constraints import Constraint, Progress, from_words
 from gemmakit.outputs import GenerateBeamDecoderOnlyOutput
-from gemmakit.pytorch.decode.plan import Mail, Plan, refuse_no_token
+from gemmakit.pytorch.decode.plan import Plan
 from gemmakit.pytorch.decode.prompt import Prompt
 from gemmakit.pytorch.decode.rows import Rows
 from gemmakit.pytorch.decode.sampling import NO_TOKEN
+from gemmakit.pytorch.decode.stopping import MaxTime
+from gemmakit.pytorch.decode.stream import HostQueue, Steps, refuse_no_token
+from gemmakit.streamers import StepTokens
 
 # Below every real score, yet finite: sums and comparisons stay free of NaN.
 UNLIKELY = -1.0e9
@@ -303,7 +306,7 @@ class Search:
         self.prompts = prompt.ids
         self.plan = plan
         self.groups = _groups(model, prompt.ids, plan)
-        self.mail = Mail(self.rows.device)
+        self.queue = HostQueue(self.rows.device)
         self.going = torch.ones((), dtype=torch.bool, device=self.rows.device)
         self.delivered = 0
 
@@ -346,11 +349,11 @@ class Search:
             rows.cache.reorder_cache(running.parents[:, :, step].flatten())
         rows.length += 1
         self.going = self.going & going
-        self.mail.send(torch.where(usable, 0, NO_TOKEN), (~self.going).long()[None])
+        self.queue.send(torch.where(usable, 0, NO_TOKEN), (~self.going).long()[None])
 
     def over(self) -> bool:
         last = self.rows.length == self.plan.total
-        for *problems, done in self.mail.read(flush=last):
+        for *problems, done in self.queue.read(flush=last):
             self.delivered += 1
             refuse_no_token(problems, self.delivered)
             if done:
@@ -400,10 +403,28 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def beam_search(model: Any, prompt: Prompt, plan: Plan) -> GenerateBeamDecoderOnlyOutput:
+def _tokens(out: GenerateBeamDecoderOnlyOutput, prompt: Prompt, plan: Plan) -> StepTokens:
+    """All new tokens of each result at once: a search changes them until the end."""
+    first = prompt.ids.shape[1]
+    assert out.beam_indices is not None
+    lengths = (out.beam_indices >= 0).sum(-1).tolist()
+    tokens = [row[:length] for row, length in zip(out.sequences[:, first:].tolist(), lengths, strict=True)]
+    timed = plan.criteria and all(isinstance(criterion, MaxTime) for criterion in plan.criteria)
+
+    def reason(row: list[int]) -> str:
+        if row and row[-1] in plan.eos_ids:
+            return "eos"
+        return "length" if timed or first + len(row) == plan.total else "stop"
+
+    return StepTokens(tokens, [reason(row) for row in tokens])
+
+
+def beam_search(model: Any, prompt: Prompt, plan: Plan) -> Steps[GenerateBeamDecoderOnlyOutput]:
     """Keep the num_beams best continuations of each prompt, or with do_sample draw them by probability."""
     search = Search(model, prompt, plan)
     search.step(search.rows.prefill(plan.copies, plan.config.prefill_chunk_size))
     while not search.over():
         search.step(search.rows.next())
-    return search.output()
+    out = search.output()
+    yield _tokens(out, prompt, plan)
+    return out

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from gemmakit.errors import InputError
 from gemmakit.outputs import GenerateDecoderOnlyOutput
-from gemmakit.pytorch.decode.loop import Run
 from gemmakit.pytorch.decode.plan import Plan
 from gemmakit.pytorch.decode.prompt import Prompt
 from gemmakit.pytorch.decode.rows import Rows
 from gemmakit.pytorch.decode.sampling import NO_TOKEN
+from gemmakit.pytorch.decode.stream import Run, Steps
 
 
 class Memory:
@@ -109,7 +109,7 @@ def _own(weights: Tensor, held: int) -> Tensor:
     return torch.cat((weights[..., :held], weights[..., held:].diagonal(dim1=2, dim2=3)[..., None]), dim=-1)
 
 
-def contrastive_search(model: Any, prompt: Prompt, plan: Plan) -> GenerateDecoderOnlyOutput:
+def contrastive_search(model: Any, prompt: Prompt, plan: Plan) -> Steps[GenerateDecoderOnlyOutput]:
     """One token a row and step; with low_memory the candidates run one after another."""
     if prompt.past or (prompt.cache is not None and prompt.cache.get_seq_length()):
         raise InputError(
@@ -119,15 +119,13 @@ def contrastive_search(model: Any, prompt: Prompt, plan: Plan) -> GenerateDecode
     run = Run(model, prompt, plan)
     rows = run.rows
     rows.hidden_states = True
-    run.open()
     out = rows.prefill()
     width = out.hidden_states[-1].shape[1]
     memory = Memory(out.hidden_states[-1], rows.mask, plan.total - rows.length)
     ahead = LookAhead(rows, width)
-    while True:
+    while not run.over:
         out = _step(run, out, memory, ahead)
-        if run.deliver():
-            break
+        yield from run.arrived()
     return run.output()
 
 

@@ -21,6 +21,7 @@ from gemmakit.pytorch.decode.plan import Plan
 from gemmakit.pytorch.decode.prompt import Prompt
 from gemmakit.pytorch.decode.sampling import Noise, greedy, sampler
 from gemmakit.pytorch.decode.strategies.assisted import Proposal, agreement, one_row, speculate
+from gemmakit.pytorch.decode.stream import Steps
 
 DEFAULT_NGRAM = 2
 # Share of the time that fruitless proposals may take; with the bookkeeping it stays under 5 %.
@@ -143,7 +144,7 @@ class Lookup:
         self.ledger.enter(proposed, accepted, seconds)
 
 
-def prompt_lookup_decoding(model: Any, prompt: Prompt, plan: Plan) -> GenerateDecoderOnlyOutput:
+def prompt_lookup_decoding(model: Any, prompt: Prompt, plan: Plan) -> Steps[GenerateDecoderOnlyOutput]:
     """The text so far proposes, the model checks."""
     one_row(prompt)
     drafter = Lookup(prompt, plan)
