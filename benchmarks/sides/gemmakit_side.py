@@ -50,9 +50,9 @@ def checked(model: Any, spec: dict[str, Any]) -> dict[str, Any]:
 
 def graphs_kept(model: Any) -> int:
     """How many recorded steps there are: none means that steps ran one by one."""
-    from gemmakit.pytorch.decode import graphs
+    from gemmakit.pytorch.decode.capture import captured_steps
 
-    return len(graphs.kept(model).entries)
+    return len(captured_steps(model).entries)
 
 
 def agreed(model: Any, spec: dict[str, Any]) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def batch(spec: dict[str, Any]) -> dict[str, Any]:
 
 def counted_replays() -> Callable[[], int]:
     """What tells how many of the engine's passes were replayed from a graph since now."""
-    from gemmakit.pytorch.decode.captured_batch import StaticBatch
+    from gemmakit.pytorch.decode.batch.capture import StaticBatch
 
     count, replay = [0], StaticBatch.run
 

@@ -78,3 +78,17 @@ def test_the_documented_examples_run():
         last = outputs.last_hidden_state if name == "FlaxGemmaModel" else outputs.logits[:, -1]
         assert last.shape[0] == 1
         assert np.isfinite(np.asarray(last)).all()
+
+
+def test_a_stream_is_that_of_pytorch(pipe):
+    oracle = gemmakit.pipeline("text-generation", dtype="float32", device="cpu")
+    ids = pipe.tokenizer("What is 34 + 58?", return_tensors="pt").input_ids
+    for more in ({}, dict(eos_token_id=[1, 107])):
+        ours, theirs = (
+            [(e.token, e.text, e.finish_reason) for e in p.model.stream(ids, tokenizer=p.tokenizer, **SETTINGS, **more)]
+            for p in (pipe, oracle)
+        )
+        assert ours == theirs
+        assert ours[-1][2] is not None
+    with pytest.raises(InputError, match="one row"):
+        pipe.model.stream(np.ones((2, 3), int), **SETTINGS)

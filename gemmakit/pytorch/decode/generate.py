@@ -15,14 +15,13 @@ from gemmakit.errors import InputError
 from gemmakit.generation import GenerationConfig
 from gemmakit.outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from gemmakit.pytorch.cache import Cache
-from gemmakit.pytorch.decode import arguments, batch, graphs, processors, stopping
+from gemmakit.pytorch.decode import arguments, batch, capture, processors, stopping
 from gemmakit.pytorch.decode.healing import heal
-from gemmakit.pytorch.decode.plan import Ends, Plan
 from gemmakit.pytorch.decode.processors import AllowedTokens
 from gemmakit.pytorch.decode.prompt import Prompt, prepare
 from gemmakit.pytorch.decode.protocols import LogitsProcessorList
 from gemmakit.pytorch.decode.sampling import Exponential, greedy, row_generators, sampler
-from gemmakit.pytorch.decode.step import StepOutputs
+from gemmakit.pytorch.decode.step import Plan, StepOutputs
 from gemmakit.pytorch.decode.strategies import BEAMS, STRATEGIES, choose, copies, transition_scores, tried
 from gemmakit.pytorch.decode.stream import Steps, Streamer, tokens_of, told
 from gemmakit.pytorch.model import check_tensor
@@ -140,8 +139,8 @@ class GenerationMixin:
         if rows > 1:
             raise InputError(f"stream follows one row, and this call has {rows}: stream them one at a time.")
         one_a_step = decoding.strategy not in BEAMS
-        plan.record.only_scores(plan.config.output_scores and one_a_step)
-        tokens = tokens_of(decoding.steps, plan.record, decoding.prompt.cache)
+        plan.outputs.only_scores(plan.config.output_scores and one_a_step)
+        tokens = tokens_of(decoding.steps, plan.outputs, decoding.prompt.cache)
         return events(tokens, tokenizer, skip_special_tokens)
 
     def stream_rows(
@@ -161,15 +160,15 @@ class GenerationMixin:
 
     def loop_plan(self) -> str:
         """How a step of greedy decoding or sampling is started, and why, in words, as far as the model decides it."""
-        reason = graphs.why_not(self)
+        reason = capture.why_not(self)
         return "replayed from a graph" if reason is None else f"step by step ({reason})"
 
     def free_graphs(self) -> int:
         """Let go of the steps that generate() recorded on the device and of their caches; gives the bytes of these.
 
-        They are kept for later calls of the same shape: at most graphs.KEPT, in an eighth of the device's memory.
+        They are kept for later calls of the same shape: at most MAX_CAPTURED, in an eighth of the device's memory.
         """
-        store = graphs.kept(self)  # type: ignore[arg-type]
+        store = capture.captured_steps(self)  # type: ignore[arg-type]
         with store.lock:
             freed = store.nbytes
             store.clear()
@@ -320,7 +319,7 @@ def _checked(
         noise=noise,
         copies=copies(strategy, config),
         assistant=assistant_model,
-        record=_recorder(config),
+        outputs=_outputs(config),
     )
     if custom_generate is None:
         steps = _as_asked(STRATEGIES[strategy](model, prompt, plan), config)
@@ -366,6 +365,18 @@ def _own_arguments(custom: Any, settings: dict[str, Any]) -> dict[str, Any]:
     return {name: settings.pop(name) for name in own}
 
 
+class Ends:
+    """All of a plan's ways to end as one criterion, for decoding functions of the caller's own."""
+
+    def __init__(self, plan: Plan):
+        self._plan = plan
+        self.max_length = plan.total
+
+    def __call__(self, ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """ids: (R, n) -> bool (R,)."""
+        return self._plan.ended(ids, scores) | (ids.shape[1] >= self.max_length)
+
+
 def _by_custom(custom: Callable[..., Any], model: Any, prompt: Prompt, plan: Plan, own: dict[str, Any]) -> Steps[Any]:
     """What the caller's function returns; it brings all its tokens in one step, and does not say how rows ended."""
     out = custom(
@@ -386,7 +397,7 @@ def _by_custom(custom: Callable[..., Any], model: Any, prompt: Prompt, plan: Pla
     return out
 
 
-def _recorder(config: GenerationConfig) -> StepOutputs:
+def _outputs(config: GenerationConfig) -> StepOutputs:
     def wanted(on: bool) -> list[Any] | None:
         return [] if on and config.return_dict_in_generate else None
 

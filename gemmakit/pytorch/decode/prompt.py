@@ -1,12 +1,13 @@
-"""From generate()'s arguments to where decoding starts: ids, visibility, cache, and room, all checked.
+"""What a call gives the model: ids or embeddings, visibility, cache and room, all checked; and the rows that run on it.
 
-Axis letters: B batch, P prompt positions, D hidden.
+Axis letters: B prompts, R rows (prompts times their copies), P prompt positions, n tokens that are not padding,
+D hidden, K kv heads, H head_dim, V vocabulary.
 """
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,8 +16,15 @@ from torch import Tensor
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError, PromptTooLong, TokenOutOfRange
 from gemmakit.generation import GenerationConfig
+from gemmakit.outputs import CausalLMOutputWithPast
 from gemmakit.pytorch.cache import Cache, DynamicCache
 from gemmakit.pytorch.cache.kinds import new_cache
+from gemmakit.pytorch.decode.step import forward
+from gemmakit.pytorch.masks import MIN_SEGMENT, segments_pay
+
+# Less padding than this is run along: laying out costs a few passes over keys and values.
+WORTH_PADDING = 0.1
+IMPLEMENTATIONS = (None, "sdpa", "flash_attention_2")
 
 
 @dataclass
@@ -197,3 +205,156 @@ def _new_cache(model: Any, config: GenerationConfig, ids: Tensor, embeds: Tensor
     return new_cache(
         config.cache_implementation, model.config, max(length, config.max_cache_len or 0), config.cache_config
     )
+
+
+# -- the rows that run on it -------------------------------------------------------------------------------------------
+
+
+class Rows:
+    """A token buffer (R, total) that is filled from the left, and one way to run the model over a part of it.
+
+    length: how many places of the buffer are tokens. offset: how many positions the cache holds before the buffer's
+    first, when the prompt continues a conversation or came as embeddings.
+    """
+
+    def __init__(
+        self, model: Any, prompt: Prompt, total: int, pad: int, *, attentions: bool = False, hidden_states: bool = False
+    ):
+        self.model, self.prompt, self.cache = model, prompt, prompt.cache
+        self.attentions, self.hidden_states = attentions, hidden_states
+        R, P = prompt.ids.shape
+        self.length = P
+        self.device = prompt.ids.device
+        self.buffer = torch.full((R, total), pad, dtype=torch.long, device=self.device)
+        self.buffer[:, :P] = prompt.ids
+        self.offset = 0 if prompt.mask is None else prompt.mask.shape[1] - P
+        self.mask = self.positions = None
+        if prompt.mask is not None:
+            self.mask = torch.ones((R, prompt.mask.shape[1] + total - P), dtype=torch.bool, device=self.device)
+            self.mask[:, : prompt.mask.shape[1]] = prompt.mask
+            self.positions = (self.mask.cumsum(-1) - 1).clamp_min(0)
+
+    @property
+    def ids(self) -> Tensor:
+        """(R, length): prompt and new tokens so far."""
+        return self.buffer[:, : self.length]
+
+    @property
+    def total(self) -> int:
+        return self.buffer.shape[1]
+
+    def append(self, token: Tensor) -> Tensor:
+        """token: (R,) -> ids (R, length) with it; NO_TOKEN is written as 0."""
+        torch.clamp(token, min=0, out=self.buffer[:, self.length])
+        self.length += 1
+        return self.ids
+
+    def forward(self, start: int, end: int, embeds: Tensor | None = None, keep: int = 1) -> Any:
+        """Run places start..end of the buffer (or `embeds` in their place); logits of the last `keep` of them."""
+        seen = end + self.offset
+        count = end - start if embeds is None else embeds.shape[1]
+        return forward(
+            self.model,
+            None if embeds is not None else self.buffer[:, start:end],
+            self.cache,
+            None if self.mask is None else self.mask[:, :seen],
+            None if self.positions is None else self.positions[:, seen - count : seen],
+            embeds=embeds,
+            keep=keep,
+            attentions=self.attentions,
+            hidden_states=self.hidden_states,
+        )
+
+    def prefill(self, copies: int = 1, chunk: int | None = None) -> Any:
+        """Run the prompt, once; then every row becomes `copies` rows, and so does what the pass returned."""
+        start, end = self.prompt.past, self.length
+        if self.prompt.embeds is not None:
+            return self._spread(self.forward(start, end, self.prompt.embeds), copies)
+        if chunk is None and self._packs():
+            assert self.mask is not None and self.positions is not None
+            mask, positions = self.mask[:, :end], self.positions[:, :end]
+            return self._spread(packed_prefill(self.model, self.ids, mask, positions, self.cache), copies)
+        while chunk is not None and self.cache is not None and end - start > chunk:
+            self.forward(start, start + chunk)
+            start += chunk
+        return self._spread(self.forward(start, end), copies)
+
+    def _packs(self) -> bool:
+        """Whether the prompts are whole, padded, and better run without their padding."""
+        if self.mask is None or self.offset or self.prompt.past or self.attentions or self.hidden_states:
+            return False
+        return packing_pays(self.model, self.mask[:, : self.length])
+
+    def next(self) -> Any:
+        """Run the newest token, or without a cache everything again."""
+        return self.forward(0 if self.cache is None else self.length - 1, self.length)
+
+    def _spread(self, out: CausalLMOutputWithPast, copies: int) -> CausalLMOutputWithPast:
+        if copies == 1:
+            return out
+        self.buffer = self.buffer.repeat_interleave(copies, dim=0)
+        if self.mask is not None and self.positions is not None:
+            self.mask = self.mask.repeat_interleave(copies, dim=0)
+            self.positions = self.positions.repeat_interleave(copies, dim=0)
+        if self.cache is not None:
+            self.cache.batch_repeat_interleave(copies)
+        kept = {n: _repeated(getattr(out, n), copies) for n in ("logits", "attentions", "hidden_states")}
+        return replace(out, **kept)
+
+
+def _repeated(value: Any, copies: int) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_repeated(v, copies) for v in value)
+    return None if value is None else value.repeat_interleave(copies, dim=0)
+
+
+# -- padded prompts run without their padding --------------------------------------------------------------------------
+
+
+class Unpacking(Cache):
+    """Takes keys and values of rows laid end to end, and appends them to a cache where the padded rows have them."""
+
+    packs = True
+
+    def __init__(self, cache: Cache, mask: Tensor):
+        """mask: bool (R, P), False on padding."""
+        super().__init__()
+        self._cache, self._shape = cache, mask.shape
+        self._tokens = mask.flatten().nonzero().flatten()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, cache_kwargs: dict[str, Any] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(1, K, n, H) each, which come back as they are: nothing else is to be seen."""
+        self._cache.update(self._padded(key_states), self._padded(value_states), layer_idx)
+        return key_states, value_states
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """(1, K, n, H) -> (R, K, P, H), zero on padding."""
+        R, P = self._shape
+        _, K, _, H = x.shape
+        out = x.new_zeros(R * P, K, H).index_copy_(0, self._tokens.to(x.device), x[0].transpose(0, 1))
+        return out.view(R, P, K, H).transpose(1, 2)
+
+    def span(self, queries: int, cache_position: Tensor | None = None) -> tuple[int, int]:
+        return 0, queries
+
+
+def packing_pays(model: Any, mask: Tensor) -> bool:
+    """Whether to run these prompts without their padding. mask: bool (R, P)."""
+    config = model.config
+    if config.attn_implementation not in IMPLEMENTATIONS or config.use_bidirectional_attention:
+        return False
+    tokens = int(mask.sum())
+    few_enough = tokens <= (1 - WORTH_PADDING) * mask.numel()
+    return few_enough and segments_pay(len(mask), tokens) and tokens >= 2 * MIN_SEGMENT
+
+
+def packed_prefill(model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache | None) -> Any:
+    """Run prompts (R, P), padded on the left, into a cache; logits (R, 1, V) of the last position of each."""
+    last = mask.sum(-1).cumsum(0) - 1
+    laid_out = None if cache is None else Unpacking(cache, mask)
+    out = forward(model, ids[mask][None], laid_out, positions=positions[mask][None], keep=last)
+    out.logits = out.logits[0][:, None]
+    out.past_key_values = cache
+    return out

@@ -1,20 +1,21 @@
 """One decoding step, written once: forward, float, processors, pick, pad, end.
 
-The token loop runs it as it is, `captured` and `captured_batch` record it on fixed memory, and the batch engine spreads
+The token loop runs it as it is, `capture` and `batch.capture` record it on fixed memory, and the batch engine spreads
 it over rows that choose apart. Axis letters: R rows (prompts times their copies), n tokens so far, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from gemmakit.generation import GenerationConfig
 from gemmakit.pytorch.decode.processors import Processor
-from gemmakit.pytorch.decode.sampling import Pick, greedy
+from gemmakit.pytorch.decode.sampling import Exponential, Pick, greedy
 from gemmakit.pytorch.decode.stopping import Criterion, first_reason, reasons
 
 
@@ -138,7 +139,7 @@ class StepOutputs:
     attentions: list[Any] | None = None
     hidden_states: list[Any] | None = None
 
-    def step(self, out: Any, logits: Tensor, scores: Tensor) -> None:
+    def add(self, out: Any, logits: Tensor, scores: Tensor) -> None:
         if self.scores is not None:
             self.scores.append(scores)
         if self.logits is not None:
@@ -160,3 +161,15 @@ class StepOutputs:
     def kept(self, steps: int) -> dict[str, tuple[Any, ...] | None]:
         """The fields of an output, for its first `steps` tokens."""
         return {n: None if v is None else tuple(v[:steps]) for n, v in vars(self).items()}
+
+
+@dataclass(kw_only=True)
+class Plan(Step):
+    """A call's steps, and what strategies ask beside."""
+
+    config: GenerationConfig
+    total: int  # tokens a row may have, prompt included
+    noise: Exponential
+    copies: int = 1  # rows a prompt
+    assistant: Any = None
+    outputs: StepOutputs = field(default_factory=StepOutputs)

@@ -14,12 +14,10 @@ from torch import Tensor
 
 from gemmakit.errors import NumericalError
 from gemmakit.outputs import GenerateDecoderOnlyOutput
-from gemmakit.pytorch.decode.captured import recorded_step
-from gemmakit.pytorch.decode.plan import Plan
-from gemmakit.pytorch.decode.prompt import Prompt
-from gemmakit.pytorch.decode.rows import Rows
+from gemmakit.pytorch.decode.capture import recorded_step
+from gemmakit.pytorch.decode.prompt import Prompt, Rows
 from gemmakit.pytorch.decode.sampling import NO_TOKEN
-from gemmakit.pytorch.decode.step import StepOutputs
+from gemmakit.pytorch.decode.step import Plan, StepOutputs
 from gemmakit.pytorch.decode.stopping import REASONS
 from gemmakit.streamers import StepTokens, Token
 
@@ -92,8 +90,8 @@ class Run:
     """The state of one decoding: the rows, which of them are over, and what the host has been told."""
 
     def __init__(self, model: Any, prompt: Prompt, plan: Plan):
-        record = plan.record
-        wanted = {n: getattr(record, n) is not None for n in ("attentions", "hidden_states")}
+        outputs = plan.outputs
+        wanted = {n: getattr(outputs, n) is not None for n in ("attentions", "hidden_states")}
         self.rows = Rows(model, prompt, plan.total, plan.pad, **wanted)
         self.plan = plan
         self.first = self.rows.length
@@ -111,7 +109,7 @@ class Run:
         """Pick the next token of each row, write it down and send it off."""
         logits = out.logits[:, -1]
         token, scores = self.plan.choose(self.rows.ids, logits)
-        self.plan.record.step(out, logits, scores)
+        self.plan.outputs.add(out, logits, scores)
         self.put(token, scores)
 
     def put(self, token: Tensor, scores: Tensor) -> None:
@@ -149,7 +147,7 @@ class Run:
         """(R, P + new) sequences, rows that ended early filled with pad; a step that came too late is left out."""
         self.settle()
         sequences = self.rows.buffer[:, : self.first + self.delivered]
-        kept = self.plan.record.kept(self.delivered)
+        kept = self.plan.outputs.kept(self.delivered)
         return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=self.rows.cache, **kept)
 
 

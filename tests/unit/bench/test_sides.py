@@ -54,7 +54,7 @@ def test_prefill_of_a_length_of_its_own(monkeypatch):
 
 def test_both_lengths_that_are_subtracted_are_replayed():
     """A shorter run of slow steps would make the rest look faster than it is."""
-    from gemmakit.pytorch.decode.captured import WORTH_STEPS
+    from gemmakit.pytorch.decode.capture import WORTH_STEPS
 
     assert timing.FEW >= WORTH_STEPS
 

@@ -20,7 +20,7 @@ from gemmakit.errors import (
 )
 from gemmakit.pytorch.decode import processors
 from gemmakit.pytorch.decode.batch import BatchEngine, Request, generate_batch
-from gemmakit.pytorch.decode.scheduler import Scheduler
+from gemmakit.pytorch.decode.batch.scheduler import Scheduler
 
 VOCAB, BOS, EOS = 60, 2, 1
 HEADS = [1, 2, 4]

@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gemmakit.errors import NumericalError
-from gemmakit.pytorch.decode import captured, graphs
+from gemmakit.pytorch.decode import capture
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "pytorch"))
-from strategy_models import read_late
+from strategy_models import Uncaptured, read_late
 from tiny_gemma import left_padded, prompts, tiny
 
 SETTINGS = {
@@ -36,15 +36,15 @@ def recorded(monkeypatch):
     """Steps are recorded on the CPU too, by running them as they are; the number of recordings."""
     made = []
 
-    class Counted(graphs.Uncaptured):
-        def record(self, step):
+    class Counted(Uncaptured):
+        def capture(self, step):
             made.append(step)
             step()
             step()
             return step
 
-    monkeypatch.setitem(graphs.RECORDERS, "cpu", Counted)
-    monkeypatch.setattr(captured, "WORTH_STEPS", 1)
+    monkeypatch.setitem(capture.CAPTURES, "cpu", Counted)
+    monkeypatch.setattr(capture, "WORTH_STEPS", 1)
     return made
 
 
@@ -117,7 +117,7 @@ def test_later_calls_use_the_same_memory(recorded):
         given = dict(max_new_tokens=15, eos_token_id=None)
         assert torch.equal(model.generate(ids, **given), plainly(model, ids, **given))
     assert len(recorded) == 1
-    (fixed,) = graphs.kept(model).entries.values()
+    (fixed,) = capture.captured_steps(model).entries.values()
     before = fixed.cache.layers[0]._keys.data_ptr()
     model.generate(prompts(2), max_new_tokens=15)
     assert fixed.cache.layers[0]._keys.data_ptr() == before
@@ -204,8 +204,8 @@ def test_tokens_are_read_one_step_behind(recorded, monkeypatch):
     """When a token is told, the step after it has been started already, and no more than that one."""
     read_late(monkeypatch)
     started, gaps = [], []
-    step = captured.StaticStep.step
-    monkeypatch.setattr(captured.StaticStep, "step", lambda self: (started.append(1), step(self)))
+    step = capture.StaticStep.step
+    monkeypatch.setattr(capture.StaticStep, "step", lambda self: (started.append(1), step(self)))
 
     class Watching(Told):
         def put(self, value):
@@ -246,7 +246,7 @@ def test_a_step_reads_nothing_and_is_the_same_work_every_time(how, rows, padded,
     ids, mask = left_padded([row[: 8 - 3 * i] for i, row in enumerate(prompts(rows))], 9)
     given = dict(max_new_tokens=8, eos_token_id=[1, 5, 6], **SETTINGS[how])
     model.generate(ids if padded else prompts(rows), attention_mask=mask if padded else None, **given)
-    (fixed,) = graphs.kept(model).entries.values()
+    (fixed,) = capture.captured_steps(model).entries.values()
     assert (fixed.mask is not None) == padded
     work, addresses = [], []
     for _ in range(3):
@@ -358,7 +358,7 @@ def test_a_cpu_has_no_graphs():
 
 
 def test_few_tokens_are_not_worth_recording(recorded, monkeypatch):
-    monkeypatch.setattr(captured, "WORTH_STEPS", 8)
+    monkeypatch.setattr(capture, "WORTH_STEPS", 8)
     model = tiny()
     model.generate(prompts(1), max_new_tokens=7)
     assert not recorded
@@ -369,12 +369,12 @@ def test_few_tokens_are_not_worth_recording(recorded, monkeypatch):
 def test_a_device_that_refuses_is_asked_once_and_the_tokens_come_anyway(monkeypatch):
     asked = []
 
-    class Refusing(graphs.Uncaptured):
-        def record(self, step):
+    class Refusing(Uncaptured):
+        def capture(self, step):
             asked.append(1)
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    monkeypatch.setitem(graphs.RECORDERS, "cpu", Refusing)
+    monkeypatch.setitem(capture.CAPTURES, "cpu", Refusing)
     model, ids = tiny(), prompts(1)
     with pytest.warns(UserWarning, match="not permitted when stream is capturing"):
         ours = model.generate(ids, max_new_tokens=10)
@@ -388,11 +388,11 @@ def test_what_a_kernels_compiler_raises_is_a_reason_too(monkeypatch):
     class Compiler(Exception):
         pass
 
-    class Failing(graphs.Uncaptured):
-        def record(self, step):
+    class Failing(Uncaptured):
+        def capture(self, step):
             raise Compiler
 
-    monkeypatch.setitem(graphs.RECORDERS, "cpu", Failing)
+    monkeypatch.setitem(capture.CAPTURES, "cpu", Failing)
     model, ids = tiny(), prompts(1)
     with pytest.warns(UserWarning, match="failed .Compiler"):
         ours = model.generate(ids, max_new_tokens=10)
@@ -400,15 +400,15 @@ def test_what_a_kernels_compiler_raises_is_a_reason_too(monkeypatch):
 
 
 def test_too_little_memory_steps_and_keeps_nothing(monkeypatch):
-    class Full(graphs.Uncaptured):
-        def record(self, step):
+    class Full(Uncaptured):
+        def capture(self, step):
             raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setitem(graphs.RECORDERS, "cpu", Full)
+    monkeypatch.setitem(capture.CAPTURES, "cpu", Full)
     model, ids = tiny(), prompts(1)
     ours = model.generate(ids, max_new_tokens=10)
     assert torch.equal(plainly(model, ids, max_new_tokens=10), ours)
-    assert not graphs.kept(model).entries
+    assert not capture.captured_steps(model).entries
     assert model.loop_plan() == "replayed from a graph"  # another shape may fit
 
 
@@ -463,22 +463,22 @@ def test_a_changed_model_is_seen(change, recorded):
 
 
 def test_the_oldest_shapes_are_forgotten(recorded, monkeypatch):
-    monkeypatch.setattr(graphs, "KEPT", 2)
+    monkeypatch.setattr(capture, "MAX_CAPTURED", 2)
     model = tiny()
     for rows in (1, 2, 3):
         model.generate(prompts(rows), max_new_tokens=10)
-    assert [key[0][0] for key in graphs.kept(model).entries] == [2, 3]
+    assert [key[0][0] for key in capture.captured_steps(model).entries] == [2, 3]
     model.generate(prompts(2), max_new_tokens=10)
-    assert [key[0][0] for key in graphs.kept(model).entries] == [3, 2]
-    monkeypatch.setattr(graphs.kept(model)._recorder, "budget_bytes", 1)
+    assert [key[0][0] for key in capture.captured_steps(model).entries] == [3, 2]
+    monkeypatch.setattr(capture.captured_steps(model)._capture, "budget_bytes", 1)
     model.generate(prompts(2), max_new_tokens=10)
-    assert not graphs.kept(model).entries
+    assert not capture.captured_steps(model).entries
 
 
 def test_what_is_kept_can_be_freed_and_is_counted(recorded):
     model = tiny()
     model.generate(prompts(2), max_new_tokens=10)
-    (fixed,) = graphs.kept(model).entries.values()
+    (fixed,) = capture.captured_steps(model).entries.values()
     assert fixed.nbytes >= 2 * 2 * 2 * 2 * 64 * 12 * 4  # keys and values, layers, rows, heads, places, width, bytes
     assert model.free_graphs() == fixed.nbytes
     assert model.free_graphs() == 0
@@ -491,7 +491,7 @@ def test_copies_of_a_model_share_nothing(recorded):
     given = dict(max_new_tokens=10, eos_token_id=None)
     expected = model.generate(ids, **given)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert not graphs.kept(other).entries
+        assert not capture.captured_steps(other).entries
         assert torch.equal(other.generate(ids, **given), expected)
 
 
@@ -530,4 +530,4 @@ def test_an_interrupted_call_leaves_the_next_one_right(recorded):
     (8200, 8192, 8200), (100, 100, 100),
 ])  # fmt: skip
 def test_places_are_rounded_up_by_a_quarter_at_most(total, limit, places):
-    assert captured.room(total, limit) == places
+    assert capture.room(total, limit) == places

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from gemmakit.pytorch.decode import captured_batch, engine, graphs
-from gemmakit.pytorch.decode.batch import BatchEngine, Request, generate_batch
+from gemmakit.pytorch.decode import capture
+from gemmakit.pytorch.decode.batch import BatchEngine, Request, engine, generate_batch
+from gemmakit.pytorch.decode.batch import capture as batch_capture
 
 sys.path.insert(0, str(Path(__file__).parent))
+from strategy_models import Uncaptured
 from test_batch import *  # noqa: F403  every law of batches, once more under the fixture below
 from test_batch import PROMPTS, agree, alone, check_idle, made, model, prompt, run
 
@@ -28,8 +30,8 @@ def mode(request, monkeypatch):
 
     monkeypatch.setattr(engine.BatchEngine, "__init__", begun)
     if captured:
-        monkeypatch.setitem(graphs.RECORDERS, "cpu", graphs.Uncaptured)
-        monkeypatch.setattr(captured_batch, "WORTH_USES", 1)
+        monkeypatch.setitem(capture.CAPTURES, "cpu", Uncaptured)
+        monkeypatch.setattr(batch_capture, "WORTH_USES", 1)
     return request.param
 
 
@@ -76,8 +78,8 @@ def test_draws_are_those_of_each_request_alone(settings):
 def test_a_step_is_started_before_the_tokens_of_the_last_one_are_read(mode, monkeypatch):
     log, first = [], engine.BatchEngine._start
     monkeypatch.setattr(engine.BatchEngine, "_start", lambda *a: (log.append("start"), first(*a))[1])
-    read = engine._Flight.read
-    monkeypatch.setattr(engine._Flight, "read", lambda self: (log.append("read"), read(self))[1])
+    read = engine._Started.read
+    monkeypatch.setattr(engine._Started, "read", lambda self: (log.append("read"), read(self))[1])
     generate_batch(model, [PROMPTS[0], PROMPTS[3]], max_new_tokens=6, eos_token_id=None)
     if mode == "captured":
         assert log == ["start", "read"] * 6
@@ -155,11 +157,11 @@ def test_the_switch_turns_replaying_off(mode):
 
 
 def test_a_device_that_refuses_to_record_changes_nothing(mode, monkeypatch):
-    class Refusing(graphs.Uncaptured):
-        def record(self, step):
+    class Refusing(Uncaptured):
+        def capture(self, step):
             raise RuntimeError("not permitted when stream is capturing")
 
-    monkeypatch.setitem(graphs.RECORDERS, "cpu", Refusing)
+    monkeypatch.setitem(capture.CAPTURES, "cpu", Refusing)
     given = dict(max_new_tokens=9, eos_token_id=None)
     results = generate_batch(model, PROMPTS, max_batch_size=3, **given)
     for ids, result in zip(PROMPTS, results, strict=True):

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from gemmakit.pytorch.decode import graphs, packing
+from gemmakit.pytorch.decode import capture, prompt
 from gemmakit.pytorch.masks import visibility
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "pytorch"))
+from strategy_models import Uncaptured
 from tiny_gemma import far, left_padded, prompts, reference_logits, tiny
 
 LENGTHS = (40, 21, 17)
@@ -29,7 +30,7 @@ def both(model, monkeypatch, **given):
     for packed in (True, False):
         with monkeypatch.context() as patch:
             if not packed:
-                patch.setattr(packing, "pays", lambda *_: False)
+                patch.setattr(prompt, "packing_pays", lambda *_: False)
             seen = []
             embed = model.model.embed_tokens
             handle = embed.register_forward_hook(lambda _, args, out, seen=seen: seen.append(args[0].numel()))
@@ -71,12 +72,12 @@ def test_keys_and_values_are_those_of_the_padded_run(monkeypatch):
 
 
 def test_the_replayed_loop_starts_from_packed_prompts_too(monkeypatch):
-    monkeypatch.setitem(graphs.RECORDERS, "cpu", graphs.Uncaptured)
+    monkeypatch.setitem(capture.CAPTURES, "cpu", Uncaptured)
     model = tiny(**CONTEXT)
     ids, mask = batch()
     given = dict(attention_mask=mask, max_new_tokens=12, eos_token_id=None)
     assert torch.equal(model.generate(ids, **given), model.generate(ids, cuda_graphs=False, **given))
-    assert graphs.kept(model).entries
+    assert capture.captured_steps(model).entries
 
 
 PLAIN = {
@@ -104,7 +105,7 @@ def test_attention_that_would_need_a_mask_runs_padded(changes, monkeypatch):
     ((20, 1, 1, 1), False),
 ])  # fmt: skip
 def test_packing_is_for_prompts_with_enough_padding_and_length(lengths, pays):
-    assert packing.pays(tiny(**CONTEXT), batch(lengths)[1].bool()) == pays
+    assert prompt.packing_pays(tiny(**CONTEXT), batch(lengths)[1].bool()) == pays
 
 
 # -- documents end to end, which is what a packed batch is -----------------------------------------------------------

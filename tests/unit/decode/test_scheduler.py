@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from gemmakit.errors import InputError, PromptTooLong
 from gemmakit.pytorch.cache.pages import NULL_PAGE, PagePool
-from gemmakit.pytorch.decode.scheduler import Scheduler, Sequence
+from gemmakit.pytorch.decode.batch.scheduler import Scheduler, Sequence
 
 
 def made(pages=8, page_size=4, share=True, max_batch_size=4, prefill_tokens=16):

@@ -19,11 +19,10 @@ from gemmakit.errors import InputError
 from gemmakit.generation import GenerationConfig
 from gemmakit.outputs import GenerateDecoderOnlyOutput
 from gemmakit.pytorch.cache import DynamicCache
-from gemmakit.pytorch.decode.plan import Plan
 from gemmakit.pytorch.decode.processors import FORBIDDEN
-from gemmakit.pytorch.decode.prompt import Prompt
-from gemmakit.pytorch.decode.rows import Rows
+from gemmakit.pytorch.decode.prompt import Prompt, Rows
 from gemmakit.pytorch.decode.sampling import NO_TOKEN, Noise
+from gemmakit.pytorch.decode.step import Plan
 from gemmakit.pytorch.decode.stream import Run, Steps, refuse_no_token
 from gemmakit.streamers import StepTokens
 
@@ -173,7 +172,7 @@ class Checker:
         for i, token in enumerate(found[: accepted + 1]):
             if token == NO_TOKEN or reason is not None:
                 break
-            plan.record.step(_at(out, i, start + rows.offset), logits[i : i + 1], each[i])
+            plan.outputs.add(_at(out, i, start + rows.offset), logits[i : i + 1], each[i])
             reason = self._take(token, each[i])
         rows.buffer[0, rows.length : start + k + 1] = plan.pad
         excess = start + k - (rows.length - 1)

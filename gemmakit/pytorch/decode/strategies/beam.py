@@ -20,10 +20,9 @@ from torch import Tensor
 from gemmakit.errors import TokenOutOfRange
 from gemmakit.generation.constraints import Constraint, Progress, from_words
 from gemmakit.outputs import GenerateBeamDecoderOnlyOutput
-from gemmakit.pytorch.decode.plan import Plan
-from gemmakit.pytorch.decode.prompt import Prompt
-from gemmakit.pytorch.decode.rows import Rows
+from gemmakit.pytorch.decode.prompt import Prompt, Rows
 from gemmakit.pytorch.decode.sampling import NO_TOKEN
+from gemmakit.pytorch.decode.step import Plan
 from gemmakit.pytorch.decode.stopping import MaxTime
 from gemmakit.pytorch.decode.stream import HostQueue, Steps, refuse_no_token
 from gemmakit.streamers import StepTokens
@@ -300,8 +299,8 @@ class Search:
     """The rows of all beams, a prompt's groups side by side; the steps over them, and what the host is told."""
 
     def __init__(self, model: Any, prompt: Prompt, plan: Plan):
-        record = plan.record
-        wanted = {n: getattr(record, n) is not None for n in ("attentions", "hidden_states")}
+        outputs = plan.outputs
+        wanted = {n: getattr(outputs, n) is not None for n in ("attentions", "hidden_states")}
         self.rows = Rows(model, prompt, plan.total, plan.pad, **wanted)
         self.prompts = prompt.ids
         self.plan = plan
@@ -329,7 +328,7 @@ class Search:
             if used is not None:
                 tokens = torch.where(was_open, group.running.ids[:, :, place], plan.pad)  # a closed one chooses nothing
                 used = used.scatter_add(1, tokens, torch.ones_like(tokens, dtype=used.dtype))
-        plan.record.step(out, logits, _joined(seen).flatten(0, 1))
+        plan.outputs.add(out, logits, _joined(seen).flatten(0, 1))
         self._move(reduce(add, (group.running for group in self.groups)), reduce(and_, usable), reduce(or_, going))
 
     def _by_prompt(self, values: Tensor) -> Tensor:
@@ -373,10 +372,10 @@ class Search:
             self.rows.cache.crop(-1)  # a step that was on its way when the search ended
         return GenerateBeamDecoderOnlyOutput(
             sequences=best.ids.flatten(0, 1)[:, : self.prompts.shape[1] + longest],
-            sequences_scores=None if self.plan.record.scores is None else best.scores.flatten(),
+            sequences_scores=None if self.plan.outputs.scores is None else best.scores.flatten(),
             beam_indices=parents[:, :longest],
             past_key_values=self.rows.cache,
-            **self.plan.record.kept(self.delivered),
+            **self.plan.outputs.kept(self.delivered),
         )
 
 

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from gemmakit.errors import InputError
 from gemmakit.outputs import GenerateDecoderOnlyOutput
-from gemmakit.pytorch.decode.plan import Plan
-from gemmakit.pytorch.decode.prompt import Prompt
-from gemmakit.pytorch.decode.rows import Rows
+from gemmakit.pytorch.decode.prompt import Prompt, Rows
 from gemmakit.pytorch.decode.sampling import NO_TOKEN
+from gemmakit.pytorch.decode.step import Plan
 from gemmakit.pytorch.decode.stream import Run, Steps
 
 
@@ -134,10 +133,10 @@ def _step(run: Run, out: Any, memory: Memory, ahead: LookAhead) -> SimpleNamespa
     config, plan = run.plan.config, run.plan
     logits = out.logits[:, -1].float()
     scores = plan.process(run.rows.ids, logits)
-    plan.record.step(out, logits, scores)
+    plan.outputs.add(out, logits, scores)
     assert config.top_k is not None and config.penalty_alpha is not None
     likely, tokens = scores.softmax(-1).topk(min(config.top_k, scores.shape[-1]))
-    found = _looked_at(ahead, tokens, plan.record.attentions is not None, config.low_memory)
+    found = _looked_at(ahead, tokens, plan.outputs.attentions is not None, config.low_memory)
     alpha = config.penalty_alpha
     value = (1 - alpha) * likely - alpha * memory.similarity(found.hidden_states[-1])
     best = value.argmax(-1, keepdim=True)

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from gemmakit.outputs import GenerateDecoderOnlyOutput
-from gemmakit.pytorch.decode.plan import Plan
 from gemmakit.pytorch.decode.prompt import Prompt
 from gemmakit.pytorch.decode.sampling import Noise, greedy, sampler
+from gemmakit.pytorch.decode.step import Plan
 from gemmakit.pytorch.decode.strategies.assisted import Proposal, agreement, one_row, speculate
 from gemmakit.pytorch.decode.stream import Steps
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gemmakit.pytorch.decode import graphs
+from gemmakit.pytorch.decode import capture
 
 DEVICE = torch.device("cuda", 0)
 
@@ -110,15 +110,15 @@ class Cuda:
 @pytest.fixture
 def cuda(monkeypatch):
     found = Cuda()
-    monkeypatch.setattr(graphs.torch, "cuda", found)
-    monkeypatch.setattr(graphs.torch, "Generator", Chance)
+    monkeypatch.setattr(capture.torch, "cuda", found)
+    monkeypatch.setattr(capture.torch, "Generator", Chance)
     return found
 
 
 def test_a_step_runs_twice_on_the_stream_on_which_it_is_captured(cuda):
     streams = []
-    recorder = graphs.CudaGraphs(DEVICE)
-    recorder.record(lambda: streams.append(cuda.now))
+    recorder = capture.CudaGraphs(DEVICE)
+    recorder.capture(lambda: streams.append(cuda.now))
     side = cuda.captured[0].stream
     assert streams == [side] * 3 and side is not cuda.main
     # What the step reads was made on the main stream, and what the first runs took goes back to it.
@@ -128,13 +128,13 @@ def test_a_step_runs_twice_on_the_stream_on_which_it_is_captured(cuda):
 
 
 def test_steps_share_the_memory_of_graphs_that_are_alive_and_one_stream(cuda):
-    recorder = graphs.CudaGraphs(DEVICE)
-    first = recorder.record(lambda: None)
-    second = recorder.record(lambda: None)
+    recorder = capture.CudaGraphs(DEVICE)
+    first = recorder.capture(lambda: None)
+    second = recorder.capture(lambda: None)
     pool = first.__self__.pool()
     del first, second
     gc.collect()
-    third = recorder.record(lambda: None)
+    third = recorder.capture(lambda: None)
     assert [c.pool for c in cuda.captured] == [None, pool, None]
     assert len({id(c.stream) for c in cuda.captured}) == 1
     assert third.__self__.pool()
@@ -156,7 +156,7 @@ def test_a_capture_that_fails_leaves_stream_and_chance_as_they_were(broken, cuda
             raise Waits("operation not permitted when stream is capturing")
 
     with pytest.raises(Waits, match="not permitted"):  # not what ending the capture says
-        graphs.CudaGraphs(DEVICE).record(step)
+        capture.CudaGraphs(DEVICE).capture(step)
     assert cuda.now is cuda.main
     chance.draw()
     assert chance.state == 2
@@ -165,11 +165,11 @@ def test_a_capture_that_fails_leaves_stream_and_chance_as_they_were(broken, cuda
 def test_a_capture_that_cannot_end_is_told_as_it_is(cuda):
     cuda.broken = True
     with pytest.raises(RuntimeError, match="previous error during capture"):
-        graphs.CudaGraphs(DEVICE).record(lambda: None)
+        capture.CudaGraphs(DEVICE).capture(lambda: None)
     assert cuda.now is cuda.main
     cuda.default_generators[0].draw()
 
 
 def test_the_reason_is_one_line_that_names_the_kind():
-    assert graphs.reason_of(Waits("one\ntwo")) == "recording a step failed (Waits: one)"
-    assert graphs.reason_of(Waits()) == "recording a step failed (Waits)"
+    assert capture.reason_of(Waits("one\ntwo")) == "recording a step failed (Waits: one)"
+    assert capture.reason_of(Waits()) == "recording a step failed (Waits)"

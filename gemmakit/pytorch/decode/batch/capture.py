@@ -15,10 +15,9 @@ from torch import Tensor
 
 from gemmakit.pytorch.cache.paged import PagedCache, Placement, Span, sent
 from gemmakit.pytorch.cache.pages import NULL_PAGE
-from gemmakit.pytorch.decode import graphs
-from gemmakit.pytorch.decode.captured import rounded
+from gemmakit.pytorch.decode import capture
+from gemmakit.pytorch.decode.batch.requests import Row, shared_chain
 from gemmakit.pytorch.decode.processors import Processor
-from gemmakit.pytorch.decode.requests import Row, shared_chain
 from gemmakit.pytorch.decode.sampling import greedy, sampler
 from gemmakit.pytorch.decode.step import Step, forward
 
@@ -49,15 +48,15 @@ class StaticBatch:
         pick = greedy if self.noise is None else sampler(lambda like: cast(Tensor, self.noise))
         self.chosen_by = None if chain is None else Step(chain, pick)
         self.logits: Tensor | None = None  # (R, V) of the last step, where the caller chooses
-        self._replay: graphs.Step | None = None
+        self._replay: capture.Runnable | None = None
 
     @property
     def nbytes(self) -> int:
         return self.inputs.nbytes + self.tokens.nbytes + (0 if self.noise is None else self.noise.nbytes)
 
-    def record(self, recorder: graphs.Recorder) -> None:
+    def record(self, taken: capture.StepCapture) -> None:
         """After `load`: recording writes what the step itself writes."""
-        self._replay = recorder.record(self.step)
+        self._replay = taken.capture(self.step)
 
     def step(self) -> None:
         self.cache.placement = self.where
@@ -95,29 +94,29 @@ class BatchCapture:
 
     def __init__(self, model: Any, cache: PagedCache):
         self.model, self.cache = model, cache
-        self._store = graphs.Kept()
+        self._store = capture.CapturedSteps()
         self._uses: Counter[Hashable] = Counter()
         self._reason: str | None = None
-        self._recorder: graphs.Recorder | None = None
+        self._capture: capture.StepCapture | None = None
 
     def look(self) -> None:
         """See whether the model is still what it was; for whenever a request comes."""
-        self._reason = graphs.why_not(self.model)
+        self._reason = capture.why_not(self.model)
         if self._reason is None:
-            self._recorder = self._store.open(self.model, self.model.device)
+            self._capture = self._store.open(self.model, self.model.device)
         else:
-            graphs.say(self.model, self._reason)
+            capture.log_once(self.model, self._reason)
 
     def loaded(
         self, rows: Sequence[Row], spans: Sequence[Span], ids: Sequence[int], before: Tensor | None
     ) -> StaticBatch | None:
         """The pass for these rows with its inputs set; None if it is to be run plainly."""
-        if self._reason is not None or self._recorder is None or len(spans) > MAX_ROWS:
+        if self._reason is not None or self._capture is None or len(spans) > MAX_ROWS:
             return None
         chain, sampled = shared_chain(rows), rows[0].generator is not None
         if any((row.generator is not None) != sampled or row.step.criteria for row in rows):
             chain = None  # criteria read scores, and those of the pass are gone with it
-        pages = max(MIN_PAGES, rounded(max(-(-span.end // self.cache.page_size) for span in spans)))
+        pages = max(MIN_PAGES, capture.rounded(max(-(-span.end // self.cache.page_size) for span in spans)))
         key = (1 << (len(spans) - 1).bit_length(), pages, chain, sampled and chain is not None)
         self._uses[key] += 1
         static = self._store.use(key)
@@ -129,16 +128,16 @@ class BatchCapture:
         return None
 
     def _made(self, key: Any, spans: Sequence[Span], ids: Sequence[int], before: Tensor | None) -> StaticBatch | None:
-        assert self._recorder is not None
+        assert self._capture is not None
         try:
             with torch.inference_mode(False), torch.no_grad():
                 static = StaticBatch(self.model, self.cache, *key)
                 static.load(spans, ids, before)
-                static.record(self._recorder)
+                static.record(self._capture)
         except Exception as e:  # memory, or an operator that cannot be recorded: once is enough
             self._store.clear()
-            self._reason = graphs.reason_of(e)
-            graphs.say(self.model, self._reason)
+            self._reason = capture.reason_of(e)
+            capture.log_once(self.model, self._reason)
             return None
         self._store.entries[key] = static
         self._store.trim()

@@ -18,10 +18,10 @@ from gemmakit.checks import Whole, check
 from gemmakit.errors import InputError, NumericalError
 from gemmakit.pytorch.cache.paged import PagedCache, Span, bytes_per_token, sent
 from gemmakit.pytorch.cache.pages import PagePool
-from gemmakit.pytorch.decode.captured_batch import BatchCapture
-from gemmakit.pytorch.decode.requests import Request, Row, choose, prepare_row
+from gemmakit.pytorch.decode.batch.capture import BatchCapture
+from gemmakit.pytorch.decode.batch.requests import Request, Row, choose_tokens, prepare_row
+from gemmakit.pytorch.decode.batch.scheduler import Part, Scheduler
 from gemmakit.pytorch.decode.sampling import NO_TOKEN
-from gemmakit.pytorch.decode.scheduler import Part, Scheduler
 from gemmakit.pytorch.decode.step import forward
 from gemmakit.pytorch.decode.stream import HostCopy
 
@@ -62,7 +62,7 @@ class _Choice:
 
 
 @dataclass
-class _Flight:
+class _Started:
     """A step that was started: everything that ran, and what was chosen."""
 
     parts: tuple[Part, ...]
@@ -137,8 +137,8 @@ class BatchEngine:
         self._next_id = 0
         self._overlap = devices[0].type != "cpu" if overlap is None else overlap
         self._captured = BatchCapture(model, self.cache) if cuda_graphs else None
-        self._flight: _Flight | None = None
-        self._next: _Flight | None = None  # what was started before the tokens of the flight were read
+        self._flight: _Started | None = None
+        self._next: _Started | None = None  # what was started before the tokens of the flight were read
         self._outcomes: deque[_Outcome] = deque()
         self._events: list[Event] = []
 
@@ -191,7 +191,7 @@ class BatchEngine:
         """
         # Outcomes of a step that was interrupted are settled first.
         if not self._outcomes:
-            self._fly()
+            self._launch()
         while self._outcomes:
             self._settle()
         events, self._events = self._events, []
@@ -199,7 +199,7 @@ class BatchEngine:
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    def _fly(self) -> None:
+    def _launch(self) -> None:
         """Start a step unless one is under way, and where possible the one after it; then read the first."""
         if self._flight is not None and not any(part.sequence.id in self._rows for part in self._flight.parts):
             self._flight = self._next = None  # all it was for have ended meanwhile
@@ -213,14 +213,14 @@ class BatchEngine:
         self._outcomes = self._flight.read()
         self._flight, self._next = self._next, None
 
-    def _start_ahead(self, flight: _Flight) -> _Flight | None:
+    def _start_ahead(self, flight: _Started) -> _Started | None:
         """The step after `flight`, whose tokens the host does not know yet."""
         if any(row.ids is not None for part in flight.parts if (row := self._rows.get(part.sequence.id)) is not None):
             return None  # processors and criteria of its own are shown each token before the next is chosen
         step = self.scheduler.ahead(flight.parts)
         return None if step is None else self._start((), step.decode, flight)
 
-    def _start(self, prefill: Sequence[Part], decode: Sequence[Part], before: _Flight | None = None) -> _Flight:
+    def _start(self, prefill: Sequence[Part], decode: Sequence[Part], before: _Started | None = None) -> _Started:
         """One step on the device. Nothing but pages is taken until it is settled."""
         fresh = self.scheduler.pool.fresh
         self.cache.clear(fresh)
@@ -235,7 +235,7 @@ class BatchEngine:
                 ran.append((decode, self._forward(decode, before) if static is None else static))
         if any(part.last for parts, _ in ran for part in parts):
             choices.insert(0, self._choose(ran))
-        return _Flight((*prefill, *decode), choices)
+        return _Started((*prefill, *decode), choices)
 
     def _choose(self, ran: Sequence[tuple[Sequence[Part], Tensor]]) -> _Choice:
         """The next tokens of the parts that are the last of their prompts."""
@@ -245,10 +245,10 @@ class BatchEngine:
         rows = [self._rows[parts[i].sequence.id] for i in picking]
         if len(picking) < len(parts):
             logits = logits[sent(picking, logits.device)]
-        tokens, scores, errors = choose(rows, logits)
+        tokens, scores, errors = choose_tokens(rows, logits)
         return _Choice([parts[i] for i in picking], tokens, HostCopy(tokens), scores, errors)
 
-    def _replayed(self, parts: Sequence[Part], before: _Flight | None) -> _Choice | Tensor | None:
+    def _replayed(self, parts: Sequence[Part], before: _Started | None) -> _Choice | Tensor | None:
         """What the recorded pass gives: tokens, or logits where rows choose apart; None where there is no such pass."""
         if self._captured is None or not all(part.last for part in parts):
             return None
@@ -265,14 +265,14 @@ class BatchEngine:
         return _Choice(parts, tokens, HostCopy(tokens), None, {})
 
     @staticmethod
-    def _inputs(parts: Sequence[Part], before: _Flight | None) -> tuple[list[int], Tensor | None]:
+    def _inputs(parts: Sequence[Part], before: _Started | None) -> tuple[list[int], Tensor | None]:
         """The one token of each part; or its place among those that are still on the device, and these."""
         if before is None:
             return [part.sequence.tokens[part.start] for part in parts], None
         order = before.order
         return [order[part.sequence.id] for part in parts], before.tokens
 
-    def _forward(self, parts: Sequence[Part], before: _Flight | None = None) -> Tensor:
+    def _forward(self, parts: Sequence[Part], before: _Started | None = None) -> Tensor:
         """One pass over one part of any length, or several of one token each. Logits (R, V) of their last tokens."""
         where = self.cache.place(_spans(parts))
         several = len(parts) > 1

@@ -17,7 +17,8 @@ from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError, PromptTooLong, TokenOutOfRange
 from gemmakit.generation import GenerationConfig
 from gemmakit.pytorch.cache.paged import sent
-from gemmakit.pytorch.decode import processors, scheduler, stopping
+from gemmakit.pytorch.decode import processors, stopping
+from gemmakit.pytorch.decode.batch import scheduler
 from gemmakit.pytorch.decode.healing import heal
 from gemmakit.pytorch.decode.prompt import prepare
 from gemmakit.pytorch.decode.sampling import Exponential, Pick, greedy, row_generators, sampler
@@ -133,7 +134,7 @@ def prepare_row(model: Any, request: Request, number: int) -> Row:
     return row
 
 
-def choose(rows: Sequence[Row], logits: Tensor) -> tuple[Tensor, Tensor, dict[int, Exception]]:
+def choose_tokens(rows: Sequence[Row], logits: Tensor) -> tuple[Tensor, Tensor, dict[int, Exception]]:
     """The next token of each row (NO_TOKEN where there is none), the scores it comes from, and what went wrong.
 
     logits: (R, V); tokens: int64 (R,), on the device, for which nobody has waited; scores: float32 (R, V), after each

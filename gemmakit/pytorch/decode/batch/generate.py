@@ -11,10 +11,8 @@ from torch import Tensor
 
 from gemmakit.errors import InputError
 from gemmakit.generation import GenerationConfig
-from gemmakit.pytorch.decode.engine import BatchEngine, Event, check_sizes
-from gemmakit.pytorch.decode.requests import Request, Row, prepare_row
-
-__all__ = ["BatchEngine", "BatchResult", "Event", "Request", "generate_batch"]
+from gemmakit.pytorch.decode.batch.engine import BatchEngine, Event, check_sizes
+from gemmakit.pytorch.decode.batch.requests import Request, Row, prepare_row
 
 # (place of the prompt, token, why it ended or None) -> False cancels the prompt
 OnToken = Callable[[int, int, "str | None"], Any]
