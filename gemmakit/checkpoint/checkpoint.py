@@ -8,12 +8,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from gemmakit.checkpoint.arrays import TensorInfo, as_bytes
-from gemmakit.checkpoint.formats.gguf import GgufFile, is_gguf
-from gemmakit.checkpoint.formats.google import PickleFile
-from gemmakit.checkpoint.formats.safetensors import SafetensorsFile
+from gemmakit.checkpoint.formats import File, format_of, google, safetensors
 from gemmakit.errors import CheckpointError, HubError, UnsafeFile
 from gemmakit.hub import (
     DEFAULT,
@@ -29,21 +27,8 @@ from gemmakit.hub import (
 
 # Bytes that are compared at a time.
 _STEP = 16 << 20
-PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")
 INDEX_LIMIT_BYTES = 100_000_000
 _VARIANT = re.compile(r"[A-Za-z0-9_.-]+")
-
-
-class _File(Protocol):
-    """One file of a checkpoint: what it holds, and its tensors on demand."""
-
-    path: Path
-    tensors: Mapping[str, TensorInfo]
-    metadata: Mapping[str, str]
-
-    def tensor(self, name: str, framework: str, device: Any) -> Any: ...
-
-    def close(self) -> None: ...
 
 
 class Checkpoint:
@@ -53,14 +38,15 @@ class Checkpoint:
     `total_bytes` the size of all tensors. Also a context manager; tensors that were handed out stay valid after it.
     """
 
-    def __init__(self, files: list[_File]):
-        self._holder: dict[str, _File] = {}
+    def __init__(self, files: list[File]):
+        self._holder: dict[str, File] = {}
         for file in files:
             for name in file.tensors:
                 if name in self._holder:
                     raise CheckpointError(f"Tensor {name!r} is in {self._holder[name].path} and in {file.path}.")
                 self._holder[name] = file
         self._files = files
+        self.kind = files[0].kind
         self.files: list[Path] = [file.path for file in files]
         self.where: Path = files[0].path if files[0].path.is_dir() else files[0].path.parent
         self.metadata: Mapping[str, str] = MappingProxyType(dict(files[0].metadata))
@@ -125,7 +111,7 @@ class Checkpoint:
     ) -> None:
         self.close()
 
-    def _file(self, name: str) -> _File:
+    def _file(self, name: str) -> File:
         try:
             return self._holder[name]
         except KeyError:
@@ -184,9 +170,9 @@ def _read_weight_map(index: Path, allow_pickle: bool) -> tuple[dict[str, str], l
     weight_map = read_index(index)
     names = list(dict.fromkeys(weight_map.values()))
     for name in names:
-        if name.endswith(PICKLE_SUFFIXES) and not allow_pickle:
+        if name.endswith(google.SUFFIXES) and not allow_pickle:
             raise _pickle_refused(f"{name}, which {index} names,")
-        if not name.endswith((".safetensors", *PICKLE_SUFFIXES)):
+        if not name.endswith((".safetensors", *google.SUFFIXES)):
             raise UnsafeFile(f"{index} names {name!r}, which is no weights file. Do not use this checkpoint.")
     return weight_map, names
 
@@ -198,7 +184,7 @@ def _open_shards(index: Path, weight_map: dict[str, str], names: list[str], path
 
 
 def _open_file(path: Path, allow_pickle: bool) -> Checkpoint:
-    if path.name.endswith(PICKLE_SUFFIXES) and not allow_pickle:
+    if path.name.endswith(google.SUFFIXES) and not allow_pickle:
         raise _pickle_refused(str(path))
     if path.suffix != ".json":
         return Checkpoint([_open_one(path)])
@@ -206,12 +192,8 @@ def _open_file(path: Path, allow_pickle: bool) -> Checkpoint:
     return _open_shards(path, weight_map, names, find_files(path.parent, names))
 
 
-def _open_one(path: Path) -> _File:
-    if path.name.endswith(PICKLE_SUFFIXES):
-        return PickleFile(path)
-    if path.suffix == ".gguf" or is_gguf(path):
-        return GgufFile(path)
-    return SafetensorsFile(path)
+def _open_one(path: Path) -> File:
+    return (format_of(path) or safetensors).open(path)
 
 
 def _nothing_found(name_or_path: Name, looked_for: tuple[str, str], hub: HubOptions) -> CheckpointError:

@@ -10,11 +10,12 @@ from typing import Any
 
 from gemmakit.checkpoint.arrays import TensorInfo
 from gemmakit.checkpoint.checkpoint import Checkpoint, read_index
+from gemmakit.checkpoint.formats import GGUF, SAFETENSORS, TITLES
 from gemmakit.checkpoint.formats.gguf import released_name
 from gemmakit.checkpoint.formats.orbax import OrbaxFile
 from gemmakit.checkpoint.formats.safetensors import SafetensorsFile
 from gemmakit.checkpoint.layout import CAUSAL, architecture_of, differences, released_size, tensor_shapes, tied_names
-from gemmakit.checkpoint.opening import GGUF, SAFETENSORS, TITLES, open_weights
+from gemmakit.checkpoint.opening import open_weights
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import CheckpointError, GemmakitError
 from gemmakit.generation import GenerationConfig

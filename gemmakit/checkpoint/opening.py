@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from gemmakit.checkpoint import save
-from gemmakit.checkpoint.arrays import TensorInfo
-from gemmakit.checkpoint.checkpoint import PICKLE_SUFFIXES, Checkpoint, check_index, open_checkpoint, read_index
-from gemmakit.checkpoint.formats import google, msgpack, orbax
-from gemmakit.checkpoint.formats.safetensors import SafetensorsFile
+from gemmakit.checkpoint.checkpoint import Checkpoint, check_index, open_checkpoint, read_index
+from gemmakit.checkpoint.formats import MSGPACK, ORBAX, PICKLE, SAFETENSORS, format_of, msgpack, orbax
 from gemmakit.errors import CheckpointError, UnsafeFile
 from gemmakit.hub import DEFAULT, HubOptions, Name, commit_of, find_file, find_files, local_directory
 
-SAFETENSORS, PICKLE, GOOGLE, MSGPACK, ORBAX, GGUF = "safetensors", "pickle", "google", "msgpack", "orbax", "gguf"
-# what to call each in a report
-TITLES = {
-    SAFETENSORS: "safetensors",
-    PICKLE: "PyTorch pickle",
-    GOOGLE: "Google's PyTorch release",
-    MSGPACK: "Flax msgpack",
-    ORBAX: "Orbax, as google-deepmind/gemma",
-    GGUF: "GGUF",
-}
 _LAYOUTS = {
     SAFETENSORS: save.SAFETENSORS,
     MSGPACK: save.MSGPACK,
@@ -69,32 +56,20 @@ def open_weights(
         if single is not None:
             return open_file(single, allow_pickle)
     checkpoint = open_checkpoint(name_or_path, hub, allow_pickle=allow_pickle, variant=variant)
-    return Weights(_kind_of(checkpoint.files[0]), _in_pytorch_names(checkpoint))
+    return Weights(checkpoint.kind, checkpoint)
 
 
 def open_file(path: Path, allow_pickle: bool) -> Weights:
     """Open one file, or the shards of one index, by how its name ends."""
-    name = path.name
-    if name.endswith(".msgpack"):
-        return Weights(MSGPACK, Checkpoint([msgpack.MsgpackFile(path)]))
-    if name.endswith(".msgpack.index.json"):
+    if path.name.endswith(".msgpack.index.json"):
         return _open_msgpack(path.parent, path, DEFAULT)
-    if name.endswith(PICKLE_SUFFIXES) and allow_pickle:
-        file = google.open_pickle(path)
-        return Weights(GOOGLE if isinstance(file, google.GoogleFile) else PICKLE, Checkpoint([file]))
-    if not name.endswith((*PICKLE_SUFFIXES, ".safetensors", ".gguf", ".index.json")):
+    if format_of(path) is None and not path.name.endswith(".index.json"):
         raise CheckpointError(
             f"{path} is no checkpoint by its name. Known are .safetensors, .gguf, .msgpack, .ckpt, .bin and .pt files, "
             "an .index.json of shards, and folders."
         )
     checkpoint = open_checkpoint(path, allow_pickle=allow_pickle)
-    return Weights(_kind_of(checkpoint.files[0]), _in_pytorch_names(checkpoint))
-
-
-def _kind_of(path: Path) -> str:
-    if path.name.endswith(PICKLE_SUFFIXES):
-        return PICKLE
-    return GGUF if path.suffix == ".gguf" else SAFETENSORS
+    return Weights(checkpoint.kind, checkpoint)
 
 
 def _held(name: Name, kind: str, hub: HubOptions) -> Path | None:
@@ -137,37 +112,3 @@ def _open_msgpack(name: Name, found: Path, hub: HubOptions) -> Weights:
     named = {msgpack.pytorch_name(path)[0]: shard for path, shard in weight_map.items()}
     check_index(found, named, {shard: file.tensors for shard, file in zip(shards, files, strict=True)})
     return Weights(MSGPACK, Checkpoint([*files]))
-
-
-def _in_pytorch_names(checkpoint: Checkpoint) -> Checkpoint:
-    """Safetensors as a Flax model wrote them have its names and kernels, with dots between."""
-    if checkpoint.metadata.get("format") != "flax":
-        return checkpoint
-    return Checkpoint([_FlaxSafetensors(path) for path in checkpoint.files])
-
-
-class _FlaxSafetensors:
-    """A safetensors file of a Flax model in the PyTorch layout: kernels are transposed views."""
-
-    def __init__(self, path: Path):
-        self._file = SafetensorsFile(path)
-        self.path = path
-        self.metadata: Mapping[str, str] = {}
-        self._places: dict[str, tuple[str, bool]] = {}
-        self.tensors: Mapping[str, TensorInfo] = {}
-        for name, info in self._file.tensors.items():
-            new, transposed = msgpack.pytorch_name(name.replace(".", "/"))
-            transposed = transposed and len(info.shape) == 2
-            if new in self._places:
-                raise CheckpointError(f"{path}: {self._places[new][0]!r} and {name!r} are both {new!r} in PyTorch.")
-            self._places[new] = name, transposed
-            shape = info.shape[::-1] if transposed else info.shape
-            self.tensors[new] = TensorInfo(info.dtype, shape, info.begin, info.end)
-
-    def tensor(self, name: str, framework: str, device: Any) -> Any:
-        stored, transposed = self._places[name]
-        made = self._file.tensor(stored, framework, device)
-        return made.T if transposed else made
-
-    def close(self) -> None:
-        self._file.close()

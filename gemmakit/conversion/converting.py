@@ -10,8 +10,8 @@ from typing import Any
 
 from gemmakit.checkpoint import Checkpoint, LazyTensor, parse_size, require_memory
 from gemmakit.checkpoint.arrays import BITS
+from gemmakit.checkpoint.formats import GGUF, MSGPACK, SAFETENSORS
 from gemmakit.checkpoint.formats.msgpack import MsgpackFile
-from gemmakit.checkpoint.opening import GGUF, MSGPACK, SAFETENSORS
 from gemmakit.config import GemmaConfig
 from gemmakit.conversion.sources import Source, open_source
 from gemmakit.conversion.targets import TARGETS, Order, gguf_kind, require_free, target_kind

@@ -8,6 +8,7 @@ from math import prod
 from pathlib import Path
 
 from gemmakit.checkpoint import Checkpoint
+from gemmakit.checkpoint.formats import GGUF, GOOGLE, ORBAX
 from gemmakit.checkpoint.formats.orbax import OrbaxFile
 from gemmakit.checkpoint.layout import (
     BARE,
@@ -19,7 +20,7 @@ from gemmakit.checkpoint.layout import (
     tied_names,
     warn_of_copies,
 )
-from gemmakit.checkpoint.opening import GGUF, GOOGLE, ORBAX, Weights, open_weights
+from gemmakit.checkpoint.opening import Weights, open_weights
 from gemmakit.config import PRESETS, GemmaConfig
 from gemmakit.conversion.tokenizers import TokenizerFiles, read_tokenizer
 from gemmakit.errors import CheckpointError, InputError

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from gemmakit.checkpoint import LazyTensor, save, save_checkpoint
 from gemmakit.checkpoint.arrays import as_bytes
-from gemmakit.checkpoint.formats import msgpack
-from gemmakit.checkpoint.opening import GGUF, MSGPACK, SAFETENSORS
+from gemmakit.checkpoint.formats import GGUF, MSGPACK, SAFETENSORS, msgpack
 from gemmakit.checkpoint.save import save_shards
 from gemmakit.conversion.sources import Source
 from gemmakit.conversion.tokenizers import vocabulary

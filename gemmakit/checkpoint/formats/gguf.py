@@ -94,13 +94,20 @@ def is_norm(name: str) -> bool:
 # -- a file as named arrays --------------------------------------------------------------------------------------------
 
 
-def is_gguf(path: Path) -> bool:
-    """Whether the file begins as every GGUF does, whatever it is called."""
+def sniff(path: Path) -> bool:
+    """Whether the file is called so, or begins as every GGUF does."""
     try:
+        if path.suffix == ".gguf":
+            return True
         with path.open("rb") as file:
             return file.read(4) == MAGIC
     except OSError:
         return False
+
+
+def open(path: Path) -> GgufFile:
+    """The file, its blocks as float32."""
+    return GgufFile(path)
 
 
 class GgufFile:
@@ -110,6 +117,8 @@ class GgufFile:
     keep_quantized: give Q8_0 or Q4_0 as codes under the weight's name, "..._scale", and for Q4_0 "..._zero", where
     gemmakit has a place for them; `quantization` then is the quantization_config that says so, or None.
     """
+
+    kind = "gguf"
 
     def __init__(self, path: Path, dtype: str | None = "float32", *, keep_quantized: bool = False):
         self.path = path

@@ -18,6 +18,7 @@ from gemmakit.checkpoint.memory import require_memory
 from gemmakit.dtypes import dtype_name
 from gemmakit.errors import CheckpointError, NotEnoughMemory, UnsafeFile
 
+SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")
 STATE = "model_state_dict"
 EMBEDDER = "embedder.weight"
 QKV = "self_attn.qkv_proj.weight"
@@ -35,6 +36,8 @@ _LAYER = re.compile(r"(?:model\.)?layers\.(\d{1,4})\.(.+)")
 
 class PickleFile:
     """One file of torch.save, read with weights_only: plain tensors, no code. `held` is name -> torch.Tensor."""
+
+    kind = "pickle"
 
     def __init__(self, path: Path, content: Any = None):
         self.path = path
@@ -107,12 +110,19 @@ def is_google(names: Mapping[str, Any]) -> bool:
     return EMBEDDER in names or any(name.endswith(QKV) for name in names)
 
 
+def sniff(path: Path) -> bool:
+    """By its name: a pickle of any layout."""
+    return path.name.endswith(SUFFIXES)
+
+
 class GoogleFile:
     """Google's file as one of the PyTorch layout: the same bytes, q, k and v as views of their rows.
 
     Rows of the joint matrix: N * H of q, then K * H of k and K * H of v; with one kv head (N + 2) * H, with as many as
     query heads three equal parts. N * H are the columns of o_proj. Raises CheckpointError for an unknown name.
     """
+
+    kind = "google"
 
     def __init__(self, path: Path, held: Mapping[str, Any]):
         self.path = path
@@ -127,7 +137,7 @@ class GoogleFile:
         """Nothing to let go of: the tensors hold their own mapping."""
 
 
-def open_pickle(path: Path) -> PickleFile | GoogleFile:
+def open(path: Path) -> PickleFile | GoogleFile:
     """A file of torch.save, in Google's names or in those of the PyTorch layout. Raises UnsafeFile, CheckpointError."""
     content = unpickle(path)
     if isinstance(content, dict) and STATE in content:

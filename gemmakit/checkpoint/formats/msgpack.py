@@ -76,8 +76,20 @@ class _Array:
     ranges: tuple[tuple[int, int], ...]
 
 
+def sniff(path: Path) -> bool:
+    """By its name."""
+    return path.name.endswith(".msgpack")
+
+
+def open(path: Path) -> MsgpackFile:
+    """Find the arrays of the tree. Raises CheckpointError."""
+    return MsgpackFile(path)
+
+
 class MsgpackFile:
     """One msgpack file as arrays in the PyTorch layout: kernels are transposed views of the mapped file."""
+
+    kind = "msgpack"
 
     def __init__(self, path: Path):
         self.path = path

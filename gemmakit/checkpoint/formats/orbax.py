@@ -73,6 +73,16 @@ OUTSIDE = {"embedder/input_embedding": "model.embed_tokens.weight", "final_norm/
 _LAYER = re.compile(r"layer_(\d+)/(.+)")
 
 
+def sniff(path: Path) -> bool:
+    """A folder that Orbax wrote."""
+    return is_orbax(path)
+
+
+def open(path: Path) -> OrbaxFile:
+    """The folder, with as many rows of the embedding as the released vocabulary has."""
+    return OrbaxFile(path)
+
+
 def is_orbax(name: str | os.PathLike[str]) -> bool:
     """Whether this is a folder that Orbax wrote."""
     folder = Path(name)
@@ -94,6 +104,8 @@ class OrbaxFile:
     vocab_size: rows of the embedding that are used; None takes the released vocabulary of a padded table.
     Needs jax and orbax-checkpoint. Raises MissingDependency, CheckpointError.
     """
+
+    kind = "orbax"
 
     def __init__(self, folder: Path, vocab_size: int | None = None):
         self.path = folder

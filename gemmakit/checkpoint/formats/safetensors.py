@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gemmakit.checkpoint.arrays import BITS, TensorInfo, numpy_dtype, to_jax
+from gemmakit.checkpoint.formats.msgpack import pytorch_name
 from gemmakit.errors import CheckpointError
 
 HEADER_LIMIT_BYTES = 100_000_000
@@ -61,8 +62,21 @@ class Header:
     metadata: dict[str, str]
 
 
+def sniff(path: Path) -> bool:
+    """By its name."""
+    return path.name.endswith(".safetensors")
+
+
+def open(path: Path) -> SafetensorsFile | FlaxSafetensorsFile:
+    """The file; where a Flax model wrote it, in its names and with its kernels turned, as one of the PyTorch layout."""
+    file = SafetensorsFile(path)
+    return FlaxSafetensorsFile(file) if file.metadata.get("format") == "flax" else file
+
+
 class SafetensorsFile:
     """One safetensors file: header checked on opening, bytes mapped on demand."""
+
+    kind = "safetensors"
 
     def __init__(self, path: Path):
         header = scan(path)
@@ -93,6 +107,35 @@ class SafetensorsFile:
                     "old for its dtypes: `pip install -U safetensors`."
                 ) from error
         return self._handles[key]
+
+
+class FlaxSafetensorsFile:
+    """A safetensors file of a Flax model in the PyTorch layout: kernels are transposed views."""
+
+    kind = "safetensors"
+
+    def __init__(self, file: SafetensorsFile):
+        self._file = file
+        self.path = path = file.path
+        self.metadata: Mapping[str, str] = {}
+        self._places: dict[str, tuple[str, bool]] = {}
+        self.tensors: Mapping[str, TensorInfo] = {}
+        for name, info in self._file.tensors.items():
+            new, transposed = pytorch_name(name.replace(".", "/"))
+            transposed = transposed and len(info.shape) == 2
+            if new in self._places:
+                raise CheckpointError(f"{path}: {self._places[new][0]!r} and {name!r} are both {new!r} in PyTorch.")
+            self._places[new] = name, transposed
+            shape = info.shape[::-1] if transposed else info.shape
+            self.tensors[new] = TensorInfo(info.dtype, shape, info.begin, info.end)
+
+    def tensor(self, name: str, framework: str, device: Any) -> Any:
+        stored, transposed = self._places[name]
+        made = self._file.tensor(stored, framework, device)
+        return made.T if transposed else made
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def _map_array(path: Path, name: str, info: TensorInfo) -> Any:
