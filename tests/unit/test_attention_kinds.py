@@ -362,3 +362,22 @@ def test_kernels_without_masks_are_given_none(ids, monkeypatch):
     with torch.no_grad():
         tiny(attn_implementation="flex_attention")(ids, attention_mask=mask)
         tiny(dtype=torch.bfloat16, attn_implementation="flash_attention_2")(ids, attention_mask=mask)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("placed", [False, True])
+def test_a_window_shows_the_last_keys_up_to_a_querys_own_place(placed, padded):
+    queries, past, window = 4, 3, 3
+    keys = past + queries
+    padding = torch.ones(2, keys, dtype=torch.long)
+    padding[0, :2] = 0
+    where = torch.arange(past, keys) if placed else past
+    told = dict(batch=2, queries=queries, keys=keys, position_ids=None, device=torch.device("cpu"), causal=True)
+    found = visibility(padding if padded else None, past=where, window=window, **told)
+    place, key = torch.arange(past, keys)[:, None], torch.arange(keys)
+    expected = (key <= place) & (key > place - window)
+    expected = expected & (padding.bool()[:, None, None] if padded else True)
+    mask = found.mask if found.blind is None else found.mask & ~found.blind
+    assert torch.equal(mask.expand(2, 1, queries, keys), expected.expand(2, 1, queries, keys))
+    whole = visibility(None, past=0, window=queries, **(told | {"keys": queries}))
+    assert whole.mask is None and whole.causal  # a window that hides nothing costs no mask

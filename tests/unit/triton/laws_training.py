@@ -46,6 +46,11 @@ def assert_close(got, exact, size, roundings=0.5):
     assert (difference <= allowed).all(), float((difference / allowed).max())
 
 
+def tiny_mlp():
+    config = tiny_gemma.tiny_config()
+    return GemmaMLP(config, config.layer(0))
+
+
 @pytest.fixture
 def forced(monkeypatch):
     """The operators in the modules' place, on the CPU; what of them was called comes in a list."""
@@ -253,7 +258,7 @@ def test_gradients_are_what_differences_say(forced, act):
 
 def test_gradients_can_be_differentiated_again(forced, monkeypatch):
     """A gradient penalty's gradients, against the modules' own."""
-    mlp = GemmaMLP(tiny_gemma.tiny_config())
+    mlp = tiny_mlp()
     for i, p in enumerate(mlp.parameters()):
         p.data = random(*p.shape, dtype=torch.float32, seed=i, scale=0.3)
     norm = GemmaRMSNorm(40)
@@ -369,7 +374,7 @@ def compare(forced, monkeypatch, model, dtype, **more):
 
 
 def test_hooks_see_and_change_what_they_did(forced):
-    mlp, x = GemmaMLP(tiny_gemma.tiny_config()), random(2, 40, dtype=torch.float32)
+    mlp, x = tiny_mlp(), random(2, 40, dtype=torch.float32)
     for i, p in enumerate(mlp.parameters()):
         p.data = random(*p.shape, dtype=torch.float32, seed=i, scale=0.3)
     mlp.gate_proj.register_forward_hook(lambda module, inputs, output: output * 2)
@@ -382,7 +387,7 @@ def test_hooks_see_and_change_what_they_did(forced):
 
 
 def test_projections_that_give_different_dtypes_meet_in_torch(forced):
-    mlp, x = GemmaMLP(tiny_gemma.tiny_config()).to(torch.bfloat16), random(2, 40, dtype=torch.bfloat16)
+    mlp, x = tiny_mlp().to(torch.bfloat16), random(2, 40, dtype=torch.bfloat16)
     for i, p in enumerate(mlp.parameters()):
         p.data = random(*p.shape, dtype=torch.bfloat16, seed=i, scale=0.3)
     mlp.up_proj.register_forward_hook(lambda module, inputs, output: output.float())
@@ -394,7 +399,7 @@ def test_projections_that_give_different_dtypes_meet_in_torch(forced):
 
 
 def test_an_activation_of_the_users_own_is_called(forced):
-    mlp = GemmaMLP(tiny_gemma.tiny_config())
+    mlp = tiny_mlp()
     mlp.act_fn = torch.sin
     for p in mlp.parameters():
         p.data = random(*p.shape, dtype=torch.float32, scale=0.3)
