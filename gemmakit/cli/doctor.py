@@ -10,15 +10,18 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
+import gemmakit
 from gemmakit.auto import AutoConfig
-from gemmakit.checkpoint.inspect import memory
+from gemmakit.checkpoint.inspect import inspect, memory
 from gemmakit.checkpoint.memory import free_memory_bytes
 from gemmakit.cli import options as o
 from gemmakit.cli.env import available_cores, cpu_flags, cpu_name, missing_extras, versions
+from gemmakit.cli.inspection_report import inspect_tokenizer, lines
 from gemmakit.cli.shell import FAILED
 from gemmakit.config import GemmaConfig
 from gemmakit.dtypes import dtype_name
 from gemmakit.errors import InputError
+from gemmakit.hub import demo_model
 from gemmakit.progress import progress_bar
 
 # Instructions that multiply bfloat16 directly; without one of them it is emulated, slower than float32.
@@ -56,9 +59,6 @@ def doctor(
 
 
 def _checkpoint(path: Path, tensors: bool, deep: bool, allow_pickle: bool, json_: bool) -> int:
-    from gemmakit.checkpoint.inspect import inspect
-    from gemmakit.cli.inspection_report import inspect_tokenizer, lines
-
     with progress_bar("bytes") as progress:
         found = inspect(path, deep=deep, allow_pickle=allow_pickle, progress=progress)
     inspect_tokenizer(found)
@@ -111,8 +111,6 @@ def accelerators() -> list[dict[str, Any]]:
 
 def read_config(name: str | None, revision: str | None) -> tuple[str, GemmaConfig]:
     """What to call a model, and its configuration; without a name the demo model, or 2B where there is no demo."""
-    from gemmakit.hub import demo_model
-
     try:
         source = name or demo_model()
     except InputError:
@@ -157,10 +155,8 @@ def _hollow(config: GemmaConfig) -> Any:
     """The model without any memory for its weights."""
     import torch
 
-    from gemmakit.pytorch.heads import GemmaForCausalLM
-
     with torch.device("meta"):
-        return GemmaForCausalLM(config)
+        return gemmakit.GemmaForCausalLM(config)
 
 
 def _matrices(model: Any) -> Iterator[tuple[str, Any]]:
