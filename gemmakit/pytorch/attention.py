@@ -18,23 +18,37 @@ from gemmakit.config import GemmaConfig
 from gemmakit.errors import ConfigError, InputError, MissingDependency
 from gemmakit.pytorch.cache.core import Cache
 from gemmakit.pytorch.kernels.reference import rotate
-from gemmakit.pytorch.layers import Linear
+from gemmakit.pytorch.layers import Linear, RotaryTables
 from gemmakit.pytorch.masks import Rule, Visibility
+from gemmakit.pytorch.shapes import Bool, Float, Int
 
 
 class Attend(Protocol):
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, visible: Visibility, *, scale: float, dropout: float
-    ) -> tuple[Tensor, Tensor | None]: ...
+        self,
+        q: Float[Tensor, "B N S H"],
+        k: Float[Tensor, "B K T H"],
+        v: Float[Tensor, "B K T H"],
+        visible: Visibility,
+        *,
+        scale: float,
+        dropout: float,
+    ) -> tuple[Float[Tensor, "B N S H"], Float[Tensor, "B N S T"] | None]: ...
 
 
 def eager(
-    q: Tensor, k: Tensor, v: Tensor, visible: Visibility, *, scale: float, dropout: float = 0.0
-) -> tuple[Tensor, Tensor]:
+    q: Float[Tensor, "B N S H"],
+    k: Float[Tensor, "B K T H"],
+    v: Float[Tensor, "B K T H"],
+    visible: Visibility,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+) -> tuple[Float[Tensor, "B N S H"], Float[Tensor, "B N S T"]]:
     """Grouped-query attention written out: query head n reads kv head n // (N // K).
 
-    q: (B, N, S, H); k, v: (B, K, T, H). Returns the output (B, N, S, H) and the weights (B, N, S, T).
-    A query that may look nowhere gets zeros, in both. Softmax in float32. Source: arXiv:1911.02150, arXiv:2305.13245.
+    Returns the output and the weights. A query that may look nowhere gets zeros, in both.
+    Softmax in float32. Source: arXiv:1911.02150, arXiv:2305.13245.
     """
     B, N, S, H = q.shape
     K, T = k.shape[1], k.shape[2]
@@ -55,8 +69,14 @@ def eager(
 
 
 def sdpa(
-    q: Tensor, k: Tensor, v: Tensor, visible: Visibility, *, scale: float, dropout: float = 0.0
-) -> tuple[Tensor, None]:
+    q: Float[Tensor, "B N S H"],
+    k: Float[Tensor, "B K T H"],
+    v: Float[Tensor, "B K T H"],
+    visible: Visibility,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+) -> tuple[Float[Tensor, "B N S H"], None]:
     """The same through torch's fused kernels; no weights come back."""
     if visible.segments is not None:
         alone, lengths = visible._replace(segments=None), list(visible.segments)
@@ -79,8 +99,8 @@ def sdpa(
     return out, None
 
 
-def _shared(x: Tensor, heads: int) -> Tensor:
-    """(B, K, T, H) -> (B, N, T, H), each kv head standing for its group; a single head is not copied."""
+def _shared(x: Float[Tensor, "B K T H"], heads: int) -> Float[Tensor, "B N T H"]:
+    """Each kv head standing for its group; a single head is not copied."""
     K = x.shape[1]
     if heads == K:
         return x
@@ -90,14 +110,20 @@ def _shared(x: Tensor, heads: int) -> Tensor:
 class Sequences(NamedTuple):
     """The tokens that are not padding, laid end to end: which of B * S they are, where each sequence begins."""
 
-    tokens: Tensor  # (n,)
-    starts: Tensor  # int32 (sequences + 1,)
+    tokens: Int[Tensor, " n"]
+    starts: Int[Tensor, " sequences+1"]  # int32
     longest: int
 
 
 def flash(
-    q: Tensor, k: Tensor, v: Tensor, visible: Visibility, *, scale: float, dropout: float = 0.0
-) -> tuple[Tensor, None]:
+    q: Float[Tensor, "B N S H"],
+    k: Float[Tensor, "B K T H"],
+    v: Float[Tensor, "B K T H"],
+    visible: Visibility,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+) -> tuple[Float[Tensor, "B N S H"], None]:
     """Through the flash_attn package: padding is left out of the computation, and its queries give zeros.
 
     What that package cannot say (the caller's own 4-D mask, places given by a tensor) and a window run as `sdpa`.
@@ -149,15 +175,21 @@ def _sequences(rule: Rule) -> tuple[Sequences, Sequences]:
     return both, both
 
 
-def _laid_out(real: Tensor) -> Sequences:
+def _laid_out(real: Bool[Tensor, "B T"]) -> Sequences:
     lengths = real.sum(-1)
     starts = F.pad(lengths.cumsum(0), (1, 0)).int()
     return Sequences(real.flatten().nonzero().flatten(), starts, int(lengths.max()))
 
 
 def flex(
-    q: Tensor, k: Tensor, v: Tensor, visible: Visibility, *, scale: float, dropout: float = 0.0
-) -> tuple[Tensor, None]:
+    q: Float[Tensor, "B N S H"],
+    k: Float[Tensor, "B K T H"],
+    v: Float[Tensor, "B K T H"],
+    visible: Visibility,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+) -> tuple[Float[Tensor, "B N S H"], None]:
     """Through torch's flex_attention, compiled on an accelerator: blocks that nobody may see are skipped.
 
     What it cannot do (dropout, gradients on the CPU), and the caller's own 4-D mask, runs as `sdpa`.
@@ -261,14 +293,14 @@ class GemmaAttention(nn.Module):
 
     def forward(
         self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
+        hidden_states: Float[Tensor, "B S D"],
+        position_embeddings: RotaryTables,
         visible: Visibility,
         past_key_values: Cache | None = None,
-        cache_position: Tensor | None = None,
+        cache_position: Int[Tensor, " S"] | None = None,
         output_attentions: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states: (B, S, D). Returns (B, S, D) and, when asked, the weights (B, N, S, T)."""
+    ) -> tuple[Float[Tensor, "B S D"], Float[Tensor, "B N S T"] | None]:
+        """What the layer adds and, when asked, the weights."""
         q, k, v = (project(hidden_states) for project in (self.q_proj, self.k_proj, self.v_proj))
         arguments = (position_embeddings, visible, past_key_values, cache_position, output_attentions)
         out, weights = self.attend(q, k, v, *arguments)
@@ -276,16 +308,16 @@ class GemmaAttention(nn.Module):
 
     def attend(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
+        q: Float[Tensor, "B S NH"],
+        k: Float[Tensor, "B S KH"],
+        v: Float[Tensor, "B S KH"],
+        position_embeddings: RotaryTables,
         visible: Visibility,
         past_key_values: Cache | None = None,
-        cache_position: Tensor | None = None,
+        cache_position: Int[Tensor, " S"] | None = None,
         output_attentions: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """What happens between the projections. q: (B, S, N * H); k, v: (B, S, K * H). Returns (B, S, N * H)."""
+    ) -> tuple[Float[Tensor, "B S NH"], Float[Tensor, "B N S T"] | None]:
+        """What happens between the projections; NH is N * H, KH is K * H."""
         B, S, _ = q.shape
         q, k, v = (x.view(B, S, -1, self.head_dim).transpose(1, 2) for x in (q, k, v))
         cos, sin = position_embeddings

@@ -28,6 +28,7 @@ from gemmakit.pytorch.loss import IGNORED_LABEL, causal_loss, check_labels, chun
 from gemmakit.pytorch.model import GemmaModel
 from gemmakit.pytorch.pretrained import GemmaPreTrainedModel
 from gemmakit.pytorch.quantize import QuantizedLinear
+from gemmakit.pytorch.shapes import Float, Int, Shaped
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 # The field's common default where a configuration names none; only token classification drops.
@@ -66,17 +67,17 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
+        input_ids: Int[Tensor, "B S"] | None = None,
+        attention_mask: Shaped[Tensor, "B _"] | Shaped[Tensor, "_ _ _ _"] | None = None,
+        position_ids: Int[Tensor, "#B S"] | None = None,
         past_key_values: Cache | tuple[tuple[Tensor, Tensor], ...] | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
+        inputs_embeds: Float[Tensor, "B S D"] | None = None,
+        labels: Int[Tensor, "B S"] | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        cache_position: Tensor | None = None,
+        cache_position: Int[Tensor, " S"] | None = None,
         logits_to_keep: int | Tensor = 0,
         *,
         is_causal: bool | None = None,
@@ -137,7 +138,7 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         past_key_values: Cache | None = None,
         attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
+        inputs_embeds: Float[Tensor, "B S D"] | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The arguments of the next forward pass: of the ids (B, S) those that the cache does not hold.
@@ -173,17 +174,17 @@ class GemmaForSequenceClassification(GemmaPreTrainedModel):
 
     def forward(
         self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
+        input_ids: Int[Tensor, "B S"] | None = None,
+        attention_mask: Shaped[Tensor, "B _"] | Shaped[Tensor, "_ _ _ _"] | None = None,
+        position_ids: Int[Tensor, "#B S"] | None = None,
         past_key_values: Cache | tuple[tuple[Tensor, Tensor], ...] | None = None,
-        inputs_embeds: Tensor | None = None,
+        inputs_embeds: Float[Tensor, "B S D"] | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        cache_position: Tensor | None = None,
+        cache_position: Int[Tensor, " S"] | None = None,
         *,
         is_causal: bool | None = None,
     ) -> SequenceClassifierOutputWithPast | tuple[Any, ...]:
@@ -253,17 +254,17 @@ class GemmaForTokenClassification(GemmaPreTrainedModel):
 
     def forward(
         self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
+        input_ids: Int[Tensor, "B S"] | None = None,
+        attention_mask: Shaped[Tensor, "B _"] | Shaped[Tensor, "_ _ _ _"] | None = None,
+        position_ids: Int[Tensor, "#B S"] | None = None,
         past_key_values: Cache | tuple[tuple[Tensor, Tensor], ...] | None = None,
-        inputs_embeds: Tensor | None = None,
+        inputs_embeds: Float[Tensor, "B S D"] | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        cache_position: Tensor | None = None,
+        cache_position: Int[Tensor, " S"] | None = None,
         *,
         is_causal: bool | None = None,
     ) -> TokenClassifierOutput | tuple[Any, ...]:

@@ -17,6 +17,7 @@ from gemmakit.pytorch.kernels import linear
 from gemmakit.pytorch.kernels.ids import Activation
 from gemmakit.pytorch.kernels.reference import ACTIVATION_OF, ACTIVATIONS
 from gemmakit.pytorch.kernels.training import fuses, gated, rms_norm
+from gemmakit.pytorch.shapes import Float, Int
 from gemmakit.rotary import FOLLOW_LENGTH, Arrays, frequencies
 
 
@@ -28,8 +29,8 @@ class GemmaRMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.zeros(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., D); same shape and dtype out."""
+    def forward(self, x: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows D"]:
+        """In x's dtype."""
         if fuses(x, self.weight):
             return rms_norm(x, self.weight, self.eps)
         y = x.float()
@@ -47,7 +48,7 @@ class Linear(nn.Linear):
     def reset_parameters(self) -> None:
         pass
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Float[Tensor, "*rows I"]) -> Float[Tensor, "*rows O"]:
         return linear(input, self.weight, self.bias)
 
 
@@ -57,8 +58,7 @@ class GemmaScaledEmbedding(nn.Embedding):
     def reset_parameters(self) -> None:
         pass  # the model fills it
 
-    def forward(self, input: Tensor) -> Tensor:
-        """input: (B, S) ids -> (B, S, D)."""
+    def forward(self, input: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows D"]:
         # A Python float would multiply unrounded; a 0-d tensor of the weight's dtype rounds as training did.
         scale = torch.full((), self.embedding_dim**0.5, dtype=self.weight.dtype, device=self.weight.device)
         return super().forward(input) * scale
@@ -88,8 +88,7 @@ class GemmaMLP(nn.Module):
         self.down_proj = Linear(F_, D, bias=False)
         self.act_fn = activation(config.hidden_act)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (B, S, D), same out."""
+    def forward(self, x: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows D"]:
         if fuses(x) and self.act_fn in ACTIVATION_OF:
             return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), ACTIVATION_OF[self.act_fn]))
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
@@ -128,6 +127,10 @@ class LayerParts(NamedTuple):
         return [(name, norm) for name, norm in zip(self.norm_names, self.norms, strict=True) if name and norm]
 
 
+# Cosine and sine of each position; with 1 for B they are every row's.
+RotaryTables = tuple[Float[Tensor, "#B 1 S H"], Float[Tensor, "#B 1 S H"]]
+
+
 class GemmaRotaryEmbedding(nn.Module):
     """Cosine and sine tables for the positions at hand.
 
@@ -158,8 +161,8 @@ class GemmaRotaryEmbedding(nn.Module):
         return self
 
     @torch.no_grad()
-    def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """position_ids: (B or 1, S) -> cos, sin: (B or 1, 1, S, H) in `dtype`, to broadcast over heads."""
+    def forward(self, position_ids: Int[Tensor, "B S"], dtype: torch.dtype) -> RotaryTables:
+        """In `dtype`, to broadcast over heads; B is 1 where all rows have the same positions."""
         inv_freq, scaling = self.inv_freq, self.attention_scaling
         if self.config.rope(self.rope)["rope_type"] in FOLLOW_LENGTH:
             length = int(position_ids.max()) + 1 if position_ids.numel() else 1

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gemmakit.errors import InputError
+from gemmakit.pytorch.shapes import Bool, Int, Shaped
 
 
 @dataclass
@@ -25,11 +26,11 @@ class Rule:
     """
 
     causal: bool
-    past: int | Tensor
+    past: int | Int[Tensor, " S"]
     queries: int
     keys: int
-    padding: Tensor | None
-    documents: Tensor | None
+    padding: Bool[Tensor, "B T"] | None
+    documents: Int[Tensor, "#B S"] | None
     device: torch.device
     window: int | None = None
     derived: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -80,9 +81,9 @@ class Visibility(NamedTuple):
     rule: all of it in terms, where the kernel asked for no mask; the three above then say nothing.
     """
 
-    mask: Tensor | None
+    mask: Shaped[Tensor, "#B 1 S T"] | None
     causal: bool = False
-    blind: Tensor | None = None
+    blind: Bool[Tensor, "#B 1 S 1"] | None = None
     rule: Rule | None = None
     segments: tuple[int, ...] | None = None
 
@@ -96,14 +97,14 @@ def segments_pay(documents: int, tokens: int) -> bool:
 
 
 def visibility(
-    attention_mask: Tensor | None,
+    attention_mask: Shaped[Tensor, "B T"] | Shaped[Tensor, "_ _ _ _"] | None,
     *,
     batch: int,
     queries: int,
     keys: int,
-    past: int | Tensor,
+    past: int | Int[Tensor, " S"],
     causal: bool,
-    position_ids: Tensor | None,
+    position_ids: Int[Tensor, "#B S"] | None,
     device: torch.device,
     window: int | None = None,
     dense: bool = True,
@@ -146,7 +147,7 @@ def visibility(
     return rule.masked() if dense else Visibility(None, rule=rule)
 
 
-def _given(mask: Tensor, batch: int, queries: int, keys: int) -> Visibility:
+def _given(mask: Shaped[Tensor, "_ _ _ _"], batch: int, queries: int, keys: int) -> Visibility:
     ok = mask.shape[0] in (1, batch) and mask.shape[2] in (1, queries) and mask.shape[3] >= keys
     if not ok:
         raise InputError(
@@ -165,8 +166,10 @@ def _given(mask: Tensor, batch: int, queries: int, keys: int) -> Visibility:
     return Visibility(mask.masked_fill(blind, 0.0), blind=blind)
 
 
-def _padding(attention_mask: Tensor | None, batch: int, keys: int, whole_buffer: bool) -> Tensor | None:
-    """The 2-D mask as bool (B, T), or None when it hides nothing (looked up only where that waits for no device).
+def _padding(
+    attention_mask: Shaped[Tensor, "B _"] | None, batch: int, keys: int, whole_buffer: bool
+) -> Bool[Tensor, "B T"] | None:
+    """The 2-D mask as bool, or None when it hides nothing (looked up only where that waits for no device).
 
     whole_buffer: keys are all places of a static cache; a mask over the tokens so far is widened to them, for the
     causal rule hides the places that are not written yet.
@@ -189,8 +192,8 @@ def _padding(attention_mask: Tensor | None, batch: int, keys: int, whole_buffer:
     return padding
 
 
-def _documents(position_ids: Tensor | None) -> Tensor | None:
-    """Number the packed documents, (B, S), by the places where positions do not go up by one; None if there is one."""
+def _documents(position_ids: Int[Tensor, "B S"] | None) -> Int[Tensor, "B S"] | None:
+    """Number the packed documents by the places where positions do not go up by one; None if there is one."""
     if position_ids is None or position_ids.shape[1] < 2:
         return None
     starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
@@ -199,7 +202,7 @@ def _documents(position_ids: Tensor | None) -> Tensor | None:
     return torch.nn.functional.pad(starts.cumsum(-1), (1, 0))
 
 
-def _segments(documents: Tensor) -> tuple[int, ...] | None:
+def _segments(documents: Int[Tensor, "B S"]) -> tuple[int, ...] | None:
     """The lengths of one row's documents (1, S), where they are long enough; None otherwise."""
     if documents.shape[0] != 1 or torch.compiler.is_compiling():
         return None

@@ -27,9 +27,11 @@ from gemmakit.pytorch.layers import (
     GemmaScaledEmbedding,
     LayerNorms,
     LayerParts,
+    RotaryTables,
 )
 from gemmakit.pytorch.masks import Visibility, visibility
 from gemmakit.pytorch.pretrained import GemmaPreTrainedModel
+from gemmakit.pytorch.shapes import Float, Int, Shaped
 
 
 class GemmaDecoderLayer(nn.Module):
@@ -48,14 +50,14 @@ class GemmaDecoderLayer(nn.Module):
 
     def forward(
         self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
+        hidden_states: Float[Tensor, "B S D"],
+        position_embeddings: RotaryTables,
         visible: Visibility,
         past_key_values: Cache | None = None,
-        cache_position: Tensor | None = None,
+        cache_position: Int[Tensor, " S"] | None = None,
         output_attentions: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states: (B, S, D), same out; the attention weights when asked.
+    ) -> tuple[Float[Tensor, "B S D"], Float[Tensor, "B N S T"] | None]:
+        """The next hidden states; the attention weights when asked.
 
         A decoding step takes the fused form of this layer where there is one: see `fused`.
         """
@@ -83,7 +85,7 @@ class GemmaDecoderLayer(nn.Module):
         return LayerParts(attention, mlp, self.norms(), self.norm_names, q, k, v, o, gate, up, down, act)  # type: ignore[arg-type]
 
 
-def _through(norm: nn.Module | None, x: Tensor) -> Tensor:
+def _through(norm: nn.Module | None, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
     return x if norm is None else norm(x)
 
 
@@ -107,16 +109,16 @@ class GemmaModel(GemmaPreTrainedModel):
 
     def forward(
         self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
+        input_ids: Int[Tensor, "B S"] | None = None,
+        attention_mask: Shaped[Tensor, "B _"] | Shaped[Tensor, "_ _ _ _"] | None = None,
+        position_ids: Int[Tensor, "#B S"] | None = None,
         past_key_values: Cache | tuple[tuple[Tensor, Tensor], ...] | None = None,
-        inputs_embeds: Tensor | None = None,
+        inputs_embeds: Float[Tensor, "B S D"] | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        cache_position: Tensor | None = None,
+        cache_position: Int[Tensor, " S"] | None = None,
         *,
         is_causal: bool | None = None,
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
@@ -204,7 +206,7 @@ class GemmaModel(GemmaPreTrainedModel):
         )
         return out if return_dict else out.to_tuple()
 
-    def _embed(self, input_ids: Tensor | None) -> Tensor:
+    def _embed(self, input_ids: Int[Tensor, "B S"] | None) -> Float[Tensor, "B S D"]:
         if input_ids is None:
             raise InputError("neither input_ids nor inputs_embeds is given: give exactly one of them.")
         check_tensor("input_ids", input_ids)

@@ -21,8 +21,9 @@ from gemmakit.pytorch.fused.weights import misfit, weight_of
 from gemmakit.pytorch.kernels import Decision, PackedWeight, cpu
 from gemmakit.pytorch.kernels.linear import takes_bytes
 from gemmakit.pytorch.kernels.reference import ACTIVATION_OF
-from gemmakit.pytorch.layers import LayerParts
+from gemmakit.pytorch.layers import LayerParts, RotaryTables
 from gemmakit.pytorch.masks import Visibility
+from gemmakit.pytorch.shapes import Float, Int
 
 # Below so many bytes a second thread costs more than it saves.
 ALONE = 1 << 18
@@ -101,17 +102,21 @@ class NativeLayer(FusedLayer):
         beyond = "; beyond that too, in products of bytes" if self.any_rows else ""
         return Decision(f"{cpu.decision()}{attention}, without gradients, up to {MAX_ROWS} rows{beyond}")
 
-    def norm_qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def norm_qkv(
+        self, x: Float[Tensor, "B S D"]
+    ) -> tuple[Float[Tensor, "B S NH"], Float[Tensor, "B S KH"], Float[Tensor, "B S KH"]]:
         q, k, v = self._norm_project(x, self.parts.norms.before_attention, self.qkv)
         return q, k, v
 
-    def attention_add(self, attended: Tensor, residual: Tensor) -> Tensor:
+    def attention_add(
+        self, attended: Float[Tensor, "B S NH"], residual: Float[Tensor, "B S D"]
+    ) -> Float[Tensor, "B S D"]:
         return self._project(attended, self.o, residual.contiguous())[0]
 
-    def mlp_add(self, gated: Tensor, residual: Tensor) -> Tensor:
+    def mlp_add(self, gated: Float[Tensor, "B S F"], residual: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
         return self._project(gated, self.down, residual.contiguous())[0]
 
-    def norm_gate_up(self, x: Tensor) -> Tensor:
+    def norm_gate_up(self, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B S F"]:
         stack, act, norm = self.gate_up, self.act, self.parts.norms.before_mlp
         B, S, _ = x.shape
         if act is None or B * S > cpu.MAX_ROWS:
@@ -134,14 +139,14 @@ class NativeLayer(FusedLayer):
         assert not failed, f"norm_gate_up takes 1 to {cpu.MAX_ROWS} rows, got {B * S}"
         return y
 
-    def _gated(self, act: int, gate: Tensor, up: Tensor) -> Tensor:
+    def _gated(self, act: int, gate: Float[Tensor, "B S F"], up: Float[Tensor, "B S F"]) -> Float[Tensor, "B S F"]:
         """In the memory of `gate`."""
         at, threads = gate.data_ptr(), torch.get_num_threads()
         failed = self.library.gemmakit_gated(self.format, act, at, up.data_ptr(), at, gate.numel(), threads)
         assert not failed
         return gate
 
-    def _norm_project(self, x: Tensor, norm: Any, stack: Stack) -> list[Tensor]:
+    def _norm_project(self, x: Float[Tensor, "B S D"], norm: Any, stack: Stack) -> list[Float[Tensor, "B S _"]]:
         B, S, D = x.shape
         if B * S > cpu.MAX_ROWS:
             return self._project(self._rms_norm(x, norm), stack)
@@ -162,7 +167,7 @@ class NativeLayer(FusedLayer):
         assert not failed, f"norm_project takes 1 to {cpu.MAX_ROWS} rows, got {B * S} of {D}"
         return ys
 
-    def _rms_norm(self, x: Tensor, norm: Any) -> Tensor:
+    def _rms_norm(self, x: Float[Tensor, "B S D"], norm: Any) -> Float[Tensor, "B S D"]:
         x, weight = x.contiguous(), norm.weight
         y, D = torch.empty_like(x), x.shape[-1]
         kind, threads = cpu.FORMATS[weight.dtype], torch.get_num_threads()
@@ -172,7 +177,9 @@ class NativeLayer(FusedLayer):
         assert not failed
         return y
 
-    def _project(self, x: Tensor, stack: Stack, residual: Tensor | None = None) -> list[Tensor]:
+    def _project(
+        self, x: Float[Tensor, "B S I"], stack: Stack, residual: Float[Tensor, "B S D"] | None = None
+    ) -> list[Float[Tensor, "B S _"]]:
         B, S, _ = x.shape
         x = x.contiguous()
         ys = [x.new_empty(B, S, out) for out in stack.outs]
@@ -191,14 +198,14 @@ class NativeLayer(FusedLayer):
 
     def attend(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        tables: tuple[Tensor, Tensor],
+        q: Float[Tensor, "B S NH"],
+        k: Float[Tensor, "B S KH"],
+        v: Float[Tensor, "B S KH"],
+        tables: RotaryTables,
         visible: Visibility,
         cache: Cache | None,
-        cache_position: Tensor | None,
-    ) -> Tensor:
+        cache_position: Int[Tensor, " S"] | None,
+    ) -> Float[Tensor, "B S NH"]:
         """What the native kernel does not take goes through torch, cache and all."""
         B, S, width = q.shape
         attention = self.parts.self_attn

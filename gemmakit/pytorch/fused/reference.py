@@ -9,8 +9,9 @@ from torch import Tensor
 
 from gemmakit.pytorch.cache import Cache
 from gemmakit.pytorch.kernels import Decision
-from gemmakit.pytorch.layers import LayerParts
+from gemmakit.pytorch.layers import LayerParts, RotaryTables
 from gemmakit.pytorch.masks import Visibility
+from gemmakit.pytorch.shapes import Float, Int
 
 # A step of more rows (B * S) is matrix work, which the modules do best, but for forms that say otherwise.
 MAX_ROWS = 8
@@ -31,44 +32,48 @@ class FusedLayer:
 
     def __call__(
         self,
-        x: Tensor,
-        tables: tuple[Tensor, Tensor],
+        x: Float[Tensor, "B S D"],
+        tables: RotaryTables,
         visible: Visibility,
         cache: Cache | None,
-        cache_position: Tensor | None,
-    ) -> Tensor:
-        """The whole layer: (B, S, D) -> (B, S, D)."""
+        cache_position: Int[Tensor, " S"] | None,
+    ) -> Float[Tensor, "B S D"]:
+        """The whole layer."""
         q, k, v = self.norm_qkv(x)
         x = self.attention_add(self.attend(q, k, v, tables, visible, cache, cache_position), x)
         return self.mlp_add(self.norm_gate_up(x), x)
 
-    def norm_qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x: (B, S, D) -> (B, S, N * H), (B, S, K * H), (B, S, K * H)."""
+    def norm_qkv(
+        self, x: Float[Tensor, "B S D"]
+    ) -> tuple[Float[Tensor, "B S NH"], Float[Tensor, "B S KH"], Float[Tensor, "B S KH"]]:
+        """NH is N * H, KH is K * H."""
         p, normed = self.parts, self.parts.norms.before_attention(x)
         return p.q_proj(normed), p.k_proj(normed), p.v_proj(normed)
 
     def attend(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        tables: tuple[Tensor, Tensor],
+        q: Float[Tensor, "B S NH"],
+        k: Float[Tensor, "B S KH"],
+        v: Float[Tensor, "B S KH"],
+        tables: RotaryTables,
         visible: Visibility,
         cache: Cache | None,
-        cache_position: Tensor | None,
-    ) -> Tensor:
-        """Rotate q and k, append k and v to the cache, attend: (B, S, N * H)."""
+        cache_position: Int[Tensor, " S"] | None,
+    ) -> Float[Tensor, "B S NH"]:
+        """Rotate q and k, append k and v to the cache, attend."""
         return self.parts.self_attn.attend(q, k, v, tables, visible, cache, cache_position)[0]
 
-    def attention_add(self, attended: Tensor, residual: Tensor) -> Tensor:
-        """residual + o_proj(attended): (B, S, D)."""
+    def attention_add(
+        self, attended: Float[Tensor, "B S NH"], residual: Float[Tensor, "B S D"]
+    ) -> Float[Tensor, "B S D"]:
+        """residual + o_proj(attended)."""
         return residual + self.parts.o_proj(attended)
 
-    def norm_gate_up(self, x: Tensor) -> Tensor:
-        """act(gate_proj(norm(x))) * up_proj(norm(x)): (B, S, F)."""
+    def norm_gate_up(self, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B S F"]:
+        """act(gate_proj(norm(x))) * up_proj(norm(x))."""
         p, normed = self.parts, self.parts.norms.before_mlp(x)
         return p.act_fn(p.gate_proj(normed)) * p.up_proj(normed)
 
-    def mlp_add(self, gated: Tensor, residual: Tensor) -> Tensor:
-        """residual + down_proj(gated): (B, S, D)."""
+    def mlp_add(self, gated: Float[Tensor, "B S F"], residual: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
+        """residual + down_proj(gated)."""
         return residual + self.parts.down_proj(gated)

@@ -29,6 +29,7 @@ from gemmakit.pytorch.kernels.ids import WeightFormat
 from gemmakit.pytorch.kernels.packed import PackedWeight
 from gemmakit.pytorch.kernels.panels import multiply, multiply_back, product_dtype
 from gemmakit.pytorch.kernels.triton import launch
+from gemmakit.pytorch.shapes import Float
 
 # Smaller weights stay in the processor's caches, where torch is as good and the call costs more than it saves.
 MIN_WEIGHT = 1 << 20
@@ -38,8 +39,10 @@ GPU = {"cuda"}
 FEW_ROWS = {8: 16, 4: 24}
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x: (..., I), weight: (O, I), bias: (O,) or None -> (..., O), in x's dtype, summed in float32."""
+def linear(
+    x: Float[Tensor, "*rows I"], weight: Float[Tensor, "O I"], bias: Float[Tensor, " O"] | None = None
+) -> Float[Tensor, "*rows O"]:
+    """In x's dtype, summed in float32."""
     if weight.device.type in GPU and not torch.is_grad_enabled() and _few_on_gpu(x, weight):
         return torch.ops.gemmakit.linear_rows(x, weight, bias)
     if (
@@ -71,8 +74,10 @@ def _few_on_gpu(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def linear_packed(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """x: (..., I), packed: (O, I) of weights, bias: (O,) or None -> (..., O), in x's dtype.
+def linear_packed(
+    x: Float[Tensor, "*rows I"], packed: PackedWeight, bias: Float[Tensor, " O"] | None = None
+) -> Float[Tensor, "*rows O"]:
+    """In x's dtype; packed: (O, I) of weights.
 
     Gradients reach x and the bias.
     """
@@ -141,7 +146,9 @@ def _linear_rows_on_gpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
         return F.linear(x, weight, bias)
 
 
-def _linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _linear_rows(
+    x: Float[Tensor, "*rows I"], weight: Float[Tensor, "O I"], bias: Float[Tensor, " O"] | None
+) -> Float[Tensor, "*rows O"]:
     shape = (*x.shape[:-1], weight.shape[0])
     if x.numel() == 0:
         return x.new_empty(shape)
@@ -151,14 +158,18 @@ def _linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return (few_rows if few else multiply)(flat, weight, bias).view(shape)
 
 
-def few_rows(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None) -> Tensor:
-    """x: (M, I), in pieces of at most eight rows, none much smaller than the others."""
+def few_rows(
+    x: Float[Tensor, "M I"], weight: Float[Tensor, "O I"] | PackedWeight, bias: Float[Tensor, " O"] | None
+) -> Float[Tensor, "M O"]:
+    """x in pieces of at most eight rows, none much smaller than the others."""
     if len(x) <= MAX_ROWS:
         return _native(x, weight, bias)
     return torch.cat([_native(piece, weight, bias) for piece in x.tensor_split(-(-len(x) // MAX_ROWS))])
 
 
-def _native(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None) -> Tensor:
+def _native(
+    x: Float[Tensor, "M I"], weight: Float[Tensor, "O I"] | PackedWeight, bias: Float[Tensor, " O"] | None
+) -> Float[Tensor, "M O"]:
     bias = None if bias is None else bias.to(x.dtype).contiguous()
     return cpu.project(x, [cpu.matrix(weight, bias)])[0]
 
@@ -207,7 +218,9 @@ def _packed_on_gpu(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tens
     return multiply(x, packed, bias)
 
 
-def _packed_on_cpu(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+def _packed_on_cpu(
+    x: Float[Tensor, "M I"], packed: PackedWeight, bias: Float[Tensor, " O"] | None
+) -> Float[Tensor, "M O"]:
     if cpu.library() is None:
         _warn_once()
     elif x.dtype in cpu.FORMATS and cpu.reads(packed):

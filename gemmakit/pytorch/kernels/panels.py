@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gemmakit.pytorch.kernels import cpu
 from gemmakit.pytorch.kernels.packed import PackedWeight, dequantize
+from gemmakit.pytorch.shapes import Float
 
 # A share of a large cache; smaller panels would make more, less efficient, products.
 PANEL_BYTES = 4 << 20
@@ -50,8 +51,10 @@ def panels(weight: Tensor | PackedWeight, dtype: torch.dtype) -> Panels:
         yield part, panel
 
 
-def multiply(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None) -> Tensor:
-    """x: (M, I) -> (M, O) in x's dtype."""
+def multiply(
+    x: Float[Tensor, "M I"], weight: Float[Tensor, "O I"] | PackedWeight, bias: Float[Tensor, " O"] | None
+) -> Float[Tensor, "M O"]:
+    """In x's dtype."""
     dtype = product_dtype(x.dtype) if x.device.type == "cpu" else x.dtype
     y = x.new_empty(len(x), weight.shape[0])
     wide = x.to(dtype)
@@ -63,8 +66,8 @@ def multiply(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None) -> T
     return y
 
 
-def multiply_back(gradient: Tensor, weight: Tensor | PackedWeight) -> Tensor:
-    """gradient: (M, O) -> gradient @ weight: (M, I), in its dtype, summed over the panels in float32."""
+def multiply_back(gradient: Float[Tensor, "M O"], weight: Float[Tensor, "O I"] | PackedWeight) -> Float[Tensor, "M I"]:
+    """gradient @ weight, in its dtype, summed over the panels in float32."""
     dtype = product_dtype(gradient.dtype) if gradient.device.type == "cpu" else gradient.dtype
     total: Tensor | None = None
     for part, panel in panels(weight, dtype):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gemmakit.pytorch.kernels.ids import Activation
 from gemmakit.pytorch.kernels.packed import PackedWeight, dequantize
+from gemmakit.pytorch.shapes import Bool, Float
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -37,7 +38,7 @@ _ACTIVATIONS_BACK: dict[int, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Float[Tensor, "*rows D"], weight: Float[Tensor, " D"], eps: float) -> Float[Tensor, "*rows D"]:
     """x * rsqrt(mean(x^2) + eps) * (1 + weight) in float32, then rounded to x's dtype."""
     y = x.float()
     y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
@@ -68,7 +69,7 @@ def rms_norm_back(
     return for_x.to(x.dtype), sums.to(weight.dtype)
 
 
-def gated(gate: Tensor, up: Tensor, act: int) -> Tensor:
+def gated(gate: Float[Tensor, "*rows F"], up: Float[Tensor, "*rows F"], act: int) -> Float[Tensor, "*rows F"]:
     """act(gate) * up, the activation and the product rounded."""
     return ACTIVATIONS[act](gate) * up
 
@@ -92,7 +93,9 @@ def gate_up(x: Tensor, gate: Tensor | PackedWeight, up: Tensor | PackedWeight, a
     return activated * linear(x, up)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(
+    x: Float[Tensor, "B _ _ H"], cos: Float[Tensor, "#B _ _ H"], sin: Float[Tensor, "#B _ _ H"]
+) -> Float[Tensor, "B _ _ H"]:
     """Rotary embedding in the half-split layout: feature i turns with feature i + H/2.
 
     x: (B, heads, S, H), or (B, S, heads, H); cos, sin: the same with 1 for heads, and B or 1.
@@ -101,8 +104,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
 
 
-def attend(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scale: float) -> Tensor:
-    """q (B, S, N, H), rotated; keys, values (B, T, K, H); seen: bool (B or 1, S, T). Softmax in float32 -> q's shape.
+def attend(
+    q: Float[Tensor, "B S N H"],
+    keys: Float[Tensor, "B T K H"],
+    values: Float[Tensor, "B T K H"],
+    seen: Bool[Tensor, "#B S T"],
+    scale: float,
+) -> Float[Tensor, "B S N H"]:
+    """Of rotated queries; softmax in float32.
 
     A query that sees nothing gets zeros.
     """
