@@ -163,8 +163,9 @@ def test_leading_dimensions_stay(shape):
 def test_it_is_an_operator_that_compiles_and_exports(scheme):
     packed = random_packed(scheme, 7, 64)
     x = torch.randn(2, 64, requires_grad=True)
-    codes, scale, zero, I, group = packed
-    torch.library.opcheck(torch.ops.gemmakit.linear_packed.default, (x, codes, scale, zero, None, I, group))
+    codes, scale, zero, *facts = packed
+    facts = [int(fact) for fact in facts]
+    torch.library.opcheck(torch.ops.gemmakit.linear_packed.default, (x, codes, scale, zero, None, *facts))
 
     class Layer(torch.nn.Module):
         def forward(self, x):
