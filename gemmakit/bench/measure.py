@@ -16,6 +16,7 @@ from gemmakit.bench import STARTED
 from gemmakit.bench.timing import Work, anonymous_bytes, decode_key, filled, memory, prompt_ids, rates, seconds
 from gemmakit.checkpoint.memory import free_memory_bytes
 from gemmakit.config import GemmaConfig
+from gemmakit.dtypes import dtype_name
 from gemmakit.errors import InputError
 from gemmakit.hub import demo_model
 from gemmakit.pytorch.cache import DynamicCache
@@ -114,7 +115,7 @@ def weights_read(model: GemmaForCausalLM) -> dict[str, Any]:
     head_bytes = sum(t.nbytes for t in head.values())
     dtype = next(t.dtype for n, t in head.items() if n.endswith("weight"))
     return {
-        "weight_bytes": layers + head_bytes, "head_bytes": head_bytes, "head_dtype": str(dtype).removeprefix("torch."),
+        "weight_bytes": layers + head_bytes, "head_bytes": head_bytes, "head_dtype": dtype_name(dtype),
     }  # fmt: skip
 
 
@@ -209,7 +210,7 @@ def facts(model: GemmaForCausalLM) -> dict[str, Any]:
     """Which way decoding goes, and by what."""
     return {
         "torch": torch.__version__,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(model.dtype),
         "instruction_set": cpu.instruction_set() if model.device.type == "cpu" else None,
         "decode_plan": {k: str(v) for k, v in model.decode_plan().items()},
     }

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gemmakit.dtypes import dtype_name
 from gemmakit.pytorch.kernels import cpu, triton
 from gemmakit.pytorch.kernels.cpu import MAX_ROWS
 from gemmakit.pytorch.kernels.decision import Decision
@@ -104,7 +105,7 @@ def _plain_plan(weight: Tensor) -> Decision:
         return Decision(f"torch on {device.type}")
     torch_ = f"torch on {device.type}" if device.type in GPU else "torch"
     if weight.dtype not in known:
-        return Decision(torch_, f"{_name(weight.dtype)} has no {kernel} kernel")
+        return Decision(torch_, f"{dtype_name(weight.dtype)} has no {kernel} kernel")
     if weight.numel() < MIN_WEIGHT:
         few = f"{weight.numel():,} weights"
         return Decision(torch_, f"{few} are few" if device.type in GPU else f"{few} fit the caches")
@@ -126,13 +127,9 @@ def _packed_plan(packed: PackedWeight) -> Decision:
     if cpu.library() is None:
         return Decision(f"torch, {kind} expanded", cpu.decision().why)
     if not cpu.reads(packed):
-        return Decision(f"torch, {kind} expanded", f"no kernel reads scales of {_name(packed.scale.dtype)}")
+        return Decision(f"torch, {kind} expanded", f"no kernel reads scales of {dtype_name(packed.scale.dtype)}")
     many = "; beyond 8 rows activations in 8 bits" if takes_bytes(packed) else ""
     return Decision(f"native {cpu.instruction_set()} {kind}{many}")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 # -- plain weights -----------------------------------------------------------------------------------------------------
