@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from gemmakit.pytorch.cache import Cache, DynamicCache, StaticCache
 from gemmakit.pytorch.decode.processors import ScoresOnly
 from gemmakit.pytorch.decode.prompt import Prompt, Rows
+from gemmakit.pytorch.decode.protocols import CausalLM
 from gemmakit.pytorch.decode.sampling import greedy, sampler
 from gemmakit.pytorch.decode.step import Plan, Step, forward
 
@@ -61,7 +62,7 @@ class StaticStep:
     outlives it.
     """
 
-    def __init__(self, model: Any, rows: int, places: int, padded: bool, plan: Plan):
+    def __init__(self, model: CausalLM, rows: int, places: int, padded: bool, plan: Plan):
         device = model.device
 
         def made(*shape: int, dtype: torch.dtype = torch.long) -> Tensor:
@@ -170,7 +171,7 @@ class StaticStep:
 
 
 @contextmanager
-def recorded_step(model: Any, prompt: Prompt, plan: Plan) -> Generator[StaticStep | None]:
+def recorded_step(model: CausalLM, prompt: Prompt, plan: Plan) -> Generator[StaticStep | None]:
     """The recorded step for a call, recorded now if it was not yet; None, and a line in the log, where there is none.
 
     Whatever goes wrong meanwhile, no half-written memory is used again.
@@ -196,7 +197,7 @@ def recorded_step(model: Any, prompt: Prompt, plan: Plan) -> Generator[StaticSte
         store.lock.release()
 
 
-def why_not_call(model: Any, prompt: Prompt, plan: Plan) -> str | None:
+def why_not_call(model: CausalLM, prompt: Prompt, plan: Plan) -> str | None:
     """Why the steps of this call are not replayed, in words; None if they are."""
     if not plan.config.cuda_graphs:
         return "cuda_graphs is False"
@@ -235,7 +236,7 @@ def rounded(count: int) -> int:
     return -(-count // quarter) * quarter
 
 
-def _static_step(model: Any, prompt: Prompt, plan: Plan, store: CapturedSteps) -> StaticStep | None:
+def _static_step(model: CausalLM, prompt: Prompt, plan: Plan, store: CapturedSteps) -> StaticStep | None:
     """The recorded step for so many rows and places, kept or new; None if recording it failed."""
     capture = store.open(model, model.device)
     rows, padded = len(prompt.ids) * plan.copies, prompt.mask is not None
@@ -379,7 +380,7 @@ class CapturedSteps:
         self._capture: StepCapture | None = None
         self._identity: tuple[Any, ...] | None = None
 
-    def open(self, model: nn.Module, device: torch.device) -> StepCapture:
+    def open(self, model: CausalLM, device: torch.device) -> StepCapture:
         """The capture; forgets everything if the model is not what it was when the steps were recorded."""
         now = _identity(model)
         if self._identity is None or not _same(now, self._identity):
@@ -422,7 +423,7 @@ class CapturedSteps:
         return CapturedSteps, ()
 
 
-def captured_steps(model: nn.Module) -> CapturedSteps:
+def captured_steps(model: CausalLM) -> CapturedSteps:
     """What is kept of a model's recorded steps."""
     found = model.__dict__.get("_captured_steps")
     if found is None:
@@ -430,7 +431,7 @@ def captured_steps(model: nn.Module) -> CapturedSteps:
     return found
 
 
-def why_not(model: Any) -> str | None:
+def why_not(model: CausalLM) -> str | None:
     """Why no step of this model can be recorded, in words; None if it can."""
     device = model.device
     if device.type not in CAPTURES:
@@ -463,7 +464,7 @@ def _foreign(module: nn.Module) -> str | None:
     return None
 
 
-def log_once(model: Any, reason: str) -> None:
+def log_once(model: CausalLM, reason: str) -> None:
     """Log, once a model and reason, that steps run one by one."""
     said: set[str] = model.__dict__.setdefault("_said", set())
     if reason not in said:
@@ -471,14 +472,14 @@ def log_once(model: Any, reason: str) -> None:
         _log.debug("decoding runs step by step: %s", reason)
 
 
-def _tensors(model: nn.Module) -> Iterator[Tensor]:
+def _tensors(model: CausalLM) -> Iterator[Tensor]:
     for module in model.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
                 yield tensor
 
 
-def _identity(model: Any) -> tuple[Any, ...]:
+def _identity(model: CausalLM) -> tuple[Any, ...]:
     """What a recorded step depends on beside its own memory: the modules, where their tensors are, the settings."""
     addresses = tuple((t.data_ptr(), t.dtype) for t in _tensors(model))
     return tuple(model.modules()), addresses, dict(vars(model.config))

@@ -19,7 +19,7 @@ from gemmakit.pytorch.decode import arguments, batch, capture, processors, stopp
 from gemmakit.pytorch.decode.healing import heal
 from gemmakit.pytorch.decode.processors import AllowedTokens
 from gemmakit.pytorch.decode.prompt import Prompt, prepare
-from gemmakit.pytorch.decode.protocols import LogitsProcessorList
+from gemmakit.pytorch.decode.protocols import CausalLM, LogitsProcessorList
 from gemmakit.pytorch.decode.sampling import Exponential, greedy, row_generators, sampler
 from gemmakit.pytorch.decode.step import Plan, StepOutputs
 from gemmakit.pytorch.decode.strategies import BEAMS, STRATEGIES, choose, copies, transition_scores, tried
@@ -35,7 +35,7 @@ class GenerationMixin:
     generation_config: GenerationConfig
 
     def generate(
-        self,
+        self: CausalLM,
         inputs: Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         logits_processor: Iterable[processors.Processor] | None = None,
@@ -48,7 +48,7 @@ class GenerationMixin:
         streamer: Streamer | None = None,
         tokenizer: stopping.Decoder | None = None,
         generator: torch.Generator | None = None,
-        assistant_model: Any = None,
+        assistant_model: CausalLM | None = None,
         custom_generate: Callable[..., Any] | None = None,
         prefix_allowed_tokens_fn: AllowedTokens | None = None,
         negative_prompt_ids: Tensor | None = None,
@@ -109,7 +109,7 @@ class GenerationMixin:
         return decoding.run()
 
     def stream(
-        self,
+        self: CausalLM,
         inputs: Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         *,
@@ -144,13 +144,16 @@ class GenerationMixin:
         return events(tokens, tokenizer, skip_special_tokens)
 
     def stream_rows(
-        self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **arguments: Any
+        self: CausalLM,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        **arguments: Any,
     ) -> Generator[StepTokens]:
         """Continue prompts as generate() does, with its arguments; gives what each step brings to every row."""
         return begin(self, inputs, generation_config, **arguments).steps
 
     def generate_batch(
-        self,
+        self: CausalLM,
         prompts: Iterable[batch.Request | Sequence[int] | Tensor],
         generation_config: GenerationConfig | None = None,
         **options: Any,
@@ -158,17 +161,17 @@ class GenerationMixin:
         """Continue many prompts of any lengths, some at a time; options and results as in `batch.generate_batch`."""
         return batch.generate_batch(self, prompts, generation_config, **options)
 
-    def loop_plan(self) -> str:
+    def loop_plan(self: CausalLM) -> str:
         """How a step of greedy decoding or sampling is started, and why, in words, as far as the model decides it."""
         reason = capture.why_not(self)
         return "replayed from a graph" if reason is None else f"step by step ({reason})"
 
-    def free_graphs(self) -> int:
+    def free_graphs(self: CausalLM) -> int:
         """Let go of the steps that generate() recorded on the device and of their caches; gives the bytes of these.
 
         They are kept for later calls of the same shape: at most MAX_CAPTURED, in an eighth of the device's memory.
         """
-        store = capture.captured_steps(self)  # type: ignore[arg-type]
+        store = capture.captured_steps(self)
         with store.lock:
             freed = store.nbytes
             store.clear()
@@ -220,7 +223,7 @@ class Decoding:
 
 
 def begin(
-    model: Any,
+    model: CausalLM,
     inputs: Tensor | None,
     generation_config: GenerationConfig | None,
     *,
@@ -245,7 +248,7 @@ def begin(
 
 
 def _checked(
-    model: Any,
+    model: CausalLM,
     inputs: Tensor | None,
     generation_config: GenerationConfig | None,
     streamer: Streamer | None,
@@ -258,7 +261,7 @@ def _checked(
     past_key_values: Cache | None = None,
     tokenizer: stopping.Decoder | None = None,
     generator: torch.Generator | None = None,
-    assistant_model: Any = None,
+    assistant_model: CausalLM | None = None,
     custom_generate: Callable[..., Any] | None = None,
     prefix_allowed_tokens_fn: AllowedTokens | None = None,
     negative_prompt_ids: Tensor | None = None,
@@ -377,7 +380,9 @@ class Ends:
         return self._plan.ended(ids, scores) | (ids.shape[1] >= self.max_length)
 
 
-def _by_custom(custom: Callable[..., Any], model: Any, prompt: Prompt, plan: Plan, own: dict[str, Any]) -> Steps[Any]:
+def _by_custom(
+    custom: Callable[..., Any], model: CausalLM, prompt: Prompt, plan: Plan, own: dict[str, Any]
+) -> Steps[Any]:
     """What the caller's function returns; it brings all its tokens in one step, and does not say how rows ended."""
     out = custom(
         model,

@@ -18,6 +18,7 @@ from torch import Tensor
 from gemmakit.errors import InputError
 from gemmakit.pytorch.decode.processors import FORBIDDEN
 from gemmakit.pytorch.decode.prompt import Prompt
+from gemmakit.pytorch.decode.protocols import CausalLM
 from gemmakit.pytorch.decode.token_bytes import Tokenizer, token_table
 
 # The token that stood there needs no better reason to stay: "http" should not become "https" on a near tie.
@@ -25,7 +26,7 @@ _FAVOUR = 1.0
 _sorted: WeakKeyDictionary[Any, tuple[int, list[tuple[bytes, int]]]] = WeakKeyDictionary()
 
 
-def heal(model: Any, prompt: Prompt, tokenizer: Tokenizer | None) -> None:
+def heal(model: CausalLM, prompt: Prompt, tokenizer: Tokenizer | None) -> None:
     """Grow the last token of each row of the prompt again, in place. Costs one more pass over the prompt.
 
     A token without longer forms, a special one, or one with nothing before it stays. Raises InputError without a
@@ -63,7 +64,7 @@ def _best(scores: Tensor, tail: int, longer: Sequence[int]) -> Tensor:
     return kept.argmax()
 
 
-def _before_last(model: Any, prompt: Prompt) -> Tensor:
+def _before_last(model: CausalLM, prompt: Prompt) -> Tensor:
     """(B, V) float32: what the model expects in the place of the last token."""
     mask = None if prompt.mask is None else prompt.mask[:, :-1]
     out = model(

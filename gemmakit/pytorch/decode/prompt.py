@@ -19,6 +19,7 @@ from gemmakit.generation import GenerationConfig
 from gemmakit.outputs import CausalLMOutputWithPast
 from gemmakit.pytorch.cache import Cache, DynamicCache
 from gemmakit.pytorch.cache.kinds import new_cache
+from gemmakit.pytorch.decode.protocols import CausalLM
 from gemmakit.pytorch.decode.step import forward
 from gemmakit.pytorch.masks import MIN_SEGMENT, segments_pay
 
@@ -51,7 +52,7 @@ class Prompt:
 
 
 def prepare(
-    model: Any,
+    model: CausalLM,
     config: GenerationConfig,
     ids: Tensor | None,
     attention_mask: Tensor | None,
@@ -81,7 +82,7 @@ def prepare(
     return prompt, new
 
 
-def _ids(model: Any, ids: Tensor | None, embeds: Tensor | None, config: GenerationConfig) -> Tensor:
+def _ids(model: CausalLM, ids: Tensor | None, embeds: Tensor | None, config: GenerationConfig) -> Tensor:
     """The prompt's ids (B, P), checked; P is 0 where embeddings stand alone."""
     if embeds is not None:
         ids = torch.empty((embeds.shape[0], 0), dtype=torch.long, device=embeds.device) if ids is None else ids
@@ -197,7 +198,7 @@ def _new_tokens(
     return new
 
 
-def _new_cache(model: Any, config: GenerationConfig, ids: Tensor, embeds: Tensor | None, new: int) -> Cache | None:
+def _new_cache(model: CausalLM, config: GenerationConfig, ids: Tensor, embeds: Tensor | None, new: int) -> Cache | None:
     # Embeddings cannot be run again from ids, so they always need a cache.
     if not config.use_cache and embeds is None:
         return None
@@ -218,7 +219,14 @@ class Rows:
     """
 
     def __init__(
-        self, model: Any, prompt: Prompt, total: int, pad: int, *, attentions: bool = False, hidden_states: bool = False
+        self,
+        model: CausalLM,
+        prompt: Prompt,
+        total: int,
+        pad: int,
+        *,
+        attentions: bool = False,
+        hidden_states: bool = False,
     ):
         self.model, self.prompt, self.cache = model, prompt, prompt.cache
         self.attentions, self.hidden_states = attentions, hidden_states
@@ -340,7 +348,7 @@ class Unpacking(Cache):
         return 0, queries
 
 
-def packing_pays(model: Any, mask: Tensor) -> bool:
+def packing_pays(model: CausalLM, mask: Tensor) -> bool:
     """Whether to run these prompts without their padding. mask: bool (R, P)."""
     config = model.config
     if config.attn_implementation not in IMPLEMENTATIONS or config.use_bidirectional_attention:
@@ -350,7 +358,7 @@ def packing_pays(model: Any, mask: Tensor) -> bool:
     return few_enough and segments_pay(len(mask), tokens) and tokens >= 2 * MIN_SEGMENT
 
 
-def packed_prefill(model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache | None) -> Any:
+def packed_prefill(model: CausalLM, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache | None) -> Any:
     """Run prompts (R, P), padded on the left, into a cache; logits (R, 1, V) of the last position of each."""
     last = mask.sum(-1).cumsum(0) - 1
     laid_out = None if cache is None else Unpacking(cache, mask)

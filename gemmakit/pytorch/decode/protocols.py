@@ -1,11 +1,40 @@
-"""Bases and lists under the names that transformers' users know. A plain function or list does as well."""
+"""What decoding asks of a model; and bases and lists of processors and criteria, under transformers' names.
+
+A plain function or list does as well as these.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from gemmakit.config import GemmaConfig
+from gemmakit.generation import GenerationConfig
+
+
+class CausalLM(Protocol):
+    """A causal language model, as far as decoding knows it. `model`: its decoder, whose `layers` take a cache."""
+
+    config: GemmaConfig
+    generation_config: GenerationConfig
+    model: Any
+    training: bool
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """A pass: input_ids or inputs_embeds, attention_mask, position_ids, past_key_values, use_cache,
+        output_attentions, output_hidden_states, return_dict, logits_to_keep -> CausalLMOutputWithPast."""
+        ...
 
 
 class LogitsProcessor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gemmakit.generation import GenerationConfig
 from gemmakit.pytorch.decode.processors import Processor
+from gemmakit.pytorch.decode.protocols import CausalLM
 from gemmakit.pytorch.decode.sampling import Exponential, Pick, greedy
 from gemmakit.pytorch.decode.stopping import Criterion, first_reason, reasons
 
@@ -33,7 +34,7 @@ class Appending(Protocol):
 
 
 def forward(
-    model: Any,
+    model: CausalLM,
     ids: Tensor | None,
     cache: Any,
     mask: Tensor | None = None,

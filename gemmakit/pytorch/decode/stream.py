@@ -16,6 +16,7 @@ from gemmakit.errors import NumericalError
 from gemmakit.outputs import GenerateDecoderOnlyOutput
 from gemmakit.pytorch.decode.capture import recorded_step
 from gemmakit.pytorch.decode.prompt import Prompt, Rows
+from gemmakit.pytorch.decode.protocols import CausalLM
 from gemmakit.pytorch.decode.sampling import NO_TOKEN
 from gemmakit.pytorch.decode.step import Plan, StepOutputs
 from gemmakit.pytorch.decode.stopping import REASONS
@@ -89,7 +90,7 @@ def refuse_no_token(tokens: Sequence[int], step: int) -> None:
 class Run:
     """The state of one decoding: the rows, which of them are over, and what the host has been told."""
 
-    def __init__(self, model: Any, prompt: Prompt, plan: Plan):
+    def __init__(self, model: CausalLM, prompt: Prompt, plan: Plan):
         outputs = plan.outputs
         wanted = {n: getattr(outputs, n) is not None for n in ("attentions", "hidden_states")}
         self.rows = Rows(model, prompt, plan.total, plan.pad, **wanted)
@@ -151,7 +152,7 @@ class Run:
         return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=self.rows.cache, **kept)
 
 
-def decode(model: Any, prompt: Prompt, plan: Plan) -> Steps[GenerateDecoderOnlyOutput]:
+def decode(model: CausalLM, prompt: Prompt, plan: Plan) -> Steps[GenerateDecoderOnlyOutput]:
     """One token a row and step, picked by `plan.pick`; a step is run, or replayed."""
     with recorded_step(model, prompt, plan) as static:
         run = Run(model, prompt if static is None else static.host(prompt, plan.copies), plan)

@@ -18,6 +18,7 @@ from gemmakit.pytorch.cache.pages import NULL_PAGE
 from gemmakit.pytorch.decode import capture
 from gemmakit.pytorch.decode.batch.requests import Row, shared_chain
 from gemmakit.pytorch.decode.processors import Processor
+from gemmakit.pytorch.decode.protocols import CausalLM
 from gemmakit.pytorch.decode.sampling import greedy, sampler
 from gemmakit.pytorch.decode.step import Step, forward
 
@@ -35,7 +36,13 @@ class StaticBatch:
     """
 
     def __init__(
-        self, model: Any, cache: PagedCache, rows: int, pages: int, chain: Sequence[Processor] | None, sampled: bool
+        self,
+        model: CausalLM,
+        cache: PagedCache,
+        rows: int,
+        pages: int,
+        chain: Sequence[Processor] | None,
+        sampled: bool,
     ):
         self.model, self.cache, self.rows, self.pages = model, cache, rows, pages
         device = model.device
@@ -92,7 +99,7 @@ class StaticBatch:
 class BatchCapture:
     """Chooses the recorded pass for a step, if there is to be one."""
 
-    def __init__(self, model: Any, cache: PagedCache):
+    def __init__(self, model: CausalLM, cache: PagedCache):
         self.model, self.cache = model, cache
         self._store = capture.CapturedSteps()
         self._uses: Counter[Hashable] = Counter()

@@ -21,6 +21,7 @@ from gemmakit.pytorch.cache.pages import PagePool
 from gemmakit.pytorch.decode.batch.capture import BatchCapture
 from gemmakit.pytorch.decode.batch.requests import Request, Row, choose_tokens, prepare_row
 from gemmakit.pytorch.decode.batch.scheduler import Part, Scheduler
+from gemmakit.pytorch.decode.protocols import CausalLM
 from gemmakit.pytorch.decode.sampling import NO_TOKEN
 from gemmakit.pytorch.decode.step import forward
 from gemmakit.pytorch.decode.stream import HostCopy
@@ -112,7 +113,7 @@ class BatchEngine:
 
     def __init__(
         self,
-        model: Any,
+        model: CausalLM,
         *,
         max_batch_size: int = 8,
         page_size: int = 16,

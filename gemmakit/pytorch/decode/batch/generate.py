@@ -13,6 +13,7 @@ from gemmakit.errors import InputError
 from gemmakit.generation import GenerationConfig
 from gemmakit.pytorch.decode.batch.engine import BatchEngine, Event, check_sizes
 from gemmakit.pytorch.decode.batch.requests import Request, Row, prepare_row
+from gemmakit.pytorch.decode.protocols import CausalLM
 
 # (place of the prompt, token, why it ended or None) -> False cancels the prompt
 OnToken = Callable[[int, int, "str | None"], Any]
@@ -33,7 +34,7 @@ class BatchResult:
 
 
 def generate_batch(
-    model: Any,
+    model: CausalLM,
     prompts: Iterable[Request | Sequence[int] | Tensor],
     generation_config: GenerationConfig | None = None,
     *,
@@ -111,7 +112,7 @@ def generate_batch(
     return results
 
 
-def _prepared(model: Any, request: Request, place: int, on_error: str) -> Row | InputError:
+def _prepared(model: CausalLM, request: Request, place: int, on_error: str) -> Row | InputError:
     try:
         return prepare_row(model, request, place)
     except InputError as e:

@@ -21,6 +21,7 @@ from gemmakit.pytorch.decode import processors, stopping
 from gemmakit.pytorch.decode.batch import scheduler
 from gemmakit.pytorch.decode.healing import heal
 from gemmakit.pytorch.decode.prompt import prepare
+from gemmakit.pytorch.decode.protocols import CausalLM
 from gemmakit.pytorch.decode.sampling import Exponential, Pick, greedy, row_generators, sampler
 from gemmakit.pytorch.decode.step import Step
 
@@ -89,7 +90,7 @@ class Row:
 
 
 @torch.no_grad()
-def prepare_row(model: Any, request: Request, number: int) -> Row:
+def prepare_row(model: CausalLM, request: Request, number: int) -> Row:
     """Check a request and make its row.
 
     Raises InputError, GenerationConfigError, TokenOutOfRange; PromptTooLong if the context is too short.

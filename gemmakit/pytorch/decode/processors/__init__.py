@@ -46,6 +46,7 @@ from gemmakit.pytorch.decode.processors.logits import (
     bad_words,
     seen,
 )
+from gemmakit.pytorch.decode.protocols import CausalLM
 from gemmakit.pytorch.decode.token_bytes import Tokenizer
 
 __all__ = ["FORBIDDEN", "PROCESSORS", "AllowedTokens", "Context", "Processor", "ScoresOnly", "build"]
@@ -69,7 +70,7 @@ class Context:
     prompt: Tensor | None = None
     total: int | None = None
     vocabulary: int = 0
-    model: Any = None
+    model: CausalLM | None = None
     prefix_allowed_tokens_fn: AllowedTokens | None = None
     negative_ids: Tensor | None = None
     negative_mask: Tensor | None = None
@@ -137,6 +138,7 @@ def _guidance(c: Context) -> Processor | None:
     if ids is None:
         raise InputError("guidance needs a prompt of ids to start from: pass negative_prompt_ids.")
     # Beams change places between steps, which a cache would have to follow: they are computed anew.
+    assert c.model is not None
     cached = c.config.use_cache and c.config.num_beams == 1
     return Guidance(scale, c.model, ids, c.negative_mask, c.prompt_length, cached)
 

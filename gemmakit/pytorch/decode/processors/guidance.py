@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from gemmakit.errors import InputError
 from gemmakit.pytorch.cache import Cache, DynamicCache
 from gemmakit.pytorch.decode.processors.logits import rows_of
+from gemmakit.pytorch.decode.protocols import CausalLM
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Guidance:
     """
 
     scale: float
-    model: Any
+    model: CausalLM
     negative: Tensor
     mask: Tensor | None
     prompt_length: int

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gemmakit.errors import GenerationConfigError, InputError
 from gemmakit.generation import GenerationConfig
+from gemmakit.pytorch.decode.protocols import CausalLM
 from gemmakit.pytorch.decode.strategies.assisted import assisted_generation
 from gemmakit.pytorch.decode.strategies.beam import beam_search
 from gemmakit.pytorch.decode.strategies.contrastive import contrastive_search
@@ -35,7 +36,7 @@ BEAMS = tuple(name for name in STRATEGIES if "beam" in name)
 TAKING_BACK = ("contrastive_search", "assisted_generation", "prompt_lookup")
 
 
-def choose(config: GenerationConfig, assistant: Any, streamer: Any, model: Any) -> str:
+def choose(config: GenerationConfig, assistant: Any, streamer: Any, model: CausalLM) -> str:
     """The strategy's name. Raises GenerationConfigError or InputError, naming both, for what does not go together."""
     name = config.get_generation_mode(assistant)
     if name in BEAMS and assistant is not None:
@@ -61,7 +62,7 @@ def choose(config: GenerationConfig, assistant: Any, streamer: Any, model: Any) 
     return name
 
 
-def _check_assisted(config: GenerationConfig, assistant: Any, model: Any) -> None:
+def _check_assisted(config: GenerationConfig, assistant: Any, model: CausalLM) -> None:
     if config.penalty_alpha:
         raise GenerationConfigError(
             f"penalty_alpha is {config.penalty_alpha}, but drafts are asked for too (assistant_model or "

@@ -21,6 +21,7 @@ from gemmakit.outputs import GenerateDecoderOnlyOutput
 from gemmakit.pytorch.cache import DynamicCache
 from gemmakit.pytorch.decode.processors import FORBIDDEN
 from gemmakit.pytorch.decode.prompt import Prompt, Rows
+from gemmakit.pytorch.decode.protocols import CausalLM
 from gemmakit.pytorch.decode.sampling import NO_TOKEN, Noise
 from gemmakit.pytorch.decode.step import Plan
 from gemmakit.pytorch.decode.stream import Run, Steps, refuse_no_token
@@ -209,7 +210,7 @@ def _at(out: Any, i: int, seen: int) -> SimpleNamespace:
     )
 
 
-def speculate(model: Any, prompt: Prompt, plan: Plan, drafter: Drafter) -> Steps[GenerateDecoderOnlyOutput]:
+def speculate(model: CausalLM, prompt: Prompt, plan: Plan, drafter: Drafter) -> Steps[GenerateDecoderOnlyOutput]:
     """Rounds of drafting and checking, after a first token of the model's own."""
     run = Run(model, prompt, plan)
     run.queue.lag = 0  # a draft needs the tokens before it
@@ -241,7 +242,7 @@ def one_row(prompt: Prompt) -> None:
         )
 
 
-def assisted_generation(model: Any, prompt: Prompt, plan: Plan) -> Steps[GenerateDecoderOnlyOutput]:
+def assisted_generation(model: CausalLM, prompt: Prompt, plan: Plan) -> Steps[GenerateDecoderOnlyOutput]:
     """A draft model (`plan.assistant`) proposes, the model checks."""
     one_row(prompt)
     if prompt.embeds is not None:

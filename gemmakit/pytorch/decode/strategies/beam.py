@@ -21,6 +21,7 @@ from gemmakit.errors import TokenOutOfRange
 from gemmakit.generation.constraints import Constraint, Progress, from_words
 from gemmakit.outputs import GenerateBeamDecoderOnlyOutput
 from gemmakit.pytorch.decode.prompt import Prompt, Rows
+from gemmakit.pytorch.decode.protocols import CausalLM
 from gemmakit.pytorch.decode.sampling import NO_TOKEN
 from gemmakit.pytorch.decode.step import Plan
 from gemmakit.pytorch.decode.stopping import MaxTime
@@ -298,7 +299,7 @@ class ConstrainedBeams(Beams):
 class Search:
     """The rows of all beams, a prompt's groups side by side; the steps over them, and what the host is told."""
 
-    def __init__(self, model: Any, prompt: Prompt, plan: Plan):
+    def __init__(self, model: CausalLM, prompt: Prompt, plan: Plan):
         outputs = plan.outputs
         wanted = {n: getattr(outputs, n) is not None for n in ("attentions", "hidden_states")}
         self.rows = Rows(model, prompt, plan.total, plan.pad, **wanted)
@@ -379,7 +380,7 @@ class Search:
         )
 
 
-def _groups(model: Any, prompt: Tensor, plan: Plan) -> list[Beams]:
+def _groups(model: CausalLM, prompt: Tensor, plan: Plan) -> list[Beams]:
     constraints = _constraints(plan, model.config.vocab_size)
     if constraints:
         return [ConstrainedBeams(prompt, plan, plan.copies, constraints)]
@@ -418,7 +419,7 @@ def _tokens(out: GenerateBeamDecoderOnlyOutput, prompt: Prompt, plan: Plan) -> S
     return StepTokens(tokens, [reason(row) for row in tokens])
 
 
-def beam_search(model: Any, prompt: Prompt, plan: Plan) -> Steps[GenerateBeamDecoderOnlyOutput]:
+def beam_search(model: CausalLM, prompt: Prompt, plan: Plan) -> Steps[GenerateBeamDecoderOnlyOutput]:
     """Keep the num_beams best continuations of each prompt, or with do_sample draw them by probability."""
     search = Search(model, prompt, plan)
     search.step(search.rows.prefill(plan.copies, plan.config.prefill_chunk_size))

@@ -17,6 +17,7 @@ from torch import Tensor
 from gemmakit.errors import InputError
 from gemmakit.outputs import GenerateDecoderOnlyOutput
 from gemmakit.pytorch.decode.prompt import Prompt, Rows
+from gemmakit.pytorch.decode.protocols import CausalLM
 from gemmakit.pytorch.decode.sampling import NO_TOKEN
 from gemmakit.pytorch.decode.step import Plan
 from gemmakit.pytorch.decode.stream import Run, Steps
@@ -108,7 +109,7 @@ def _own(weights: Tensor, held: int) -> Tensor:
     return torch.cat((weights[..., :held], weights[..., held:].diagonal(dim1=2, dim2=3)[..., None]), dim=-1)
 
 
-def contrastive_search(model: Any, prompt: Prompt, plan: Plan) -> Steps[GenerateDecoderOnlyOutput]:
+def contrastive_search(model: CausalLM, prompt: Prompt, plan: Plan) -> Steps[GenerateDecoderOnlyOutput]:
     """One token a row and step; with low_memory the candidates run one after another."""
     if prompt.past or (prompt.cache is not None and prompt.cache.get_seq_length()):
         raise InputError(

@@ -11,13 +11,13 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import median
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from gemmakit.outputs import GenerateDecoderOnlyOutput
 from gemmakit.pytorch.decode.prompt import Prompt
+from gemmakit.pytorch.decode.protocols import CausalLM
 from gemmakit.pytorch.decode.sampling import Noise, greedy, sampler
 from gemmakit.pytorch.decode.step import Plan
 from gemmakit.pytorch.decode.strategies.assisted import Proposal, agreement, one_row, speculate
@@ -144,7 +144,7 @@ class Lookup:
         self.ledger.enter(proposed, accepted, seconds)
 
 
-def prompt_lookup_decoding(model: Any, prompt: Prompt, plan: Plan) -> Steps[GenerateDecoderOnlyOutput]:
+def prompt_lookup_decoding(model: CausalLM, prompt: Prompt, plan: Plan) -> Steps[GenerateDecoderOnlyOutput]:
     """The text so far proposes, the model checks."""
     one_row(prompt)
     drafter = Lookup(prompt, plan)
