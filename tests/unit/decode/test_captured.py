@@ -525,6 +525,29 @@ def test_an_interrupted_call_leaves_the_next_one_right(recorded):
     assert torch.equal(model.generate(ids, **given), plainly(model, ids, **given))
 
 
+def test_a_stream_that_is_left_keeps_what_was_recorded(recorded, queue):
+    model, ids = tiny(), prompts(1)
+    given = dict(max_new_tokens=10, eos_token_id=None)
+    expected = plainly(model, ids, **given)[0, ids.shape[1] :].tolist()
+    for count in (1, 4, 9):
+        stream = model.stream(ids, **given)
+        assert [next(stream).token for _ in range(count)] == expected[:count]
+        stream.close()
+        assert [e.token for e in model.stream(ids, **given)] == expected
+    assert len(recorded) == 1
+
+
+def test_a_call_beside_an_open_stream_steps_and_neither_minds(recorded):
+    model, ids = tiny(), prompts(1)
+    given = dict(max_new_tokens=10, eos_token_id=None)
+    stream = model.stream(ids, **given)
+    first = next(stream).token
+    whole = model.generate(ids, **given)
+    assert [first, *(e.token for e in stream)] == whole[0, ids.shape[1] :].tolist()
+    assert torch.equal(model.generate(ids, **given), whole)
+    assert len(recorded) == 1
+
+
 @pytest.mark.parametrize(("total", "limit", "places"), [
     (9, 8192, 64), (65, 8192, 80), (100, 8192, 112), (2048, 8192, 2048), (2049, 8192, 2560), (8000, 8192, 8192),
     (8200, 8192, 8200), (100, 100, 100),
