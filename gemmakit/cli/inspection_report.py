@@ -121,7 +121,7 @@ def _style(text: str, code: str) -> str:
 
 def inspect_tokenizer(found: Findings) -> None:
     """Load the tokenizer that lies beside the weights, once, and add what is known of it and what is wrong."""
-    from gemmakit.conversion.tokenizers import FILES
+    from gemmakit.conversion.sources import FILES
 
     where = found.beside
     if where is None or (where.is_dir() and not any((where / name).is_file() for name in FILES[:2])):

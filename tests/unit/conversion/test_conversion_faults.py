@@ -411,7 +411,7 @@ import os, sys
 from killing import kill_at
 from gemmakit import convert_checkpoint
 source, out, to, shard = sys.argv[1:]
-from gemmakit.conversion import targets
+from gemmakit.conversion import converting
 import gemmakit.text, gemmakit.pytorch.heads
 for step in range(1, 200):
     child = os.fork()
