@@ -24,7 +24,7 @@ from gemmakit.pytorch.heads import GemmaForCausalLM
 from gemmakit.pytorch.kernels import cpu
 from gemmakit.pytorch.methods import assign
 from gemmakit.pytorch.pretrained import HEADS, complete
-from gemmakit.pytorch.quantize import adopt, choose
+from gemmakit.pytorch.quantize import quantizer_for, replace_with_quantized
 from gemmakit.quantization import SHORT_NAMES, parse_quantization
 from gemmakit.text import GemmaTokenizer
 
@@ -83,7 +83,7 @@ def random_model(
     """
     with torch.device("meta"):
         model = GemmaForCausalLM(config)
-    quantizer = choose(config, quantization, HEADS)
+    quantizer = quantizer_for(config, quantization, HEADS)
     pool = torch.empty(POOL, device=device).normal_(0.0, STD).to(dtype)
     tied = model.tied_weights if config.tie_word_embeddings else {}
     for name, like in list(model.named_parameters(remove_duplicate=False)):
@@ -92,7 +92,7 @@ def random_model(
             if tensor.ndim > 1:
                 for part in tensor.view(-1).split(len(pool)):
                     part.copy_(pool[: len(part)])
-            if not adopt(quantizer, model, name, tensor, device, dtype):
+            if not replace_with_quantized(quantizer, model, name, tensor, device, dtype):
                 assign(model, name, torch.nn.Parameter(tensor))
     model._set_quantizer(quantizer)
     complete(model, [], dtype, device)

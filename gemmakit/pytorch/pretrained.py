@@ -25,7 +25,15 @@ from gemmakit.hub import HubOptions, find_gguf, push_saved, refuse_code
 from gemmakit.pytorch.attention import implementation
 from gemmakit.pytorch.methods import ModelMethods, assign
 from gemmakit.pytorch.placement import DeviceMap, MaxMemory, one_device, spread
-from gemmakit.pytorch.quantize import TABLES, QuantizedMethods, Quantizer, adopt, choose, stored_groups, unpacked_shapes
+from gemmakit.pytorch.quantize import (
+    TABLES,
+    QuantizedMethods,
+    Quantizer,
+    quantizer_for,
+    replace_with_quantized,
+    stored_parts,
+    unpacked_shapes,
+)
 
 Model = TypeVar("Model", bound="GemmaPreTrainedModel")
 
@@ -132,7 +140,7 @@ class GemmaPreTrainedModel(QuantizedMethods, ModelMethods):
             file = _gguf_file(gguf, wanted, quantization_config)
             opened, stored = Checkpoint([file]), file.quantization
             wanted = wanted or dtype_of(matrices_dtype(read_gguf_header(gguf)))
-        quantizer = choose(config, quantization_config, HEADS, device_map, stored)
+        quantizer = quantizer_for(config, quantization_config, HEADS, device_map, stored)
         with opened as checkpoint:
             read_ahead(checkpoint.files)
             with torch.device("meta"):
@@ -216,7 +224,7 @@ def _load(
     if quantizer is not None:
         quantizer.require(device)
     wanted, kind = wanted_shapes(model), type(model).__name__
-    packed = stored_groups(quantizer, model, checkpoint, stored_names(wanted, checkpoint))
+    packed = stored_parts(quantizer, model, checkpoint, stored_names(wanted, checkpoint))
     held = unpacked_shapes(quantizer, wanted, packed, checkpoint)
     found = differences(wanted, held, _tied(model), ignore_mismatched=ignore_mismatched)
     found.refuse(checkpoint.where, kind)
@@ -236,10 +244,10 @@ def _load(
     for name, key in found.names.items():
         if name in packed:
             parts = {part: read(stored) for part, stored in packed[name].items()}
-            adopt(quantizer, model, name, parts, device, dtype)
+            replace_with_quantized(quantizer, model, name, parts, device, dtype)
             continue
         tensor = read(key)
-        if not adopt(quantizer, model, name, tensor, device, dtype):
+        if not replace_with_quantized(quantizer, model, name, tensor, device, dtype):
             tensor = tensor.to(device).to(dtype if tensor.is_floating_point() else None)
             assign(model, name, nn.Parameter(tensor))
     _enter(model, mapped)

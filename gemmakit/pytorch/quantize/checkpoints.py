@@ -19,9 +19,10 @@ from gemmakit.errors import InputError
 from gemmakit.hub import HubOptions, find_file, local_directory
 from gemmakit.pytorch.kernels import PackedWeight
 from gemmakit.pytorch.quantize import rounding
+from gemmakit.pytorch.quantize.gptq import calibrate, memory_bytes
+from gemmakit.pytorch.quantize.loading import replace_with_quantized
 from gemmakit.pytorch.quantize.modules import TABLES
-from gemmakit.pytorch.quantize.quantizer import adopt
-from gemmakit.pytorch.quantize.weight_only import WeightOnlyQuantizer
+from gemmakit.pytorch.quantize.own import WeightOnlyQuantizer
 from gemmakit.quantization import WeightOnlyConfig, parse_quantization
 
 # What a folder of a model holds beside its weights and config.json.
@@ -247,8 +248,6 @@ def _calibrated(
     ids: Tensor,
     report: Progress,
 ) -> dict[str, Tensor]:
-    from gemmakit.pytorch.quantize.gptq import calibrate, memory_bytes
-
     require_memory(
         memory_bytes(model.config, ids, quantizer.config.bits) + _SLACK_BYTES,
         f"calibrating {checkpoint.files[0].parent} on {ids.numel()} tokens",
@@ -258,7 +257,7 @@ def _calibrated(
     sizes = {name: checkpoint.info(key).nbytes for name, key in stored.items()}
     for name in stored:
         if name.endswith(("embed_tokens.weight", "lm_head.weight")):
-            adopt(quantizer, model, name, model.get_parameter(name), model.device, None)
+            replace_with_quantized(quantizer, model, name, model.get_parameter(name), model.device, None)
             done.add(name, sizes[name])
     model._set_quantizer(quantizer)
     model.tie_weights()

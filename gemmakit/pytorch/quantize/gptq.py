@@ -22,7 +22,7 @@ from gemmakit.errors import InputError, NumericalError
 from gemmakit.pytorch.kernels import PackedWeight
 from gemmakit.pytorch.quantize import rounding
 from gemmakit.pytorch.quantize.modules import QuantizedLinear
-from gemmakit.pytorch.quantize.weight_only import WeightOnlyQuantizer
+from gemmakit.pytorch.quantize.own import WeightOnlyQuantizer
 
 # Added to the diagonal, as a share of its mean: keeps the inverse tame where inputs hardly vary.
 DAMPING = 0.01

@@ -7,7 +7,7 @@ import gemmakit
 from gemmakit.errors import InputError, NumericalError
 from gemmakit.pytorch.kernels.packed import dequantize
 from gemmakit.pytorch.quantize import QuantizedLinear, gptq, rounding
-from gemmakit.pytorch.quantize.weight_only import WeightOnlyQuantizer
+from gemmakit.pytorch.quantize.own import WeightOnlyQuantizer
 
 LAYOUTS = [(8, None), (8, 32), (4, 32), (4, 128)]
 

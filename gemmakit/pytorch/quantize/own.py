@@ -15,7 +15,7 @@ from gemmakit.pytorch.kernels import PackedWeight
 from gemmakit.pytorch.kernels.packed import packed_format
 from gemmakit.pytorch.quantize import rounding
 from gemmakit.pytorch.quantize.modules import TABLES, QuantizedEmbedding, QuantizedLinear
-from gemmakit.pytorch.quantize.quantizer import Parts, damaged
+from gemmakit.pytorch.quantize.quantizer import PartNames, weight_error
 from gemmakit.quantization import WeightOnlyConfig
 
 _EMBEDDING, _HEAD = "embed_tokens", "lm_head"
@@ -64,25 +64,25 @@ class WeightOnlyQuantizer:
 
     # -- in --------------------------------------------------------------------------------------------------------
 
-    def parts(self, key: str, checkpoint: Checkpoint) -> Parts:
+    def parts(self, key: str, checkpoint: Checkpoint) -> PartNames:
         """Whatever is there: `shape` says what lacks."""
         found = {"weight" + table: key + table for table in TABLES if key + table in checkpoint}
         return {"weight": key, **found} if found or checkpoint.info(key).dtype in ("int8", "uint8") else {}
 
-    def shape(self, name: str, expected: tuple[int, ...], parts: Parts, checkpoint: Checkpoint) -> tuple[int, ...]:
+    def shape(self, name: str, expected: tuple[int, ...], parts: PartNames, checkpoint: Checkpoint) -> tuple[int, ...]:
         layout = self.layout(name)
         if layout is None:
-            raise damaged(parts, checkpoint, "is quantized, but config.json says that it was kept")
+            raise weight_error(parts, checkpoint, "is quantized, but config.json says that it was kept")
         codes = checkpoint.info(parts["weight"])
         if len(codes.shape) != 2 or len(expected) != 2:
-            raise damaged(parts, checkpoint, f"is {codes.dtype} of shape {codes.shape}, not a matrix")
+            raise weight_error(parts, checkpoint, f"is {codes.dtype} of shape {codes.shape}, not a matrix")
         like = rounding.empty(codes.shape[0], expected[1], *layout, device="meta")
         if codes.dtype == dtype_name(like.codes.dtype) and codes.shape[1] != like.codes.shape[1]:
             return codes.shape[0], codes.shape[1] * 8 // layout[0]
         for part, promised in zip(("weight", *("weight" + table for table in TABLES)), like[:3], strict=True):
             _require(part, promised, parts, checkpoint)
         if like.zero is not None and int(checkpoint.tensor(parts["weight_zero"]).max()) > 15:
-            raise damaged(parts, checkpoint, "has a weight_zero above 15, which 4 bits do not reach")
+            raise weight_error(parts, checkpoint, "has a weight_zero above 15, which 4 bits do not reach")
         return tuple(expected) if codes.shape[0] == expected[0] else (codes.shape[0], expected[1])
 
     def from_float(
@@ -123,20 +123,20 @@ def _module(module: nn.Module, packed: PackedWeight, dtype: torch.dtype) -> nn.M
     return QuantizedLinear(packed)
 
 
-def _require(part: str, promised: Tensor | None, parts: Parts, checkpoint: Checkpoint) -> None:
+def _require(part: str, promised: Tensor | None, parts: PartNames, checkpoint: Checkpoint) -> None:
     """`promised`: a tensor of the dtype and shape that `part` must have; None if it must not be there."""
     if promised is None or part not in parts:
         if (promised is None) != (part not in parts):
             verb = "lacks its" if promised is not None else "has no use for its"
-            raise damaged(parts, checkpoint, f"{verb} {part}")
+            raise weight_error(parts, checkpoint, f"{verb} {part}")
         return
     info = checkpoint.info(parts[part])
     if (info.dtype, tuple(info.shape[1:])) != (dtype_name(promised.dtype), tuple(promised.shape[1:])):
-        raise damaged(
+        raise weight_error(
             parts,
             checkpoint,
             f"needs a {part} of {dtype_name(promised.dtype)} and {tuple(promised.shape)} by its config.json, and the "
             f"file holds {info.dtype} of {tuple(info.shape)}",
         )
     if info.shape[0] != promised.shape[0]:
-        raise damaged(parts, checkpoint, f"has {promised.shape[0]} rows, but its {part} has {info.shape[0]}")
+        raise weight_error(parts, checkpoint, f"has {promised.shape[0]} rows, but its {part} has {info.shape[0]}")
