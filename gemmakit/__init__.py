@@ -18,7 +18,7 @@ _HOME = {
     "GemmaConfig": "gemmakit.config",
     "BitsAndBytesConfig": "gemmakit.quantization",
     "WeightOnlyConfig": "gemmakit.quantization",
-    "quantize_checkpoint": "gemmakit.pytorch.quantize.checkpoints",
+    "quantize_checkpoint": "gemmakit.pytorch.quantize_checkpoint",
     "GenerationConfig": "gemmakit.generation",
     "DisjunctiveConstraint": "gemmakit.generation.constraints",
     "PhrasalConstraint": "gemmakit.generation.constraints",
@@ -145,7 +145,7 @@ if TYPE_CHECKING:
     from gemmakit.pytorch.heads import GemmaForCausalLM, GemmaForSequenceClassification, GemmaForTokenClassification
     from gemmakit.pytorch.model import GemmaModel
     from gemmakit.pytorch.pretrained import GemmaPreTrainedModel
-    from gemmakit.pytorch.quantize.checkpoints import quantize_checkpoint
+    from gemmakit.pytorch.quantize_checkpoint import quantize_checkpoint
     from gemmakit.quantization import BitsAndBytesConfig, WeightOnlyConfig
     from gemmakit.streamers import AsyncTextIteratorStreamer, BaseStreamer, TextIteratorStreamer, TextStreamer
     from gemmakit.text import BatchEncoding, GemmaTokenizer, GemmaTokenizerFast, IncrementalDecoder

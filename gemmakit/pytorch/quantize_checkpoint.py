@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,10 @@ from gemmakit.config import GemmaConfig
 from gemmakit.dtypes import dtype_name
 from gemmakit.errors import InputError
 from gemmakit.hub import HubOptions, find_file, local_directory
+from gemmakit.pytorch.heads import GemmaForCausalLM, GemmaForSequenceClassification, GemmaForTokenClassification
 from gemmakit.pytorch.kernels import PackedWeight
+from gemmakit.pytorch.model import GemmaModel
+from gemmakit.pytorch.pretrained import GemmaPreTrainedModel
 from gemmakit.pytorch.quantize import rounding
 from gemmakit.pytorch.quantize.gptq import calibrate, memory_bytes
 from gemmakit.pytorch.quantize.loading import replace_with_quantized
@@ -30,12 +32,10 @@ BESIDE = (
     "generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
-# The class of a checkpoint -> its module; any other is taken for the first.
-_CLASSES = {
-    "GemmaForCausalLM": "gemmakit.pytorch.heads",
-    "GemmaModel": "gemmakit.pytorch.model",
-    "GemmaForSequenceClassification": "gemmakit.pytorch.heads",
-    "GemmaForTokenClassification": "gemmakit.pytorch.heads",
+# The classes that a checkpoint may name; any other is taken for the first.
+_CLASSES: dict[str, type[GemmaPreTrainedModel]] = {
+    kind.__name__: kind
+    for kind in (GemmaForCausalLM, GemmaModel, GemmaForSequenceClassification, GemmaForTokenClassification)
 }
 # Beside tensors: interpreter, torch, and pieces in work.
 _SLACK_BYTES = 300_000_000
@@ -137,7 +137,7 @@ def _hollow(config: GemmaConfig) -> Any:
     """The model of the checkpoint's class, without memory for its weights."""
     said = next((name for name in config.architectures or () if name in _CLASSES), next(iter(_CLASSES)))
     with torch.device("meta"):
-        return getattr(import_module(_CLASSES[said]), said)(config)
+        return _CLASSES[said](config)
 
 
 def _stored(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
