@@ -32,6 +32,32 @@ def test_a_heavy_import_would_be_seen():
     assert loaded_by("import gemmakit, numpy") == ["numpy"]
 
 
+# What only some files, commands or settings need.
+OPTIONAL = {"accelerate", "beartype", "bitsandbytes", "gguf", "jax", "jaxtyping", "llguidance", "matplotlib", "msgpack",
+            "optax", "orbax", "rich", "sentencepiece", "triton", "typer"}  # fmt: skip
+WITHOUT = f"""
+import sys, tempfile
+
+sys.modules.update(dict.fromkeys({OPTIONAL}))  # what is None there is not found
+import gemmakit, torch
+
+tokenizer = gemmakit.AutoTokenizer.from_pretrained(gemmakit.demo_model())
+model = gemmakit.AutoModelForCausalLM.from_pretrained(gemmakit.demo_model())
+ids = tokenizer("If the file", return_tensors="pt").input_ids
+with tempfile.TemporaryDirectory() as folder:
+    model.save_pretrained(folder)
+    again = gemmakit.GemmaForCausalLM.from_pretrained(folder)
+new = [event.token for event in again.stream(ids, max_new_tokens=4)]
+assert model.generate(ids, max_new_tokens=4)[0].tolist()[-4:] == new
+print("done")
+"""
+
+
+def test_a_model_loads_speaks_and_is_saved_without_any_optional_package():
+    done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["done"], done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("name", gemmakit.__all__)
 def test_every_public_name_resolves(name):
     assert getattr(gemmakit, name) is not None

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import Any
-
-import msgpack
+from typing import TYPE_CHECKING, Any
 
 from gemmakit.checkpoint.arrays import BITS, TensorInfo, numpy_dtype, to_jax
-from gemmakit.errors import CheckpointError
+from gemmakit.errors import CheckpointError, MissingDependency
+
+if TYPE_CHECKING:
+    import msgpack
 
 # last key of a path in the tree -> (its name in PyTorch, whether PyTorch stores it transposed)
 PYTORCH: dict[str, tuple[str, bool]] = {
@@ -258,6 +259,7 @@ class _Reader:
 
     def _small(self, at: int, what: str, read: Callable[[msgpack.Unpacker], Any]) -> tuple[Any, int]:
         """What msgpack reads at `at`, which takes a few bytes, and where it ends."""
+        msgpack = _package()
         reader = msgpack.Unpacker(max_buffer_size=_WINDOW_BYTES, max_str_len=_MAX_NAME_BYTES)
         reader.feed(self.data[at : at + _WINDOW_BYTES])
         try:
@@ -337,7 +339,7 @@ def encode(leaves: Mapping[str, Leaf]) -> Iterator[bytes | memoryview]:
 
 
 def _encode_tree(tree: dict[str, Any]) -> Iterator[bytes | memoryview]:
-    yield msgpack.Packer().pack_map_header(len(tree))
+    yield _package().Packer().pack_map_header(len(tree))
     for key in sorted(tree):
         yield _packed(key)
         value = tree[key]
@@ -353,8 +355,8 @@ def _encode_leaf(leaf: Leaf) -> Iterator[bytes | memoryview]:
     edges = [*range(0, leaf.nbytes, CHUNK_BYTES // wide * wide), leaf.nbytes]
     # In the order in which flax writes the keys of a chunked array.
     shape = {str(i): number for i, number in enumerate(leaf.shape)}
-    yield msgpack.Packer().pack_map_header(3) + _packed(_CHUNKED, True, _SHAPE, shape, _CHUNKS)
-    yield msgpack.Packer().pack_map_header(len(edges) - 1)
+    yield _package().Packer().pack_map_header(3) + _packed(_CHUNKED, True, _SHAPE, shape, _CHUNKS)
+    yield _package().Packer().pack_map_header(len(edges) - 1)
     data = leaf.load()
     for i, (begin, end) in enumerate(pairwise(edges)):
         yield _packed(str(i)) + _array_head(leaf.dtype, ((end - begin) // wide,), end - begin)
@@ -363,7 +365,7 @@ def _encode_leaf(leaf: Leaf) -> Iterator[bytes | memoryview]:
 
 def _array_head(dtype: str, shape: tuple[int, ...], nbytes: int) -> bytes:
     """Everything of an array but its bytes."""
-    inner = msgpack.Packer().pack_array_header(3) + _packed(shape, dtype) + _sized(_BINARY, nbytes)
+    inner = _package().Packer().pack_array_header(3) + _packed(shape, dtype) + _sized(_BINARY, nbytes)
     length = len(inner) + nbytes
     fixed = next((code for code, size in _FIXED.items() if size == length), None)
     return (bytes([fixed]) if fixed else _sized(_EXTENSION, length)) + bytes([_NDARRAY]) + inner
@@ -376,5 +378,14 @@ def _sized(codes: tuple[int, int, int], length: int) -> bytes:
 
 
 def _packed(*values: Any) -> bytes:
-    packer = msgpack.Packer()
+    packer = _package().Packer()
     return b"".join(bytes(packer.pack(value)) for value in values)
+
+
+def _package() -> Any:
+    """The package msgpack, which only these files need."""
+    try:
+        import msgpack
+    except ImportError as error:
+        raise MissingDependency("Flax's .msgpack files need the package msgpack: `pip install msgpack`.") from error
+    return msgpack
