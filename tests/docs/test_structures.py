@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from gemmakit.pytorch.decode.strategies import STRATEGIES
+
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "structures.md").read_text()
 FILE = r"gemmakit/[\w/]+\.(?:py|cpp)"
@@ -32,3 +34,8 @@ def test_every_function_of_the_page_is_in_its_file(name, file):
 
 def test_the_page_names_enough_to_be_worth_looking_up():
     assert len(NAMED) > 20
+
+
+def test_the_readme_counts_the_strategies_there_are():
+    number = {8: "eight", 9: "nine", 10: "ten", 11: "eleven", 12: "twelve"}[len(STRATEGIES)]
+    assert f"{number} decoding strategies" in (ROOT / "README.md").read_text()
