@@ -169,7 +169,7 @@ def _rendered(
     marks: _Marks | None,
     open_: bool,
 ) -> str:
-    from gemmakit.text.sandbox import TemplateRefused
+    from gemmakit.text.sandbox import TemplateRefused  # late: it loads Jinja
 
     def attempt(chat: list[dict[str, Any]]) -> str:
         return (_render_open if open_ else _render)(source, chat, variables, settled, marks)
@@ -194,7 +194,7 @@ def _folded(chat: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
 
 
 def _render(source: str, chat: Any, variables: Any, settled: Any, marks: _Marks | None) -> str:
-    from gemmakit.text.sandbox import render
+    from gemmakit.text.sandbox import render  # late: it loads Jinja
 
     def guard(text: str) -> str:
         return marks.guard(text) if marks else text

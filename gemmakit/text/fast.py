@@ -121,6 +121,28 @@ class RustEngine:
         """The text of a `tokenizer.json` that the `tokenizers` library and transformers read."""
         return self.tokenizer.to_str(pretty=True)
 
+    def set_around(self, before: Sequence[int], after: Sequence[int]) -> None:
+        """The template that makes the Rust tokenizer alone put the same special tokens around a text."""
+        from tokenizers import processors
+
+        names = {index: self.id_to_token(index) for index in (*before, *after)}
+
+        def sequence(slot: str, kind: int) -> list[str]:
+            return [*(f"{names[i]}:{kind}" for i in before), f"${slot}:{kind}", *(f"{names[i]}:{kind}" for i in after)]
+
+        self.tokenizer.post_processor = processors.TemplateProcessing(
+            single=sequence("A", 0),
+            pair=sequence("A", 0) + sequence("B", 1),
+            special_tokens=[(name, index) for index, name in names.items()],
+        )
+
+    def model_bytes(self) -> bytes | None:
+        return None
+
+    def tokenizer_json(self, before: Sequence[int], after: Sequence[int]) -> str:
+        self.set_around(before, after)
+        return self.to_json()
+
 
 def _with_joinable_bytes(model: ModelFile) -> dict[str, int]:
     """The vocabulary, with a byte piece renamed to its character where learned pieces hold that character.

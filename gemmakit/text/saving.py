@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from gemmakit.errors import GemmakitError, InputError, TokenizerError
 from gemmakit.files import replacing
 from gemmakit.hub import HubOptions, find_file, find_gguf, push_folder, refuse_code
+from gemmakit.text.gguf_reading import gguf_settings
 from gemmakit.text.tokenizer_json import read_json
 from gemmakit.text.vocabulary import AddedToken, Engine
-
-if TYPE_CHECKING:
-    from gemmakit.text.base import TokenizerBase
 
 Self = TypeVar("Self", bound="Saving")
 
@@ -34,6 +32,7 @@ class Saving:
     _engine: Engine
     is_fast: bool
     vocab_file: str | None
+    _around: Callable[[], tuple[list[int], list[int]]]
 
     @classmethod
     def from_pretrained(
@@ -62,8 +61,6 @@ class Saving:
         hub = HubOptions(revision, token, cache_dir, local_files_only, subfolder)
         gguf = find_gguf(name, gguf_file, hub)
         if gguf is not None:
-            from gemmakit.text.gguf import gguf_settings
-
             return _made(cls, inputs, {**gguf_settings(gguf), "name_or_path": str(gguf), **settings})
 
         def find(filename: str) -> Path | None:
@@ -109,8 +106,6 @@ class Saving:
         self, save_directory: str | os.PathLike[str], filename_prefix: str | None = None
     ) -> tuple[str, ...]:
         """Write the vocabulary alone: `tokenizer.model` where there is one, and `tokenizer.json`."""
-        from gemmakit.text.fast import RustEngine
-
         folder = Path(save_directory)
         if not folder.is_dir():
             raise TokenizerError(f"{folder} is not a directory to save a vocabulary in.")
@@ -118,19 +113,14 @@ class Saving:
         model = self._model_bytes()
         if model is not None:
             written.append(_write(folder / _prefixed(MODEL, filename_prefix), model))
-        if isinstance(self._engine, RustEngine):
-            engine = self._engine
-        else:
-            engine = RustEngine.from_model(self._engine.model)  # type: ignore[attr-defined]
-            engine.add(token for _, token in sorted(self._engine.added.items()))
-        set_post_processor(engine, self)  # type: ignore[arg-type]
-        written.append(_write(folder / _prefixed(JSON, filename_prefix), engine.to_json().encode()))
+        text = self._engine.tokenizer_json(*self._around())
+        written.append(_write(folder / _prefixed(JSON, filename_prefix), text.encode()))
         return tuple(map(str, written))
 
     def _model_bytes(self) -> bytes | None:
-        model = getattr(self._engine, "model", None)
+        model = self._engine.model_bytes()
         if model is not None:
-            return model.to_bytes()
+            return model
         try:
             return Path(self.vocab_file).read_bytes() if self.vocab_file else None
         except OSError as error:
@@ -138,10 +128,7 @@ class Saving:
 
     def update_post_processor(self) -> None:
         """Bring the Rust tokenizer's own post-processor in line. Encoding here never needs it: settings act at once."""
-        from gemmakit.text.fast import RustEngine
-
-        if isinstance(self._engine, RustEngine):
-            set_post_processor(self._engine, self)  # type: ignore[arg-type]
+        self._engine.set_around(*self._around())
 
     def _texts(self: Any) -> Iterator[tuple[str, str]]:
         config = {
@@ -179,23 +166,6 @@ def _made(cls: type[Self], inputs: tuple[Any, ...], settings: Mapping[str, Any])
         raise
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
         raise TokenizerError(f"{settings['name_or_path']}: its tokenizer settings are malformed: {error}") from error
-
-
-def set_post_processor(engine: Any, tokenizer: TokenizerBase) -> None:
-    """The template that makes the Rust tokenizer alone put the same special tokens around a text."""
-    from tokenizers import processors
-
-    before, after = tokenizer._around()
-    names = {index: engine.id_to_token(index) for index in (*before, *after)}
-
-    def sequence(slot: str, kind: int) -> list[str]:
-        return [*(f"{names[i]}:{kind}" for i in before), f"${slot}:{kind}", *(f"{names[i]}:{kind}" for i in after)]
-
-    engine.tokenizer.post_processor = processors.TemplateProcessing(
-        single=sequence("A", 0),
-        pair=sequence("A", 0) + sequence("B", 1),
-        special_tokens=[(name, index) for index, name in names.items()],
-    )
 
 
 def _config(find: Any) -> dict[str, Any]:

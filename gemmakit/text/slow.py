@@ -130,6 +130,17 @@ class SentencePieceEngine:
             "return_offsets_mapping needs GemmaTokenizerFast: SentencePiece gives no offsets for byte pieces."
         )
 
+    def set_around(self, before: Sequence[int], after: Sequence[int]) -> None:
+        """Nothing: SentencePiece has no post-processor."""
+
+    def model_bytes(self) -> bytes | None:
+        return self.model.to_bytes()
+
+    def tokenizer_json(self, before: Sequence[int], after: Sequence[int]) -> str:
+        rust = RustEngine.from_model(self.model)
+        rust.add(token for _, token in sorted(self.added.items()))
+        return rust.tokenizer_json(before, after)
+
 
 def _with_spaces(token: AddedToken) -> AddedToken:
     return replace(token, content=token.content.replace(" ", SPACE))

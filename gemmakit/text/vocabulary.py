@@ -87,6 +87,18 @@ class Engine(Protocol):
 
     def add(self, tokens: Iterable[AddedToken]) -> int: ...
 
+    def set_around(self, before: Sequence[int], after: Sequence[int]) -> None:
+        """Take note of the special tokens around a text, where what is saved or lent to others must know them."""
+        ...
+
+    def model_bytes(self) -> bytes | None:
+        """The SentencePiece model, where there is one."""
+        ...
+
+    def tokenizer_json(self, before: Sequence[int], after: Sequence[int]) -> str:
+        """The text of a `tokenizer.json` that puts these ids before and after a text."""
+        ...
+
 
 def added_tokens_of(model: ModelFile) -> dict[int, AddedToken]:
     """The pieces of a `.model` that are matched whole: control pieces, the unknown piece, and user-defined symbols."""

@@ -15,7 +15,8 @@ from gemmakit import AutoTokenizer, GemmaTokenizer, GemmaTokenizerFast, demo_mod
 from gemmakit.checkpoint.formats.gguf_writing import write_gguf
 from gemmakit.errors import CheckpointError, GemmakitError, TemplateError, TokenizerError
 from gemmakit.gguf import Entry, read_gguf_header
-from gemmakit.text.gguf import model_of, read_vocabulary, vocabulary_of
+from gemmakit.text.gguf import vocabulary_of
+from gemmakit.text.gguf_reading import model_of, read_vocabulary
 from gemmakit.text.model_file import CONTROL, UNUSED, USER_DEFINED, ModelFile
 
 SNIPPETS = [
