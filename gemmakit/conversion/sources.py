@@ -32,8 +32,8 @@ from gemmakit.generation import GenerationConfig
 from gemmakit.gguf import config_values, read_gguf_header
 from gemmakit.hub import DEFAULT, HubOptions, Name, check_relative, find_file, local_directory
 from gemmakit.text import GemmaTokenizer, GemmaTokenizerFast
+from gemmakit.text.files import ADDED, CONFIG, JSON, MODEL, SPECIALS, TEMPLATE
 from gemmakit.text.gguf import vocabulary_of
-from gemmakit.text.saving import ADDED, CONFIG, JSON, MODEL, SPECIALS, TEMPLATE
 
 GENERATION = "generation_config.json"
 

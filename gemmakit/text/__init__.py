@@ -5,9 +5,9 @@ Importing this loads neither PyTorch nor the tokenizer libraries; they come with
 
 from gemmakit.text.chat import GEMMA_TEMPLATE
 from gemmakit.text.encoding import BatchEncoding
-from gemmakit.text.fast import GemmaTokenizerFast
-from gemmakit.text.incremental import IncrementalDecoder
-from gemmakit.text.slow import GemmaTokenizer
+from gemmakit.text.rust import GemmaTokenizerFast
+from gemmakit.text.sentencepiece import GemmaTokenizer
+from gemmakit.text.stream import IncrementalDecoder
 from gemmakit.text.vocabulary import AddedToken
 
 __all__ = [

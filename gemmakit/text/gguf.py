@@ -15,11 +15,11 @@ from typing import Any
 
 from gemmakit.errors import TokenizerError
 from gemmakit.gguf import Entry, Vocabulary
-from gemmakit.text.base import TokenizerBase
-from gemmakit.text.fast import RustEngine
 from gemmakit.text.gguf_reading import NAMED, model_of_pieces
 from gemmakit.text.model_file import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, ModelFile, Piece
-from gemmakit.text.slow import GemmaTokenizer, SentencePieceEngine
+from gemmakit.text.rust import RustEngine
+from gemmakit.text.sentencepiece import GemmaTokenizer, SentencePieceEngine
+from gemmakit.text.tokenizer import TokenizerBase
 from gemmakit.text.vocabulary import SPACE, TURN_TOKENS, AddedToken
 
 _ADDED_SCORE = -1000.0  # of tokens that are not the vocabulary's own, as llama.cpp's converter has it

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from gemmakit import GemmaTokenizerFast
-from gemmakit.text import fast
+from gemmakit.text import rust
 from gemmakit.text.model_file import ModelFile
 
 
@@ -16,7 +16,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_the_second_start_reads_what_the_first_recovered(model_path, cache, monkeypatch):
-    monkeypatch.setattr(fast, "WORTH_CACHING", 1000)
+    monkeypatch.setattr(rust, "WORTH_CACHING", 1000)
     text = "for i in range(10):\n\tprint(i)  # été 漢字"
     first = GemmaTokenizerFast(model_path).encode(text)
     (kept,) = cache.rglob("tokenizer.json")

@@ -11,8 +11,8 @@ from gemmakit.errors import InputError, TokenizerError
 from gemmakit.text.calling import Calling
 from gemmakit.text.chat import Chat
 from gemmakit.text.encoding import SIDES, one_of, to_lists
-from gemmakit.text.incremental import IncrementalDecoder
-from gemmakit.text.saving import Saving
+from gemmakit.text.files import Saving
+from gemmakit.text.stream import IncrementalDecoder
 from gemmakit.text.vocabulary import (
     TURN_TOKENS,
     AddedToken,

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from gemmakit.errors import InputError, TokenizerError
-from gemmakit.text.base import TokenizerBase
-from gemmakit.text.fast import RustEngine
 from gemmakit.text.model_file import ModelFile
+from gemmakit.text.rust import RustEngine
+from gemmakit.text.tokenizer import TokenizerBase
 from gemmakit.text.vocabulary import (
     SPACE,
     AddedToken,

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from gemmakit.errors import InputError, TokenizerError
 from gemmakit.files import write_text
-from gemmakit.text.base import TokenizerBase
 from gemmakit.text.model_file import NORMAL, UNKNOWN, ModelFile
+from gemmakit.text.tokenizer import TokenizerBase
 from gemmakit.text.tokenizer_json import BpeFile, merges_of, read_json, vocab_of
 from gemmakit.text.vocabulary import SPACE, AddedToken, Engine, Offsets, added_tokens_of, check_text, merge_added
 
