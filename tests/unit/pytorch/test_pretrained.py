@@ -98,7 +98,8 @@ def test_loading_in_the_files_dtype_takes_no_memory_for_the_weights(saved, tmp_p
     converted, _ = grown("bfloat16")
     assert size > 200
     assert mapped < 25  # MiB: nothing but bookkeeping
-    assert size // 2 <= converted < size // 2 + 25  # the test can see memory where it is taken
+    # The test can see memory where it is taken. Pages that the imports had freed may be given back meanwhile.
+    assert size // 2 - 5 <= converted < size // 2 + 25
 
 
 def test_writing_to_loaded_weights_never_reaches_the_file(saved):
