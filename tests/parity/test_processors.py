@@ -8,6 +8,7 @@ import transformers
 
 from gemmakit import GenerationConfig
 from gemmakit.pytorch.decode import processors
+from gemmakit.pytorch.decode.prompt import Prompt
 
 V, EOS = 43, (1, 5)
 STEPS = 12
@@ -85,12 +86,8 @@ def theirs(oracle, settings, prompt, total, mask=None, **more):
 
 def ours(settings, prompt, total, mask=None, **more):
     config = GenerationConfig(**settings, eos_token_id=list(EOS))
-    padding = None if mask is None else mask == 0
-    return processors.build(
-        processors.Context(
-            config, torch.tensor(EOS), prompt.shape[1], padding, prompt=prompt, total=total, vocabulary=V, **more
-        )
-    )
+    start = Prompt(prompt, embeds=None, mask=None if mask is None else mask != 0, cache=None, past=0)
+    return processors.build(processors.Context(config, start, total, V, **more))
 
 
 def run(chain, ids, scores):

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from gemmakit import DynamicCache, GemmaConfig, GemmaForCausalLM, StaticCache
 from gemmakit.errors import CheckpointError, InputError, PromptTooLong
+from gemmakit.pytorch.cache import KINDS, new_cache
 from gemmakit.pytorch.cache import files as cache_files
 from gemmakit.pytorch.cache import offloaded as cache_offloaded
-from gemmakit.pytorch.cache.kinds import KINDS, new_cache
 from gemmakit.pytorch.cache.offloaded import OffloadedCache
 from gemmakit.pytorch.cache.quantized import FEATURES, POSITIONS, QuantizedCache, pack, unpack
 

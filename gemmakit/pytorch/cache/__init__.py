@@ -1,7 +1,13 @@
-"""Caches of keys and values: growing, static, offloaded, quantized, paged; and their files."""
+"""Caches of keys and values by name, as `cache_implementation` asks for them."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from gemmakit.config import GemmaConfig
+from gemmakit.errors import InputError
 from gemmakit.pytorch.cache.core import Cache, CacheLayer, DynamicCache, StaticCache
-from gemmakit.pytorch.cache.kinds import KINDS, new_cache
 from gemmakit.pytorch.cache.offloaded import OffloadedCache
 from gemmakit.pytorch.cache.quantized import QuantizedCache
 
@@ -15,3 +21,37 @@ __all__ = [
     "StaticCache",
     "new_cache",
 ]
+
+# Each is called with the configuration, the number of tokens that will come, and the caller's own settings.
+KINDS: dict[str, Callable[..., Cache]] = {
+    "dynamic": lambda config, length, **more: DynamicCache(config=config, **more),
+    "static": lambda config, length, **more: StaticCache(config, max_cache_len=length, **more),
+    "offloaded": lambda config, length, **more: OffloadedCache(config=config, **more),
+    "offloaded_static": lambda config, length, **more: OffloadedCache(config=config, max_cache_len=length, **more),
+    "quantized": lambda config, length, **more: QuantizedCache(config=config, **more),
+}
+# Names that other libraries' cache_config has and that say nothing here.
+_MEANINGLESS = ("backend", "axis_key", "axis_value", "compute_dtype", "device")
+
+
+def new_cache(
+    kind: str | None, config: GemmaConfig, length: int | None = None, settings: dict[str, Any] | None = None
+) -> Cache:
+    """An empty cache.
+
+    Args:
+        kind: one of KINDS; None is "dynamic".
+        length: tokens it must hold, for the static ones.
+        settings: its own arguments, for instance `{"nbits": 8}` for "quantized".
+
+    Raises:
+        InputError: no such kind, or no such setting.
+    """
+    kind = kind or "dynamic"
+    if kind not in KINDS:
+        raise InputError(f"there is no cache {kind!r}; the caches are {', '.join(KINDS)}.")
+    own = {name: value for name, value in (settings or {}).items() if name not in _MEANINGLESS}
+    try:
+        return KINDS[kind](config, length, **own)
+    except TypeError as e:
+        raise InputError(f"a {kind} cache does not take {', '.join(map(repr, own))} ({e}).") from e

@@ -147,9 +147,13 @@ class CacheLayer:
         if held >= end and not self._borrowed:
             return
         self._borrowed = False
-        room = self.fixed or max(end, min(held + held // 2, held + 4096), 64 if end < 64 else end)
+        room = self._room(held, end)
         self._keys = self._grown(self._keys, sizes, room, used, like)
         self._values = self._grown(self._values, sizes, room, used, like)
+
+    def _room(self, held: int, end: int) -> int:
+        """Positions of a new buffer for `end` of them, after one of `held`."""
+        return self.fixed or max(end, min(held + held // 2, held + 4096), 64 if end < 64 else end)
 
     @staticmethod
     def _grown(
@@ -161,6 +165,9 @@ class CacheLayer:
         if old is not None:
             new[:, :, :used] = old[:, :, :used]
         return new
+
+    def check_crop(self, length: int) -> None:
+        """Raises InputError where the layer cannot go back to `length` positions."""
 
     def crop(self, length: int) -> None:
         """Forget all but the first `length` positions, of which there are at least so many."""
@@ -261,9 +268,12 @@ class Cache:
 
     def crop(self, max_length: int) -> None:
         """Forget all but the first `max_length` positions; a negative number forgets that many at the end."""
-        for layer in self.layers:
-            held = int(layer.length)
-            layer.crop(min(held, max_length) if max_length >= 0 else max(held + max_length, 0))
+        held = [int(layer.length) for layer in self.layers]
+        lengths = [min(n, max_length) if max_length >= 0 else max(n + max_length, 0) for n in held]
+        for layer, length in zip(self.layers, lengths, strict=True):
+            layer.check_crop(length)
+        for layer, length in zip(self.layers, lengths, strict=True):
+            layer.crop(length)
 
     def reset(self) -> None:
         """Forget everything, keep the memory."""

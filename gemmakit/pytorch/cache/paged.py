@@ -1,7 +1,7 @@
 """Keys and values in pages: rows of any length share one memory, which is taken once and never grows.
 
 Axis letters: B rows, S new tokens a row, P pages a row, T key positions, K kv heads, H head_dim. A place is a number of
-the flat memory, page * page_size + offset. Who holds which page is decided in decode/pages.py.
+the flat memory, page * page_size + offset. Who holds which page is decided in pages.py.
 Source: arXiv:2309.06180.
 """
 

@@ -2,7 +2,7 @@
 
 A step that reads and writes fixed memory only is recorded once and replayed afterwards: the host then starts one thing
 a token instead of hundreds. It is the loop's step (model, processors, sampler, ends) over a static cache whose length
-is on the device; where that is impossible, `recorded_step` says why and the loop steps as ever.
+is on the device; where that is impossible, `call_plan` says why and the loop steps as ever.
 Axis letters: R rows, V vocabulary, T places.
 """
 
@@ -27,16 +27,16 @@ from gemmakit.pytorch.decode.prompt import Prompt, Rows
 from gemmakit.pytorch.decode.protocols import CausalLM
 from gemmakit.pytorch.decode.sampling import greedy, sampler
 from gemmakit.pytorch.decode.step import Plan, Step, forward
+from gemmakit.pytorch.kernels.decision import Decision
 
 Runnable = Callable[[], None]
 _log = logging.getLogger("gemmakit")
 # As many shapes as a chat, a batch job and an evaluation need side by side.
 MAX_CAPTURED = 8
-
-
 # Recording runs the step about four times over.
 WORTH_STEPS = 8
 MIN_PLACES = 64
+STEPWISE, REPLAYED = "step by step", "replayed from a graph"
 
 
 class Queue(Protocol):
@@ -176,12 +176,12 @@ def recorded_step(model: CausalLM, prompt: Prompt, plan: Plan) -> Generator[Stat
 
     Whatever goes wrong meanwhile, no half-written memory is used again.
     """
-    reason = why_not_call(model, prompt, plan)
+    why = call_plan(model, prompt, plan).why
     store = captured_steps(model)
-    if reason is None and not store.lock.acquire(blocking=False):
-        reason = "another call is using the model's recorded steps"
-    if reason is not None:
-        log_once(model, reason)
+    if not why and not store.lock.acquire(blocking=False):
+        why = "another call is using the model's recorded steps"
+    if why:
+        log_once(model, why)
         yield None
         return
     try:
@@ -197,17 +197,15 @@ def recorded_step(model: CausalLM, prompt: Prompt, plan: Plan) -> Generator[Stat
         store.lock.release()
 
 
-def why_not_call(model: CausalLM, prompt: Prompt, plan: Plan) -> str | None:
-    """Why the steps of this call are not replayed, in words; None if they are."""
+def call_plan(model: CausalLM, prompt: Prompt, plan: Plan) -> Decision:
+    """How the steps of this call are started."""
     if not plan.config.cuda_graphs:
-        return "cuda_graphs is False"
-    reason = why_not(model) or _of_call(prompt, plan)
-    if reason is None and (torch.is_autocast_enabled(model.device.type) or torch.compiler.is_compiling()):
-        return "autocast or a compiler is at work"
-    return reason
+        return Decision(STEPWISE, "cuda_graphs is False")
+    decided = loop_plan(model)
+    return decided if decided.why else _decided(_of_call(model, prompt, plan))
 
 
-def _of_call(prompt: Prompt, plan: Plan) -> str | None:
+def _of_call(model: CausalLM, prompt: Prompt, plan: Plan) -> str | None:
     if prompt.given or type(prompt.cache) not in (DynamicCache, StaticCache):
         kind = "none" if prompt.cache is None else f"a {type(prompt.cache).__name__}"
         return f"the cache is {'the one that was passed' if prompt.given else kind}"
@@ -222,6 +220,8 @@ def _of_call(prompt: Prompt, plan: Plan) -> str | None:
         return f"{', '.join(recorded)} of each step are kept"
     if plan.total - prompt.ids.shape[1] < WORTH_STEPS:
         return f"fewer than {WORTH_STEPS} new tokens are asked for"
+    if torch.is_autocast_enabled(model.device.type) or torch.compiler.is_compiling():
+        return "autocast or a compiler is at work"
     return None
 
 
@@ -431,8 +431,16 @@ def captured_steps(model: CausalLM) -> CapturedSteps:
     return found
 
 
-def why_not(model: CausalLM) -> str | None:
-    """Why no step of this model can be recorded, in words; None if it can."""
+def loop_plan(model: CausalLM) -> Decision:
+    """How a step of greedy decoding or sampling is started, as far as the model decides it."""
+    return _decided(_of_model(model))
+
+
+def _decided(why: str | None) -> Decision:
+    return Decision(STEPWISE, why) if why else Decision(REPLAYED)
+
+
+def _of_model(model: CausalLM) -> str | None:
     device = model.device
     if device.type not in CAPTURES:
         return f"{device.type} has no graphs"

@@ -15,14 +15,14 @@ from gemmakit.errors import InputError
 from gemmakit.generation import GenerationConfig
 from gemmakit.outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from gemmakit.pytorch.cache import Cache
-from gemmakit.pytorch.decode import arguments, batch, capture, processors, stopping
+from gemmakit.pytorch.decode import batch, capture, processors, stopping
 from gemmakit.pytorch.decode.healing import heal
 from gemmakit.pytorch.decode.processors import AllowedTokens
 from gemmakit.pytorch.decode.prompt import Prompt, prepare
 from gemmakit.pytorch.decode.protocols import CausalLM, LogitsProcessorList
 from gemmakit.pytorch.decode.sampling import Exponential, greedy, row_generators, sampler
 from gemmakit.pytorch.decode.step import Plan, StepOutputs
-from gemmakit.pytorch.decode.strategies import BEAMS, STRATEGIES, choose, copies, transition_scores, tried
+from gemmakit.pytorch.decode.strategies import STRATEGIES, Strategy, choose, transition_scores
 from gemmakit.pytorch.decode.stream import Steps, Streamer, tokens_of, told
 from gemmakit.pytorch.model import check_tensor
 from gemmakit.streamers import StepTokens, StreamEvent, events
@@ -86,27 +86,8 @@ class GenerationMixin:
             PromptTooLong: prompt and new tokens do not fit the context or the cache.
             NumericalError: a step has no finite score to choose by.
         """
-        decoding = begin(
-            self,
-            inputs,
-            generation_config,
-            logits_processor=logits_processor,
-            stopping_criteria=stopping_criteria,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            past_key_values=past_key_values,
-            streamer=streamer,
-            tokenizer=tokenizer,
-            generator=generator,
-            assistant_model=assistant_model,
-            custom_generate=custom_generate,
-            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
-            negative_prompt_ids=negative_prompt_ids,
-            negative_prompt_attention_mask=negative_prompt_attention_mask,
-            **settings,
-        )
-        return decoding.run()
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "settings")}
+        return begin(self, **arguments, **settings).run()
 
     def stream(
         self: CausalLM,
@@ -138,8 +119,7 @@ class GenerationMixin:
         plan, rows = decoding.plan, decoding.rows
         if rows > 1:
             raise InputError(f"stream follows one row, and this call has {rows}: stream them one at a time.")
-        one_a_step = decoding.strategy not in BEAMS
-        plan.outputs.only_scores(plan.config.output_scores and one_a_step)
+        plan.outputs.only_scores(plan.config.output_scores and not decoding.strategy.beams)
         tokens = tokens_of(decoding.steps, plan.outputs, decoding.prompt.cache)
         return events(tokens, tokenizer, skip_special_tokens)
 
@@ -163,8 +143,7 @@ class GenerationMixin:
 
     def loop_plan(self: CausalLM) -> str:
         """How a step of greedy decoding or sampling is started, and why, in words, as far as the model decides it."""
-        reason = capture.why_not(self)
-        return "replayed from a graph" if reason is None else f"step by step ({reason})"
+        return str(capture.loop_plan(self))
 
     def free_graphs(self: CausalLM) -> int:
         """Let go of the steps that generate() recorded on the device and of their caches; gives the bytes of these.
@@ -201,7 +180,7 @@ class GenerationMixin:
 class Decoding:
     """A call that is checked and has not begun; `output` is there once its steps have come to their end."""
 
-    def __init__(self, strategy: str, prompt: Prompt, plan: Plan, steps: Steps[Any]):
+    def __init__(self, strategy: Strategy, prompt: Prompt, plan: Plan, steps: Steps[Any]):
         self.strategy, self.prompt, self.plan = strategy, prompt, plan
         self.steps = self._through(steps)
         self.output: Any = None
@@ -224,8 +203,8 @@ class Decoding:
 
 def begin(
     model: CausalLM,
-    inputs: Tensor | None,
-    generation_config: GenerationConfig | None,
+    inputs: Tensor | None = None,
+    generation_config: GenerationConfig | None = None,
     *,
     streamer: Streamer | None = None,
     **given: Any,
@@ -279,56 +258,78 @@ def _checked(
         "negative_prompt_attention_mask": negative_prompt_attention_mask,
     }.items():
         check_tensor(name, value)
-    arguments.check_config(generation_config)
-    arguments.check_cache(past_key_values)
-    arguments.check_generator(generator)
+    _check_kinds(generation_config, past_key_values, generator)
     own = _own_arguments(custom_generate, settings)
     config = (generation_config or model.generation_config).updated(**settings)
     config.validate(model.config.vocab_size)
-    strategy = choose(config, assistant_model, streamer, model)
+    strategy = STRATEGIES[choose(config, assistant_model, streamer, model)]
     ids = inputs if input_ids is None else input_ids
-    prompt, new = prepare(model, config, ids, attention_mask, inputs_embeds, past_key_values, tried(strategy, config))
+    prompt, new = prepare(model, config, ids, attention_mask, inputs_embeds, past_key_values, strategy.tried(config))
     if config.token_healing:
         heal(model, prompt, tokenizer)
-    length, vocabulary = prompt.ids.shape[1], model.config.vocab_size
-    eos = torch.tensor(config.eos_token_ids, device=prompt.ids.device) if config.eos_token_ids else None
+    total, vocabulary = prompt.ids.shape[1] + new, model.config.vocab_size
     context = processors.Context(
-        config=config,
-        eos=eos,
-        prompt_length=length,
-        padding=prompt.padding,
-        custom=arguments.functions("logits_processor", logits_processor),
-        prompt=prompt.ids,
-        total=length + new,
-        vocabulary=vocabulary,
+        config,
+        prompt,
+        total,
+        vocabulary,
+        custom=_functions("logits_processor", logits_processor),
         model=model,
         prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
         negative_ids=negative_prompt_ids,
         negative_mask=negative_prompt_attention_mask,
         tokenizer=tokenizer,
-        unseen=0 if prompt.embeds is None else prompt.embeds.shape[1] - length,
     )
     noise = Exponential(_generators(config, generator, prompt, strategy))
-    criteria = arguments.functions("stopping_criteria", stopping_criteria)
+    criteria = _functions("stopping_criteria", stopping_criteria)
     plan = Plan(
         processors=processors.build(context),
         pick=sampler(noise) if config.do_sample else greedy,
         pad=config.filler,
-        eos=eos,
+        eos=context.eos,
         eos_ids=config.eos_token_ids,
         criteria=stopping.build(config, tokenizer, criteria, vocabulary),
         config=config,
-        total=length + new,
+        total=total,
         noise=noise,
-        copies=copies(strategy, config),
+        copies=strategy.rows(config),
         assistant=assistant_model,
         outputs=_outputs(config),
     )
     if custom_generate is None:
-        steps = _as_asked(STRATEGIES[strategy](model, prompt, plan), config)
+        steps = _as_asked(strategy.decode(model, prompt, plan), config)
     else:
         steps = _by_custom(custom_generate, model, prompt, plan, own)
     return Decoding(strategy, prompt, plan, steps)
+
+
+def _check_kinds(config: Any, cache: Any, generator: Any) -> None:
+    """Raises InputError for another library's settings or cache, and for what is no generator."""
+    if config is not None and not isinstance(config, GenerationConfig):
+        remedy = "GenerationConfig(**settings), or pass the settings themselves"
+        if hasattr(config, "to_diff_dict"):  # transformers' own
+            remedy = "gemmakit.GenerationConfig.from_dict(generation_config.to_diff_dict())"
+        raise InputError(f"generation_config is a {type(config).__name__}; it must be gemmakit's: {remedy}.")
+    if cache is not None and not isinstance(cache, Cache | tuple | list):
+        raise InputError(
+            f"past_key_values is a {type(cache).__module__}.{type(cache).__name__}; give a gemmakit Cache, or "
+            "(key, value) of each layer."
+        )
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise InputError(f"generator is a {type(generator).__name__}; give a torch.Generator, or a number as seed=.")
+
+
+def _functions(name: str, value: Iterable[Callable[..., Any]] | None) -> tuple[Callable[..., Any], ...]:
+    """The caller's functions. Raises InputError for one alone, or for what cannot be called."""
+    if value is None:
+        return ()
+    if not isinstance(value, Iterable):
+        raise InputError(f"{name} is a {type(value).__name__}; give a list of functions, [{name}] if it is one.")
+    found = tuple(value)
+    for each in found:
+        if not callable(each):
+            raise InputError(f"{name} holds a {type(each).__name__}, which cannot be called: give functions.")
+    return found
 
 
 def _as_asked(steps: Steps[Any], config: GenerationConfig) -> Steps[Any]:
@@ -341,7 +342,7 @@ def _as_asked(steps: Steps[Any], config: GenerationConfig) -> Steps[Any]:
 
 
 def _generators(
-    config: GenerationConfig, generator: torch.Generator | None, prompt: Prompt, strategy: str
+    config: GenerationConfig, generator: torch.Generator | None, prompt: Prompt, strategy: Strategy
 ) -> torch.Generator | list[torch.Generator] | None:
     """What draws: the caller's generator, or with a seed one a row (a search draws for all its beams at once)."""
     if generator is not None and config.seed is not None:
@@ -349,7 +350,7 @@ def _generators(
     if config.seed is None or not config.do_sample:
         return generator
     padding = torch.zeros_like(prompt.ids, dtype=torch.bool) if prompt.padding is None else prompt.padding
-    draws = 1 if strategy in BEAMS else config.num_return_sequences
+    draws = 1 if strategy.beams else config.num_return_sequences
     rows = [ids[~pads].tolist() for ids, pads in zip(prompt.ids, padding, strict=True) for _ in range(draws)]
     return row_generators(config.seed, rows, prompt.ids.device)
 

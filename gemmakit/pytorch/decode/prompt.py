@@ -17,8 +17,7 @@ from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError, PromptTooLong, TokenOutOfRange
 from gemmakit.generation import GenerationConfig
 from gemmakit.outputs import CausalLMOutputWithPast
-from gemmakit.pytorch.cache import Cache, DynamicCache
-from gemmakit.pytorch.cache.kinds import new_cache
+from gemmakit.pytorch.cache import Cache, DynamicCache, new_cache
 from gemmakit.pytorch.decode.protocols import CausalLM
 from gemmakit.pytorch.decode.step import forward
 from gemmakit.pytorch.masks import MIN_SEGMENT, segments_pay

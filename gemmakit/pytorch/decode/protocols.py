@@ -1,4 +1,4 @@
-"""What decoding asks of a model; and bases and lists of processors and criteria, under transformers' names.
+"""What decoding asks of a model and of processors; and bases and lists of these and of criteria, as transformers has.
 
 A plain function or list does as well as these.
 """
@@ -35,6 +35,12 @@ class CausalLM(Protocol):
         """A pass: input_ids or inputs_embeds, attention_mask, position_ids, past_key_values, use_cache,
         output_attentions, output_hidden_states, return_dict, logits_to_keep -> CausalLMOutputWithPast."""
         ...
+
+
+class Processor(Protocol):
+    """ids (B, n) int64, prompt and new tokens, and scores (B, V) float32 -> scores (B, V)."""
+
+    def __call__(self, ids: Tensor, scores: Tensor, /) -> Tensor: ...
 
 
 class LogitsProcessor:

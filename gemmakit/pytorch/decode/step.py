@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from gemmakit.generation import GenerationConfig
-from gemmakit.pytorch.decode.processors import Processor
-from gemmakit.pytorch.decode.protocols import CausalLM
+from gemmakit.pytorch.decode.protocols import CausalLM, Processor
 from gemmakit.pytorch.decode.sampling import Exponential, Pick, greedy
 from gemmakit.pytorch.decode.stopping import Criterion, first_reason, reasons
 

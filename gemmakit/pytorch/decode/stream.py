@@ -5,7 +5,7 @@ Axis letters: R rows (prompts times their copies), V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from typing import Any, Protocol, TypeVar
 
@@ -25,7 +25,6 @@ from gemmakit.streamers import StepTokens, Token
 Out = TypeVar("Out")
 # A strategy yields the tokens of each step as they are certain, and returns what generate() gives.
 Steps = Generator[StepTokens, None, Out]
-Strategy = Callable[[Any, Prompt, Plan], Steps[Any]]
 
 
 class Streamer(Protocol):

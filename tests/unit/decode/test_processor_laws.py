@@ -1,6 +1,5 @@
 """Laws of processors: padding, beams, devices, errors."""
 
-import dataclasses
 import random
 
 import pytest
@@ -11,6 +10,7 @@ from gemmakit import GenerationConfig
 from gemmakit.errors import GenerationConfigError, InputError, NumericalError, TokenOutOfRange
 from gemmakit.pytorch.decode import processors
 from gemmakit.pytorch.decode.processors.guidance import Guidance
+from gemmakit.pytorch.decode.prompt import Prompt
 
 V = 90
 NEW = dict(max_new_tokens=8, eos_token_id=None, pad_token_id=0)
@@ -44,10 +44,9 @@ def context(**settings):
         for k in ("prompt", "padding", "total", "prefix_allowed_tokens_fn", "custom")
         if k in settings
     }
-    config = GenerationConfig(**settings)
-    eos = torch.tensor(config.eos_token_ids) if config.eos_token_ids else None
-    length = more["prompt"].shape[1] if "prompt" in more else 1
-    return processors.Context(config, eos, length, vocabulary=V, **more)
+    ids, padding = more.pop("prompt", torch.full((1, 1), 2)), more.pop("padding", None)
+    prompt = Prompt(ids, embeds=None, mask=None if padding is None else ~padding, cache=None, past=0)
+    return processors.Context(GenerationConfig(**settings), prompt, more.pop("total", V), V, **more)
 
 
 def rows(*lengths, seed=3):
@@ -146,7 +145,7 @@ def test_everything_stays_on_its_device():
     settings |= dict(do_sample=True, top_p=0.9, min_p=0.01, top_h=0.9, typical_p=0.9, eta_cutoff=1e-4, num_beams=2)
     ids, mask = padded(rows(3, 9), 12)
     built = context(**settings, eos_token_id=[1, 9], prompt=ids.to("meta"), padding=(mask == 0).to("meta"), total=13)
-    chain = processors.build(dataclasses.replace(built, eos=built.eos.to("meta")))
+    chain = processors.build(built)
     scores = torch.randn(4, V, device="meta")
     for processor in chain:
         scores = processor(ids.repeat_interleave(2, dim=0).to("meta"), scores)

@@ -103,22 +103,22 @@ class BatchCapture:
         self.model, self.cache = model, cache
         self._store = capture.CapturedSteps()
         self._uses: Counter[Hashable] = Counter()
-        self._reason: str | None = None
+        self._why = ""  # nothing is recorded
         self._capture: capture.StepCapture | None = None
 
     def look(self) -> None:
         """See whether the model is still what it was; for whenever a request comes."""
-        self._reason = capture.why_not(self.model)
-        if self._reason is None:
-            self._capture = self._store.open(self.model, self.model.device)
+        self._why = capture.loop_plan(self.model).why
+        if self._why:
+            capture.log_once(self.model, self._why)
         else:
-            capture.log_once(self.model, self._reason)
+            self._capture = self._store.open(self.model, self.model.device)
 
     def loaded(
         self, rows: Sequence[Row], spans: Sequence[Span], ids: Sequence[int], before: Tensor | None
     ) -> StaticBatch | None:
         """The pass for these rows with its inputs set; None if it is to be run plainly."""
-        if self._reason is not None or self._capture is None or len(spans) > MAX_ROWS:
+        if self._why or self._capture is None or len(spans) > MAX_ROWS:
             return None
         chain, sampled = shared_chain(rows), rows[0].generator is not None
         if any((row.generator is not None) != sampled or row.step.criteria for row in rows):
@@ -143,8 +143,8 @@ class BatchCapture:
                 static.record(self._capture)
         except Exception as e:  # memory, or an operator that cannot be recorded: once is enough
             self._store.clear()
-            self._reason = capture.reason_of(e)
-            capture.log_once(self.model, self._reason)
+            self._why = capture.reason_of(e)
+            capture.log_once(self.model, self._why)
             return None
         self._store.entries[key] = static
         self._store.trim()

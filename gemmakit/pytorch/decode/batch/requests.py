@@ -6,7 +6,7 @@ Axis letters: R rows, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -104,18 +104,16 @@ def prepare_row(model: CausalLM, request: Request, number: int) -> Row:
     prompt, new = prepare(model, config.updated(use_cache=False), given, None, None, None)
     if config.token_healing:
         heal(model, prompt, request.tokenizer)
-    ids = prompt.ids if prompt.mask is None else prompt.ids[prompt.mask][None]
-    length = ids.shape[1]
+    if prompt.mask is not None:
+        prompt = replace(prompt, ids=prompt.ids[prompt.mask][None], mask=None)
+    ids, length = prompt.ids, prompt.ids.shape[1]
     _check_rope(model.config, length + new)
-    eos = torch.tensor(config.eos_token_ids, device=ids.device) if config.eos_token_ids else None
     context = processors.Context(
         config,
-        eos,
-        length,
+        prompt,
+        length + new,
+        vocabulary,
         custom=tuple(request.logits_processor),
-        prompt=ids,
-        total=length + new,
-        vocabulary=vocabulary,
         model=model,
         tokenizer=request.tokenizer,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,7 +32,6 @@ from gemmakit.pytorch.decode.processors.logits import (
     MinP,
     NoRepeatNgram,
     PrefixAllowedTokens,
-    Processor,
     RemoveInvalidValues,
     RenormalizeLogits,
     RepetitionPenalty,
@@ -46,7 +46,8 @@ from gemmakit.pytorch.decode.processors.logits import (
     bad_words,
     seen,
 )
-from gemmakit.pytorch.decode.protocols import CausalLM
+from gemmakit.pytorch.decode.prompt import Prompt
+from gemmakit.pytorch.decode.protocols import CausalLM, Processor
 from gemmakit.pytorch.decode.token_bytes import Tokenizer
 
 __all__ = ["FORBIDDEN", "PROCESSORS", "AllowedTokens", "Context", "Processor", "ScoresOnly", "build"]
@@ -56,30 +57,34 @@ __all__ = ["FORBIDDEN", "PROCESSORS", "AllowedTokens", "Context", "Processor", "
 class Context:
     """What processors may need to know beside their setting.
 
-    eos: (E,) ids or None. prompt_length: P. padding: bool (B, P), True where the prompt is padding; None when it has
-    none. prompt: (B, P) ids. total: the tokens a row may have, prompt included. vocabulary: V. model: whom guidance
-    asks again; negative_ids (B or 1, N) and negative_mask are its other prompt. tokenizer: for a grammar. unseen:
-    positions of the prompt that are embeddings, of which ids say nothing.
+    total: the tokens a row may have, prompt included. vocabulary: V. model: whom guidance asks again; negative_ids
+    (B or 1, N) and negative_mask are its other prompt. tokenizer: for a grammar.
     """
 
     config: GenerationConfig
-    eos: Tensor | None
-    prompt_length: int
-    padding: Tensor | None = None
+    prompt: Prompt
+    total: int
+    vocabulary: int
     custom: tuple[Processor, ...] = ()
-    prompt: Tensor | None = None
-    total: int | None = None
-    vocabulary: int = 0
     model: CausalLM | None = None
     prefix_allowed_tokens_fn: AllowedTokens | None = None
     negative_ids: Tensor | None = None
     negative_mask: Tensor | None = None
     tokenizer: Tokenizer | None = None
-    unseen: int = 0
+
+    @cached_property
+    def eos(self) -> Tensor | None:
+        """(E,) ids, None if no token ends a row."""
+        return self.ids(self.config.eos_token_ids) if self.config.eos_token_ids else None
 
     @property
-    def device(self) -> torch.device:
-        return torch.device("cpu") if self.prompt is None else self.prompt.device
+    def prompt_length(self) -> int:
+        return self.prompt.ids.shape[1]
+
+    @property
+    def unseen(self) -> int:
+        """Positions of the prompt that are embeddings, of which ids say nothing."""
+        return 0 if self.prompt.embeds is None else self.prompt.embeds.shape[1] - self.prompt_length
 
     @property
     def keep(self) -> int:
@@ -89,12 +94,13 @@ class Context:
         return 2 if self.eos is None else self.eos.numel() + 1
 
     def ids(self, tokens: int | Sequence[int]) -> Tensor:
-        return torch.tensor([tokens] if isinstance(tokens, int) else list(tokens), dtype=torch.long, device=self.device)
+        listed = [tokens] if isinstance(tokens, int) else list(tokens)
+        return torch.tensor(listed, dtype=torch.long, device=self.prompt.ids.device)
 
     def known_prompt(self, setting: str) -> Tensor | None:
         """(B, P) ids with NOTHING on padding; None, and a warning, where embeddings stand alone."""
-        if self.prompt is not None and self.prompt.shape[1]:
-            return seen(self.prompt, self.padding)
+        if self.prompt_length:
+            return seen(self.prompt.ids, self.prompt.padding)
         warnings.warn(f"{setting} reads the prompt's ids, and there are none: it does nothing.", stacklevel=7)
         return None
 
@@ -132,10 +138,8 @@ def _guidance(c: Context) -> Processor | None:
         if c.negative_ids is not None:
             raise InputError("negative_prompt_ids is given without guidance_scale: set it, for instance to 1.5.")
         return None
-    ids = c.negative_ids
-    if ids is None:
-        ids = None if c.prompt is None or not c.prompt.shape[1] else c.prompt[:, -1:]
-    if ids is None:
+    ids = c.prompt.ids[:, -1:] if c.negative_ids is None else c.negative_ids
+    if not ids.shape[1]:
         raise InputError("guidance needs a prompt of ids to start from: pass negative_prompt_ids.")
     # Beams change places between steps, which a cache would have to follow: they are computed anew.
     assert c.model is not None
@@ -146,12 +150,12 @@ def _guidance(c: Context) -> Processor | None:
 def _bias(c: Context) -> Processor | None:
     if not c.config.biases:
         return None
-    return SequenceBias.of(c.config.biases, c.vocabulary, c.padding, c.device)
+    return SequenceBias.of(c.config.biases, c.vocabulary, c.prompt.padding, c.prompt.ids.device)
 
 
 def _bad_words(c: Context) -> Processor | None:
     biases = bad_words(c.config.bad_words_ids or (), c.config.eos_token_ids)
-    return SequenceBias.of(biases, c.vocabulary, c.padding, c.device) if biases else None
+    return SequenceBias.of(biases, c.vocabulary, c.prompt.padding, c.prompt.ids.device) if biases else None
 
 
 def _repetition(c: Context) -> Processor | None:
@@ -159,7 +163,7 @@ def _repetition(c: Context) -> Processor | None:
     if penalty == 1.0:
         return None
     c.warn_if_unseen("repetition_penalty")
-    return RepetitionPenalty(penalty, c.padding)
+    return RepetitionPenalty(penalty, c.prompt.padding)
 
 
 def _prompt_bonus(c: Context) -> Processor | None:
@@ -173,7 +177,7 @@ def _no_ngram(c: Context) -> Processor | None:
     if not size:
         return None
     c.warn_if_unseen("no_repeat_ngram_size")
-    return NoRepeatNgram(size, c.padding)
+    return NoRepeatNgram(size, c.prompt.padding)
 
 
 def _no_prompt_ngram(c: Context) -> Processor | None:
@@ -207,7 +211,7 @@ def _forced_bos(c: Context) -> Processor | None:
 
 def _forced_eos(c: Context) -> Processor | None:
     tokens = c.config.forced_eos_token_id
-    return None if tokens is None or c.total is None else ForcedTokens(c.total - 1, c.ids(tokens))
+    return None if tokens is None else ForcedTokens(c.total - 1, c.ids(tokens))
 
 
 def _decay(c: Context) -> Processor | None:
@@ -233,7 +237,7 @@ def _suppressed_first(c: Context) -> Processor | None:
 
 def _watermark(c: Context) -> Processor | None:
     settings = c.config.watermark
-    return None if settings is None else watermark.processor(settings, c.vocabulary, c.prompt_length, c.padding)
+    return None if settings is None else watermark.processor(settings, c.vocabulary, c.prompt_length, c.prompt.padding)
 
 
 # The order is that of transformers, which has no "constraint". Those before "custom" shape every strategy; those after

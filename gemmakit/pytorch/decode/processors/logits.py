@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,12 +19,6 @@ from gemmakit.errors import InputError, TokenOutOfRange
 FORBIDDEN = float("-inf")
 # Stands where padding is: no token has this id, so nothing is ever found there.
 NOTHING = -1
-
-
-class Processor(Protocol):
-    """ids (B, n) int64, prompt and new tokens, and scores (B, V) float32 -> scores (B, V)."""
-
-    def __call__(self, ids: Tensor, scores: Tensor, /) -> Tensor: ...
 
 
 class ScoresOnly:

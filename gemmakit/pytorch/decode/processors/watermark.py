@@ -15,7 +15,8 @@ from torch import Tensor
 from gemmakit.errors import InputError
 from gemmakit.generation import BaseWatermarkingConfig, SynthIDTextWatermarkingConfig, WatermarkingConfig
 from gemmakit.generation.watermarks import watermark_of
-from gemmakit.pytorch.decode.processors.logits import Processor, seen
+from gemmakit.pytorch.decode.processors.logits import seen
+from gemmakit.pytorch.decode.protocols import Processor
 
 # Candidates that "selfhash" tries a step: trying the whole vocabulary would take minutes.
 _SELFHASH_CANDIDATES = 40

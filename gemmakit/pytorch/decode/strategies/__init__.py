@@ -5,7 +5,8 @@ Axis letters: B prompts, R rows (prompts times their copies), V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,48 +14,76 @@ from torch import Tensor
 
 from gemmakit.errors import GenerationConfigError, InputError
 from gemmakit.generation import GenerationConfig
+from gemmakit.pytorch.decode.prompt import Prompt
 from gemmakit.pytorch.decode.protocols import CausalLM
+from gemmakit.pytorch.decode.step import Plan
 from gemmakit.pytorch.decode.strategies.assisted import assisted_generation
 from gemmakit.pytorch.decode.strategies.beam import beam_search
 from gemmakit.pytorch.decode.strategies.contrastive import contrastive_search
 from gemmakit.pytorch.decode.strategies.prompt_lookup import prompt_lookup_decoding
-from gemmakit.pytorch.decode.stream import Strategy, decode
+from gemmakit.pytorch.decode.stream import Steps, decode
+
+
+def _none_tried(config: GenerationConfig) -> int:
+    return 0
+
+
+def _candidates(config: GenerationConfig) -> int:
+    return 1 if config.low_memory else config.top_k or 0
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """decode: gives the steps of a call. beams: it searches, with rows that change until the end. takes_back: tokens
+    leave its cache again. one_result: a prompt has no more. tried: tokens a row that are in the cache beside those that
+    may be kept.
+    """
+
+    decode: Callable[[CausalLM, Prompt, Plan], Steps[Any]]
+    beams: bool = False
+    takes_back: bool = False
+    one_result: bool = False
+    tried: Callable[[GenerationConfig], int] = _none_tried
+
+    def rows(self, config: GenerationConfig) -> int:
+        """Rows a prompt."""
+        return config.num_beams if self.beams else config.num_return_sequences
+
 
 # The names are those of GenerationConfig.get_generation_mode, and prompt_lookup for assistance without a model.
 STRATEGIES: dict[str, Strategy] = {
-    "greedy_search": decode,
-    "sample": decode,
-    "beam_search": beam_search,
-    "beam_sample": beam_search,
-    "group_beam_search": beam_search,
-    "constrained_beam_search": beam_search,
-    "contrastive_search": contrastive_search,
-    "assisted_generation": assisted_generation,
-    "prompt_lookup": prompt_lookup_decoding,
+    "greedy_search": Strategy(decode, one_result=True),
+    "sample": Strategy(decode),
+    "beam_search": Strategy(beam_search, beams=True),
+    "beam_sample": Strategy(beam_search, beams=True),
+    "group_beam_search": Strategy(beam_search, beams=True),
+    "constrained_beam_search": Strategy(beam_search, beams=True),
+    "contrastive_search": Strategy(contrastive_search, takes_back=True, one_result=True, tried=_candidates),
+    "assisted_generation": Strategy(assisted_generation, takes_back=True, one_result=True),
+    "prompt_lookup": Strategy(prompt_lookup_decoding, takes_back=True, one_result=True),
 }
-BEAMS = tuple(name for name in STRATEGIES if "beam" in name)
-TAKING_BACK = ("contrastive_search", "assisted_generation", "prompt_lookup")
 
 
 def choose(config: GenerationConfig, assistant: Any, streamer: Any, model: CausalLM) -> str:
     """The strategy's name. Raises GenerationConfigError or InputError, naming both, for what does not go together."""
     name = config.get_generation_mode(assistant)
-    if name in BEAMS and assistant is not None:
+    beams = STRATEGIES[name].beams
+    if beams and assistant is not None:
         raise InputError(
             f"assistant_model is given and num_beams is {config.num_beams}: a draft helps one row, not beams."
         )
-    if name in BEAMS and streamer is not None:
+    if beams and streamer is not None:
         raise InputError(
             f"streamer is given and num_beams is {config.num_beams}: a search changes its tokens until the end."
         )
     if name == "assisted_generation":
         _check_assisted(config, assistant, model)
         name = "prompt_lookup" if assistant is None else name
-    if name in TAKING_BACK and not config.use_cache:
+    if STRATEGIES[name].takes_back and not config.use_cache:
         raise GenerationConfigError(
             f"use_cache is False: {name.replace('_', ' ')} takes tokens back and needs a cache."
         )
-    if name in ("greedy_search", *TAKING_BACK) and config.num_return_sequences > 1:
+    if STRATEGIES[name].one_result and config.num_return_sequences > 1:
         raise GenerationConfigError(
             f"num_return_sequences is {config.num_return_sequences}, but {name.replace('_', ' ')} has one result a "
             "prompt: set do_sample=True or num_beams."
@@ -86,18 +115,6 @@ def _check_assisted(config: GenerationConfig, assistant: Any, model: CausalLM) -
             f"assistant_model has a vocabulary of {theirs} ids and this model one of {ours}: a draft must be written "
             "in the same tokens."
         )
-
-
-def copies(name: str, config: GenerationConfig) -> int:
-    """Rows a prompt."""
-    return config.num_beams if name in BEAMS else config.num_return_sequences
-
-
-def tried(name: str, config: GenerationConfig) -> int:
-    """Tokens a row that are in the cache beside those that may be kept."""
-    if name != "contrastive_search":
-        return 0
-    return 1 if config.low_memory else config.top_k or 0
 
 
 def transition_scores(

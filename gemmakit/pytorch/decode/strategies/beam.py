@@ -24,7 +24,7 @@ from gemmakit.pytorch.decode.prompt import Prompt, Rows
 from gemmakit.pytorch.decode.protocols import CausalLM
 from gemmakit.pytorch.decode.sampling import NO_TOKEN
 from gemmakit.pytorch.decode.step import Plan
-from gemmakit.pytorch.decode.stopping import MaxTime
+from gemmakit.pytorch.decode.stopping import REASONS
 from gemmakit.pytorch.decode.stream import HostQueue, Steps, refuse_no_token
 from gemmakit.streamers import StepTokens
 
@@ -32,6 +32,7 @@ from gemmakit.streamers import StepTokens
 UNLIKELY = -1.0e9
 # Weight of one step of progress with phrases against log probabilities, when candidates are sorted.
 BANK = 100.0
+LENGTH = REASONS.index("length")
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Hypotheses:
     """Some continuations of each prompt.
 
     ids: (B, n, T). scores: float32 (B, n), the best first in what has finished. parents: (B, n, new), the row each new
-    token came from, -1 where there is none yet. ended: bool (B, n).
+    token came from, -1 where there is none yet. ended: int64 (B, n), an index of REASONS, 0 for what did not end.
     """
 
     ids: Tensor
@@ -79,7 +80,7 @@ class Beams:
         ids[:, :, :P] = prompt[:, None]
         scores = torch.full((B, beams), UNLIKELY, dtype=torch.float32, device=device)
         none = torch.full((B, beams, total - P), -1, dtype=torch.long, device=device)
-        self.finished = Hypotheses(ids, scores, none, torch.zeros((B, beams), dtype=torch.bool, device=device))
+        self.finished = Hypotheses(ids, scores, none, torch.zeros((B, beams), dtype=torch.long, device=device))
         # All beams begin equal: only the first may speak, or all would say the same.
         start = scores.clone()
         start[:, 0] = 0.0
@@ -116,7 +117,7 @@ class Beams:
 
     def run_on(self, candidates: Hypotheses) -> None:
         """The best candidates that have not ended are the beams of the next step."""
-        scores = candidates.scores + candidates.ended.float() * UNLIKELY
+        scores = candidates.scores + (candidates.ended > 0).float() * UNLIKELY
         index = scores.topk(self.size).indices
         self.running = candidates.take(index)
         self.running.scores = scores.gather(1, index)
@@ -125,7 +126,8 @@ class Beams:
         """Let candidates of `length` new tokens in among the finished ones. eligible: bool (B, K)."""
         eligible = eligible & self.open
         scores = candidates.scores / length**self.plan.config.length_penalty
-        offered = Hypotheses(candidates.ids, torch.where(eligible, scores, float("-inf")), candidates.parents, eligible)
+        scores = torch.where(eligible, scores, float("-inf"))
+        offered = Hypotheses(candidates.ids, scores, candidates.parents, candidates.ended * eligible)
         self.finished = (self.finished + offered).best(self.size)
 
     def reconsider(self, hope: Tensor, length: int) -> None:
@@ -139,7 +141,7 @@ class Beams:
             self.open = self.open & ~self.finished.ended.all(-1, keepdim=True)
         if config.early_stopping == "never" and config.length_penalty > 0:
             length = self.finished.ids.shape[-1] - self.prompt_length
-        worst = torch.where(self.finished.ended, self.finished.scores.amin(-1, keepdim=True), UNLIKELY)
+        worst = torch.where(self.finished.ended > 0, self.finished.scores.amin(-1, keepdim=True), UNLIKELY)
         self.open = self.open & (hope / length**config.length_penalty > worst).any(-1, keepdim=True)
 
     def advance(self, logprobs: Tensor, place: int) -> tuple[Tensor, Tensor]:
@@ -154,10 +156,10 @@ class Beams:
         self.run_on(candidates)
         length = place + 1 - self.prompt_length
         if place + 1 == candidates.ids.shape[-1]:
-            candidates.ended = torch.ones_like(candidates.ended)
+            candidates.ended = _at_last(candidates.ended)
         # The candidates after the first n are there as a reserve of beams that run on.
         first = torch.arange(candidates.ended.shape[1], device=logprobs.device) < self.size
-        self.offer(candidates, candidates.ended & first, length)
+        self.offer(candidates, (candidates.ended > 0) & first, length)
         self.reconsider(self._hope(candidates), length)
         return usable, self.open.any() & ~candidates.ended.all()
 
@@ -167,12 +169,17 @@ class Beams:
         return self.running.scores[:, :1] if alone else candidates.scores.amax(-1, keepdim=True)
 
     def _ended(self, candidates: Hypotheses, logprobs: Tensor, place: int) -> Tensor:
-        """bool (B, K), by eos or by a criterion."""
+        """int64 (B, K), by eos or by a criterion."""
         scores = logprobs.flatten(0, 1)
         if self.plan.criteria:  # a criterion sees the scores that its row's last token was chosen from
             parents = candidates.parents[:, :, place - self.prompt_length] - self.rows
             scores = _pick(logprobs, parents).flatten(0, 1)
-        return self.plan.ended(candidates.ids[:, :, : place + 1].flatten(0, 1), scores).view_as(candidates.ended)
+        return self.plan.ends(candidates.ids[:, :, : place + 1].flatten(0, 1), scores).view_as(candidates.ended).long()
+
+
+def _at_last(ended: Tensor) -> Tensor:
+    """What has not ended yet ends by its length."""
+    return torch.where(ended > 0, ended, LENGTH)
 
 
 @dataclass(frozen=True)
@@ -209,24 +216,25 @@ class ConstrainedBeams(Beams):
         nexts = self._allocate(candidates, totals, place)
         self._follow(nexts, place)
         self.reconsider(candidates.scores.amax(-1, keepdim=True), length)
-        ids = self.running.ids[:, :, : place + 1].flatten(0, 1)
-        stopped = self.plan.ended(ids, logprobs.flatten(0, 1)).all() if self.plan.criteria else False
-        if place + 1 == self.running.ids.shape[-1] or bool(stopped):
+        if self.plan.criteria:
+            ids = self.running.ids[:, :, : place + 1].flatten(0, 1)
+            self.running.ended = self.plan.ends(ids, logprobs.flatten(0, 1)).view_as(self.running.ended)
+        if place + 1 == self.running.ids.shape[-1] or (self.plan.criteria and bool(self.running.ended.all())):
             self._offer_rest(length)
             return usable, torch.zeros_like(self.open.any())
         return usable, self.open.any()
 
     def _by_eos(self, tokens: Tensor) -> Tensor:
         if self.plan.eos is None:
-            return torch.zeros_like(tokens, dtype=torch.bool)
-        return torch.isin(tokens, self.plan.eos)
+            return torch.zeros_like(tokens)
+        return torch.isin(tokens, self.plan.eos).long()
 
     def _offer_complete(self, candidates: Hypotheses, length: int, place: int) -> None:
         """What ended among the first n candidates, if it holds all phrases."""
         parents = (candidates.parents[:, :, place - self.prompt_length] - self.rows)[:, : self.size]
         complete = torch.tensor([[p.complete for p in row] for row in self.progress], device=parents.device)
-        eligible = torch.zeros_like(candidates.ended)
-        eligible[:, : self.size] = candidates.ended[:, : self.size] & complete.gather(1, parents)
+        eligible = torch.zeros_like(candidates.ended, dtype=torch.bool)
+        eligible[:, : self.size] = (candidates.ended[:, : self.size] > 0) & complete.gather(1, parents)
         self.offer(candidates, eligible, length)
 
     def _allocate(self, candidates: Hypotheses, totals: Tensor, place: int) -> list[list[Next]]:
@@ -285,11 +293,12 @@ class ConstrainedBeams(Beams):
     def _offer_rest(self, length: int) -> None:
         """At the end the running beams that hold all phrases count; others only where there are too few of those."""
         complete = torch.tensor([[p.complete for p in row] for row in self.progress], device=self.open.device)
+        self.running.ended = _at_last(self.running.ended)
         self.offer(self.running, complete, length)
-        enough = self.finished.ended.sum(-1, keepdim=True) >= self.plan.config.num_return_sequences
+        enough = (self.finished.ended > 0).sum(-1, keepdim=True) >= self.plan.config.num_return_sequences
         lacking = ~complete & ~enough & self.open
         scores = torch.where(lacking, self.running.scores / length**self.plan.config.length_penalty, float("-inf"))
-        rest = Hypotheses(self.running.ids, scores, self.running.parents, lacking)
+        rest = Hypotheses(self.running.ids, scores, self.running.parents, self.running.ended * lacking)
         late = torch.cat((torch.zeros_like(self.finished.scores), lacking.float() * UNLIKELY / 2), dim=1)
         both = self.finished + rest
         # In float64 a score keeps its digits beside the handicap.
@@ -360,13 +369,24 @@ class Search:
                 return True
         return last
 
-    def output(self) -> GenerateBeamDecoderOnlyOutput:
-        """The first num_return_sequences of each prompt, (B * that, P + longest) with padding after shorter ones."""
+    def best(self) -> Hypotheses:
+        """The first num_return_sequences of each prompt."""
         finished = reduce(add, (group.finished for group in self.groups))
         if len(self.groups) > 1:
             finished = finished.best(self.plan.copies)
         count = torch.arange(self.plan.config.num_return_sequences, device=finished.ids.device)
-        best = finished.take(count.expand(len(finished.ids), -1))
+        return finished.take(count.expand(len(finished.ids), -1))
+
+    def tokens(self, best: Hypotheses) -> StepTokens:
+        """All new tokens of each result at once: a search changes them until the end."""
+        rows = best.ids[:, :, self.prompts.shape[1] :].flatten(0, 1).tolist()
+        lengths = (best.parents >= 0).sum(-1).flatten().tolist()
+        # What never ended stands in where every token was forbidden before there were enough results.
+        reasons = [REASONS[ended] or "stop" for ended in best.ended.flatten().tolist()]
+        return StepTokens([row[:length] for row, length in zip(rows, lengths, strict=True)], reasons)
+
+    def output(self, best: Hypotheses) -> GenerateBeamDecoderOnlyOutput:
+        """Its results, (B * num_return_sequences, P + longest) with padding after shorter ones."""
         parents = best.parents.flatten(0, 1)
         longest = int((parents >= 0).sum(-1).max())
         if self.rows.cache is not None and self.rows.length - self.prompts.shape[1] > self.delivered:
@@ -403,28 +423,13 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _tokens(out: GenerateBeamDecoderOnlyOutput, prompt: Prompt, plan: Plan) -> StepTokens:
-    """All new tokens of each result at once: a search changes them until the end."""
-    first = prompt.ids.shape[1]
-    assert out.beam_indices is not None
-    lengths = (out.beam_indices >= 0).sum(-1).tolist()
-    tokens = [row[:length] for row, length in zip(out.sequences[:, first:].tolist(), lengths, strict=True)]
-    timed = plan.criteria and all(isinstance(criterion, MaxTime) for criterion in plan.criteria)
-
-    def reason(row: list[int]) -> str:
-        if row and row[-1] in plan.eos_ids:
-            return "eos"
-        return "length" if timed or first + len(row) == plan.total else "stop"
-
-    return StepTokens(tokens, [reason(row) for row in tokens])
-
-
 def beam_search(model: CausalLM, prompt: Prompt, plan: Plan) -> Steps[GenerateBeamDecoderOnlyOutput]:
     """Keep the num_beams best continuations of each prompt, or with do_sample draw them by probability."""
     search = Search(model, prompt, plan)
     search.step(search.rows.prefill(plan.copies, plan.config.prefill_chunk_size))
     while not search.over():
         search.step(search.rows.next())
-    out = search.output()
-    yield _tokens(out, prompt, plan)
+    best = search.best()
+    out = search.output(best)
+    yield search.tokens(best)
     return out
