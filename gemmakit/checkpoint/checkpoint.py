@@ -11,7 +11,7 @@ from types import MappingProxyType, TracebackType
 from typing import Any
 
 from gemmakit.checkpoint.arrays import TensorInfo, as_bytes
-from gemmakit.checkpoint.formats import File, format_of, google, safetensors
+from gemmakit.checkpoint.formats import LAYOUTS, PICKLE, File, Layout, format_of, google, msgpack, orbax
 from gemmakit.errors import CheckpointError, HubError, UnsafeFile
 from gemmakit.hub import (
     DEFAULT,
@@ -23,6 +23,7 @@ from gemmakit.hub import (
     find_files,
     list_files,
     local_directory,
+    packaged_model,
 )
 
 # Bytes that are compared at a time.
@@ -122,87 +123,112 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    name_or_path: Name, hub: HubOptions = DEFAULT, *, allow_pickle: bool = False, variant: str | None = None
+    name_or_path: Name,
+    hub: HubOptions = DEFAULT,
+    *,
+    allow_pickle: bool = False,
+    variant: str | None = None,
+    vocab_size: int | None = None,
 ) -> Checkpoint:
-    """Open the checkpoint in a directory, in one file or behind a Hub id; check headers and index; read no tensor.
+    """Open a checkpoint of any kind under the PyTorch layout's names; check headers and index, read no tensor.
 
-    A GGUF file is opened where it is named itself; its blocks are then given as float32. In a directory or behind an id
-    are looked for, in this order: model.safetensors, model.safetensors.index.json and its shards, and where pickles are
-    allowed pytorch_model.bin and its index (read by torch with weights_only). `variant="fp16"` means
-    model.fp16.safetensors.
+    name_or_path: a file (.safetensors, .gguf, .msgpack, and with `allow_pickle` .ckpt, .bin, .pt), an index, a folder
+    or a Hub id. Where it is no file, nor a folder that Orbax wrote, are looked for, in this order: model.safetensors,
+    or its index and shards; flax_model.msgpack, or its; with `allow_pickle` pytorch_model.bin (read by torch with
+    weights_only), or its; and in a folder without any of these one .gguf or .ckpt. The blocks of a GGUF file are given
+    as float32.
+    variant: "fp16" means model.fp16.safetensors. vocab_size: rows of an Orbax embedding that are used, as it is padded.
     Raises UnsafeFile (pickles not asked for, shard names that leave the folder), CheckpointError (missing, truncated or
-    inconsistent files), HubError.
+    inconsistent files), HubError, MissingDependency.
     """
-    path = Path(name_or_path).expanduser()
+    path = packaged_model(name_or_path) or Path(name_or_path).expanduser()
     if path.is_file():
-        return _open_file(path, allow_pickle)
-    stem = _stem("model", "safetensors", variant)
-    for single, index in (stem, _stem("pytorch_model", "bin", variant))[: 2 if allow_pickle else 1]:
-        found = _open_layout(name_or_path, single, index, hub, allow_pickle)
-        if found is not None:
-            return found
-    raise _nothing_found(name_or_path, stem, hub)
-
-
-def _stem(name: str, suffix: str, variant: str | None) -> tuple[str, str]:
-    """The names of the single file and of the index."""
+        return _open_file(path, path.parent, DEFAULT, allow_pickle)
     if variant is not None and not _VARIANT.fullmatch(variant):
         raise UnsafeFile(f"variant must be letters, digits, '.', '_' or '-', found {variant!r}.")
-    dot = f".{variant}" if variant else ""
-    return f"{name}{dot}.{suffix}", f"{name}.{suffix}.index{dot}.json"
+    inner = check_relative(hub.subfolder.rstrip("/")) if hub.subfolder else ""
+    folder = None if local_directory(name_or_path) is None else path / inner
+    if folder is not None and orbax.is_orbax(folder):
+        return Checkpoint([orbax.OrbaxFile(folder, vocab_size)])
+    layouts = [layout.of(variant) for kind, layout in LAYOUTS.items() if allow_pickle or kind != PICKLE]
+    for name in (name for layout in layouts for name in (layout.single, layout.index)):
+        found = find_file(name_or_path, name, hub, optional=True)
+        if found is not None:
+            return _open_file(found, name_or_path, hub, allow_pickle)
+    only = None if folder is None or variant else _only_file(folder, allow_pickle)
+    if only is None:
+        raise _nothing_found(name_or_path, layouts[0], hub)
+    return _open_file(only, name_or_path, hub, allow_pickle)
 
 
-def _open_layout(name_or_path: Name, single: str, index: str, hub: HubOptions, allow_pickle: bool) -> Checkpoint | None:
-    path = find_file(name_or_path, single, hub, optional=True)
-    if path is not None:
+def _open_file(path: Path, name_or_path: Name, hub: HubOptions, allow_pickle: bool) -> Checkpoint:
+    """One file, or the shards that one index of this folder or id names."""
+    if path.name.endswith(google.SUFFIXES) and not allow_pickle:
+        raise _pickle_refused(str(path))
+    if ".index." not in path.name or path.suffix != ".json":
         return Checkpoint([_open_one(path)])
-    path = find_file(name_or_path, index, hub, optional=True)
-    if path is None:
-        return None
-    weight_map, names = _read_weight_map(path, allow_pickle)
+    weight_map = _read_weight_map(path, allow_pickle)
+    names = list(dict.fromkeys(weight_map.values()))
     # Shards of the very commit the index came from, even if the branch moves on meanwhile.
     shards = find_files(name_or_path, names, replace(hub, revision=commit_of(path) or hub.revision))
-    return _open_shards(path, weight_map, names, shards)
-
-
-def _read_weight_map(index: Path, allow_pickle: bool) -> tuple[dict[str, str], list[str]]:
-    """The weight map and its shard names; an index cannot bring in a pickle that was not asked for."""
-    weight_map = read_index(index)
-    names = list(dict.fromkeys(weight_map.values()))
-    for name in names:
-        if name.endswith(google.SUFFIXES) and not allow_pickle:
-            raise _pickle_refused(f"{name}, which {index} names,")
-        if not name.endswith((".safetensors", *google.SUFFIXES)):
-            raise UnsafeFile(f"{index} names {name!r}, which is no weights file. Do not use this checkpoint.")
-    return weight_map, names
-
-
-def _open_shards(index: Path, weight_map: dict[str, str], names: list[str], paths: list[Path]) -> Checkpoint:
-    files = [_open_one(path) for path in paths]
-    check_index(index, weight_map, {name: file.tensors for name, file in zip(names, files, strict=True)})
+    files = [_open_one(shard) for shard in shards]
+    check_index(path, weight_map, {name: file.tensors for name, file in zip(names, files, strict=True)})
     return Checkpoint(files)
 
 
-def _open_file(path: Path, allow_pickle: bool) -> Checkpoint:
-    if path.name.endswith(google.SUFFIXES) and not allow_pickle:
-        raise _pickle_refused(str(path))
-    if path.suffix != ".json":
-        return Checkpoint([_open_one(path)])
-    weight_map, names = _read_weight_map(path, allow_pickle)
-    return _open_shards(path, weight_map, names, find_files(path.parent, names))
-
-
 def _open_one(path: Path) -> File:
-    return (format_of(path) or safetensors).open(path)
+    format = format_of(path)
+    if format is None:
+        raise CheckpointError(
+            f"{path} is no checkpoint by its name. Known are .safetensors, .gguf, .msgpack, .ckpt, .bin and .pt files, "
+            "an .index.json of shards, and folders."
+        )
+    return format.open(path)
 
 
-def _nothing_found(name_or_path: Name, looked_for: tuple[str, str], hub: HubOptions) -> CheckpointError:
+def _read_weight_map(index: Path, allow_pickle: bool) -> dict[str, str]:
+    """The weight map, in the PyTorch layout's names; an index cannot bring in a pickle that was not asked for."""
+    weight_map = read_index(index)
+    for name in dict.fromkeys(weight_map.values()):
+        if name.endswith(google.SUFFIXES) and not allow_pickle:
+            raise _pickle_refused(f"{name}, which {index} names,")
+        if not name.endswith((".safetensors", ".msgpack", *google.SUFFIXES)):
+            raise UnsafeFile(f"{index} names {name!r}, which is no weights file. Do not use this checkpoint.")
+    return {
+        msgpack.pytorch_name(name)[0] if shard.endswith(".msgpack") else name: shard
+        for name, shard in weight_map.items()
+    }
+
+
+def _only_file(folder: Path, allow_pickle: bool) -> Path | None:
+    """The one GGUF file or Google's .ckpt of a folder without other weights; None where there is neither."""
+    pickled = LAYOUTS[PICKLE]
+    if not folder.is_dir() or (folder / pickled.single).exists() or (folder / pickled.index).exists():
+        return None
+    for ending in (".gguf", ".ckpt"):
+        found = sorted(path for path in folder.iterdir() if path.name.endswith(ending))
+        if len(found) > 1:
+            raise CheckpointError(
+                f"{folder} holds {len(found)} {ending} files: name the one you mean, {found[0]}, say."
+            )
+        if found and ending == ".ckpt" and not allow_pickle:
+            raise UnsafeFile(
+                f"{found[0]} is a pickle file, which can run code when it is read: name the file itself, or pass "
+                "--allow-pickle (allow_pickle=True), if you trust its author. It is read with weights_only=True."
+            )
+        if found:
+            return found[0]
+    return None
+
+
+def _nothing_found(name_or_path: Name, looked_for: Layout, hub: HubOptions) -> CheckpointError:
     held = _neighbours(name_or_path, hub)
     name = "/".join(part for part in (str(name_or_path), hub.subfolder) if part)
-    if any(file in ("pytorch_model.bin", "pytorch_model.bin.index.json") for file in held):
-        return _pickle_refused(f"{name}/pytorch_model.bin")
+    pickled = LAYOUTS[PICKLE]
+    if pickled.single in held or pickled.index in held:
+        return _pickle_refused(f"{name}/{pickled.single}")
     message = (
-        f"{name!r} has neither {looked_for[0]} nor {looked_for[1]}. "
+        f"{name!r} has neither {looked_for.single} nor {looked_for.index}. "
         f"It holds: {', '.join(held[:12]) or 'nothing that could be listed'}. Check name, revision and subfolder."
     )
     return (CheckpointError if local_directory(name_or_path) is not None else HubError)(message)

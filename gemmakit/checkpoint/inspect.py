@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from gemmakit.checkpoint.arrays import TensorInfo
-from gemmakit.checkpoint.checkpoint import Checkpoint, read_index
+from gemmakit.checkpoint.checkpoint import Checkpoint, open_checkpoint, read_index
 from gemmakit.checkpoint.formats import GGUF, SAFETENSORS, TITLES
 from gemmakit.checkpoint.formats.gguf import released_name
 from gemmakit.checkpoint.formats.orbax import OrbaxFile
 from gemmakit.checkpoint.formats.safetensors import SafetensorsFile
 from gemmakit.checkpoint.layout import CAUSAL, architecture_of, differences, released_size, tensor_shapes, tied_names
-from gemmakit.checkpoint.opening import open_weights
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import CheckpointError, GemmakitError
 from gemmakit.generation import GenerationConfig
 from gemmakit.gguf import config_values, read_gguf_header
+from gemmakit.quantization import WeightOnlyConfig, stored_parts
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _SCAN_ELEMENTS = 1 << 22
@@ -168,16 +168,17 @@ def _weights(found: Findings, path: Path, allow_pickle: bool) -> Checkpoint | No
         found.kind, found.title = SAFETENSORS, TITLES[SAFETENSORS]
         return _shards(found, path)
     try:
-        weights = open_weights(path, allow_pickle=allow_pickle, vocab_size=found.config and found.config.vocab_size)
+        rows = found.config and found.config.vocab_size
+        checkpoint = open_checkpoint(path, allow_pickle=allow_pickle, vocab_size=rows)
     except GemmakitError as error:
         found.title = _guess(path)
         found.problems.append(Problem(path.name, None, None, None, str(error)))
         return None
-    found.kind, found.title = weights.kind, TITLES[weights.kind]
+    found.kind, found.title = checkpoint.kind, TITLES[checkpoint.kind]
     if (path / INDEX).is_file():
         found.notes.append(f"{INDEX} is there too, and not read: {SINGLE} comes first")
-    _own_config(found, weights.checkpoint)
-    return weights.checkpoint
+    _own_config(found, checkpoint)
+    return checkpoint
 
 
 def _guess(path: Path) -> str:
@@ -327,25 +328,36 @@ def _plain(found: Findings, wanted: Mapping[str, Any]) -> tuple[dict[str, tuple[
         foreign = {n for n in shapes if n.startswith(f"{name}.") or n in (f"{stem}SCB", f"{stem}weight_format")}
         parts |= own | foreign
         coded = name in shapes and found.tensors[name].dtype in ("int8", "uint8") and not foreign
-        if coded and not _codes_fit(found.tensors, name, shape):
-            scale = f"{name}_scale"
-            said = f"codes {_spelled(shapes[name])}, scales {_spelled(shapes[scale]) if scale in shapes else 'missing'}"
-            found.problems.append(Problem(_holder(found), name, f"codes and scales for {_spelled(shape)}", said))
+        if coded:
+            _check_codes(found, name, shape, sorted({name} | own))
         if coded or (foreign and name in shapes):
             shapes[name] = shape
     return shapes, parts
 
 
-def _codes_fit(tensors: Mapping[str, TensorInfo], name: str, shape: tuple[int, ...]) -> bool:
-    """Codes int8 (O, I), or uint8 (O, 16 * ceil(I / 32)); scales (O, G), and zeros like them."""
-    codes, scale, zero = tensors[name], tensors.get(f"{name}_scale"), tensors.get(f"{name}_zero")
-    if scale is None or len(shape) != 2:
-        return False
-    rows, columns = shape
-    wide = columns if codes.dtype == "int8" else 16 * -(-columns // 32)
-    groups = {1, -(-columns // 32), -(-columns // 128)}
-    fits = tuple(codes.shape) == (rows, wide) and len(scale.shape) == 2 and scale.shape[0] == rows
-    return fits and scale.shape[1] in groups and (zero is None or tuple(zero.shape) == tuple(scale.shape))
+def _check_codes(found: Findings, name: str, shape: tuple[int, ...], held: list[str]) -> None:
+    assert found.config is not None
+    try:
+        promised = _promised(found.config, name, shape)
+    except GemmakitError as error:
+        found.problems.append(Problem("config.json", name, None, None, f"config.json: {error}"))
+        return
+    there = {part: (found.tensors[part].dtype, tuple(found.tensors[part].shape)) for part in held}
+    for part in promised | there:
+        said = [
+            f"{held[0]} of {_spelled(held[1])}" if held else "nothing" for held in (promised.get(part), there.get(part))
+        ]
+        if said[0] != said[1]:
+            found.problems.append(Problem(_holder(found), part, *said))
+
+
+def _promised(config: GemmaConfig, name: str, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name -> dtype and shape of what config.json says that this weight is stored as."""
+    settings = WeightOnlyConfig.from_dict(config.extra["quantization_config"])
+    layout = settings.layout_of(name.removesuffix(".weight"), config.tie_word_embeddings)
+    if layout is None or len(shape) != 2:
+        return {}
+    return {name + part: held for part, held in stored_parts(*shape, *layout).items()}
 
 
 def _holder(found: Findings) -> str:

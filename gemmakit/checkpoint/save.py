@@ -28,6 +28,7 @@ from typing import Any, Protocol, TypeVar
 
 from gemmakit.checkpoint.arrays import BITS, as_bytes, describe, made
 from gemmakit.checkpoint.checkpoint import read_index
+from gemmakit.checkpoint.formats import LAYOUTS, Layout
 from gemmakit.checkpoint.formats.safetensors import encode_header
 from gemmakit.errors import CheckpointError, InputError
 from gemmakit.files import free_disk_bytes
@@ -41,25 +42,7 @@ _CHUNK_BYTES = 16 * 2**20
 _SLACK_BYTES, _BYTES_A_PIECE = 64 * 1024, 256
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How the weight files of a format are called: `single` is the one file that readers look for first."""
-
-    single: str
-
-    @property
-    def index(self) -> str:
-        """What they look for then: the index of the shards."""
-        return f"{self.single}.index.json"
-
-    @property
-    def suffix(self) -> str:
-        """How every weight file ends."""
-        return Path(self.single).suffix
-
-
-SAFETENSORS = Layout("model.safetensors")
-MSGPACK = Layout("flax_model.msgpack")
+SAFETENSORS, MSGPACK = (LAYOUTS[kind] for kind in ("safetensors", "msgpack"))
 _LAYOUTS = (SAFETENSORS, MSGPACK)
 STAGING_PREFIX = ".gemmakit-save-"
 _JOURNAL = "journal.json"

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from gemmakit.checkpoint.formats.orbax import OrbaxFile, is_orbax
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError
 from gemmakit.generation import GenerationConfig
@@ -25,13 +26,18 @@ def config_for(
 ) -> GemmaConfig:
     """A configuration of one's own for a model that is loaded: a copy of the one given, or the checkpoint's.
 
-    overrides: fields of it. instead: what older code passes -> what says it now. Raises InputError for an override that
-    is no field or that goes with a given configuration, and what `GemmaConfig.from_pretrained` does.
+    An Orbax folder's follows from its shapes. overrides: fields of it. instead: what older code passes -> what says it
+    now. Raises InputError for an override that is no field or that goes with a given configuration, and what
+    `GemmaConfig.from_pretrained` does.
     """
     if given is not None:
         if overrides:
             raise InputError(f"config and {', '.join(overrides)} are both given: set the fields in the config.")
         return copy.deepcopy(given)
+    if is_orbax(name):  # such a folder has none, and its shapes tell enough
+        config = OrbaxFile(Path(name)).config()
+        config.update(dict(overrides))
+        return config
     config = GemmaConfig.from_pretrained(name, **vars(hub), **overrides)
     unknown = [k for k in overrides if k in config.extra]
     if unknown:

@@ -6,8 +6,9 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
@@ -15,7 +16,11 @@ import gemmakit
 from gemmakit.cli import options as o
 from gemmakit.cli.records import decode
 from gemmakit.cli.shell import note, show
-from gemmakit.errors import GemmakitError
+from gemmakit.errors import GemmakitError, PromptTooLong
+
+if TYPE_CHECKING:
+    from gemmakit.cli.answer import Answer, Write
+    from gemmakit.pipelines import TextGenerationPipeline
 
 COMMANDS = """\
 /reset        forget what was said
@@ -54,8 +59,6 @@ def chat(
         max_new_tokens=max_new_tokens, stop_strings=stop, do_sample=sample, temperature=temperature, top_k=top_k,
         top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed,
     )  # fmt: skip
-    from gemmakit.cli.talk import Conversation
-
     pipe = gemmakit.pipeline("text-generation", model, device_map=device, dtype=dtype, revision=revision)
     talk = Conversation(pipe, settings, system)
     at_terminal = sys.stdin is not None and sys.stdin.isatty()
@@ -106,7 +109,7 @@ def _piped() -> Iterator[str]:
         yield line
 
 
-def _answer(talk: Any, question: str, stats: bool) -> None:
+def _answer(talk: Conversation, question: str, stats: bool) -> None:
     forgotten = talk.forgotten
     try:
         said = talk.ask(question, show)
@@ -127,7 +130,7 @@ def _answer(talk: Any, question: str, stats: bool) -> None:
         note(said.summary)
 
 
-def _obey(talk: Any, line: str) -> bool:
+def _obey(talk: Conversation, line: str) -> bool:
     """Do what a /command says; whether the conversation goes on."""
     command, _, rest = line.strip().partition(" ")
     rest = rest.strip()
@@ -148,7 +151,7 @@ def _obey(talk: Any, line: str) -> bool:
     return True
 
 
-def _save(talk: Any, name: str) -> None:
+def _save(talk: Conversation, name: str) -> None:
     if not name:
         note("name a file: /save FILE.")
         return
@@ -160,3 +163,86 @@ def _save(talk: Any, name: str) -> None:
         note(f"cannot write {path}: {error.strerror}.")
         return
     note(f"saved {len(talk.messages)} messages to {path}.")
+
+
+# -- what was said, what the model still sees of it, and the cache that spares reading it again ------------------------
+
+Said = dict[str, str]
+
+
+@dataclass
+class Conversation:
+    """User and assistant in turn.
+
+    messages: everything said, pairs of a question and its answer. forgotten: messages at the start that no longer fit
+    the context. system: put in front of the first message the model sees.
+    """
+
+    pipe: TextGenerationPipeline
+    settings: dict[str, Any] = field(default_factory=dict)
+    system: str | None = None
+    messages: list[Said] = field(default_factory=list)
+    forgotten: int = 0
+    _cache: Any = None
+    _held: list[int] = field(default_factory=list)
+
+    def reset(self) -> None:
+        """Forget what was said; the system message stays."""
+        self.messages, self.forgotten, self._cache, self._held = [], 0, None, []
+
+    def transcript(self) -> list[Said]:
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [*system, *self.messages]
+
+    def ask(self, question: str, write: Write) -> Answer:
+        """The answer, which joins the conversation with its question; a question that got no word of answer does not.
+
+        Raises PromptTooLong when the question alone does not fit, and what `generate` raises; nothing is then changed.
+        """
+        from gemmakit.cli.answer import answer, turn_ends
+
+        ids, forgotten = self._fitted(question)
+        cache = self._cached(ids)
+        try:
+            said = answer(self.pipe, ids, write, past_key_values=cache, **turn_ends(self.pipe), **self.settings)
+        except BaseException:
+            self._cache = None
+            raise
+        # A cache that Ctrl-C met half-way through a layer is not to be trusted.
+        self._cache = None if said.finish_reason == "interrupted" else cache
+        self._held = ids + said.ids
+        if said.text.strip():
+            self.forgotten = forgotten
+            self.messages += [{"role": "user", "content": question}, {"role": "assistant", "content": said.text}]
+        return said
+
+    def _fitted(self, question: str) -> tuple[list[int], int]:
+        """The prompt's ids, with as many of the oldest messages left out as it takes to have room for an answer."""
+        from gemmakit.pipelines import DEFAULT_NEW_TOKENS
+
+        context = self.pipe.model.config.max_position_embeddings
+        room = min(self.settings.get("max_new_tokens", DEFAULT_NEW_TOKENS), context // 4)
+        ids: list[int] = []
+        for start in range(self.forgotten, len(self.messages) + 1, 2):
+            ids = self.pipe.encode(self._seen(start, question))
+            if len(ids) + room <= context:
+                return ids, start
+        raise PromptTooLong(
+            f"the message makes a prompt of {len(ids)} tokens, but the context holds {context}, {room} of them for the "
+            "answer. Send less at a time."
+        )
+
+    def _seen(self, start: int, question: str) -> list[Said]:
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [*system, *self.messages[start:], {"role": "user", "content": question}]
+
+    def _cached(self, ids: list[int]) -> Any:
+        """The cache, cut back to what it has in common with the prompt."""
+        from gemmakit.pytorch.cache import DynamicCache
+
+        if self._cache is None:
+            self._cache = DynamicCache()
+        pairs = zip(self._held, ids, strict=False)
+        common = next((i for i, (held, new) in enumerate(pairs) if held != new), min(len(self._held), len(ids)))
+        self._cache.crop(min(common, len(ids) - 1))
+        return self._cache

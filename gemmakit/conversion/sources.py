@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gemmakit.checkpoint import Checkpoint
+from gemmakit.checkpoint import Checkpoint, open_checkpoint
 from gemmakit.checkpoint.formats import GGUF, GOOGLE, ORBAX
 from gemmakit.checkpoint.formats.gguf import GgufFile
 from gemmakit.checkpoint.formats.orbax import OrbaxFile
@@ -23,14 +23,13 @@ from gemmakit.checkpoint.layout import (
     tied_names,
     warn_of_copies,
 )
-from gemmakit.checkpoint.opening import Weights, open_weights
 from gemmakit.checkpoint.save import same_content
 from gemmakit.config import PRESETS, GemmaConfig
 from gemmakit.errors import CheckpointError, InputError
 from gemmakit.files import replacing
 from gemmakit.generation import GenerationConfig
 from gemmakit.gguf import config_values, read_gguf_header
-from gemmakit.hub import DEFAULT, HubOptions, Name, check_relative, find_file, local_directory
+from gemmakit.hub import DEFAULT, HubOptions, Name, check_relative, find_file, local_directory, packaged_model
 from gemmakit.text import GemmaTokenizer, GemmaTokenizerFast
 from gemmakit.text.files import ADDED, CONFIG, JSON, MODEL, SPECIALS, TEMPLATE
 from gemmakit.text.gguf import vocabulary_of
@@ -43,12 +42,16 @@ class Source:
     """A checkpoint that is whole: `names` are its tensors in the order to write them, all of the right shape."""
 
     where: str
-    kind: str
     checkpoint: Checkpoint
     config: GemmaConfig
     names: list[str]
     tokenizer: TokenizerFiles | None = None
     files: dict[str, bytes] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """The format of the weights, a key of `TITLES`."""
+        return self.checkpoint.kind
 
     @property
     def quantized(self) -> str | None:
@@ -79,28 +82,29 @@ def open_source(
     dtype: that of tensors a GGUF file holds in fewer bits; keep_quantized: instead keep what gemmakit has a layout for.
     Raises CheckpointError, ConfigError, InputError and others.
     """
-    path = Path(name).expanduser()
+    path = packaged_model(name) or Path(name).expanduser()
     if path.is_dir():
         name = path = path / check_relative(hub.subfolder) if hub.subfolder else path
         hub = DEFAULT
     given = _given(config)
     vocab_size = None if given is None else given.vocab_size
-    weights = open_weights(name, hub, allow_pickle=allow_pickle or path.is_file(), vocab_size=vocab_size)
+    checkpoint = open_checkpoint(name, hub, allow_pickle=allow_pickle or path.is_file(), vocab_size=vocab_size)
     beside: Name = path.parent if path.is_file() else name
     hub = DEFAULT if path.exists() else hub
-    if weights.kind == GGUF:
-        beside = path = weights.checkpoint.files[0]
-        weights, given = _gguf(path, dtype, given, keep_quantized)
+    if checkpoint.kind == GGUF:
+        beside = path = checkpoint.files[0]
+        checkpoint, given = _gguf(path, dtype, given, keep_quantized)
     elif keep_quantized:
         raise InputError(f"keep_quantized is for GGUF files, and {name} is none: leave it out.")
-    config = given or _config(weights, str(name), beside, model_size, hub)
+    config = given or _config(checkpoint, str(name), beside, model_size, hub)
     if model_size is not None:
-        _check_size(str(name), config, weights.checkpoint, model_size)
-    source = Source(str(name), weights.kind, weights.checkpoint, config, [])
-    source.names = weights.checkpoint.names() if source.quantized else check_whole(source.where, weights, config)
+        _check_size(str(name), config, checkpoint, model_size)
+    source = Source(str(name), checkpoint, config, [])
+    source.names = checkpoint.names() if source.quantized else check_whole(source.where, checkpoint, config)
     config.architectures = config.architectures or [architecture_of(config, source.names)]
-    if tokenizer is None and weights.kind == ORBAX and not (path / MODEL).exists() and (path.parent / MODEL).is_file():
-        tokenizer = path.parent / MODEL  # as Google's releases have it
+    above = path.parent / MODEL  # where Google's releases have it
+    if tokenizer is None and checkpoint.kind == ORBAX and not (path / MODEL).exists() and above.is_file():
+        tokenizer = above
     source.tokenizer = read_tokenizer(beside, hub) if tokenizer is None else read_tokenizer(tokenizer)
     if tokenizer is not None and source.tokenizer is None:
         raise CheckpointError(f"{tokenizer} holds neither tokenizer.model nor tokenizer.json.")
@@ -115,14 +119,14 @@ def open_source(
     return source
 
 
-def check_whole(where: str, weights: Weights, config: GemmaConfig) -> list[str]:
+def check_whole(where: str, checkpoint: Checkpoint, config: GemmaConfig) -> list[str]:
     """The names to convert, in the customary order. Raises CheckpointError for what is missing, over or misshapen."""
-    shapes = weights.checkpoint.shapes()
+    shapes = checkpoint.shapes()
     architecture = architecture_of(config, shapes)
     wanted = tensor_shapes(config, architecture)
     found = differences(wanted, shapes, tied_names(config, architecture), heads=False)
     found.refuse(where, architecture)
-    warn_of_copies(weights.checkpoint, found.copies, stacklevel=4)
+    warn_of_copies(checkpoint, found.copies, stacklevel=4)
     return list(wanted)
 
 
@@ -135,17 +139,17 @@ def _given(config: GemmaConfig | Name | None) -> GemmaConfig | None:
     return GemmaConfig.from_pretrained(config)
 
 
-def _config(weights: Weights, where: str, beside: Name, size: str | None, hub: HubOptions) -> GemmaConfig:
+def _config(checkpoint: Checkpoint, where: str, beside: Name, size: str | None, hub: HubOptions) -> GemmaConfig:
     """The configuration beside the weights, within them, or of the released model of that size."""
     found = find_file(beside, "config.json", hub, optional=True)
     if found is not None:
         return GemmaConfig.from_pretrained(found)
-    file = weights.checkpoint._files[0]
+    file = checkpoint._files[0]
     if isinstance(file, OrbaxFile):
         return file.config()
-    if size is not None and weights.kind == GOOGLE:
+    if size is not None and checkpoint.kind == GOOGLE:
         return GemmaConfig.preset(size.lower())
-    shapes = weights.checkpoint.shapes()
+    shapes = checkpoint.shapes()
     if architecture_of(None, shapes) == BARE:
         shapes = {f"model.{name}": shape for name, shape in shapes.items()}
     return config_from_shapes(shapes, where)
@@ -176,13 +180,13 @@ def _generation(beside: Name, config: GemmaConfig, hub: HubOptions) -> bytes:
     return GenerationConfig.from_model_config(config).to_json_string().encode()
 
 
-def _gguf(path: Path, dtype: str | None, config: GemmaConfig | None, keep: bool) -> tuple[Weights, GemmaConfig]:
+def _gguf(path: Path, dtype: str | None, config: GemmaConfig | None, keep: bool) -> tuple[Checkpoint, GemmaConfig]:
     """A GGUF file's weights, its blocks in `dtype` or kept as codes, and the configuration that it holds itself."""
     config = config or GemmaConfig.from_dict(config_values(read_gguf_header(path)))
     file = GgufFile(path, None if keep else dtype, keep_quantized=keep)
     if file.quantization is not None:
         config.extra["quantization_config"] = file.quantization
-    return Weights(GGUF, Checkpoint([file])), config
+    return Checkpoint([file]), config
 
 
 # -- the tokenizer: its files carried over, or made from tokenizer.model alone -----------------------------------------

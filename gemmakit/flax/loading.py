@@ -17,7 +17,6 @@ import numpy as np
 from gemmakit.checkpoint import Checkpoint, LazyTensor, TensorInfo, require_memory
 from gemmakit.checkpoint.arrays import as_bytes
 from gemmakit.checkpoint.formats.msgpack import Leaf, encode
-from gemmakit.checkpoint.formats.orbax import OrbaxFile, is_orbax
 from gemmakit.checkpoint.layout import differences, tied_names, warn_of_copies
 from gemmakit.checkpoint.save import MSGPACK, encode_files, save_shards
 from gemmakit.checkpoint.settings import config_for
@@ -47,11 +46,7 @@ def _drawn(key: jax.Array, salt: np.uint32, shape: tuple[int, ...], std: float, 
 
 
 def config_of(name: Any, given: GemmaConfig | None, hub: HubOptions, overrides: dict[str, Any]) -> GemmaConfig:
-    """The configuration to load with; an Orbax folder's is found from its shapes."""
-    if given is None and is_orbax(name):
-        config = OrbaxFile(Path(name)).config()
-        config.update(overrides)
-        return config
+    """The configuration to load with."""
     config = config_for(name, given, hub, overrides)
     if given is None and "quantization_config" in config.extra:
         raise CheckpointError(f"{name} holds quantized weights, which the Flax backend cannot read.")

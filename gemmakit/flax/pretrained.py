@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemmakit.checkpoint import save_checkpoint
-from gemmakit.checkpoint.opening import open_weights
+from gemmakit.checkpoint import open_checkpoint, save_checkpoint
 from gemmakit.checkpoint.settings import generation_for
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError, TokenOutOfRange
@@ -297,9 +296,9 @@ class FlaxGemmaPreTrainedModel:
         config.attn_implementation = attn_implementation or config.attn_implementation
         model = cls(config, input_shape, seed, jnp.float32, _do_init=False, scan_layers=scan_layers)
         shapes = flat(model.params_shape_tree)
-        opened = open_weights(name, hub, vocab_size=config.vocab_size, allow_pickle=allow_pickle, variant=variant)
+        opened = open_checkpoint(name, hub, vocab_size=config.vocab_size, allow_pickle=allow_pickle, variant=variant)
         rules = None if mesh is None else Rules(mesh, config, mesh_axes)
-        params = load(model, opened.checkpoint, shapes, param_dtype, rules, ignore_mismatched_sizes)
+        params = load(model, opened, shapes, param_dtype, rules, ignore_mismatched_sizes)
         model.generation_config = generation_for(name, hub) or model.generation_config
         model.dtype = dtype_of(
             next(iter(params.values())).dtype if isinstance(dtype, str) and dtype == "auto" else dtype

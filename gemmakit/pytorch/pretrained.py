@@ -99,7 +99,7 @@ class GemmaPreTrainedModel(QuantizedMethods, ModelMethods):
         quantization_config: Any = None,
         **kwargs: Any,
     ) -> Model:
-        """Load a model from a folder, the Hub or a GGUF file, in evaluation mode.
+        """Load a model in evaluation mode from a folder (safetensors, Flax msgpack, Orbax), the Hub or a GGUF file.
 
         On the CPU the weights stay mapped from the file when their dtype is kept: loading takes no memory for them.
 
@@ -135,7 +135,8 @@ class GemmaPreTrainedModel(QuantizedMethods, ModelMethods):
             config.attn_implementation = attn_implementation
         wanted = dtype_of(dtype or torch_dtype or "auto")
         if gguf is None:
-            opened, stored = open_checkpoint(name, hub, allow_pickle=allow_pickle, variant=variant), None
+            options: dict[str, Any] = dict(allow_pickle=allow_pickle, variant=variant, vocab_size=config.vocab_size)
+            opened, stored = open_checkpoint(name, hub, **options), None
         else:
             file = _gguf_file(gguf, wanted, quantization_config)
             opened, stored = Checkpoint([file]), file.quantization
@@ -230,14 +231,13 @@ def _load(
     found.refuse(checkpoint.where, kind)
     found.warn(checkpoint.where, kind, stacklevel=3)
     warn_of_copies(checkpoint, found.copies, stacklevel=3)
-    if dtype is not None or device.type != "cpu" or quantizer is not None:
-        _require_room(checkpoint, found.names.values(), dtype, device, quantizer)
+    _require_room(checkpoint, found.names.values(), dtype, device, quantizer)
     # bitsandbytes quantizes what comes from the CPU.
     source = "cpu" if quantizer is not None and quantizer.config.quant_method != "gemmakit" else device
     mapped: set[int] = set()
 
     def read(key: str) -> torch.Tensor:
-        tensor = checkpoint.tensor(key, device=source)
+        tensor = checkpoint.tensor(key, device=source).contiguous()  # Flax has kernels the other way round
         mapped.add(tensor.data_ptr())
         return tensor
 
@@ -326,7 +326,7 @@ def _require_room(
 
     needed = sum(size(n) for n in names)
     if device.type == "cpu":
-        require_memory(needed, f"{checkpoint.files[0].parent} as {dtype}")
+        require_memory(needed, f"{checkpoint.files[0].parent} as {dtype or 'stored'}")
     elif device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         if needed > free:

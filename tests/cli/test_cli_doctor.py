@@ -266,8 +266,12 @@ def test_quantized_weights_are_compared_as_the_matrices_they_stand_for(tmp_path,
     assert report["quantization"] == "gemmakit, bits 8"
     held[f"{name}_scale"] = torch.ones(63, 1)
     save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    expected = f"{name}: expected codes and scales for shape 64x40, found codes shape 64x40, scales shape 63x1"
+    expected = f"{name}_scale: expected float32 of shape 64x1, found float32 of shape 63x1"
     assert lines(examined(capsys, tmp_path, code=2)) == [f"model.safetensors: {expected}"]
     del held[f"{name}_scale"]
     save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    assert "scales missing" in lines(examined(capsys, tmp_path, code=2))[0]
+    assert "expected float32 of shape 64x1, found nothing" in lines(examined(capsys, tmp_path, code=2))[0]
+    held |= {f"{name}_scale": torch.ones(64, 2, dtype=torch.float16), f"{name}_zero": torch.ones(64, 2)}
+    save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    found = lines(examined(capsys, tmp_path, code=2))  # groups of 32 that config.json knows nothing of
+    assert [line.partition(": ")[2].partition(":")[0] for line in found] == [f"{name}_scale", f"{name}_zero"]

@@ -7,6 +7,7 @@ A format is a module here with the names of `Format`, listed in FORMATS. Names a
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +23,36 @@ TITLES = {
     MSGPACK: "Flax msgpack",
     ORBAX: "Orbax, as google-deepmind/gemma",
     GGUF: "GGUF",
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the weight files of a format are called: `single` is the one file that readers look for first."""
+
+    stem: str
+    suffix: str
+    dot: str = ""  # ".fp16" for the variant fp16
+
+    @property
+    def single(self) -> str:
+        return f"{self.stem}{self.dot}{self.suffix}"
+
+    @property
+    def index(self) -> str:
+        """What they look for then: the index of the shards."""
+        return f"{self.stem}{self.suffix}.index{self.dot}.json"
+
+    def of(self, variant: str | None) -> Layout:
+        """The names of a variant's files."""
+        return replace(self, dot=f".{variant}") if variant else self
+
+
+# In the order in which a folder or a Hub id is searched.
+LAYOUTS = {
+    SAFETENSORS: Layout("model", ".safetensors"),
+    MSGPACK: Layout("flax_model", ".msgpack"),
+    PICKLE: Layout("pytorch_model", ".bin"),
 }
 
 

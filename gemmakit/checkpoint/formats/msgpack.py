@@ -106,7 +106,7 @@ class MsgpackFile:
             begin = array.ranges[0][0]
             end = begin + prod(array.shape) * BITS[array.dtype] // 8
             shape = array.shape[::-1] if transposed else array.shape
-            self.tensors[name] = TensorInfo(array.dtype, shape, begin, end)
+            self.tensors[name] = TensorInfo(array.dtype, shape, begin, end, mapped=not transposed)
 
     def tensor(self, name: str, framework: str, device: Any) -> Any:
         array, transposed = self._arrays[name]

@@ -203,7 +203,7 @@ def _info(stored: _Stored, shape: Shape) -> TensorInfo:
     count = 1
     for axis in shape:
         count *= axis
-    return TensorInfo(stored.dtype, shape, 0, count * BITS[stored.dtype] // 8)
+    return TensorInfo(stored.dtype, shape, 0, count * BITS[stored.dtype] // 8, mapped=False)
 
 
 # -- Orbax -------------------------------------------------------------------------------------------------------------

@@ -127,7 +127,7 @@ class FlaxSafetensorsFile:
                 raise CheckpointError(f"{path}: {self._places[new][0]!r} and {name!r} are both {new!r} in PyTorch.")
             self._places[new] = name, transposed
             shape = info.shape[::-1] if transposed else info.shape
-            self.tensors[new] = TensorInfo(info.dtype, shape, info.begin, info.end)
+            self.tensors[new] = TensorInfo(info.dtype, shape, info.begin, info.end, mapped=not transposed)
 
     def tensor(self, name: str, framework: str, device: Any) -> Any:
         stored, transposed = self._places[name]

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gemmakit.checkpoint import open_checkpoint
+from gemmakit.checkpoint import Checkpoint
+from gemmakit.checkpoint.formats.safetensors import SafetensorsFile
 from gemmakit.errors import CheckpointError, InputError
 from gemmakit.files import replacing
 
@@ -43,7 +44,7 @@ def load_cache(path: Path, device: torch.device | str) -> Pairs:
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is no file: give what cache.save(path) wrote.")
-    with open_checkpoint(path) as file:
+    with Checkpoint([SafetensorsFile(path)]) as file:
         count = len(file) // 2
         names = [(f"layers.{i}.keys", f"layers.{i}.values") for i in range(count)]
         if not count or {n for pair in names for n in pair} != set(file.names()):

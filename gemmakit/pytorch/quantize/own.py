@@ -18,9 +18,6 @@ from gemmakit.pytorch.quantize.modules import TABLES, QuantizedEmbedding, Quanti
 from gemmakit.pytorch.quantize.quantizer import PartNames, weight_error
 from gemmakit.quantization import WeightOnlyConfig
 
-_EMBEDDING, _HEAD = "embed_tokens", "lm_head"
-_CLASSIFIER = "score"
-
 
 class WeightOnlyQuantizer:
     """A `Quantizer`. Holds settings only, so a model with one can be copied and pickled."""
@@ -47,14 +44,7 @@ class WeightOnlyQuantizer:
 
     def layout(self, name: str) -> tuple[int, int | None] | None:
         """(bits, group size or None for a row) of the module's weight; None if it is kept as it is."""
-        last = name.rpartition(".")[2]
-        if last == _CLASSIFIER or self.config.keeps(name):
-            return None
-        if last not in (_EMBEDDING, _HEAD):
-            return self.config.layout(head=False)
-        if self.tied and any(map(self.config.keeps, (_EMBEDDING, f"model.{_EMBEDDING}", _HEAD))):
-            return None  # they are one matrix
-        return self.config.layout(head=True)
+        return self.config.layout_of(name, self.tied)
 
     def bits_of(self, name: str) -> float:
         layout = self.layout(name)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from gemmakit.errors import CheckpointError
 from gemmakit.pytorch.kernels import PackedWeight
-from gemmakit.pytorch.kernels.packed import BLOCK, pack, packed_format
+from gemmakit.pytorch.kernels.packed import pack, packed_format
+from gemmakit.quantization import stored_parts
 
 # Numbers that are worked on together: few enough for a core's cache, in which every pass but the first then finds them.
 CHUNK = 1 << 18
@@ -131,12 +132,14 @@ def _scales(
 
 def empty(O: int, I: int, bits: int, group_size: int | None, device: torch.device | str = "cpu") -> PackedWeight:
     """A PackedWeight of this size, not filled."""
-    G = 1 if group_size is None else -(-I // group_size)
-    width, codes = (I, torch.int8) if bits == 8 else (-(-I // BLOCK) * BLOCK // 2, torch.uint8)
+    parts = {
+        part: torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+        for part, (dtype, shape) in stored_parts(O, I, bits, group_size).items()
+    }
     return PackedWeight(
-        torch.empty(O, width, dtype=codes, device=device),
-        torch.empty(O, G, dtype=torch.float32 if group_size is None else torch.float16, device=device),
-        torch.empty(O, G, dtype=torch.uint8, device=device) if bits == 4 else None,
+        parts[""],
+        parts["_scale"],
+        parts.get("_zero"),
         I,
         I if group_size is None else group_size,
         packed_format(bits, group_size),

@@ -218,7 +218,7 @@ def test_a_msgpack_index_that_leaves_its_folder_or_lies_is_refused(tmp_path):
     pointing(**{"model/norm/weight": names[0]})
     refused(CheckpointError, r"holds tensor 'model\.norm\.weight'", tmp_path / "in", tmp_path / "out")
     pointing(**{"model/norm/weight": "weights.pickle"})
-    refused(UnsafeFile, "no msgpack", tmp_path / "in", tmp_path / "out")
+    refused(UnsafeFile, "no weights file", tmp_path / "in", tmp_path / "out")
     pointing()
     (tmp_path / "in" / names[-1]).unlink()
     refused(CheckpointError, names[-1], tmp_path / "in", tmp_path / "out")

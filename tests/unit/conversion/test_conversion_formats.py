@@ -6,10 +6,10 @@ import torch
 from conversion_tools import make
 
 import gemmakit
+from gemmakit.checkpoint import open_checkpoint
 from gemmakit.checkpoint.formats import msgpack
 from gemmakit.checkpoint.inspect import memory
 from gemmakit.checkpoint.layout import architecture_of, tensor_shapes
-from gemmakit.checkpoint.opening import open_weights
 
 CLASSES = (
     gemmakit.GemmaForCausalLM,
@@ -25,7 +25,7 @@ CLASSES = (
 def test_the_layout_is_what_the_model_saves(tmp_path, kind, tied, bias):
     model = make(kind, tie_word_embeddings=tied, attention_bias=bias, num_labels=3)
     model.save_pretrained(tmp_path)
-    held = open_weights(tmp_path).checkpoint
+    held = open_checkpoint(tmp_path)
     shapes = {name: tuple(held.info(name).shape) for name in held.names()}
     config = gemmakit.GemmaConfig.from_pretrained(tmp_path)
     assert tensor_shapes(config, kind.__name__) == shapes
@@ -101,7 +101,7 @@ def test_msgpack_is_mapped_not_read(tmp_path):
     make().save_pretrained(tmp_path / "a")
     gemmakit.convert_checkpoint(tmp_path / "a", tmp_path / "b", to="msgpack")
     before = (tmp_path / "b" / "flax_model.msgpack").read_bytes()
-    checkpoint = open_weights(tmp_path / "b").checkpoint
+    checkpoint = open_checkpoint(tmp_path / "b")
     checkpoint.tensor("model.norm.weight").zero_()
     assert checkpoint.tensor("model.norm.weight").any()
     assert (tmp_path / "b" / "flax_model.msgpack").read_bytes() == before
@@ -115,8 +115,8 @@ def test_opening_msgpack_needs_neither_flax_nor_jax(tmp_path):
     gemmakit.convert_checkpoint(tmp_path / "a", tmp_path / "b", to="msgpack")
     code = (
         "import sys; sys.modules['jax'] = sys.modules['flax'] = None\n"
-        "from gemmakit.checkpoint.opening import open_weights\n"
-        "c = open_weights(sys.argv[1]).checkpoint; print(c.tensor('model.norm.weight').shape[0])"
+        "from gemmakit.checkpoint import open_checkpoint\n"
+        "c = open_checkpoint(sys.argv[1]); print(c.tensor('model.norm.weight').shape[0])"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "b")], capture_output=True, text=True)
     assert done.stdout == "40\n", done.stderr

@@ -25,7 +25,7 @@ import json, resource, sys, warnings
 from pathlib import Path
 from hypothesis import HealthCheck, given, settings, strategies as st
 from gemmakit.errors import GemmakitError
-from gemmakit.checkpoint.opening import open_weights
+from gemmakit.checkpoint import open_checkpoint
 from gemmakit.text import GemmaTokenizer, GemmaTokenizerFast
 
 warnings.simplefilter("ignore")
@@ -36,7 +36,7 @@ for file in source.iterdir():
 
 def use():
     if kind == "weights":
-        held = open_weights(work / name, allow_pickle=True).checkpoint
+        held = open_checkpoint(work / name, allow_pickle=True)
         for key in held.names():
             held.tensor(key)
             held.tensor(key, "np")

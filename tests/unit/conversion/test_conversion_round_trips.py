@@ -37,6 +37,40 @@ def test_safetensors_to_msgpack_and_back_are_the_same_bits(tmp_path, heads, dtyp
     assert again == gemmakit.GemmaConfig.from_pretrained(tmp_path / "a")
 
 
+@pytest.mark.parametrize("shard", ["5GB", "6KB"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pytorch_opens_msgpack_as_the_safetensors_it_was_made_from(tmp_path, dtype, shard):
+    model = make(dtype=dtype)
+    model.save_pretrained(tmp_path / "a")
+    convert_checkpoint(tmp_path / "a", tmp_path / "b", to="msgpack", max_shard_size=shard)
+    opened = gemmakit.GemmaForCausalLM.from_pretrained(tmp_path / "b")
+    assert_same_bits(opened.state_dict(), model.state_dict())
+    assert all(parameter.is_contiguous() for parameter in opened.parameters())
+    ids = torch.arange(5)[None]
+    assert torch.equal(opened(ids).logits, gemmakit.GemmaForCausalLM.from_pretrained(tmp_path / "a")(ids).logits)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_msgpack_is_quantized_while_it_is_read_as_safetensors_is(tmp_path, scheme):
+    make().save_pretrained(tmp_path / "a")
+    convert_checkpoint(tmp_path / "a", tmp_path / "b", to="msgpack")
+    load = gemmakit.GemmaForCausalLM.from_pretrained
+    states = [load(tmp_path / name, quantization_config=scheme).state_dict() for name in ("a", "b")]
+    gemmakit.quantize_checkpoint(tmp_path / "b", tmp_path / "c", scheme)
+    states.append(load(tmp_path / "c").state_dict())
+    assert_same_bits(states[1], states[0])
+    assert_same_bits(states[2], states[0])
+
+
+def test_pytorch_opens_an_orbax_folder_and_takes_its_configuration_from_the_shapes(tmp_path):
+    model = make()
+    folder = write_orbax(model, tmp_path / "orbax")
+    opened = gemmakit.GemmaForCausalLM.from_pretrained(folder, config=model.config)
+    assert_same_bits(opened.state_dict(), model.state_dict())
+    found = gemmakit.GemmaForCausalLM.from_pretrained(folder).config
+    assert (found.hidden_size, found.num_hidden_layers) == (model.config.hidden_size, model.config.num_hidden_layers)
+
+
 @pytest.mark.parametrize("kind", HEADED)
 def test_every_class_goes_through_msgpack(tmp_path, kind):
     model = make(kind, num_labels=3)
