@@ -13,12 +13,15 @@ except ImportError as error:
         f"the Flax backend needs jax and flax ({error.name} is not installed): pip install 'gemmakit[flax]'."
     ) from error
 
-from gemmakit.flax.heads import FlaxGemmaForSequenceClassification, FlaxGemmaForTokenClassification
-from gemmakit.flax.model import FlaxGemmaForCausalLM, FlaxGemmaModel
-from gemmakit.flax.names import stack_layers, unstack_layers
+from gemmakit.flax.heads import (
+    FlaxGemmaForCausalLM,
+    FlaxGemmaForSequenceClassification,
+    FlaxGemmaForTokenClassification,
+)
+from gemmakit.flax.loss import causal_loss
+from gemmakit.flax.model import FlaxGemmaModel
 from gemmakit.flax.pretrained import FlaxGemmaPreTrainedModel
-from gemmakit.flax.sharding import make_mesh, shard
-from gemmakit.flax.training import causal_loss, init_lora, merge_lora
+from gemmakit.flax.weights import init_lora, make_mesh, merge_lora, shard, stack_layers, unstack_layers
 
 __all__ = [
     "FlaxGemmaForCausalLM",

@@ -1,16 +1,22 @@
-"""Attention: one signature, a written-out reference, and jax's own fused form behind it.
+"""Attention: one signature, a written-out reference, jax's own fused form behind it, and the module around them.
 
-Axis letters: B batch, S query positions, T key positions, N query heads, K kv heads, H head_dim.
+Axis letters: B batch, S query positions, T key positions, N query heads, K kv heads, H head_dim, D hidden.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
 
+from gemmakit.config import GemmaConfig
 from gemmakit.errors import ConfigError
+from gemmakit.family import LayerSpec
+from gemmakit.flax.cache import append
+from gemmakit.flax.layers import FlaxLinear, RotaryTables, rotate
 from gemmakit.flax.masks import Visibility
 
 
@@ -49,20 +55,20 @@ def mix(weights: jax.Array, v: jax.Array) -> jax.Array:
     return out.reshape(B, N, S, H)
 
 
-def reference(q: jax.Array, k: jax.Array, v: jax.Array, visible: Visibility, *, scale: float) -> jax.Array:
+def eager(q: jax.Array, k: jax.Array, v: jax.Array, visible: Visibility, *, scale: float) -> jax.Array:
     """Grouped-query attention written out. A query that may look nowhere gets zeros."""
     return mix(weights(q, k, visible, scale=scale), v)
 
 
-def fused(q: jax.Array, k: jax.Array, v: jax.Array, visible: Visibility, *, scale: float) -> jax.Array:
+def sdpa(q: jax.Array, k: jax.Array, v: jax.Array, visible: Visibility, *, scale: float) -> jax.Array:
     """The same through `jax.nn.dot_product_attention`, which knows grouped queries too.
 
-    What it does not do, masks that are added and float16 on a CPU, runs as `reference`; so does one query position, of
+    What it does not do, masks that are added and float16 on a CPU, runs as `eager`; so does one query position, of
     which it makes nothing faster.
     """
     additive = visible.mask is not None and visible.mask.dtype != bool
     if q.shape[2] == 1 or additive or q.dtype == jnp.float16:
-        return reference(q, k, v, visible, scale=scale)
+        return eager(q, k, v, visible, scale=scale)
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     causal = visible.causal and visible.mask is None
     out = jax.nn.dot_product_attention(q, k, v, mask=visible.mask, scale=scale, is_causal=causal)
@@ -71,7 +77,7 @@ def fused(q: jax.Array, k: jax.Array, v: jax.Array, visible: Visibility, *, scal
     return out if visible.blind is None else jnp.where(visible.blind, 0, out)
 
 
-IMPLEMENTATIONS: dict[str, Attend] = {"eager": reference, "sdpa": fused}
+IMPLEMENTATIONS: dict[str, Attend] = {"eager": eager, "sdpa": sdpa}
 
 
 def implementation(name: str | None) -> str:
@@ -80,3 +86,62 @@ def implementation(name: str | None) -> str:
     if name not in IMPLEMENTATIONS:
         raise ConfigError(f"attn_implementation is {name!r}; the Flax backend has {', '.join(IMPLEMENTATIONS)}.")
     return name
+
+
+@struct.dataclass
+class Wanted:
+    """What a forward pass is to do besides hidden states. All of it is known before tracing."""
+
+    train: bool = struct.field(pytree_node=False, default=False)
+    attentions: bool = struct.field(pytree_node=False, default=False)
+    hidden_states: bool = struct.field(pytree_node=False, default=False)
+
+
+@struct.dataclass
+class Told:
+    """What a layer is told: its rotary tables, who sees whom, the cache's first free place."""
+
+    table: RotaryTables
+    visible: Visibility
+    index: jax.Array | None = None
+
+
+class FlaxGemmaAttention(nn.Module):
+    """Multi-query, grouped-query or multi-head attention with rotary positions."""
+
+    config: GemmaConfig
+    spec: LayerSpec
+    dtype: Any = jnp.float32
+    wanted: Wanted = Wanted()
+
+    @nn.compact
+    def __call__(
+        self, hidden: jax.Array, cache: dict[str, jax.Array] | None, told: Told
+    ) -> tuple[jax.Array, dict[str, jax.Array] | None, jax.Array | None]:
+        """hidden: (B, S, D). Returns (B, S, D), the layer's cache, and, when asked, the weights (B, N, S, T)."""
+        c, spec = self.config, self.spec
+        B, S, D = hidden.shape
+        N, K, H = spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim
+
+        def linear(name: str, features: int) -> FlaxLinear:
+            return FlaxLinear(features, c.initializer_range, c.attention_bias, self.dtype, name=name)
+
+        def project(name: str, heads: int) -> jax.Array:
+            return linear(name, heads * H)(hidden).reshape(B, S, heads, H).swapaxes(1, 2)
+
+        q, k, v = project("q_proj", N), project("k_proj", K), project("v_proj", K)
+        q, k = rotate(q, *told.table), rotate(k, *told.table)
+        if cache is not None:
+            assert told.index is not None
+            k, v, cache = append(cache, k, v, told.index)
+            k, v = (told.visible.of(x).astype(self.dtype) for x in (k, v))
+        dropout = c.attention_dropout if self.wanted.train else 0.0
+        kept = None
+        if self.wanted.attentions or dropout:  # the fused form keeps no weights
+            kept = weights(q, k, told.visible, scale=spec.scale)
+            kept = nn.Dropout(dropout)(kept, deterministic=not dropout)
+            out = mix(kept, v)
+        else:
+            out = IMPLEMENTATIONS[c.attn_implementation or "sdpa"](q, k, v, told.visible, scale=spec.scale)
+        out = linear("o_proj", D)(out.swapaxes(1, 2).reshape(B, S, N * H))
+        return out, cache, kept if self.wanted.attentions else None

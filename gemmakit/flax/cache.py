@@ -24,14 +24,15 @@ def new_cache(config: GemmaConfig, batch_size: int, max_length: int, dtype: Any,
     for name, size in (("batch_size", batch_size), ("max_length", max_length)):
         if size < 1:
             raise InputError(f"{name} is {size}; a cache needs at least 1.")
-    L, K, H = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
-    shape = (batch_size, K, max_length, H)
+    L = config.num_hidden_layers
 
-    def buffers(shape: tuple[int, ...]) -> dict[str, jax.Array]:
+    def buffers(layer: int, *stack: int) -> dict[str, jax.Array]:
+        spec = config.layer(layer)
+        shape = (*stack, batch_size, spec.num_key_value_heads, max_length, spec.head_dim)
         # Zeros, because a masked position still multiplies: 0 * garbage could be NaN.
         return {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)}
 
-    layers = buffers((L, *shape)) if stacked else {str(i): buffers(shape) for i in range(L)}
+    layers = buffers(0, L) if stacked else {str(i): buffers(i) for i in range(L)}
     return {"layers": layers, "index": jnp.zeros((), jnp.int32)}
 
 

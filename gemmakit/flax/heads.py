@@ -1,6 +1,6 @@
-"""Classification heads: one label a sequence, one label a token.
+"""What stands on the decoder: the language model, one label a sequence, one label a token.
 
-Axis letters: B batch, S positions, D hidden, C labels. Parameter names are those of the PyTorch classes.
+Axis letters: B batch, S positions, D hidden, V vocabulary, C labels. Parameter names are those of released checkpoints.
 """
 
 from __future__ import annotations
@@ -14,21 +14,31 @@ import numpy as np
 
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import ConfigError, InputError
+from gemmakit.flax.attention import Wanted
 from gemmakit.flax.cache import Cache
+from gemmakit.flax.decode.generate import GenerationMixin
 from gemmakit.flax.layers import FlaxLinear
+from gemmakit.flax.loss import (
+    causal_loss,
+    check_sequence_labels,
+    check_token_labels,
+    cross_entropy,
+    known,
+    next_labels,
+    problem_type,
+    sequence_loss,
+)
 from gemmakit.flax.model import FlaxGemmaModule
 from gemmakit.flax.pretrained import FlaxGemmaPreTrainedModel
-from gemmakit.flax.static import Wanted
-from gemmakit.flax.training import check_classes, check_token_labels, cross_entropy, known
-from gemmakit.outputs import SequenceClassifierOutputWithPast, TokenClassifierOutput
+from gemmakit.outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast, TokenClassifierOutput
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 # The field's common default where a configuration names none; only token classification drops.
 TOKEN_DROPOUT = 0.1
 
 
-class FlaxGemmaForSequenceClassificationModule(nn.Module):
-    """Gemma with a linear head on the right-most token of each row that is not padding."""
+class _OnDecoder(nn.Module):
+    """A head's module: the decoder under the name `model`. The fields are `FlaxGemmaModule`'s."""
 
     config: GemmaConfig
     dtype: Any = jnp.float32
@@ -36,9 +46,45 @@ class FlaxGemmaForSequenceClassificationModule(nn.Module):
     remat: bool = False
 
     def setup(self) -> None:
-        c = self.config
-        self.model = FlaxGemmaModule(c, self.dtype, self.scan_layers, self.remat)
-        self.score = FlaxLinear(c.num_labels, c.initializer_range, dtype=self.dtype)
+        self.model = FlaxGemmaModule(self.config, self.dtype, self.scan_layers, self.remat)
+
+    def linear(self, features: int, bias: bool = False) -> FlaxLinear:
+        return FlaxLinear(features, self.config.initializer_range, bias, self.dtype)
+
+
+class FlaxGemmaForCausalLMModule(_OnDecoder):
+    """Gemma with the language modelling head, whose weight is the embedding's unless the configuration unties them."""
+
+    def setup(self) -> None:
+        super().setup()
+        if not self.config.tie_word_embeddings:
+            self.lm_head = self.linear(self.config.vocab_size)
+
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None = None,
+        position_ids: jax.Array | None = None,
+        cache: Cache | None = None,
+        wanted: Wanted = Wanted(),  # noqa: B008
+        is_causal: bool | None = None,
+        labels: jax.Array | None = None,
+        logits_to_keep: int = 0,
+    ) -> CausalLMOutputWithPast:
+        """logits_to_keep: 0 for all positions, n for the last n. labels as in `FlaxGemmaForCausalLM.of_head`."""
+        out = self.model(input_ids, attention_mask, position_ids, cache, wanted, is_causal)
+        hidden = out.last_hidden_state[:, -logits_to_keep:]
+        logits = self.model.embed_tokens.attend(hidden) if self.config.tie_word_embeddings else self.lm_head(hidden)
+        loss = None if labels is None else causal_loss(logits, next_labels(labels)[:, -logits_to_keep:])
+        return CausalLMOutputWithPast(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
+
+
+class FlaxGemmaForSequenceClassificationModule(_OnDecoder):
+    """Gemma with a linear head on the right-most token of each row that is not padding."""
+
+    def setup(self) -> None:
+        super().setup()
+        self.score = self.linear(self.config.num_labels)
 
     def __call__(
         self,
@@ -61,19 +107,13 @@ class FlaxGemmaForSequenceClassificationModule(nn.Module):
         return SequenceClassifierOutputWithPast(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
 
 
-class FlaxGemmaForTokenClassificationModule(nn.Module):
+class FlaxGemmaForTokenClassificationModule(_OnDecoder):
     """Gemma with dropout and a linear head on every token."""
 
-    config: GemmaConfig
-    dtype: Any = jnp.float32
-    scan_layers: bool = False
-    remat: bool = False
-
     def setup(self) -> None:
+        super().setup()
         c = self.config
-        self.model = FlaxGemmaModule(c, self.dtype, self.scan_layers, self.remat)
-        biased = c.extra.get("token_classification_bias", True)
-        self.score = FlaxLinear(c.num_labels, c.initializer_range, biased, self.dtype)
+        self.score = self.linear(c.num_labels, c.extra.get("token_classification_bias", True))
         self.dropout = nn.Dropout(token_dropout(c))
 
     def __call__(
@@ -92,8 +132,33 @@ class FlaxGemmaForTokenClassificationModule(nn.Module):
         return TokenClassifierOutput(loss, logits, out.hidden_states, out.attentions)
 
 
-class FlaxGemmaForSequenceClassification(FlaxGemmaPreTrainedModel):
-    """Gemma with a linear head on the right-most token of each row that is not padding."""
+class FlaxGemmaForCausalLM(FlaxGemmaPreTrainedModel[CausalLMOutputWithPast], GenerationMixin):
+    """Gemma with the language modelling head, tied to the embedding unless the configuration unties them."""
+
+    module_class: ClassVar[type[nn.Module]] = FlaxGemmaForCausalLMModule
+
+    def of_head(
+        self, input_ids: Any, attention_mask: Any, *, labels: Any = None, logits_to_keep: int = 0
+    ) -> dict[str, Any]:
+        """What a call takes besides: logits come back (B, S or fewer, V) in the model's dtype, loss () in float32.
+
+        Args:
+            labels: (B, S) ids to predict, shifted inside (position s predicts label s + 1); -100 is ignored.
+            logits_to_keep: 0 for all positions, n for the last n.
+
+        Raises:
+            InputError: labels of another shape, or outside the vocabulary.
+        """
+        if labels is not None:
+            check_token_labels(labels, input_ids, self.config.vocab_size)
+        return {"labels": labels, "logits_to_keep": logits_to_keep}
+
+
+class FlaxGemmaForSequenceClassification(FlaxGemmaPreTrainedModel[SequenceClassifierOutputWithPast]):
+    """Gemma with a linear head on the right-most token of each row that is not padding.
+
+    Padding is every position that a 2-D `attention_mask` hides or whose id is `config.pad_token_id`.
+    """
 
     module_class: ClassVar[type[nn.Module]] = FlaxGemmaForSequenceClassificationModule
 
@@ -101,64 +166,27 @@ class FlaxGemmaForSequenceClassification(FlaxGemmaPreTrainedModel):
         _check_config(config)
         super().__init__(config, *args, **kwargs)
 
-    def __call__(
-        self,
-        input_ids: Any,
-        attention_mask: Any = None,
-        position_ids: Any = None,
-        params: Any = None,
-        past_key_values: Cache | None = None,
-        dropout_rng: jax.Array | None = None,
-        train: bool = False,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        *,
-        labels: Any = None,
-        is_causal: bool | None = None,
-        lora: Any = None,
-    ) -> SequenceClassifierOutputWithPast | tuple[Any, ...]:
-        """Run the decoder and score each row once; arguments as in `FlaxGemmaModel.__call__`, and:
-
-        Padding is every position that a 2-D `attention_mask` hides or whose id is `config.pad_token_id`.
+    def of_head(self, input_ids: Any, attention_mask: Any, *, labels: Any = None) -> dict[str, Any]:
+        """What a call takes besides: logits come back (B, C) in the model's dtype, loss () in float32.
 
         Args:
             labels: (B,) class numbers; (B,) or (B, C) real numbers for regression; (B, C) of 0 to 1 for multi-label.
                 `config.problem_type` says which; without it one label is regression, whole numbers are classes, and
                 real numbers are multi-label.
 
-        Returns:
-            SequenceClassifierOutputWithPast with logits (B, C) in the model's dtype and loss () in float32.
-
         Raises:
             InputError: several rows and neither a pad token nor a mask; a row of nothing but padding; labels of
                 another shape or out of range.
         """
-        problem = None
-        if labels is not None:
-            problem = _problem_type(self.config, labels)
-            _check_sequence_labels(labels, problem, np.shape(input_ids)[0], self.config.num_labels)
+        problem = None if labels is None else problem_type(self.config, labels)
+        if problem is not None:
+            check_sequence_labels(labels, problem, np.shape(input_ids)[0], self.config.num_labels)
         _check_padding(input_ids, attention_mask, self.config.pad_token_id)
-        return self._run(
-            input_ids,
-            attention_mask,
-            position_ids,
-            params,
-            past_key_values,
-            dropout_rng,
-            train,
-            output_attentions,
-            output_hidden_states,
-            return_dict,
-            lora=lora,
-            labels=labels,
-            is_causal=is_causal,
-            problem=problem,
-        )
+        return {"labels": labels, "problem": problem}
 
 
-class FlaxGemmaForTokenClassification(FlaxGemmaPreTrainedModel):
-    """Gemma with dropout and a linear head on every token."""
+class FlaxGemmaForTokenClassification(FlaxGemmaPreTrainedModel[TokenClassifierOutput]):
+    """Gemma with dropout and a linear head on every token. Its output has no place for a cache."""
 
     module_class: ClassVar[type[nn.Module]] = FlaxGemmaForTokenClassificationModule
 
@@ -169,49 +197,15 @@ class FlaxGemmaForTokenClassification(FlaxGemmaPreTrainedModel):
     def _drops(self) -> bool:
         return super()._drops() or token_dropout(self.config) > 0
 
-    def __call__(
-        self,
-        input_ids: Any,
-        attention_mask: Any = None,
-        position_ids: Any = None,
-        params: Any = None,
-        past_key_values: Cache | None = None,
-        dropout_rng: jax.Array | None = None,
-        train: bool = False,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        *,
-        labels: Any = None,
-        is_causal: bool | None = None,
-        lora: Any = None,
-    ) -> TokenClassifierOutput | tuple[Any, ...]:
-        """Run the decoder and score each token; arguments as in `FlaxGemmaModel.__call__`, and:
+    def of_head(self, input_ids: Any, attention_mask: Any, *, labels: Any = None) -> dict[str, Any]:
+        """What a call takes besides: logits come back (B, S, C) in the model's dtype, loss () in float32.
 
         Args:
             labels: (B, S) class numbers, not shifted; -100 is ignored.
-
-        Returns:
-            TokenClassifierOutput with logits (B, S, C) in the model's dtype and loss () in float32. It has no place for
-            a cache.
         """
         if labels is not None:
-            labels = check_token_labels(labels, input_ids, self.config.num_labels)
-        return self._run(
-            input_ids,
-            attention_mask,
-            position_ids,
-            params,
-            past_key_values,
-            dropout_rng,
-            train,
-            output_attentions,
-            output_hidden_states,
-            return_dict,
-            lora=lora,
-            labels=labels,
-            is_causal=is_causal,
-        )
+            check_token_labels(labels, input_ids, self.config.num_labels)
+        return {"labels": labels}
 
 
 def token_dropout(config: GemmaConfig) -> float:
@@ -230,27 +224,6 @@ def real_tokens(ids: Any, mask: Any, pad: int | None) -> Any:
     if pad is not None and pad >= 0:
         real = (ids != pad) if real is None else real & (ids != pad)
     return real
-
-
-def sequence_loss(logits: jax.Array, labels: jax.Array, problem: str | None) -> jax.Array:
-    """Mean squared error, cross entropy or binary cross entropy by `problem`, in float32. logits: (B, C)."""
-    if problem == "single_label_classification":
-        return cross_entropy(logits, labels.reshape(-1))
-    logits = logits.astype(jnp.float32)
-    target = labels.astype(jnp.float32).reshape(logits.shape)
-    if problem == "regression":
-        return jnp.mean((logits - target) ** 2)
-    return jnp.mean(jnp.maximum(logits, 0) - logits * target + jnp.log1p(jnp.exp(-jnp.abs(logits))))
-
-
-def _problem_type(config: GemmaConfig, labels: Any) -> str:
-    """What the configuration says, or what the labels look like; the guess is not written down in the config."""
-    if config.problem_type is not None:
-        return config.problem_type
-    if config.num_labels == 1:
-        return "regression"
-    dtype = labels.dtype if hasattr(labels, "dtype") else np.asarray(labels).dtype
-    return "single_label_classification" if jnp.issubdtype(dtype, jnp.integer) else "multi_label_classification"
 
 
 def _check_config(config: GemmaConfig) -> None:
@@ -275,21 +248,3 @@ def _check_padding(ids: Any, mask: Any, pad: int | None) -> None:
     empty = np.flatnonzero(~np.asarray(real).any(-1))
     if empty.size:
         raise InputError(f"row {empty[0]} of the batch is all padding: it has no token to classify. Leave the row out.")
-
-
-def _check_sequence_labels(labels: Any, problem: str, batch: int, classes: int) -> None:
-    flat_shapes = [(batch,), (batch, 1)]
-    allowed = flat_shapes if problem == "single_label_classification" or classes == 1 else [(batch, classes)]
-    if tuple(np.shape(labels)) not in allowed:
-        raise InputError(f"labels has shape {tuple(np.shape(labels))}; it must be {' or '.join(map(str, allowed))}.")
-    if problem == "single_label_classification":
-        check_classes(labels, classes)
-        return
-    if not known(labels):
-        return
-    values = np.asarray(labels, np.float32)
-    low, high = (-np.inf, np.inf) if problem == "regression" else (0.0, 1.0)
-    bad = values[~(np.isfinite(values) & (values >= low) & (values <= high))]
-    if bad.size:
-        limit = "a finite number" if problem == "regression" else "from 0 to 1"
-        raise InputError(f"label {bad[0]} is out of range; for {problem} each must be {limit}.")

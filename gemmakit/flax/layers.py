@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemmakit.config import GemmaConfig
+from gemmakit.family import FULL_ATTENTION, LayerSpec
 from gemmakit.rotary import FOLLOW_LENGTH, Arrays, frequencies
 
 Initializer = Callable[..., jax.Array]
@@ -110,25 +111,30 @@ class FlaxGemmaMLP(nn.Module):
     """down(act(gate(x)) * up(x)). Source: arXiv:2002.05202."""
 
     config: GemmaConfig
+    spec: LayerSpec
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: (B, S, D), same out."""
-        c = self.config
-        gate = FlaxLinear(c.intermediate_size, c.initializer_range, dtype=self.dtype, name="gate_proj")(x)
-        up = FlaxLinear(c.intermediate_size, c.initializer_range, dtype=self.dtype, name="up_proj")(x)
+        c, width = self.config, self.spec.intermediate_size
+        gate = FlaxLinear(width, c.initializer_range, dtype=self.dtype, name="gate_proj")(x)
+        up = FlaxLinear(width, c.initializer_range, dtype=self.dtype, name="up_proj")(x)
         down = FlaxLinear(c.hidden_size, c.initializer_range, dtype=self.dtype, name="down_proj")
         return down(activation(c.hidden_act)(gate) * up)
 
 
-def rotary_tables(config: GemmaConfig, position_ids: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+# Cosine and sine of each position; with 1 for B they are every row's.
+RotaryTables = tuple[jax.Array, jax.Array]
+
+
+def rotary_tables(config: GemmaConfig, position_ids: jax.Array, dtype: Any, rope: str = FULL_ATTENTION) -> RotaryTables:
     """position_ids: (B or 1, S) -> cos, sin: (B or 1, 1, S, H) in `dtype`, to broadcast over heads.
 
-    Angles are float32 whatever the model's dtype. Types "dynamic" and "longrope" depend on the longest position of the
-    call alone.
+    rope: which table, as a LayerSpec names it. Angles are float32 whatever the model's dtype. Types "dynamic" and
+    "longrope" depend on the longest position of the call alone.
     """
-    inv_freq, scaling = rope_frequencies(config, position_ids)
+    inv_freq, scaling = rope_frequencies(config, position_ids, rope)
     angles = position_ids[:, None, :, None].astype(jnp.float32) * inv_freq
     angles = jnp.concatenate((angles, angles), axis=-1)
     return (jnp.cos(angles) * scaling).astype(dtype), (jnp.sin(angles) * scaling).astype(dtype)
@@ -140,13 +146,13 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return x * cos + jnp.concatenate((-x[..., half:], x[..., :half]), axis=-1) * sin
 
 
-def rope_frequencies(config: GemmaConfig, position_ids: jax.Array) -> tuple[Any, float]:
+def rope_frequencies(config: GemmaConfig, position_ids: jax.Array, name: str = FULL_ATTENTION) -> tuple[Any, float]:
     """Inverse frequencies (H/2,) float32 and the factor on cos and sin.
 
     A table of numpy where the settings alone decide; an array that depends on the positions for the two types whose
     table follows the length of the call.
     """
-    rope = config.rope_parameters
+    rope = config.rope(name)
     length = jnp.max(position_ids) + 1 if rope["rope_type"] in FOLLOW_LENGTH else 0
     return frequencies(rope, config.head_dim, config.max_position_embeddings, length, _ARRAYS)
 

@@ -1,10 +1,11 @@
-"""Who may look at whom: causal, padding, bidirectional, packed documents, as one boolean mask a forward pass.
+"""Who may look at whom: causal, windows, padding, bidirectional, packed documents, as one boolean mask a forward pass.
 
 Axis letters: B batch, S query positions, T key positions.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -16,16 +17,25 @@ from gemmakit.errors import InputError
 
 @struct.dataclass
 class Visibility:
-    """What every layer of one forward pass is told about visibility.
+    """What the layers of one window are told about visibility in one forward pass.
 
     mask: bool (B or 1, 1, S, T), True where a query may look; or the caller's own 4-D additive mask; or None.
     blind: bool (B or 1, 1, S, 1), True for queries that may look nowhere and must give zeros; None if there are none.
     causal: with mask None, whether queries see only keys up to their own place (S == T); otherwise they see all.
+    first: () the place of the first key that any query sees, the mask's first column; None for the first of all.
     """
 
     mask: jax.Array | None = None
     blind: jax.Array | None = None
     causal: bool = struct.field(pytree_node=False, default=False)
+    first: jax.Array | None = None
+
+    def of(self, keys: jax.Array) -> jax.Array:
+        """Of a layer's keys or values (B, K, T, H) those that the mask speaks of: no more than the window's."""
+        if self.first is None:
+            return keys
+        assert self.mask is not None
+        return jax.lax.dynamic_slice_in_dim(keys, self.first, self.mask.shape[-1], axis=2)
 
 
 def visibility(
@@ -37,6 +47,8 @@ def visibility(
     past: jax.Array | None,
     causal: bool,
     position_ids: jax.Array | None,
+    window: int | None = None,
+    whole: bool = False,
 ) -> Visibility:
     """Decide the cheapest true description of who sees whom.
 
@@ -47,30 +59,43 @@ def visibility(
         causal: False lets every token see every other that is not padding.
         position_ids: (B, S) when the caller gave them and there is no cache: without a mask, a restart begins a
             document.
+        window: a query sees keys less than so many places from its own, itself included; None for all.
+        whole: whether the mask is of all T keys even where a window leaves fewer.
 
     Raises:
         InputError: a mask whose shape does not fit.
     """
     if attention_mask is not None and attention_mask.ndim == 4:
         return _given(attention_mask, batch, queries, keys)
+    window = None if window is None or window >= keys else window
     padding = None if attention_mask is None else _padding(attention_mask, batch, keys, past)
     documents = None if position_ids is None or attention_mask is not None else _documents(position_ids)
-    if past is None and padding is None and documents is None:
+    if past is None and padding is None and documents is None and window is None:
         return Visibility(causal=causal and queries > 1)
-    mask = _order(queries, keys, past, causal)
+    first = None
+    if past is not None and window is not None and causal and not whole and window + queries - 1 < keys:
+        width = window + queries - 1
+        first = jnp.clip(past + queries - width, 0, keys - width)
+        padding = padding if padding is None else jax.lax.dynamic_slice_in_dim(padding, first, width, axis=1)
+        keys = width
+    mask = _order(queries, keys, past, causal, window, first)
     if documents is not None:
         mask = mask & (documents[:, None, :, None] == documents[:, None, None, :])
     if padding is None:  # a query always sees itself
-        return Visibility(mask)
-    return _with_blind(mask & padding[:, None, None, :])
+        return Visibility(mask, first=first)
+    return replace(_with_blind(mask & padding[:, None, None, :]), first=first)
 
 
-def _order(queries: int, keys: int, past: jax.Array | None, causal: bool) -> jax.Array:
-    """bool (1, 1, S, T) by place alone: what comes later, or is not written yet, is hidden."""
-    first = 0 if past is None else past
-    place = jnp.arange(keys)[None]
-    limit = jnp.arange(queries)[:, None] + first if causal else jnp.full((queries, 1), queries - 1) + first
-    return (place <= limit)[None, None]
+def _order(
+    queries: int, keys: int, past: jax.Array | None, causal: bool, window: int | None, first: jax.Array | None
+) -> jax.Array:
+    """bool (1, 1, S, T) by place alone: what comes later, is not written yet or lies outside the window is hidden."""
+    place = jnp.arange(keys)[None] + (0 if first is None else first)
+    own = jnp.arange(queries)[:, None] + (0 if past is None else past)
+    seen = place <= (own if causal else jnp.broadcast_to(own[-1:], own.shape))
+    if window is not None:
+        seen = seen & (place > own - window) & (place < own + window)
+    return seen[None, None]
 
 
 def _with_blind(mask: jax.Array) -> Visibility:

@@ -1,11 +1,12 @@
-"""Gemma, top to bottom: attention, decoder layer, the bare model, the causal language model.
+"""The decoder: layers between an embedding and a norm. What stands on it is in `heads`.
 
-Axis letters: B batch, S query positions, T key positions, N heads, K kv heads, H head_dim, D hidden, V vocabulary.
+Axis letters: B batch, S query positions, D hidden.
 Source: arXiv:2403.08295. Parameter names are those of the released Flax checkpoints.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -14,32 +15,13 @@ import jax.numpy as jnp
 from flax import struct
 
 from gemmakit.config import GemmaConfig
-from gemmakit.flax.attention import IMPLEMENTATIONS, mix, weights
-from gemmakit.flax.cache import Cache, append, capacity
-from gemmakit.flax.decode.generate import GenerationMixin
-from gemmakit.flax.layers import (
-    FlaxGemmaMLP,
-    FlaxGemmaRMSNorm,
-    FlaxGemmaScaledEmbedding,
-    FlaxLinear,
-    rotary_tables,
-    rotate,
-)
-from gemmakit.flax.masks import Visibility, visibility
+from gemmakit.family import LayerSpec
+from gemmakit.flax.attention import FlaxGemmaAttention, Told, Wanted
+from gemmakit.flax.cache import Cache, capacity
+from gemmakit.flax.layers import FlaxGemmaMLP, FlaxGemmaRMSNorm, FlaxGemmaScaledEmbedding, rotary_tables
+from gemmakit.flax.masks import visibility
 from gemmakit.flax.pretrained import FlaxGemmaPreTrainedModel
-from gemmakit.flax.static import Wanted
-from gemmakit.flax.training import causal_loss, check_token_labels, next_tokens
-from gemmakit.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-
-
-@struct.dataclass
-class Step:
-    """What is the same for every layer of one forward pass: rotary tables, visibility, the cache's first free place."""
-
-    cos: jax.Array
-    sin: jax.Array
-    visible: Visibility
-    index: jax.Array | None = None
+from gemmakit.outputs import BaseModelOutputWithPast
 
 
 @struct.dataclass
@@ -51,88 +33,70 @@ class Trace:
     weights: Any = None
 
 
-class FlaxGemmaAttention(nn.Module):
-    """Multi-query, grouped-query or multi-head attention with rotary positions."""
-
-    config: GemmaConfig
-    dtype: Any = jnp.float32
-    wanted: Wanted = Wanted()
-
-    @nn.compact
-    def __call__(
-        self, hidden: jax.Array, cache: dict[str, jax.Array] | None, step: Step
-    ) -> tuple[jax.Array, dict[str, jax.Array] | None, jax.Array | None]:
-        """hidden: (B, S, D). Returns (B, S, D), the layer's cache, and, when asked, the weights (B, N, S, T)."""
-        c = self.config
-        B, S, _ = hidden.shape
-        N, K, H = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-
-        def project(name: str, heads: int) -> jax.Array:
-            linear = FlaxLinear(heads * H, c.initializer_range, c.attention_bias, self.dtype, name=name)
-            return linear(hidden).reshape(B, S, heads, H).swapaxes(1, 2)
-
-        q, k, v = project("q_proj", N), project("k_proj", K), project("v_proj", K)
-        q, k = rotate(q, step.cos, step.sin), rotate(k, step.cos, step.sin)
-        if cache is not None:
-            assert step.index is not None
-            k, v, cache = append(cache, k, v, step.index)
-            k, v = k.astype(self.dtype), v.astype(self.dtype)
-        dropout = c.attention_dropout if self.wanted.train else 0.0
-        kept = None
-        if self.wanted.attentions or dropout:  # the fused form keeps no weights
-            kept = weights(q, k, step.visible, scale=H**-0.5)
-            kept = nn.Dropout(dropout)(kept, deterministic=not dropout)
-            out = mix(kept, v)
-        else:
-            out = IMPLEMENTATIONS[c.attn_implementation or "sdpa"](q, k, v, step.visible, scale=H**-0.5)
-        o_proj = FlaxLinear(c.hidden_size, c.initializer_range, c.attention_bias, self.dtype, name="o_proj")
-        return o_proj(out.swapaxes(1, 2).reshape(B, S, N * H)), cache, kept if self.wanted.attentions else None
-
-
 class FlaxGemmaDecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + after_attention(attention(before_attention(x))), then x + after_mlp(mlp(before_mlp(x))).
+
+    The four norms are those of `family.Norms`, None for none.
+    """
 
     config: GemmaConfig
+    spec: LayerSpec
     dtype: Any = jnp.float32
     wanted: Wanted = Wanted()
 
     @nn.compact
-    def __call__(self, hidden: jax.Array, cache: dict[str, jax.Array] | None, step: Step) -> tuple[jax.Array, Trace]:
+    def __call__(self, hidden: jax.Array, cache: dict[str, jax.Array] | None, told: Told) -> tuple[jax.Array, Trace]:
         """hidden: (B, S, D), same out."""
-        c, given = self.config, hidden if self.wanted.hidden_states else None
-        attention = FlaxGemmaAttention(c, self.dtype, self.wanted, name="self_attn")
-        normed = FlaxGemmaRMSNorm(c.rms_norm_eps, name="input_layernorm")(hidden)
-        attended, cache, kept = attention(normed, cache, step)
-        hidden = hidden + attended
-        normed = FlaxGemmaRMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(hidden)
-        hidden = hidden + FlaxGemmaMLP(c, self.dtype, name="mlp")(normed)
-        return hidden, Trace(cache, given, kept)
+        c, x = self.config, hidden
+        before, after, before_mlp, after_mlp = (self._norm(name) for name in c.kind.norms)
+        attention = FlaxGemmaAttention(c, self.spec, self.dtype, self.wanted, name="self_attn")
+        attended, cache, kept = attention(before(x), cache, told)
+        x = x + after(attended)
+        x = x + after_mlp(FlaxGemmaMLP(c, self.spec, self.dtype, name="mlp")(before_mlp(x)))
+        return x, Trace(cache, hidden if self.wanted.hidden_states else None, kept)
+
+    def _norm(self, name: str | None) -> Callable[[jax.Array], jax.Array]:
+        return (lambda x: x) if name is None else FlaxGemmaRMSNorm(self.config.rms_norm_eps, name=name)
 
 
 class FlaxGemmaLayerCollection(nn.Module):
     """The decoder layers one after another, each with parameters of its own under "0", "1", ..."""
 
     config: GemmaConfig
+    specs: tuple[LayerSpec, ...]
     dtype: Any = jnp.float32
     wanted: Wanted = Wanted()
     remat: bool = False
 
     @nn.compact
-    def __call__(self, hidden: jax.Array, cache: Any, step: Step) -> tuple[jax.Array, Trace]:
-        """hidden: (B, S, D), same out; in the trace a dictionary of caches and tuples of the rest, a layer each."""
+    def __call__(self, hidden: jax.Array, cache: Any, told: list[Told]) -> tuple[jax.Array, Trace]:
+        """hidden: (B, S, D), same out; told: a layer each; in the trace a dictionary of caches and tuples of the rest,
+        a layer each."""
         layer = nn.remat(FlaxGemmaDecoderLayer) if self.remat else FlaxGemmaDecoderLayer
         traces = []
-        for i in range(self.config.num_hidden_layers):
+        for i, spec in enumerate(self.specs):
             held = None if cache is None else cache[str(i)]
-            hidden, trace = layer(self.config, self.dtype, self.wanted, name=str(i))(hidden, held, step)
+            hidden, trace = layer(self.config, spec, self.dtype, self.wanted, name=str(i))(hidden, held, told[i])
             traces.append(trace)
         caches = None if cache is None else {str(i): t.cache for i, t in enumerate(traces)}
         return hidden, Trace(caches, tuple(t.hidden for t in traces), tuple(t.weights for t in traces))
 
 
-def _scanned(config: GemmaConfig, dtype: Any, wanted: Wanted, remat: bool) -> nn.Module:
+class _AnyLayer(FlaxGemmaDecoderLayer):
+    """A layer that is told of every kind of layer there is, and which one it is."""
+
+    def __call__(self, hidden: jax.Array, cache: Any, told: Any) -> tuple[jax.Array, Trace]:
+        """cache: the layer's own, and () its place among `told`, a tuple of Told."""
+        own, kind = cache
+        one = told[0] if len(told) == 1 else jax.tree_util.tree_map(lambda *each: jnp.stack(each)[kind], *told)
+        return super().__call__(hidden, own, one)
+
+
+def _scanned(
+    config: GemmaConfig, specs: tuple[LayerSpec, ...], dtype: Any, wanted: Wanted, remat: bool
+) -> Callable[[jax.Array, Any, list[Told]], tuple[jax.Array, Trace]]:
     """The same layers as one that is compiled once and run L times, over parameters with a leading layer axis."""
-    layer = nn.remat(FlaxGemmaDecoderLayer, prevent_cse=False) if remat else FlaxGemmaDecoderLayer
+    layer = nn.remat(_AnyLayer, prevent_cse=False) if remat else _AnyLayer
     scan = nn.scan(
         layer,
         variable_axes={"params": 0, "lora": 0},
@@ -140,7 +104,19 @@ def _scanned(config: GemmaConfig, dtype: Any, wanted: Wanted, remat: bool) -> nn
         in_axes=(0, nn.broadcast),  # type: ignore[arg-type]
         length=config.num_hidden_layers,
     )
-    return scan(config, dtype, wanted, name="layers")
+    module = scan(config, specs[0], dtype, wanted, name="layers")
+    kinds = list(dict.fromkeys(map(_kind, specs)))
+
+    def run(hidden: jax.Array, cache: Any, told: list[Told]) -> tuple[jax.Array, Trace]:
+        each = dict(zip(map(_kind, specs), told, strict=True))
+        which = jnp.asarray([kinds.index(_kind(spec)) for spec in specs])
+        return module(hidden, (cache, which), tuple(each[kind] for kind in kinds))
+
+    return run
+
+
+def _kind(spec: LayerSpec) -> tuple[str, int | None]:
+    return spec.rope, spec.window
 
 
 class FlaxGemmaModule(nn.Module):
@@ -170,178 +146,56 @@ class FlaxGemmaModule(nn.Module):
     ) -> BaseModelOutputWithPast:
         """The wrapper's `__call__` says what the arguments are; a field that is not wanted is None."""
         c = self.config
-        B, S = input_ids.shape
-        past = None if cache is None else cache["index"]
-        visible = visibility(
-            attention_mask,
-            batch=B,
-            queries=S,
-            keys=S if cache is None else capacity(cache),
-            past=past,
-            causal=not c.use_bidirectional_attention if is_causal is None else is_causal,
-            position_ids=position_ids if cache is None else None,
-        )
-        follow = jnp.arange(S)[None] + (0 if past is None else past)
-        tables = rotary_tables(c, follow if position_ids is None else position_ids, self.dtype)
-        step = Step(*tables, visible, past)
-        build = _scanned if self.scan_layers else self._unrolled
-        layers = build(c, self.dtype, wanted, self.remat)
-        hidden, trace = layers(self.embed_tokens(input_ids), None if cache is None else cache["layers"], step)
+        specs = tuple(c.layer(i) for i in range(c.num_hidden_layers))
+        told = self._told(specs, input_ids.shape, attention_mask, position_ids, cache, wanted, is_causal)
+        if self.scan_layers:
+            layers = _scanned(c, specs, self.dtype, wanted, self.remat)
+        else:
+            layers = FlaxGemmaLayerCollection(c, specs, self.dtype, wanted, self.remat, name="layers")
+        hidden, trace = layers(self.embed_tokens(input_ids), None if cache is None else cache["layers"], told)
         hidden = FlaxGemmaRMSNorm(c.rms_norm_eps, name="norm")(hidden)
+        past = None if cache is None else {"layers": trace.cache, "index": cache["index"] + input_ids.shape[1]}
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
-            past_key_values=None if cache is None else {"layers": trace.cache, "index": cache["index"] + S},
+            past_key_values=past,
             hidden_states=(*trace.hidden, hidden) if wanted.hidden_states else None,
             attentions=tuple(trace.weights) if wanted.attentions else None,
         )
 
-    @staticmethod
-    def _unrolled(config: GemmaConfig, dtype: Any, wanted: Wanted, remat: bool) -> nn.Module:
-        return FlaxGemmaLayerCollection(config, dtype, wanted, remat, name="layers")
-
-
-class FlaxGemmaForCausalLMModule(nn.Module):
-    """Gemma with the language modelling head, whose weight is the embedding's unless the configuration unties them."""
-
-    config: GemmaConfig
-    dtype: Any = jnp.float32
-    scan_layers: bool = False
-    remat: bool = False
-
-    def setup(self) -> None:
-        c = self.config
-        self.model = FlaxGemmaModule(c, self.dtype, self.scan_layers, self.remat)
-        if not c.tie_word_embeddings:
-            self.lm_head = FlaxLinear(c.vocab_size, c.initializer_range, dtype=self.dtype)
-
-    def __call__(
+    def _told(
         self,
-        input_ids: jax.Array,
-        attention_mask: jax.Array | None = None,
-        position_ids: jax.Array | None = None,
-        cache: Cache | None = None,
-        wanted: Wanted = Wanted(),  # noqa: B008
-        is_causal: bool | None = None,
-        labels: jax.Array | None = None,
-        logits_to_keep: int = 0,
-    ) -> CausalLMOutputWithPast:
-        """logits_to_keep: 0 for all positions, n for the last n. labels as in `FlaxGemmaForCausalLM.__call__`."""
-        out = self.model(input_ids, attention_mask, position_ids, cache, wanted, is_causal)
-        hidden = out.last_hidden_state[:, -logits_to_keep:]
-        logits = self.model.embed_tokens.attend(hidden) if self.config.tie_word_embeddings else self.lm_head(hidden)
-        loss = None if labels is None else causal_loss(logits, next_tokens(labels)[:, -logits_to_keep:])
-        return CausalLMOutputWithPast(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
+        specs: tuple[LayerSpec, ...],
+        shape: tuple[int, ...],
+        attention_mask: jax.Array | None,
+        position_ids: jax.Array | None,
+        cache: Cache | None,
+        wanted: Wanted,
+        is_causal: bool | None,
+    ) -> list[Told]:
+        """What each layer is told: one description of who sees whom a window, one rotary table a kind. shape: B, S."""
+        c, (B, S) = self.config, shape
+        past = None if cache is None else cache["index"]
+        visible = {
+            window: visibility(
+                attention_mask,
+                batch=B,
+                queries=S,
+                keys=S if cache is None else capacity(cache),
+                past=past,
+                causal=not c.use_bidirectional_attention if is_causal is None else is_causal,
+                position_ids=position_ids if cache is None else None,
+                window=window,
+                whole=self.scan_layers or wanted.attentions,
+            )
+            for window in dict.fromkeys(spec.window for spec in specs)
+        }
+        follow = jnp.arange(S)[None] + (0 if past is None else past)
+        positions = follow if position_ids is None else position_ids
+        tables = {r: rotary_tables(c, positions, self.dtype, r) for r in dict.fromkeys(spec.rope for spec in specs)}
+        return [Told(tables[spec.rope], visible[spec.window], past) for spec in specs]
 
 
-class FlaxGemmaModel(FlaxGemmaPreTrainedModel):
+class FlaxGemmaModel(FlaxGemmaPreTrainedModel[BaseModelOutputWithPast]):
     """The decoder without a head: token ids in, hidden states out."""
 
     module_class: ClassVar[type[nn.Module]] = FlaxGemmaModule
-
-    def __call__(
-        self,
-        input_ids: Any,
-        attention_mask: Any = None,
-        position_ids: Any = None,
-        params: Any = None,
-        past_key_values: Cache | None = None,
-        dropout_rng: jax.Array | None = None,
-        train: bool = False,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        *,
-        is_causal: bool | None = None,
-        lora: Any = None,
-    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
-        """Run the decoder, compiled once a shape. numpy and jax arrays do; inside jit, grad and vmap too.
-
-        Args:
-            input_ids: (B, S) token ids.
-            attention_mask: (B, S) of 0 and 1; with a cache over its tokens and these, or as wide as the cache; or 4-D,
-                bool or additive, used as it is.
-            position_ids: (B, S); by default they continue after the cache. Given without mask and cache, a restart
-                of the positions begins a new document, and tokens see their own document only.
-            params: instead of the model's own; layers may be stacked or not.
-            past_key_values: what `init_cache` made or a call before gave back; comes back with these tokens in it.
-            dropout_rng: needed where `train` and the configuration drop.
-            train: apply dropout.
-            output_attentions, output_hidden_states, return_dict: as the configuration says unless given.
-            is_causal: False lets every token see all others that are not padding; by default as the configuration
-                says (`use_bidirectional_attention`).
-            lora: adapters, as `init_lora` makes them.
-
-        Raises:
-            InputError (a ValueError): shapes that do not fit.
-            TokenOutOfRange: an id that the vocabulary does not have.
-            PromptTooLong: the cache is full.
-        """
-        return self._run(
-            input_ids,
-            attention_mask,
-            position_ids,
-            params,
-            past_key_values,
-            dropout_rng,
-            train,
-            output_attentions,
-            output_hidden_states,
-            return_dict,
-            lora=lora,
-            is_causal=is_causal,
-        )
-
-
-class FlaxGemmaForCausalLM(FlaxGemmaPreTrainedModel, GenerationMixin):
-    """Gemma with the language modelling head, tied to the embedding unless the configuration unties them."""
-
-    module_class: ClassVar[type[nn.Module]] = FlaxGemmaForCausalLMModule
-
-    def __call__(
-        self,
-        input_ids: Any,
-        attention_mask: Any = None,
-        position_ids: Any = None,
-        params: Any = None,
-        past_key_values: Cache | None = None,
-        dropout_rng: jax.Array | None = None,
-        train: bool = False,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        *,
-        labels: Any = None,
-        logits_to_keep: int = 0,
-        is_causal: bool | None = None,
-        lora: Any = None,
-    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """Run the decoder and the head; arguments as in `FlaxGemmaModel.__call__`, and:
-
-        Args:
-            labels: (B, S) ids to predict, shifted inside (position s predicts label s + 1); -100 is ignored.
-            logits_to_keep: 0 for all positions, n for the last n.
-
-        Returns:
-            CausalLMOutputWithPast with logits (B, S or fewer, V) in the model's dtype and loss () in float32.
-
-        Raises:
-            InputError: labels of another shape, or outside the vocabulary.
-        """
-        if labels is not None:
-            labels = check_token_labels(labels, input_ids, self.config.vocab_size)
-        return self._run(
-            input_ids,
-            attention_mask,
-            position_ids,
-            params,
-            past_key_values,
-            dropout_rng,
-            train,
-            output_attentions,
-            output_hidden_states,
-            return_dict,
-            lora=lora,
-            is_causal=is_causal,
-            labels=labels,
-            logits_to_keep=logits_to_keep,
-        )

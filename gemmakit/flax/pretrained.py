@@ -1,38 +1,78 @@
-"""The wrapper around the Linen modules: weights in and out, one compiled forward pass."""
+"""The wrapper around the Linen modules: weights in and out, one compiled forward pass.
+
+Axis letters: B batch, S positions.
+"""
 
 from __future__ import annotations
 
 import copy
 import functools
 import os
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemmakit import outputs
 from gemmakit.checkpoint import open_checkpoint, save_checkpoint
+from gemmakit.checkpoint.formats.msgpack import pytorch_name
 from gemmakit.checkpoint.settings import generation_for
 from gemmakit.config import GemmaConfig
-from gemmakit.errors import InputError, TokenOutOfRange
+from gemmakit.errors import ConfigError, InputError, TokenOutOfRange
 from gemmakit.flax import cache as caches
-from gemmakit.flax.attention import implementation
-from gemmakit.flax.loading import config_of, dtype_of, fresh, load, pytorch_tensor, save_msgpack
-from gemmakit.flax.names import flat, nested, pytorch_name, stack_layers, unstack_layers
-from gemmakit.flax.sharding import Rules
-from gemmakit.flax.static import FrozenConfig, Wanted
-from gemmakit.flax.training import known
+from gemmakit.flax.attention import Wanted, implementation
+from gemmakit.flax.loss import known
+from gemmakit.flax.weights import (
+    Rules,
+    config_of,
+    dtype_of,
+    flat,
+    fresh,
+    load,
+    nested,
+    pytorch_tensor,
+    save_msgpack,
+    stack_layers,
+    unstack_layers,
+)
 from gemmakit.generation import GenerationConfig
 from gemmakit.hub import HubOptions, find_gguf, push_saved, refuse_code
 
-Model = TypeVar("Model", bound="FlaxGemmaPreTrainedModel")
+Output = TypeVar("Output", bound=outputs.ModelOutput)
+Model = TypeVar("Model", bound="FlaxGemmaPreTrainedModel[Any]")
 # Arguments that old code passes and that ask for what is always so.
 _ALWAYS = ("from_pt", "from_flax", "use_safetensors", "low_cpu_mem_usage", "_fast_init")
 
 
-class FlaxGemmaPreTrainedModel:
+class FrozenConfig(GemmaConfig):
+    """A copy of a configuration that equals another by what it says: two models of one shape share compiled code.
+
+    A Linen module is a static argument of jit, which compares by hash; a GemmaConfig can change and has none.
+    """
+
+    def __init__(self, config: GemmaConfig):
+        self.__dict__.update(copy.deepcopy(config.__dict__))
+        self.__dict__["model_type"] = config.model_type
+        act = config.hidden_act
+        # config.json holds neither; a callable has no name that tells it from another.
+        beside = (config.attn_implementation, id(act) if callable(act) else None)
+        self._key = (config.to_json_string(), *beside)
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FrozenConfig) and self._key == other._key
+
+    def __repr__(self) -> str:  # every error of flax prints the module, and with it this
+        return f"FrozenConfig({self.num_hidden_layers} layers of {self.hidden_size})"
+
+
+class FlaxGemmaPreTrainedModel(Generic[Output]):
     """What every Gemma model of this backend is: a configuration, a Linen module, and a tree of parameters.
 
     Args:
@@ -63,6 +103,9 @@ class FlaxGemmaPreTrainedModel:
     ):
         if not isinstance(config, GemmaConfig):
             raise InputError(f"config is a {type(config).__name__}; give a GemmaConfig, or use from_pretrained.")
+        shapes = {replace(config.layer(i), rope="", window=None) for i in range(config.num_hidden_layers)}
+        if scan_layers and len(shapes) > 1:
+            raise ConfigError("scan_layers=True needs layers of one shape, and this model's differ: leave it out.")
         self.config = copy.deepcopy(config)
         self.config.attn_implementation = implementation(config.attn_implementation)
         self.dtype = dtype_of(dtype)
@@ -166,10 +209,9 @@ class FlaxGemmaPreTrainedModel:
         self.gradient_checkpointing = False
 
     def shard(self, mesh: jax.sharding.Mesh, axes: dict[str, str | None] | None = None) -> None:
-        """Lay parameters out on the mesh, and batches and caches of later calls; see `gemmakit.flax.sharding`."""
+        """Lay parameters out on the mesh, and batches and caches of later calls; see `gemmakit.flax.weights`."""
         self.rules = Rules(mesh, self.config, axes)
-        placed = {p: jax.device_put(x, self.rules.parameter(p, x.shape)) for p, x in flat(self.stored_params).items()}
-        self._params = nested(placed)
+        self._params = self.rules.parameters(self.stored_params)
 
     # -- the forward pass ------------------------------------------------------------------------------------------
 
@@ -178,45 +220,75 @@ class FlaxGemmaPreTrainedModel:
         cache = caches.new_cache(self.config, batch_size, max_length, self.dtype, self.scan_layers)
         return cache if self.rules is None else self.rules.cache(cache)
 
-    def _run(
+    def __call__(
         self,
         input_ids: Any,
-        attention_mask: Any,
-        position_ids: Any,
-        params: Any,
-        past_key_values: caches.Cache | None,
-        dropout_rng: jax.Array | None,
-        train: bool,
-        output_attentions: bool | None,
-        output_hidden_states: bool | None,
-        return_dict: bool | None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        params: Any = None,
+        past_key_values: caches.Cache | None = None,
+        dropout_rng: jax.Array | None = None,
+        train: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        is_causal: bool | None = None,
         lora: Any = None,
-        labels: Any = None,
-        **static: Any,
-    ) -> Any:
-        """Check what can be checked, run the module compiled, give what was asked for."""
-        c = self.config
+        **head: Any,
+    ) -> Output | tuple[Any, ...]:
+        """Run the model, compiled once a shape. numpy and jax arrays do; inside jit, grad and vmap too.
+
+        Args:
+            input_ids: (B, S) token ids.
+            attention_mask: (B, S) of 0 and 1; with a cache over its tokens and these, or as wide as the cache; or 4-D,
+                bool or additive, used as it is.
+            position_ids: (B, S); by default they continue after the cache. Given without mask and cache, a restart
+                of the positions begins a new document, and tokens see their own document only.
+            params: instead of the model's own; layers may be stacked or not.
+            past_key_values: what `init_cache` made or a call before gave back; comes back with these tokens in it.
+            dropout_rng: needed where `train` and the configuration drop.
+            train: apply dropout.
+            output_attentions, output_hidden_states, return_dict: as the configuration says unless given.
+            is_causal: False lets every token see all others that are not padding; by default as the configuration
+                says (`use_bidirectional_attention`).
+            lora: adapters, as `init_lora` makes them.
+            head: what the class's `of_head` names, labels for one.
+
+        Raises:
+            InputError (a ValueError): shapes that do not fit.
+            TokenOutOfRange: an id that the vocabulary does not have.
+            PromptTooLong: the cache is full.
+        """
+        c, more = self.config, self.of_head(input_ids, attention_mask, **head)
+        labels = more.pop("labels", None)
         input_ids = self._checked_ids(input_ids)
         if past_key_values is not None:
             caches.check(past_key_values, *input_ids.shape)
         if train and dropout_rng is None and self._drops():
             raise InputError("train=True with dropout in the configuration needs dropout_rng=jax.random.PRNGKey(...).")
         attention_mask, position_ids = (None if a is None else self._placed(a) for a in (attention_mask, position_ids))
-        variables = {"params": self.stored_params if params is None else self._stored_form(params)}
-        if lora is not None:
-            variables["lora"] = self._stored_form(lora)
         out = _apply(
             self.module,
-            variables,
+            self.variables(params, lora),
             (input_ids, attention_mask, position_ids, past_key_values),
             labels,
             dropout_rng,
             train=train,
             attentions=c.output_attentions if output_attentions is None else output_attentions,
             hidden_states=c.output_hidden_states if output_hidden_states is None else output_hidden_states,
-            static=tuple(static.items()),
+            static=(*more.items(), ("is_causal", is_causal)),
         )
         return out if (c.return_dict if return_dict is None else return_dict) else out.to_tuple()
+
+    def of_head(self, input_ids: Any, attention_mask: Any) -> dict[str, Any]:
+        """What a call takes besides, checked; the decoder alone takes nothing."""
+        return {}
+
+    def variables(self, params: Any = None, lora: Any = None) -> dict[str, Any]:
+        """What the module is applied to: the model's own parameters or others, and adapters."""
+        held = {"params": self.stored_params if params is None else self._stored_form(params)}
+        return held if lora is None else {**held, "lora": self._stored_form(lora)}
 
     def _drops(self) -> bool:
         return self.config.attention_dropout > 0
@@ -273,7 +345,7 @@ class FlaxGemmaPreTrainedModel:
                 this dtype and to its devices.
             _do_init: False returns (model without parameters, parameters), as old code expects.
             seed: of heads that the file lacks.
-            mesh, mesh_axes: lay the model out on these devices; see `gemmakit.flax.sharding`.
+            mesh, mesh_axes: lay the model out on these devices; see `gemmakit.flax.weights`.
             allow_pickle: read pytorch_model.bin, with torch's restricted unpickler, when there is nothing better.
             ignore_mismatched_sizes: start a head of another shape afresh, with a warning, instead of refusing.
             kwargs: revision, token, cache_dir, local_files_only, subfolder, variant; gguf_file, the name of a GGUF file
@@ -383,3 +455,24 @@ def _cast(params: Any, dtype: Any, mask: Any) -> dict[str, Any]:
         path: leaf.astype(dtype) if chosen[path] and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
         for path, leaf in leaves.items()
     })  # fmt: skip
+
+
+def _register(cls: type) -> None:
+    names = [f.name for f in fields(cls)]
+    jax.tree_util.register_pytree_with_keys(
+        cls,
+        lambda out: ([(jax.tree_util.GetAttrKey(n), getattr(out, n)) for n in names], None),
+        lambda _, values: cls(**dict(zip(names, values, strict=True))),
+    )
+
+
+# So that a caller's own jitted function may return them.
+for _cls in (
+    outputs.BaseModelOutputWithPast,
+    outputs.CausalLMOutputWithPast,
+    outputs.SequenceClassifierOutputWithPast,
+    outputs.TokenClassifierOutput,
+    outputs.GenerateDecoderOnlyOutput,
+    outputs.GenerateBeamDecoderOnlyOutput,
+):
+    _register(_cls)

@@ -10,7 +10,7 @@ from flax_tools import CountCompilations, as_torch, batch, make_torch
 import gemmakit
 from gemmakit.errors import GenerationConfigError, InputError, NumericalError, PromptTooLong, TokenOutOfRange
 from gemmakit.flax import FlaxGemmaForCausalLM
-from gemmakit.flax.decode import loop
+from gemmakit.flax.decode import step
 from gemmakit.flax.decode.prompt import bucket
 
 EOS = [5, 17, 29, 41, 53, 65, 77, 89]
@@ -55,7 +55,7 @@ def test_ten_lengths_of_one_bucket_compile_once(pair):
     rng = np.random.default_rng(1)
     lengths = range(39, 49)
     assert {bucket(n) for n in lengths} == {48}
-    before = loop.go_on._cache_size()
+    before = step.go_on._cache_size()
     with CountCompilations() as first:
         pair.flax.generate(np.append([[2]], rng.integers(4, 160, (1, 38)), axis=1), max_new_tokens=9)
     assert first.count >= 1
@@ -64,16 +64,16 @@ def test_ten_lengths_of_one_bucket_compile_once(pair):
             new = 9 + length % 7  # another number of new tokens is another number, no other code
             pair.flax.generate(np.append([[2]], rng.integers(4, 160, (1, length - 1)), axis=1), max_new_tokens=new)
     assert rest.count == 0
-    assert loop.go_on._cache_size() == before + 1
+    assert step.go_on._cache_size() == before + 1
 
 
 def test_models_of_one_shape_share_compiled_code(pair):
     twin = FlaxGemmaForCausalLM.from_pretrained(pair.folder)
     ids, mask = batch("left")
     pair.flax.generate(ids, attention_mask=mask, max_new_tokens=5)
-    size = loop.go_on._cache_size()
+    size = step.go_on._cache_size()
     twin.generate(ids, attention_mask=mask, max_new_tokens=6)
-    assert loop.go_on._cache_size() == size
+    assert step.go_on._cache_size() == size
 
 
 @pytest.mark.parametrize("length", [1, 16, 17, 24, 25, 33, 47, 48, 49, 64, 100, 700])

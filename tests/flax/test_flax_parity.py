@@ -13,9 +13,10 @@ from flax_tools import PADDING, apart, as_torch, batch, flat, make_torch
 from tiny_shapes import SHAPES
 
 import gemmakit
+from gemmakit.checkpoint.formats.msgpack import pytorch_name
+from gemmakit.errors import ConfigError
 from gemmakit.flax import FlaxGemmaForCausalLM, FlaxGemmaModel, stack_layers, unstack_layers
 from gemmakit.flax.layers import rotary_tables
-from gemmakit.flax.names import pytorch_name
 
 FLOAT32 = 1e-5
 BFLOAT16 = 8 * 2**-8
@@ -161,6 +162,19 @@ def test_scanned_layers_compute_the_same_from_the_same_names(both):
     assert apart(scanned(ids, mask, past_key_values=cache).logits, theirs.logits, mask) < 1e-6
     for stacked in (scanned.params, stack_layers(scanned.params)):  # either form goes to either model
         assert apart(pair.flax(ids, mask, params=stacked).logits, theirs.logits, mask) < 1e-6
+
+
+def test_pruned_layers_have_the_heads_they_keep(tmp_path):
+    model = make_torch(**SHAPES["gqa"])
+    model.prune_heads({1: [0, 1, 2]})
+    model.save_pretrained(tmp_path)
+    ids, mask = batch("left")
+    ours = FlaxGemmaForCausalLM.from_pretrained(tmp_path)
+    assert apart(ours(ids, mask).logits, torch_run(model, ids, mask).logits, mask) < FLOAT32
+    cache = ours.init_cache(3, 12)
+    assert apart(ours(ids, mask, past_key_values=cache).logits, ours(ids, mask).logits, mask) < FLOAT32
+    with pytest.raises(ConfigError, match="layers of one shape"):
+        FlaxGemmaForCausalLM.from_pretrained(tmp_path, scan_layers=True)
 
 
 def test_the_scanned_program_does_not_grow_with_depth():

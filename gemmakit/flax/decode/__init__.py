@@ -1,1 +1,1 @@
-"""Ids to ids: one compiled token loop, what shapes its logits, beams beside it."""
+"""Ids to ids: one step, compiled as a token loop, and beams over its first half."""

@@ -13,12 +13,21 @@ import numpy as np
 
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError, NumericalError
-from gemmakit.flax.decode.beam import search
-from gemmakit.flax.decode.loop import State, begin, go_on
-from gemmakit.flax.decode.plan import Custom, Plan, knobs, make_plan, refuse_unsupported
-from gemmakit.flax.decode.prompt import Prompt, bucket, prepare, traced
-from gemmakit.flax.decode.sampling import row_seeds
-from gemmakit.flax.training import known
+from gemmakit.flax.cache import Cache
+from gemmakit.flax.decode.beams import search
+from gemmakit.flax.decode.prompt import (
+    Custom,
+    Plan,
+    Prompt,
+    bucket,
+    knobs,
+    make_plan,
+    prepare,
+    refuse_unsupported,
+    traced,
+)
+from gemmakit.flax.decode.step import Given, State, begin, go_on, row_seeds
+from gemmakit.flax.loss import known
 from gemmakit.generation import GenerationConfig
 from gemmakit.outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from gemmakit.streamers import StepTokens, StreamEvent, Token, events
@@ -41,9 +50,8 @@ class GenerationMixin:
     generation_config: GenerationConfig
     module: Any
     rules: Any
-    stored_params: Any
+    variables: Any
     init_cache: Any
-    _stored_form: Any
 
     def generate(
         self,
@@ -93,15 +101,15 @@ class GenerationMixin:
         call = self._checked(
             input_ids, generation_config, prng_key, params, logits_processor, attention_mask, lora, **settings
         )
-        config, inside, prompt, plan = call.config, call.inside, call.prompt, call.plan
-        if streamer is not None and (inside or "beams" in plan.on or call.rows > 1):
-            raise InputError("a streamer follows one row, outside of jit and without beams: stream rows one at a time.")
+        if streamer is not None:
+            call.refuse_rows("a streamer")
         with _compiled(trace):
-            if "beams" in plan.on:
-                found, steps, failed, _ = search(*call.first, *call.seeds)
+            if "beams" in call.plan.on:
+                found, steps, failed, _ = search(*call.code, call.given, call.cache)
             else:
-                found, steps, failed = _decoded(streamer, call)
-        return _untrimmed(prompt, plan, found) if inside else _trimmed(config, prompt, plan, found, steps, failed)
+                state = _whole(call) if streamer is None else _streamed(call, streamer)
+                found, steps, failed = state.tokens, state.step, state.failed
+        return _untrimmed(call, found) if call.inside else _trimmed(call, found, steps, failed)
 
     def stream(
         self,
@@ -110,20 +118,15 @@ class GenerationMixin:
         *,
         tokenizer: Any = None,
         skip_special_tokens: bool = True,
-        prng_key: jax.Array | None = None,
         trace: bool = True,
-        params: Any = None,
-        logits_processor: Iterable[Custom] | None = None,
-        attention_mask: Any = None,
-        lora: Any = None,
-        **settings: Any,
+        **arguments: Any,
     ) -> Generator[StreamEvent]:
-        """Continue one prompt and give each token as it comes, as the PyTorch backend does; scores are None."""
-        call = self._checked(
-            input_ids, generation_config, prng_key, params, logits_processor, attention_mask, lora, **settings
-        )
-        if call.inside or "beams" in call.plan.on or call.rows > 1:
-            raise InputError("stream follows one row, outside of jit and without beams: stream rows one at a time.")
+        """Continue one prompt and give each token as it comes, as the PyTorch backend does; scores are None.
+
+        arguments: the others of generate(), by name.
+        """
+        call = self._checked(input_ids, generation_config, **arguments)
+        call.refuse_rows("stream")
         return events(_tokens(call, trace), tokenizer, skip_special_tokens)
 
     def stream_rows(
@@ -144,11 +147,11 @@ class GenerationMixin:
         self,
         input_ids: Any,
         generation_config: GenerationConfig | None,
-        prng_key: jax.Array | None,
-        params: Any,
-        logits_processor: Iterable[Custom] | None,
-        attention_mask: Any,
-        lora: Any,
+        prng_key: jax.Array | None = None,
+        params: Any = None,
+        logits_processor: Iterable[Custom] | None = None,
+        attention_mask: Any = None,
+        lora: Any = None,
         **settings: Any,
     ) -> Call:
         config = (generation_config or self.generation_config).updated(**settings)
@@ -160,42 +163,44 @@ class GenerationMixin:
         prompt = (traced if inside else prepare)(self.config, config, input_ids, attention_mask)
         ids, mask = (prompt.ids, prompt.mask) if inside else prompt.padded()
         plan = make_plan(config, prompt.new if inside else bucket(prompt.new), tuple(logits_processor or ()))
-        variables = {"params": self.stored_params if params is None else self._stored_form(params)}
-        if lora is not None:
-            variables["lora"] = self._stored_form(lora)
         if self.rules is not None and not inside:
             ids, mask = self.rules.batch(ids), self.rules.batch(mask)
+        numbers = knobs(config, prompt.new, prompt.ids.shape[1])
+        given = Given(self.variables(params, lora), ids, mask, numbers, *_seeds(config, plan, prompt, prng_key))
         cache = self.init_cache(ids.shape[0] * plan.copies, ids.shape[1] + plan.room)
-        first = (self.module, plan, variables, cache, ids, mask, knobs(config, prompt.new, prompt.ids.shape[1]))
-        return Call(config, inside, prompt, plan, first, _seeds(config, plan, prompt, prng_key))
+        return Call(config, inside, prompt, (self.module, plan), given, cache)
 
 
 class Call(NamedTuple):
-    """A call that is checked. inside: within a caller's jit. first, seeds: what the compiled loop takes."""
+    """A call that is checked. inside: within a caller's jit. code: what is compiled; given, cache: what it takes."""
 
     config: GenerationConfig
     inside: bool
     prompt: Prompt
-    plan: Plan
-    first: tuple[Any, ...]
-    seeds: tuple[Any, Any]
+    code: tuple[Any, Plan]
+    given: Given
+    cache: Cache
 
     @property
-    def rows(self) -> int:
-        return int(self.prompt.ids.shape[0]) * self.plan.copies
+    def plan(self) -> Plan:
+        return self.code[1]
+
+    def refuse_rows(self, who: str) -> None:
+        """Raises InputError unless tokens can be told one by one."""
+        if self.inside or "beams" in self.plan.on or self.prompt.ids.shape[0] * self.plan.copies > 1:
+            raise InputError(f"{who} follows one row, outside of jit and without beams: stream rows one at a time.")
 
 
 def _compiled(trace: bool) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if trace else jax.disable_jit()
 
 
-def _decoded(streamer: Streamer | None, call: Call) -> tuple[Any, Any, Any]:
-    """Tokens (R, room), the steps taken, and the failed one or 0."""
-    if streamer is None:
-        module, plan, variables, _, ids, mask, numbers = call.first
-        state = begin(*call.first, *call.seeds)
-        state = go_on(module, plan, variables, state, ids, mask, numbers, numbers["limit"])
-        return state.tokens, state.step, state.failed
+def _whole(call: Call) -> State:
+    return go_on(*call.code, call.given, begin(*call.code, call.given, call.cache), call.given.knobs["limit"])
+
+
+def _streamed(call: Call, streamer: Streamer) -> State:
+    """The last state, the streamer told of each token and of the end, whatever happens."""
     state = None
     try:
         streamer.put(np.asarray(call.prompt.ids))
@@ -205,20 +210,19 @@ def _decoded(streamer: Streamer | None, call: Call) -> tuple[Any, Any, Any]:
     finally:
         streamer.end()
     assert state is not None
-    return state.tokens, state.step, state.failed
+    return state
 
 
 def _steps(call: Call, trace: bool = True) -> Generator[State]:
     """The state after each token, while there are more to come."""
-    module, plan, variables, _, ids, mask, numbers = call.first
     with _compiled(trace):
-        state = begin(*call.first, *call.seeds)
+        state = begin(*call.code, call.given, call.cache)
     for step in range(2, call.prompt.new + 2):
         yield state
         if int(state.failed) or bool(state.done.all()) or step > call.prompt.new:
             return
         with _compiled(trace):
-            state = go_on(module, plan, variables, state, ids, mask, numbers, np.int32(step))
+            state = go_on(*call.code, call.given, state, np.int32(step))
 
 
 def _tokens(call: Call, trace: bool) -> Generator[Token]:
@@ -255,15 +259,16 @@ def _seeds(config: GenerationConfig, plan: Plan, prompt: Prompt, prng_key: jax.A
     return row_seeds(config.seed, prompts), zero
 
 
-def _trimmed(config: GenerationConfig, prompt: Prompt, plan: Plan, found: Any, steps: Any, failed: Any) -> Output:
+def _trimmed(call: Call, found: Any, steps: Any, failed: Any) -> Output:
     """Without the padding of the bucket, and no longer than the longest row."""
     _refuse_failed(failed)
+    prompt, plan = call.prompt, call.plan
     if "beams" not in plan.on:
         tokens = np.asarray(found)[:, : int(steps)]
         return GenerateDecoderOnlyOutput(sequences=_after(prompt.ids, tokens))
     longest = int(np.asarray(found.lengths).max())
     tokens = np.asarray(found.tokens).reshape(-1, plan.room)[:, :longest]
-    scores = jax.device_put(np.asarray(found.scores).reshape(-1)) if config.output_scores else None
+    scores = jax.device_put(np.asarray(found.scores).reshape(-1)) if call.config.output_scores else None
     return GenerateBeamDecoderOnlyOutput(sequences=_after(prompt.ids, tokens), sequences_scores=scores)
 
 
@@ -273,8 +278,9 @@ def _after(ids: np.ndarray, tokens: np.ndarray) -> jax.Array:
     return jax.device_put(np.concatenate((np.repeat(ids, copies, axis=0).astype(np.int32), tokens), axis=1))
 
 
-def _untrimmed(prompt: Prompt, plan: Plan, found: Any) -> Output:
+def _untrimmed(call: Call, found: Any) -> Output:
     """(R, P + new) with padding after the end, for a caller's own trace."""
+    prompt, plan = call.prompt, call.plan
     beams = "beams" in plan.on
     tokens = found.tokens.reshape(-1, plan.room) if beams else found
     copies = plan.results if beams else plan.copies

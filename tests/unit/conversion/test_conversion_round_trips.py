@@ -152,8 +152,9 @@ def test_transformers_gives_the_same_logits_of_what_is_converted(tmp_path, heads
 def test_our_flax_model_and_flax_itself_read_the_msgpack(tmp_path, heads, shard):
     pytest.importorskip("jax")
     serialization = pytest.importorskip("flax.serialization")
+    from gemmakit.checkpoint.formats.msgpack import pytorch_name
     from gemmakit.flax import FlaxGemmaForCausalLM
-    from gemmakit.flax.names import flat, pytorch_name
+    from gemmakit.flax.weights import flat
 
     model = make(heads=heads, dtype="bfloat16")
     model.save_pretrained(tmp_path / "a")

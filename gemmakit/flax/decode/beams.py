@@ -15,9 +15,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from gemmakit.flax.cache import Cache, take_rows
-from gemmakit.flax.decode.loop import Rows, is_one_of
-from gemmakit.flax.decode.plan import Plan
-from gemmakit.flax.decode.sampling import Knobs, gumbel, row_keys
+from gemmakit.flax.decode.prompt import Plan
+from gemmakit.flax.decode.step import Given, Rows, gumbel, is_one_of, row_keys
 
 # Below every real score, yet finite: sums and comparisons stay free of NaN.
 UNLIKELY = -1.0e9
@@ -95,7 +94,7 @@ def _extend(plan: Plan, state: Search, logprobs: jax.Array, keys: jax.Array | No
                        ended=is_one_of(token, plan.eos))  # fmt: skip
 
 
-def _offer(plan: Plan, knobs: Knobs, state: Search, candidates: Hypotheses, length: jax.Array) -> Hypotheses:
+def _offer(plan: Plan, knobs: dict[str, Any], state: Search, candidates: Hypotheses, length: jax.Array) -> Hypotheses:
     """What has finished, with the candidates that just ended let in among it."""
     # The candidates after the first n are there as a reserve of beams that run on.
     first = jnp.arange(candidates.ended.shape[1]) < plan.copies
@@ -106,7 +105,7 @@ def _offer(plan: Plan, knobs: Knobs, state: Search, candidates: Hypotheses, leng
 
 
 def _reconsider(
-    plan: Plan, knobs: Knobs, still: jax.Array, finished: Hypotheses, hope: jax.Array, length: jax.Array
+    plan: Plan, knobs: dict[str, Any], still: jax.Array, finished: Hypotheses, hope: jax.Array, length: jax.Array
 ) -> jax.Array:
     """Close the prompts whose finished hypotheses no running one can beat any more. hope: (B, 1), the best score.
 
@@ -122,7 +121,7 @@ def _reconsider(
     return still & (hope / length ** knobs["length_penalty"] > worst).any(-1, keepdims=True)
 
 
-def _advance(plan: Plan, knobs: Knobs, state: Search, logprobs: jax.Array, keys: jax.Array | None) -> Search:
+def _advance(plan: Plan, knobs: dict[str, Any], state: Search, logprobs: jax.Array, keys: jax.Array | None) -> Search:
     """One more token. logprobs: (B, n, V)."""
     candidates = _extend(plan, state, logprobs, keys)
     step = state.step + 1
@@ -147,29 +146,19 @@ def _advance(plan: Plan, knobs: Knobs, state: Search, logprobs: jax.Array, keys:
 
 
 @functools.partial(jax.jit, static_argnames=("module", "plan"), donate_argnames=("cache",))
-def search(
-    module: Any,
-    plan: Plan,
-    variables: Any,
-    cache: Cache,
-    ids: jax.Array,
-    mask: jax.Array,
-    knobs: Knobs,
-    seeds: jax.Array,
-    base: jax.Array,
-) -> tuple[Hypotheses, jax.Array, jax.Array, Cache]:
+def search(module: Any, plan: Plan, given: Given, cache: Cache) -> tuple[Hypotheses, jax.Array, jax.Array, Cache]:
     """The finished hypotheses of each prompt, best first; the steps taken, the failed step or 0, and the cache.
 
-    Arguments as of the token loop's `begin`; seeds: one a prompt.
+    Arguments as of `begin`; seeds: one a prompt.
     """
-    rows = Rows(module, variables, plan, ids, mask)
-    B, n = ids.shape[0], plan.copies
-    keys = row_keys(seeds, base) if plan.do_sample else None
+    rows, knobs = Rows(module, plan, given), given.knobs
+    B, n = given.ids.shape[0], plan.copies
+    keys = row_keys(given.seeds, given.base) if plan.do_sample else None
     logits, cache = rows.prefill(cache)
 
     def choose(state: Search, logits: jax.Array) -> Search:
         tokens = state.running.tokens.reshape(B * n, plan.room)
-        logprobs = rows.process(jax.nn.log_softmax(logits, axis=-1), state.step, tokens, knobs)
+        logprobs = rows.process(jax.nn.log_softmax(logits, axis=-1), state.step, tokens)
         return _advance(plan, knobs, state, logprobs.reshape(B, n, -1), keys)
 
     def advance(state: Search) -> Search:
