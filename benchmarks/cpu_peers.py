@@ -57,7 +57,7 @@ def gguf_file(kind: str, args: argparse.Namespace) -> Path:
 
 def write_gguf_of(checkpoint: Path, path: Path, kind: str) -> Path:
     """The checkpoint's weights with the demo model's vocabulary, padded to the shape's: for timing alone."""
-    from gemmakit import GemmaConfig, demo_model
+    from gemmakit import GemmaConfig, GemmaTokenizer, demo_model
     from gemmakit.checkpoint import open_checkpoint
     from gemmakit.checkpoint.formats.gguf_writing import write_gguf
     from gemmakit.text.gguf import vocabulary_of
@@ -65,7 +65,8 @@ def write_gguf_of(checkpoint: Path, path: Path, kind: str) -> Path:
     print(f"writing {path}", file=sys.stderr)
     with open_checkpoint(checkpoint) as opened:
         tensors = {name: lambda name=name: opened.tensor(name, device="cpu") for name in opened.names()}
-        return write_gguf(path, GemmaConfig.from_pretrained(checkpoint), tensors, vocabulary_of(demo_model()), kind)
+        vocabulary = vocabulary_of(GemmaTokenizer.from_pretrained(demo_model()))
+        return write_gguf(path, GemmaConfig.from_pretrained(checkpoint), tensors, vocabulary, kind)
 
 
 def quantized(checkpoint: Path, scheme: str) -> Path:

@@ -225,8 +225,9 @@ def rows(tokenizer: Any, pieces: list[list[int]], folder: Path, llama_python: st
                 return head if head and name == writing.EMBEDDING else usual(name, *shape)
 
             config = gemmakit.GemmaConfig.from_pretrained(DEMO)
+            vocabulary = vocabulary_of(gemmakit.GemmaTokenizer.from_pretrained(DEMO))
             with open_checkpoint(DEMO) as checkpoint, mock.patch.object(writing, "_kind_for", chosen):
-                writing.write_gguf(path, config, dict(checkpoint.items()), vocabulary_of(DEMO), kind)
+                writing.write_gguf(path, config, dict(checkpoint.items()), vocabulary, kind)
         return path
 
     def kept(kind: str) -> Maker:

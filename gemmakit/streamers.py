@@ -11,9 +11,6 @@ from typing import Any, NamedTuple, Protocol
 
 from gemmakit.errors import InputError
 
-# Cleaning up drops a space in view of what follows it; its rules together look this many characters ahead at most.
-CLEAN_UP_SIGHT = 24
-
 
 class Tokenizer(Protocol):
     """The part of a tokenizer that streaming needs; one with `incremental_decoder` streams at constant cost a token."""
@@ -202,69 +199,34 @@ class _Decoder(Protocol):
 
 
 def _decoder(tokenizer: Any, options: dict[str, Any]) -> _Decoder:
-    skip = bool(options.get("skip_special_tokens", False))
-    incremental = getattr(tokenizer, "incremental_decoder", None)
-    if incremental is None:
-        return _Redecoded(tokenizer, options, None)
-    if options.get("spaces_between_special_tokens", getattr(tokenizer, "spaces_between_special_tokens", False)):
-        return _Redecoded(tokenizer, options, incremental(skip))
-    clean = options.get("clean_up_tokenization_spaces")
-    if tokenizer.clean_up_tokenization_spaces if clean is None else clean:
-        return _Cleaned(incremental(skip), tokenizer.clean_up_tokenization)
-    return incremental(skip)
-
-
-class _Taken:
-    """What is new of a text that only grows, each part once."""
-
-    def __init__(self) -> None:
-        self._given = 0
-
-    def __call__(self, certain: str) -> str:
-        new = certain[self._given :]
-        self._given = max(self._given, len(certain))
-        return new
-
-
-class _Cleaned:
-    """Another decoder's text with the spaces before punctuation dropped, held back as far as those rules look ahead."""
-
-    def __init__(self, decoder: _Decoder, clean: Any):
-        self._decoder, self._clean = decoder, clean
-        self._raw, self._take = "", _Taken()
-
-    def push(self, ids: Any) -> str:
-        self._raw += self._decoder.push(ids)
-        now, before = self._clean(self._raw), self._clean(self._raw[:-CLEAN_UP_SIGHT])
-        same = 0
-        while same < len(before) and before[same] == now[same]:
-            same += 1
-        return self._take(now[:same])
-
-    def finish(self) -> str:
-        return self._take(self._clean(self._raw + self._decoder.finish()))
+    own = getattr(tokenizer, "incremental_decoder", None)
+    return _Redecoded(tokenizer, options) if own is None else own(**options)
 
 
 class _Redecoded:
-    """Decodes everything anew at each token, for options and tokenizers that cannot go on from where they were."""
+    """For a tokenizer that has only `decode`: decodes everything anew at each token.
 
-    def __init__(self, tokenizer: Any, options: dict[str, Any], incremental: _Decoder | None):
-        self._tokenizer, self._options, self._incremental = tokenizer, options, incremental
+    Where it cleans up spaces, by rules that nobody here knows, all text comes at the end.
+    """
+
+    def __init__(self, tokenizer: Any, options: dict[str, Any]):
+        self._tokenizer, self._options = tokenizer, options
+        name = "clean_up_tokenization_spaces"
+        self._waits = bool(options.get(name, getattr(tokenizer, name, False)))
         self._ids: list[int] = []
-        self._certain, self._take = 0, _Taken()
+        self._given = 0
 
     def push(self, ids: Any) -> str:
-        for index in ids:
-            self._ids.append(index)
-            if self._incremental is None or self._incremental.push([index]):
-                self._certain = len(self._ids)
-        text = self._tokenizer.decode(self._ids[: self._certain], **self._options)
-        if self._options.get("clean_up_tokenization_spaces"):
-            text = text[:-CLEAN_UP_SIGHT]
-        return self._take(text.rstrip("\ufffd") if self._incremental is None else text)
+        self._ids += ids
+        return "" if self._waits else self._new(self._tokenizer.decode(self._ids, **self._options).rstrip("\ufffd"))
 
     def finish(self) -> str:
-        return self._take(self._tokenizer.decode(self._ids, **self._options))
+        return self._new(self._tokenizer.decode(self._ids, **self._options))
+
+    def _new(self, certain: str) -> str:
+        new = certain[self._given :]
+        self._given = max(self._given, len(certain))
+        return new
 
 
 def _one_row(value: Any) -> tuple[list[int], bool]:

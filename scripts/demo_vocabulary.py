@@ -13,7 +13,7 @@ import io
 from collections.abc import Iterable
 from pathlib import Path
 
-from gemmakit.text.model_file import BYTE, CONTROL, UNKNOWN, USER_DEFINED, ModelFile, Piece, _fields
+from gemmakit.text.vocabulary_files import BYTE, CONTROL, UNKNOWN, USER_DEFINED, ModelFile, Piece, _fields
 
 _BLOCK_TAGS = ("table", "caption", "thead", "tbody", "tfoot", "tr", "th", "td")
 _HEADING_TAGS = ("h1", "h2", "h3", "h4", "h5", "h6", "blockquote")

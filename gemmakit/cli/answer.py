@@ -89,13 +89,4 @@ def answer(pipe: TextGenerationPipeline, prompt: str | Sequence[int], write: Wri
 def ask(pipe: TextGenerationPipeline, question: str, write: Write, **settings: Any) -> Answer:
     """The answer to a question in a chat of its own."""
     ids = pipe.encode([{"role": "user", "content": question}])
-    return answer(pipe, ids, write, **turn_ends(pipe), **settings)
-
-
-def turn_ends(pipe: TextGenerationPipeline) -> dict[str, Any]:
-    """The setting that ends a turn at <end_of_turn>, which some checkpoints do not list among their ends."""
-    ends = list(pipe.model.generation_config.eos_token_ids)
-    end = pipe.tokenizer.convert_tokens_to_ids("<end_of_turn>")
-    if end not in (None, pipe.tokenizer.unk_token_id, *ends):
-        ends.append(end)
-    return {"eos_token_id": ends} if ends else {}
+    return answer(pipe, ids, write, **pipe.turn_ends(), **settings)

@@ -199,12 +199,12 @@ class Conversation:
 
         Raises PromptTooLong when the question alone does not fit, and what `generate` raises; nothing is then changed.
         """
-        from gemmakit.cli.answer import answer, turn_ends
+        from gemmakit.cli.answer import answer
 
         ids, forgotten = self._fitted(question)
         cache = self._cached(ids)
         try:
-            said = answer(self.pipe, ids, write, past_key_values=cache, **turn_ends(self.pipe), **self.settings)
+            said = answer(self.pipe, ids, write, past_key_values=cache, **self.pipe.turn_ends(), **self.settings)
         except BaseException:
             self._cache = None
             raise

@@ -227,7 +227,8 @@ def read_tokenizer(name: Name, hub: HubOptions = DEFAULT) -> TokenizerFiles | No
 
 def vocabulary(found: TokenizerFiles) -> Any:
     """What a GGUF file holds of a tokenizer. Raises TokenizerError for one that it cannot hold."""
-    return vocabulary_of(GemmaTokenizer(str(found.path)) if found.path.suffix == ".model" else str(found.path))
+    made = GemmaTokenizer if found.path.suffix == ".model" else GemmaTokenizer.from_pretrained
+    return vocabulary_of(made(str(found.path)))
 
 
 def _made(file: Path) -> TokenizerFiles:

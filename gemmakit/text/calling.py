@@ -24,7 +24,7 @@ from gemmakit.text.encoding import (
     to_lists,
     windows,
 )
-from gemmakit.text.vocabulary import Engine, alternatives, is_structural
+from gemmakit.text.vocabulary import Engine
 
 Pair = tuple[Any, Any]
 
@@ -181,7 +181,7 @@ class Calling:
 
     def _encode_plain(self, texts: Sequence[str], offsets: bool) -> list[Part]:
         """Encode with special tokens as ordinary text: each is cut after its first character, so that none is seen."""
-        pattern = self._special_starts(special_only=True)
+        pattern = self._engine.added.special_starts
         return [self._encode_pieces(split_after(text, pattern), offsets) for text in texts]
 
     def _encode_pieces(self, pieces: Sequence[str], offsets: bool = False) -> Part:
@@ -193,11 +193,6 @@ class Calling:
                 moved.offsets += [(begin + start, end + start) for begin, end in part.offsets or ()]
             start += len(piece)
         return moved
-
-    def _special_starts(self, special_only: bool) -> re.Pattern[str]:
-        """Matches, with no width, wherever a special (or any structural) token begins, also inside another one."""
-        tokens = [t for t in self._engine.added.values() if (t.special if special_only else is_structural(t))]
-        return re.compile(f"(?={alternatives(tokens)})" if tokens else r"(?!)")
 
     def _rows(self, first: Part, second: Part | None, limits: _Limits, options: Mapping[str, Any]) -> list[Row]:
         special = options["add_special_tokens"]

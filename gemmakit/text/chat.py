@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from gemmakit.errors import InputError, TemplateError
-from gemmakit.text.calling import DEFAULTS
+from gemmakit.text.calling import DEFAULTS, split_after
 from gemmakit.text.encoding import BatchEncoding, Part
-from gemmakit.text.vocabulary import Engine, is_structural
+from gemmakit.text.tools import tool_schema
+from gemmakit.text.vocabulary import TURN_TOKENS, Engine
 
 # Google's turns. What differs from the template in the released files: a system message is folded into the first user
 # turn instead of being refused, roles are checked by name, and a content may be a list of text parts.
@@ -65,6 +65,11 @@ class Chat:
     _add_bos_token: bool
     chat_template: Any
 
+    @property
+    def end_of_turn_id(self) -> int | None:
+        """The id that ends a turn, or None where the vocabulary has no turns."""
+        return self._engine.token_to_id(TURN_TOKENS[1])
+
     def get_chat_template(self, chat_template: str | None = None, tools: Any = None) -> str:
         """The template in use: `chat_template` (a source, or one name of several), the tokenizer's, or Gemma's own."""
         own = self.chat_template
@@ -81,7 +86,7 @@ class Chat:
     def apply_chat_template(
         self: Any,
         conversation: Any,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Callable[..., Any] | Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
         chat_template: str | None = None,
         add_generation_prompt: bool = False,
@@ -100,7 +105,9 @@ class Chat:
 
         conversation: a list of `{"role": ..., "content": ...}`, or a list of such lists. Roles alternate between user
         and assistant; a system message may come first: it is put in front of the first user message, or refused with
-        `system="refuse"`.
+        `system="refuse"`. A content may be a list of `{"type": "text", "text": ...}`: to every template it is the text
+        of its parts, each without the spaces around it where there are several.
+        tools: what the model may call: Python functions with a docstring, or JSON schemas (`tools.tool_schema`).
         add_generation_prompt: end with the opening of the model's turn.
         continue_final_message: leave the last message open so that the model goes on with it.
         Returns a BatchEncoding; ids alone with `return_dict=False`; text with `tokenize=False`.
@@ -117,7 +124,12 @@ class Chat:
             raise InputError(f"system is {system!r}; it must be 'fold' or 'refuse'.")
         chats, batched = _chats(conversation)
         source = self.get_chat_template(chat_template, tools)
-        variables = {"tools": tools, "documents": documents, **template_variables}
+        if source == GEMMA_TEMPLATE and self.end_of_turn_id is None:
+            raise InputError(
+                f"this vocabulary has no {' and '.join(TURN_TOKENS)}, so that Gemma's turns would be mere words to the "
+                "model. Pass the checkpoint's own template as chat_template=."
+            )
+        variables = {"tools": self._schemas(tools, source), "documents": documents, **template_variables}
         marks = _Marks(self, source, [chats, variables]) if tokenize else None
         settled = {**self.special_tokens_map, "add_generation_prompt": add_generation_prompt, "system": system}
         texts = [_rendered(source, chat, variables, settled, marks, continue_final_message) for chat in chats]
@@ -132,6 +144,13 @@ class Chat:
             )
         out: BatchEncoding = self._finish(parts, batched, options)
         return out if return_dict else out["input_ids"]
+
+    def _schemas(self: Any, tools: Sequence[Any] | None, source: str) -> list[Mapping[str, Any]] | None:
+        from gemmakit.text.sandbox import names_in  # late: it loads Jinja
+
+        if tools and "tools" not in names_in(source):
+            self._warn_once("tools", "the chat template says nothing of tools, so the model is not told of them.")
+        return None if tools is None else [tool_schema(tool) for tool in tools]
 
     def _one_bos(self: Any, part: Part) -> Part:
         bos = self.bos_token_id
@@ -157,8 +176,34 @@ def _chats(conversation: Any) -> tuple[list[list[dict[str, Any]]], bool]:
         for index, message in enumerate(chat):
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
                 raise InputError(f"message {index} must be a dictionary with a role, found {message!r:.80}.")
-        chats.append([{key: value for key, value in message.items() if value is not None} for message in chat])
+        chats.append([_message(message, index) for index, message in enumerate(chat)])
     return chats, batched
+
+
+def _message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """A message without the keys that are None, its content as text where it is a list of parts."""
+    found = {key: value for key, value in message.items() if value is not None}
+    content = found.get("content")
+    # What a tool gave back may be data of any kind; templates that know tools write it out.
+    if isinstance(content, (list, tuple)) and not (message["role"] == "tool" and not any(map(_has_type, content))):
+        texts = [_text(part, index) for part in content]
+        found["content"] = texts[0] if len(texts) == 1 else "".join(text.strip() for text in texts)
+    return found
+
+
+def _has_type(part: Any) -> bool:
+    return isinstance(part, Mapping) and "type" in part
+
+
+def _text(part: Any, index: int) -> str:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if isinstance(part, Mapping) and kind == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    found = f"a part of type {kind!r}" if isinstance(kind, str) and kind != "text" else f"the part {part!r:.80}"
+    raise TemplateError(
+        f"message {index} holds {found}, but gemmakit reads text only: parts are {{'type': 'text', 'text': ...}}. "
+        "Leave it out, or say in words what it shows."
+    )
 
 
 def _rendered(
@@ -226,11 +271,10 @@ class _Marks:
     """
 
     def __init__(self, tokenizer: Any, source: str, inputs: Any) -> None:
-        tokens = [token.content for token in tokenizer._engine.added.values() if is_structural(token)]
-        self.cut = _fresh(_characters([source, inputs, tokens]))
-        self._starts = tokenizer._special_starts(special_only=False)
-        self._heads = _heads(tuple(tokens))
-        self._longest = max(map(len, tokens), default=0)
+        added = tokenizer._engine.added
+        self.cut = _fresh(_characters([source, inputs]).union(*added.structural))
+        self._starts, self._heads = added.structural_starts, added.structural_heads
+        self._longest = max(map(len, added.structural), default=0)
 
     def guard(self, text: str) -> str:
         """`text` with a mark after the first character of each token in it, and of a token that it only begins."""
@@ -243,14 +287,7 @@ class _Marks:
         return text
 
     def _marked(self, text: str) -> str:
-        places = [match.start() + 1 for match in self._starts.finditer(text)]
-        return self.cut.join(text[a:b] for a, b in zip([0, *places], [*places, len(text)], strict=True))
-
-
-@lru_cache(maxsize=8)
-def _heads(tokens: tuple[str, ...]) -> frozenset[str]:
-    """Every proper beginning of every token."""
-    return frozenset(token[:size] for token in tokens for size in range(1, len(token)))
+        return self.cut.join(split_after(text, self._starts))
 
 
 def _fresh(taken: set[str]) -> str:
@@ -293,5 +330,4 @@ def _plain(value: Any, guard: Any, depth: int = 0) -> Any:
         return {guard(str(key)): _plain(item, guard, depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item, guard, depth + 1) for item in value]
-    hint = " Describe a tool as a JSON schema in a dictionary." if callable(value) else ""
-    raise InputError(f"a {type(value).__name__} cannot be given to a chat template.{hint}")
+    raise InputError(f"a {type(value).__name__} cannot be given to a chat template; text, numbers and lists can.")

@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 from gemmakit.errors import GemmakitError, InputError, TokenizerError
 from gemmakit.files import replacing
 from gemmakit.hub import HubOptions, find_file, find_gguf, push_folder, refuse_code
-from gemmakit.text.gguf_reading import gguf_settings
-from gemmakit.text.tokenizer_json import read_json
+from gemmakit.text.gguf import gguf_settings
 from gemmakit.text.vocabulary import AddedToken, Engine
+from gemmakit.text.vocabulary_files import read_json
 
 Self = TypeVar("Self", bound="Saving")
 

@@ -1,4 +1,4 @@
-"""The vocabulary of a tokenizer as a GGUF file holds it; gguf_reading.py is the way back.
+"""The vocabulary of a tokenizer as a GGUF file holds it, both ways.
 
 GGUF holds the pieces of a SentencePiece model with their scores and types, which is all that decides ids. Two things
 are spelled otherwise there: user-defined pieces have spaces where SentencePiece has U+2581, because llama.cpp looks for
@@ -8,43 +8,160 @@ text only when asked to.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from gemmakit.errors import TokenizerError
-from gemmakit.gguf import Entry, Vocabulary
-from gemmakit.text.gguf_reading import NAMED, model_of_pieces
-from gemmakit.text.model_file import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, ModelFile, Piece
-from gemmakit.text.rust import RustEngine
-from gemmakit.text.sentencepiece import GemmaTokenizer, SentencePieceEngine
-from gemmakit.text.tokenizer import TokenizerBase
-from gemmakit.text.vocabulary import SPACE, TURN_TOKENS, AddedToken
+from gemmakit.errors import CheckpointError, TokenizerError
+from gemmakit.gguf import (
+    SPECIAL_IDS,
+    TEMPLATE,
+    WORDS,
+    Entry,
+    GgufHeader,
+    Texts,
+    Vocabulary,
+    read_gguf_header,
+    show,
+    special_ids,
+)
+from gemmakit.text.vocabulary import SPACE, AddedToken
+from gemmakit.text.vocabulary_files import (
+    CONTROL,
+    MAX_PIECE_BYTES,
+    NORMAL,
+    UNUSED,
+    USER_DEFINED,
+    ModelFile,
+    Piece,
+    check_piece,
+    check_text_of,
+)
 
+NAMED = ("bos", "eos", "pad", "unk", "mask")
 _ADDED_SCORE = -1000.0  # of tokens that are not the vocabulary's own, as llama.cpp's converter has it
 
 
-def vocabulary_of(source: str | os.PathLike[str] | TokenizerBase | ModelFile, **where: Any) -> Vocabulary:
-    """The vocabulary to write into a GGUF file.
+def gguf_settings(path: Path) -> dict[str, Any]:
+    """What makes a tokenizer of a GGUF file: constructor arguments, the SentencePiece model as `vocab_file`.
 
-    source: a tokenizer, a SentencePiece model, or the folder, GGUF file or Hub id of a checkpoint; of a folder,
-    tokenizer.model is preferred and tokenizer.json does. where: revision, token, ... as in `from_pretrained`.
-    Raises TokenizerError for a vocabulary that GGUF cannot hold, and what loading raises.
+    Raises CheckpointError (a damaged header, no tokenizer) or TokenizerError (pieces that no Gemma tokenizer has).
     """
-    if isinstance(source, ModelFile):
-        source = GemmaTokenizer(source)
-    tokenizer = source if isinstance(source, TokenizerBase) else GemmaTokenizer.from_pretrained(source, **where)
+    vocabulary = read_vocabulary(read_gguf_header(path))
+    try:
+        model = model_of(vocabulary)
+        model.validate()
+    except TokenizerError as error:
+        raise TokenizerError(f"{path} holds no usable vocabulary: {error}") from error
+    pieces = model.pieces
+    named = {name: vocabulary.special.get(name) for name in NAMED}
+    if any(index is not None and index >= len(pieces) for index in named.values()):
+        raise CheckpointError(f"{path}: a special token is among the unused ids at the end of the vocabulary.")
+    templates = vocabulary.templates
+    return {
+        "vocab_file": model,
+        **{f"{name}_token": None if index is None else pieces[index].text for name, index in named.items()},
+        "add_bos_token": vocabulary.add_bos,
+        "add_eos_token": vocabulary.add_eos,
+        "chat_template": templates.get("default")
+        if len(templates) < 2 and "default" in templates
+        else templates or None,
+    }
+
+
+def read_vocabulary(header: GgufHeader) -> Vocabulary:
+    """Raises CheckpointError: no tokenizer, one of another kind, lists of different lengths, ids out of range."""
+    header.require_gemma()
+    model = header.get(f"{WORDS}model", str, "")
+    if model != "llama":
+        raise CheckpointError(
+            f"{header.path} has a tokenizer of the kind {show(model)}; Gemma's is 'llama', SentencePiece pieces "
+            "with scores. Take the tokenizer from the model's own repository."
+        )
+    if header.get(f"{WORDS}add_space_prefix", bool, False):
+        raise CheckpointError(f"{header.path}: {WORDS}add_space_prefix is true; Gemma's tokenizer adds no space.")
+    entries = _entries(header)
+    special = special_ids(header)
+    for name, index in special.items():
+        if not 0 <= index < len(entries):
+            key = f"{WORDS}{SPECIAL_IDS[name]}_token_id"
+            raise CheckpointError(f"{header.path}: {key} is {index}; the vocabulary has {len(entries)} tokens.")
+    return Vocabulary(
+        entries,
+        special,
+        header.get(f"{WORDS}add_bos_token", bool, True),
+        header.get(f"{WORDS}add_eos_token", bool, False),
+        _templates(header),
+    )
+
+
+def _entries(header: GgufHeader) -> list[Entry]:
+    texts = header.metadata.get(f"{WORDS}tokens")
+    if not isinstance(texts, Texts):
+        raise CheckpointError(f"{header.path} has no list {WORDS}tokens, so it holds no tokenizer.")
+    scores = _column(header, "scores", len(texts), float)
+    types = _column(header, "token_type", len(texts), int)
+    return list(map(Entry, texts, scores, types))
+
+
+def _column(header: GgufHeader, key: str, count: int, kind: type) -> list[Any]:
+    found = header.metadata.get(WORDS + key)
+    if not isinstance(found, list) or len(found) != count or not all(type(item) is kind for item in found):
+        has = f"{len(found)} items" if isinstance(found, list) else show(found)
+        raise CheckpointError(
+            f"{header.path}: {WORDS}{key} has {has}; {count} of type {kind.__name__} are needed, one for each token."
+        )
+    return found
+
+
+def _templates(header: GgufHeader) -> dict[str, str]:
+    named: Mapping[str, Any] = {
+        key.removeprefix(f"{TEMPLATE}."): value
+        for key, value in header.metadata.items()
+        if key.startswith(f"{TEMPLATE}.") and isinstance(value, str)
+    }
+    usual = header.get(TEMPLATE, str)
+    return {**({} if usual is None else {"default": usual}), **named}
+
+
+def model_of(vocabulary: Vocabulary) -> ModelFile:
+    """The SentencePiece model of these entries, without the unused ids that fill up the embedding at the end.
+
+    Raises TokenizerError for a piece that no model may have.
+    """
+    entries = list(vocabulary.entries)
+    while entries and entries[-1].type == UNUSED:
+        entries.pop()
+    control = {index for name, index in vocabulary.special.items() if name in ("bos", "eos", "pad", "unk")}
+    pieces = [_piece(entry, index, index in control) for index, entry in enumerate(entries)]
+    return ModelFile.of_pieces(pieces, vocabulary.special)
+
+
+def _piece(entry: Entry, index: int, control: bool) -> Piece:
+    text, score, kind = entry
+    if len(text) > MAX_PIECE_BYTES // 4 or "\0" in text:
+        check_text_of(text, len(text.encode()), index)
+    if kind == CONTROL and not control:
+        kind = USER_DEFINED  # as Google's own vocabulary has turns, <mask> and <unused0> to <unused98>
+    if kind == USER_DEFINED:
+        text = text.replace(" ", SPACE)
+    return check_piece(Piece(text, score, kind), index)
+
+
+def vocabulary_of(tokenizer: Any) -> Vocabulary:
+    """The vocabulary of a tokenizer, to be written into a GGUF file.
+
+    Raises TokenizerError for a vocabulary that GGUF cannot hold.
+    """
     engine = tokenizer._engine
-    model = engine.model if isinstance(engine, SentencePieceEngine) else model_of_engine(engine)  # type: ignore[arg-type]
+    model: ModelFile = engine.sentencepiece_model()
     pieces = [*model.pieces, *_beyond(engine.added, len(model.pieces))]
     template: Any = tokenizer.get_chat_template() if tokenizer.chat_template is None else tokenizer.chat_template
     templates = dict(template) if isinstance(template, Mapping) else {"default": template} if template else {}
     named = {name: getattr(tokenizer, f"{name}_token_id") for name in NAMED}
-    turn = engine.token_to_id(TURN_TOKENS[1])
     return Vocabulary(
         [_entry(piece, engine.added.get(index)) for index, piece in enumerate(pieces)],
-        {name: index for name, index in {**named, "eot": turn}.items() if index is not None},
+        {name: index for name, index in {**named, "eot": tokenizer.end_of_turn_id}.items() if index is not None},
         tokenizer.add_bos_token,
         tokenizer.add_eos_token,
         templates,
@@ -68,41 +185,3 @@ def _entry(piece: Piece, added: AddedToken | None) -> Entry:
         kind = CONTROL if added.special and kind in (NORMAL, USER_DEFINED) else kind
         kind = USER_DEFINED if kind == NORMAL else kind
     return Entry(text.replace(SPACE, " ") if kind == USER_DEFINED else text, piece.score, kind)
-
-
-def model_of_engine(engine: RustEngine) -> ModelFile:
-    """The SentencePiece model that gives a tokenizer.json's ids: scores from the order of its merges.
-
-    Raises TokenizerError where ids have holes.
-    """
-    model = json.loads(engine.to_json())["model"]
-    vocab: dict[str, int] = model["vocab"]
-    texts: list[str | None] = [None] * len(vocab)
-    for text, index in vocab.items():
-        if index >= len(texts):
-            raise TokenizerError(
-                f"piece {text!r} has the id {index}, and there are {len(texts)} pieces: ids have holes."
-            )
-        texts[index] = text
-    rank: dict[str, int] = {}
-    for left, right in (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]):
-        rank.setdefault(left + right, len(rank))
-    fallback, unknown = bool(model.get("byte_fallback")), model.get("unk_token")
-    pieces = []
-    for index, text in enumerate(texts):
-        assert text is not None
-        byte = f"<0x{ord(text):02X}>" if fallback and len(text) == 1 and text.isascii() else ""
-        if byte and byte not in vocab:  # the fast tokenizer's own spelling of a byte that merges join
-            pieces.append(Piece(byte, 0.0, BYTE))
-        else:
-            kind = _kind(text, text == unknown, fallback, engine.added.get(index))
-            pieces.append(Piece(text, -float(rank.get(text, len(rank) + index)) if kind == NORMAL else 0.0, kind))
-    return model_of_pieces(pieces, {"unk": vocab[unknown]} if unknown in vocab else {})
-
-
-def _kind(text: str, unknown: bool, fallback: bool, added: AddedToken | None) -> int:
-    if unknown:
-        return UNKNOWN
-    if added is not None:
-        return CONTROL if added.special else USER_DEFINED
-    return BYTE if fallback and len(text) == 6 and text.startswith("<0x") and text.endswith(">") else NORMAL

@@ -3,18 +3,40 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemmakit.errors import InputError, TokenizerError
 from gemmakit.files import write_text
-from gemmakit.text.model_file import NORMAL, UNKNOWN, ModelFile
 from gemmakit.text.tokenizer import TokenizerBase
-from gemmakit.text.tokenizer_json import BpeFile, merges_of, read_json, vocab_of
-from gemmakit.text.vocabulary import SPACE, AddedToken, Engine, Offsets, added_tokens_of, check_text, merge_added
+from gemmakit.text.vocabulary import (
+    SPACE,
+    TURN_TOKENS,
+    AddedToken,
+    AddedTokens,
+    Engine,
+    Offsets,
+    check_text,
+    merge_added,
+)
+from gemmakit.text.vocabulary_files import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    USER_DEFINED,
+    BpeFile,
+    ModelFile,
+    Piece,
+    merges_of,
+    read_json,
+    vocab_of,
+)
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -27,10 +49,10 @@ class RustEngine:
 
     def __init__(self, parts: BpeFile) -> None:
         self.tokenizer = _build(parts)
-        self.added: dict[int, AddedToken] = {}
+        self.added = AddedTokens()
         self._base_size = self.tokenizer.get_vocab_size(with_added_tokens=False)
-        for index, token in sorted(parts.added.items()):
-            self.add([token])
+        self.add(token for _, token in sorted(parts.added.items()))
+        for index, token in parts.added.items():
             if self.tokenizer.token_to_id(token.content) != index:
                 raise TokenizerError(
                     f"added token {token.content!r} has id {index}, but "
@@ -91,20 +113,23 @@ class RustEngine:
 
     def add(self, tokens: Iterable[AddedToken]) -> int:
         """Register tokens; those the vocabulary has keep their id. Returns how many ids are new."""
+        from tokenizers import AddedToken as RustToken
+
         before = self.tokenizer.get_vocab_size()
+        new: dict[str, int] = {}
+        changed: dict[int, AddedToken] = {}
         for token in tokens:
             index = self.tokenizer.token_to_id(token.content)
             if index is None:
-                index = self.tokenizer.get_vocab_size()
-            token = self.added[index] = merge_added(self.added, token, index)
-            self._register(token)
+                index = new.setdefault(token.content, before + len(new))
+            merged = merge_added(self.added, token, index)
+            if self.added.get(index) != merged:
+                self.added[index] = changed[index] = merged
+        # One call for many: each call makes the search for all of them anew.
+        for special, group in groupby(changed.values(), lambda token: token.special):
+            register = self.tokenizer.add_special_tokens if special else self.tokenizer.add_tokens
+            register([RustToken(**vars(token)) for token in group])
         return self.tokenizer.get_vocab_size() - before
-
-    def _register(self, token: AddedToken) -> None:
-        from tokenizers import AddedToken as RustToken
-
-        rust = RustToken(**token.to_dict())
-        (self.tokenizer.add_special_tokens if token.special else self.tokenizer.add_tokens)([rust])
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         texts = [check_text(text) for text in texts]
@@ -139,9 +164,50 @@ class RustEngine:
     def model_bytes(self) -> bytes | None:
         return None
 
+    def sentencepiece_model(self) -> ModelFile:
+        """The SentencePiece model that gives the same ids: scores from the order of the merges.
+
+        Raises TokenizerError where ids have holes.
+        """
+        model = json.loads(self.to_json())["model"]
+        vocab: dict[str, int] = model["vocab"]
+        texts: list[str | None] = [None] * len(vocab)
+        for text, index in vocab.items():
+            if index >= len(texts):
+                raise TokenizerError(
+                    f"piece {text!r} has the id {index}, and there are {len(texts)} pieces: ids have holes."
+                )
+            texts[index] = text
+        rank: dict[str, int] = {}
+        for left, right in (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]):
+            rank.setdefault(left + right, len(rank))
+        fallback, unknown = bool(model.get("byte_fallback")), model.get("unk_token")
+        pieces = []
+        for index, text in enumerate(texts):
+            assert text is not None
+            byte = f"<0x{ord(text):02X}>" if fallback and len(text) == 1 and text.isascii() else ""
+            if byte and byte not in vocab:  # the fast tokenizer's own spelling of a byte that merges join
+                pieces.append(Piece(byte, 0.0, BYTE))
+            else:
+                kind = _kind(text, text == unknown, fallback, self.added.get(index))
+                pieces.append(Piece(text, -float(rank.get(text, len(rank) + index)) if kind == NORMAL else 0.0, kind))
+        return ModelFile.of_pieces(pieces, {"unk": vocab[unknown]} if unknown in vocab else {})
+
     def tokenizer_json(self, before: Sequence[int], after: Sequence[int]) -> str:
         self.set_around(before, after)
         return self.to_json()
+
+
+def added_tokens_of(model: ModelFile) -> AddedTokens:
+    """The pieces of a `.model` that are matched whole: control pieces, the unknown piece, and user-defined symbols."""
+    added = AddedTokens()
+    for index, piece in enumerate(model.pieces):
+        if piece.type in (CONTROL, UNKNOWN):
+            added[index] = AddedToken(piece.text, normalized=False, special=True)
+        elif piece.type == USER_DEFINED:
+            special = piece.text in TURN_TOKENS or piece.text == "<mask>"
+            added[index] = AddedToken(piece.text, normalized=SPACE in piece.text, special=special)
+    return added
 
 
 def _with_joinable_bytes(model: ModelFile) -> dict[str, int]:
@@ -160,6 +226,14 @@ def _with_joinable_bytes(model: ModelFile) -> dict[str, int]:
             )
         vocab[character] = vocab.pop(byte)
     return vocab
+
+
+def _kind(text: str, unknown: bool, fallback: bool, added: AddedToken | None) -> int:
+    if unknown:
+        return UNKNOWN
+    if added is not None:
+        return CONTROL if added.special else USER_DEFINED
+    return BYTE if fallback and len(text) == 6 and text.startswith("<0x") and text.endswith(">") else NORMAL
 
 
 def _build(parts: BpeFile) -> Tokenizer:

@@ -21,7 +21,7 @@ from functools import lru_cache, wraps
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.filters import FILTERS
@@ -128,8 +128,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(["+", "-", "*", "/", "//", "%", "**"])
 
     def __init__(self) -> None:
-        extensions = [loopcontrols, _Generation]
-        super().__init__(trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=extensions)
+        super().__init__(trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=_EXTENSIONS)
         allowed = {name: _guarded(FILTERS[name]) for name in _FILTERS.split()}
         own = {"tojson": _tojson, "indent": _indent, "format": _format, "sum": _sum}
         self.filters = allowed | {name: _guarded(function) for name, function in own.items()}
@@ -216,6 +215,9 @@ class _Generation(Extension):
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
+_EXTENSIONS = [loopcontrols, _Generation]
+
+
 def render(source: str, variables: Mapping[str, Any]) -> str:
     """Render a template with plain data. Raises TemplateError for whatever the template does wrong.
 
@@ -265,6 +267,13 @@ def compiled(source: str) -> jinja2.Template:
         raise TemplateError(f"the chat template is malformed at line {error.lineno}: {error.message}") from None
     except (RecursionError, MemoryError, SyntaxError, OverflowError, ValueError, TypeError) as error:
         raise TemplateError(f"the chat template cannot be compiled: {type(error).__name__}: {error}") from None
+
+
+@lru_cache(maxsize=64)
+def names_in(source: str) -> frozenset[str]:
+    """The variables that a template reads; raises TemplateError as `compiled` does."""
+    compiled(source)
+    return frozenset(meta.find_undeclared_variables(jinja2.Environment(extensions=_EXTENSIONS).parse(source)))
 
 
 def _instrument(tree: nodes.Template, environment: Sandbox) -> None:

@@ -9,19 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from gemmakit.errors import InputError, TokenizerError
-from gemmakit.text.model_file import ModelFile
-from gemmakit.text.rust import RustEngine
+from gemmakit.text.rust import RustEngine, added_tokens_of
 from gemmakit.text.tokenizer import TokenizerBase
 from gemmakit.text.vocabulary import (
     SPACE,
     AddedToken,
     Engine,
     Offsets,
-    added_tokens_of,
     alternatives,
     check_text,
     merge_added,
 )
+from gemmakit.text.vocabulary_files import ModelFile
 
 # The rest of SentencePiece's settings would change which ids come out (its own BOS, reversal) or their type.
 _SP_SETTINGS = {"enable_sampling", "nbest_size", "alpha", "num_threads"}
@@ -81,14 +80,17 @@ class SentencePieceEngine:
 
     def add(self, tokens: Iterable[AddedToken]) -> int:
         """Register tokens; those the vocabulary has keep their id. Returns how many ids are new."""
-        before = len(self._ids)
+        before, changed = len(self._ids), False
         for token in tokens:
             index = self._ids.setdefault(token.content, len(self._ids))
             if index >= self.vocab_size:
                 self._names[index] = token.content
             self._user_added |= index not in self.added
-            self.added[index] = merge_added(self.added, token, index)
-        self._compile()
+            merged = merge_added(self.added, token, index)
+            if self.added.get(index) != merged:
+                self.added[index], changed = merged, True
+        if changed:
+            self._compile()
         return len(self._ids) - before
 
     def _compile(self) -> None:
@@ -135,6 +137,9 @@ class SentencePieceEngine:
 
     def model_bytes(self) -> bytes | None:
         return self.model.to_bytes()
+
+    def sentencepiece_model(self) -> ModelFile:
+        return self.model
 
     def tokenizer_json(self, before: Sequence[int], after: Sequence[int]) -> str:
         rust = RustEngine.from_model(self.model)

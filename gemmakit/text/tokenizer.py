@@ -12,7 +12,7 @@ from gemmakit.text.calling import Calling
 from gemmakit.text.chat import Chat
 from gemmakit.text.encoding import SIDES, one_of, to_lists
 from gemmakit.text.files import Saving
-from gemmakit.text.stream import IncrementalDecoder
+from gemmakit.text.stream import CleanedDecoder, Decoder, IncrementalDecoder
 from gemmakit.text.vocabulary import (
     TURN_TOKENS,
     AddedToken,
@@ -114,8 +114,9 @@ class TokenizerBase(Calling, Chat, Saving):
         )
 
     def _register(self, named: Mapping[str, Any], decoder: Mapping[Any, Any] | None, extra: Sequence[Any]) -> None:
-        for index, token in sorted((int(key), AddedToken.of(value)) for key, value in (decoder or {}).items()):
-            self._engine.add([token])
+        listed = sorted((int(key), AddedToken.of(value)) for key, value in (decoder or {}).items())
+        self._engine.add([token for _, token in listed])
+        for index, token in listed:
             if self._engine.token_to_id(token.content) != index:
                 raise TokenizerError(
                     f"added_tokens_decoder gives {token.content!r} the id {index}; the vocabulary differs."
@@ -308,31 +309,12 @@ class TokenizerBase(Calling, Chat, Saving):
         return text if isinstance(text, list) else [text]
 
     def _decode(self, ids: Sequence[int], skip_special: bool, clean_up: bool | None, spaced: bool | None) -> str:
-        if skip_special:
-            skip = self._skipped_ids()
-            ids = [index for index in ids if index not in skip]
-        if self.spaces_between_special_tokens if spaced is None else spaced:
-            text = " ".join(self._segments(ids))
-        else:
-            text = join_shown(map(self._shown.__getitem__, ids))
-        clean_up = self.clean_up_tokenization_spaces if clean_up is None else clean_up
-        return self.clean_up_tokenization(text) if clean_up else text
+        decoder = self._plain_decoder(skip_special, spaced)
+        text = decoder.push(ids) + decoder.finish()
+        return self.clean_up_tokenization(text) if self._setting("clean_up_tokenization_spaces", clean_up) else text
 
-    def _skipped_ids(self) -> set[int]:
-        return {*self.all_special_ids, *(index for index, token in self._engine.added.items() if token.special)}
-
-    def _segments(self, ids: Sequence[int]) -> list[str]:
-        """The text between added tokens, and the added tokens, each on its own."""
-        segments: list[list[int]] = []
-        joinable = False
-        for index in ids:
-            added = index in self._engine.added
-            if joinable and not added:
-                segments[-1].append(index)
-            else:
-                segments.append([index])
-            joinable = not added
-        return [join_shown(map(self._shown.__getitem__, segment)) for segment in segments]
+    def _skipped_ids(self) -> frozenset[int]:
+        return self._engine.added.special_ids.union(self.all_special_ids)
 
     @staticmethod
     def clean_up_tokenization(text: str) -> str:
@@ -341,9 +323,24 @@ class TokenizerBase(Calling, Chat, Saving):
             text = text.replace(f" {mark}", mark)
         return text.replace(" ' ", "'")
 
-    def incremental_decoder(self, skip_special_tokens: bool = False) -> IncrementalDecoder:
+    def incremental_decoder(
+        self,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        spaces_between_special_tokens: bool | None = None,
+    ) -> Decoder:
         """A decoder for streaming: `push(ids)` gives the text that is now certain, `finish()` the rest."""
-        return IncrementalDecoder(self._shown, self._skipped_ids() if skip_special_tokens else frozenset())
+        decoder = self._plain_decoder(skip_special_tokens, spaces_between_special_tokens)
+        clean_up = self._setting("clean_up_tokenization_spaces", clean_up_tokenization_spaces)
+        return CleanedDecoder(decoder, self.clean_up_tokenization) if clean_up else decoder
+
+    def _plain_decoder(self, skip_special: bool, spaced: bool | None) -> IncrementalDecoder:
+        spaced = self._setting("spaces_between_special_tokens", spaced)
+        skip = self._skipped_ids() if skip_special else ()
+        return IncrementalDecoder(self._shown, skip, self._engine.added if spaced else ())
+
+    def _setting(self, name: str, given: bool | None) -> bool:
+        return getattr(self, name) if given is None else given
 
     def _warn_once(self, key: str, message: str) -> None:
         if key not in self._warned:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from itertools import groupby, takewhile
+from operator import itemgetter
 from typing import Any, Protocol
 
 from gemmakit.errors import TokenizerError, TokenOutOfRange
-from gemmakit.text.model_file import CONTROL, UNKNOWN, USER_DEFINED, ModelFile
 
 SPACE = "▁"
 TURN_TOKENS = ("<start_of_turn>", "<end_of_turn>")
@@ -67,10 +69,48 @@ class AddedToken:
         return cls(**fields)
 
 
+class AddedTokens(dict[int, AddedToken]):
+    """The tokens that are matched whole, by id, and what is worked out from all of them, once for many texts."""
+
+    def __setitem__(self, index: int, token: AddedToken) -> None:
+        super().__setitem__(index, token)
+        self.__dict__.clear()
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of special tokens."""
+        return frozenset(index for index, token in self.items() if token.special)
+
+    @cached_property
+    def structural(self) -> list[str]:
+        """Tokens that only a program should write: specials, turns, unused tokens; not runs of space, not tags."""
+        return [token.content for token in self.values() if is_structural(token)]
+
+    @cached_property
+    def special_starts(self) -> re.Pattern[str]:
+        """Matches, with no width, wherever a special token begins, also inside another one."""
+        return _starts(token for token in self.values() if token.special)
+
+    @cached_property
+    def structural_starts(self) -> re.Pattern[str]:
+        """Matches, with no width, wherever a structural token begins, also inside another one."""
+        return _starts(filter(is_structural, self.values()))
+
+    @cached_property
+    def structural_heads(self) -> frozenset[str]:
+        """Every proper beginning of every structural token."""
+        return frozenset(text[:size] for text in self.structural for size in range(1, len(text)))
+
+
+def _starts(tokens: Iterable[AddedToken]) -> re.Pattern[str]:
+    pattern = alternatives(tokens)
+    return re.compile(f"(?={pattern})" if pattern else r"(?!)")
+
+
 class Engine(Protocol):
     """Text to ids and names to ids; knows nothing of BOS, padding or batches of different lengths."""
 
-    added: dict[int, AddedToken]
+    added: AddedTokens
 
     @property
     def vocab_size(self) -> int: ...
@@ -92,24 +132,12 @@ class Engine(Protocol):
         ...
 
     def model_bytes(self) -> bytes | None:
-        """The SentencePiece model, where there is one."""
+        """The SentencePiece model, where it is one that encodes."""
         ...
 
     def tokenizer_json(self, before: Sequence[int], after: Sequence[int]) -> str:
         """The text of a `tokenizer.json` that puts these ids before and after a text."""
         ...
-
-
-def added_tokens_of(model: ModelFile) -> dict[int, AddedToken]:
-    """The pieces of a `.model` that are matched whole: control pieces, the unknown piece, and user-defined symbols."""
-    added = {}
-    for index, piece in enumerate(model.pieces):
-        if piece.type in (CONTROL, UNKNOWN):
-            added[index] = AddedToken(piece.text, normalized=False, special=True)
-        elif piece.type == USER_DEFINED:
-            special = piece.text in TURN_TOKENS or piece.text == "<mask>"
-            added[index] = AddedToken(piece.text, normalized=SPACE in piece.text, special=special)
-    return added
 
 
 def merge_added(existing: dict[int, AddedToken], token: AddedToken, index: int) -> AddedToken:
@@ -127,7 +155,10 @@ def is_structural(token: AddedToken) -> bool:
 
 
 def alternatives(tokens: Iterable[AddedToken]) -> str:
-    """A regular expression that matches the longest of `tokens` at the leftmost place."""
+    """A regular expression that matches the longest of `tokens` at the leftmost place; "" for none."""
+    tokens = list(tokens)
+    if tokens and not any(token.single_word or token.lstrip or token.rstrip for token in tokens):
+        return _longest(sorted({token.content for token in tokens}), depth=32)
     parts = []
     for token in sorted(tokens, key=lambda token: (-len(token.content), token.content)):
         part = re.escape(token.content)
@@ -135,6 +166,21 @@ def alternatives(tokens: Iterable[AddedToken]) -> str:
             part = rf"(?<!\w){part}(?!\w)"
         parts.append((r"\s*" if token.lstrip else "") + part + (r"\s*" if token.rstrip else ""))
     return "|".join(parts)
+
+
+def _longest(words: list[str], depth: int) -> str:
+    """A pattern of the longest of sorted `words` that branches where they do: thousands cost what a few cost.
+
+    depth: how many branches may be inside one another; the compiler has a limit.
+    """
+    if len(words) == 1 or not depth:
+        return "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
+    ends = zip(words[0], words[-1], strict=False)  # they are sorted: what these share, all share
+    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], ends))
+    rests = [word[common:] for word in words]
+    groups = [list(group) for _, group in groupby(filter(None, rests), itemgetter(0))]
+    branches = "|".join(_longest(group, depth - 1) for group in groups)
+    return f"{re.escape(words[0][:common])}(?:{branches}){'' if all(rests) else '?'}"
 
 
 def check_text(text: str) -> str:

@@ -42,7 +42,8 @@ def folder(tmp_path_factory) -> Path:
     """The demo model in every kind that is written."""
     folder = tmp_path_factory.mktemp("gguf")
     source = gemmakit.demo_model()
-    config, vocabulary = GemmaConfig.from_pretrained(source), vocabulary_of(source)
+    config = GemmaConfig.from_pretrained(source)
+    vocabulary = vocabulary_of(gemmakit.GemmaTokenizer.from_pretrained(source))
     for kind in ("F32", "F16", "BF16", "Q8_0", "Q4_0"):
         with open_checkpoint(source) as checkpoint:
             write_gguf(folder / f"{kind}.gguf", config, dict(checkpoint.items()), vocabulary, kind)
@@ -179,7 +180,8 @@ def test_blocks_that_llama_cpp_makes_are_read(folder, tmp_path):
     made.eval()
     source = tmp_path / "f32.gguf"
     tensors = {name: t for name, t in made.state_dict().items() if name != "lm_head.weight"}
-    write_gguf(source, config, tensors, vocabulary_of(gemmakit.demo_model()), "F32")
+    vocabulary = vocabulary_of(gemmakit.GemmaTokenizer.from_pretrained(gemmakit.demo_model()))
+    write_gguf(source, config, tensors, vocabulary, "F32")
     ids = torch.arange(200, 240)[None]
     reference = made(ids).logits
     script = (

@@ -22,7 +22,8 @@ def test_transformers_gets_the_same_logits_from_our_file(tmp_path):
     source = gemmakit.demo_model()
     with open_checkpoint(source) as checkpoint:
         config = gemmakit.GemmaConfig.from_pretrained(source)
-        write_gguf(tmp_path / "x.gguf", config, dict(checkpoint.items()), vocabulary_of(source), "F32")
+        vocabulary = vocabulary_of(gemmakit.GemmaTokenizer.from_pretrained(source))
+        write_gguf(tmp_path / "x.gguf", config, dict(checkpoint.items()), vocabulary, "F32")
     ours = gemmakit.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="x.gguf", dtype=torch.float32)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="x.gguf", dtype=torch.float32)
     ids = torch.tensor([[2, 500, 900, 1200]])

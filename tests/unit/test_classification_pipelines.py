@@ -13,7 +13,7 @@ from tiny_checkpoint import tiny_config, write_vocabulary
 import gemmakit
 from gemmakit import TextClassificationPipeline, TokenClassificationPipeline, pipeline
 from gemmakit.errors import InputError, NumericalError, PromptTooLong
-from gemmakit.pipelines.entities import Piece, gather, lay_over
+from gemmakit.pipelines.classification import Piece, gather, lay_over
 
 CONTEXT = 32
 TEXTS = ["def add(self, other):", "", "x", "Zoë went to München\nyesterday"]

@@ -72,7 +72,7 @@ def write_gguf(
         config: the model's GemmaConfig.
         tensors: released name -> torch.Tensor, numpy or jax array, `LazyTensor`, or a callable that gives one. A weight
             in 8 or 4 bits comes as gemmakit stores it: codes under its name, "..._scale", "..._zero".
-        vocabulary: `gemmakit.text.gguf.vocabulary_of` a folder, a tokenizer or a SentencePiece model.
+        vocabulary: `gemmakit.text.gguf.vocabulary_of` a tokenizer.
         kind: of the matrices: F32, F16, BF16, Q8_0 or Q4_0. Norms are always F32. With Q4_0 the embedding, which is the
             head too, is Q8_0; a matrix whose rows are no multiple of 32 is F16, as llama.cpp has it. Codes of groups of
             32 that Q8_0 or Q4_0 can hold are copied as they are.

@@ -1,6 +1,6 @@
 """A small Gemma that GGUF can hold, and words for it."""
 
-from gemmakit import demo_model
+from gemmakit import GemmaTokenizer, demo_model
 from gemmakit.text.gguf import vocabulary_of
 
 CONFIG = dict(vocab_size=2112, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -11,7 +11,7 @@ _made = []
 def vocabulary():
     """The demo model's, which has 2048 pieces."""
     if not _made:
-        _made.append(vocabulary_of(demo_model()))
+        _made.append(vocabulary_of(GemmaTokenizer.from_pretrained(demo_model())))
     return _made[0]
 
 

@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 
 from gemmakit.errors import GemmakitError, TokenizerError, UnsafeFile
 from gemmakit.text import GemmaTokenizer, GemmaTokenizerFast
-from gemmakit.text.model_file import ModelFile, Piece
 from gemmakit.text.rust import RustEngine
 from gemmakit.text.sentencepiece import SentencePieceEngine
-from gemmakit.text.tokenizer_json import BpeFile
+from gemmakit.text.vocabulary_files import BpeFile, ModelFile, Piece
 
 patient = settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from typing import Any
 
@@ -142,6 +143,73 @@ def test_a_content_of_text_parts(both: Any) -> None:
         both.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}])
 
 
+STRINGS_ONLY = (
+    "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m['role'] }}\n{{ m['content'] | trim }}<end_of_turn>\n"
+    "{% endfor %}"
+)
+AS_IT_IS = "{{ bos_token }}{% for m in messages %}[{{ m.content }}]{% endfor %}"
+PARTS_TOO = (
+    "{{ bos_token }}{% for m in messages %}{% if m.content is string %}{{ m.content | trim }}{% else %}"
+    "{% for part in m.content %}{{ part.text | trim }}{% endfor %}{% endif %}|{% endfor %}"
+)
+words = st.lists(st.sampled_from(["a", "é", " ", "\n", "\t", "{{", "'", "<end_of_turn>", "🙂"]), max_size=8).map(
+    "".join
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.lists(words, min_size=1, max_size=3), min_size=1, max_size=5), st.booleans(), st.booleans())
+def test_a_list_of_text_parts_is_the_string_of_them(
+    shared_fast: Any, contents: list[list[str]], with_system: bool, goes_on: bool
+) -> None:
+    """With templates that know strings alone, that know parts, that trim or do not; Gemma's own included."""
+    roles = ["system"] * with_system + ["user", "assistant"] * 3
+    listed: list[dict[str, Any]] = []
+    plain: list[dict[str, Any]] = []
+    for role, parts in zip(roles, contents, strict=False):
+        text = parts[0] if len(parts) == 1 else "".join(part.strip() for part in parts)
+        listed.append({"role": role, "content": [{"type": "text", "text": part} for part in parts]})
+        plain.append({"role": role, "content": text})
+    if listed[-1]["role"] == "system":
+        return
+    for template in (None, STRINGS_ONLY, AS_IT_IS, PARTS_TOO):
+        options = {"chat_template": template, "continue_final_message": goes_on and template is not PARTS_TOO}
+        expected = shared_fast.apply_chat_template(plain, tokenize=False, **options)
+        assert shared_fast.apply_chat_template(listed, tokenize=False, **options) == expected
+        ids = shared_fast.apply_chat_template(listed, **options).input_ids
+        assert ids == shared_fast.apply_chat_template(plain, **options).input_ids
+        assert shared_fast.decode(ids) == expected
+
+
+@pytest.mark.parametrize(
+    ("part", "named"),
+    [
+        ({"type": "image", "image": "x.png"}, "a part of type 'image'"),
+        ({"type": "image_url", "image_url": {"url": "x"}}, "a part of type 'image_url'"),
+        ({"type": "audio"}, "a part of type 'audio'"),
+        ({"type": "text"}, r"the part \{'type': 'text'\}"),
+        ({"type": "text", "text": 3}, "the part"),
+        ({"text": "x"}, "the part"),
+        ("x", "the part 'x'"),
+        (None, "the part None"),
+    ],
+)
+@pytest.mark.parametrize("template", [None, STRINGS_ONLY, PARTS_TOO])
+def test_another_part_is_refused_by_name_with_every_template(both: Any, template: Any, part: Any, named: str) -> None:
+    chat = [*user("Hi"), {"role": "assistant", "content": [{"type": "text", "text": "Yes?"}, part]}]
+    with pytest.raises(TemplateError, match=f"message 1 holds {named}.*text only.*in words"):
+        both.apply_chat_template(chat, chat_template=template)
+
+
+def test_what_a_tool_gave_back_reaches_the_template(both: Any) -> None:
+    template = "{{ bos_token }}{{ messages[-1].content | tojson }}"
+    for content in ([{"name": "f", "response": {"x": 1}}], {"name": "f"}, "plain"):
+        chat = [*user("Hi"), {"role": "tool", "content": content}]
+        assert both.apply_chat_template(chat, tokenize=False, chat_template=template) == f"<bos>{json.dumps(content)}"
+    parts = [{"role": "tool", "content": [{"type": "text", "text": "plain"}]}]
+    assert both.apply_chat_template(parts, tokenize=False, chat_template=template) == '<bos>"plain"'
+
+
 def test_batches_of_conversations_are_padded_on_the_left(both: Any) -> None:
     out = both.apply_chat_template([user("a"), user("a much longer question")], padding=True, return_tensors="pt")
     assert out.input_ids.shape == out.attention_mask.shape
@@ -184,8 +252,8 @@ def test_generation_tags_and_loop_controls(both: Any) -> None:
     assert both.apply_chat_template(chat, tokenize=False, chat_template=template) == "a"
 
 
-def test_functions_are_not_tools_and_objects_are_not_data(both: Any) -> None:
+def test_functions_that_say_nothing_are_not_tools_and_objects_are_not_data(both: Any) -> None:
     with pytest.raises(InputError, match="JSON schema"):
-        both.apply_chat_template(user("x"), tools=[print])  # type: ignore[list-item]
+        both.apply_chat_template(user("x"), tools=[print])
     with pytest.raises(InputError, match="object"):
         both.apply_chat_template(user("x"), extra=object())

@@ -124,7 +124,7 @@ def test_pieces_that_join_characters_which_are_no_pieces(model_path: Any, tmp_pa
     import sentencepiece
 
     from gemmakit.text import GemmaTokenizer, GemmaTokenizerFast
-    from gemmakit.text.model_file import ModelFile, Piece
+    from gemmakit.text.vocabulary_files import ModelFile, Piece
 
     model = ModelFile.read(model_path)
     model.pieces = [piece for piece in model.pieces if piece.text != "\t"] + [

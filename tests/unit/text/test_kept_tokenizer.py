@@ -6,7 +6,7 @@ import pytest
 
 from gemmakit import GemmaTokenizerFast
 from gemmakit.text import rust
-from gemmakit.text.model_file import ModelFile
+from gemmakit.text.vocabulary_files import ModelFile
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gemmakit.text import GemmaTokenizer, GemmaTokenizerFast
-from gemmakit.text.model_file import ModelFile, Piece
+from gemmakit.text.vocabulary_files import ModelFile, Piece
 
 
 def large_model(model_path: Path, size: int = 256_000) -> ModelFile:

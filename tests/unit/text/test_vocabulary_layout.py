@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gemmakit.text.model_file import ModelFile
+from gemmakit.text.vocabulary_files import ModelFile
 
 LAYOUT = {
     0: "<pad>", 1: "<eos>", 2: "<bos>", 3: "<unk>", 4: "<mask>", 5: "<2mass>", 6: "[@BOS@]", 7: "<unused0>",

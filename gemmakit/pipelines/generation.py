@@ -104,6 +104,13 @@ class TextGenerationPipeline(Pipeline):
                     out[index] = news
         return out
 
+    def turn_ends(self) -> dict[str, Any]:
+        """The setting that ends a chat's answer at the end of its turn, which some checkpoints do not list."""
+        ends, turn = list(self.model.generation_config.eos_token_ids), self.tokenizer.end_of_turn_id
+        if turn is not None and turn not in ends:
+            ends.append(turn)
+        return {"eos_token_id": ends} if ends else {}
+
     def room(self, prompt: int, config: Any, settings: Mapping[str, Any]) -> int | None:
         """New tokens for a prompt of this length; None where generate() itself knows or has to refuse."""
 
@@ -143,5 +150,11 @@ def _joined(prompt: str | Sequence[Message], text: str, prefix: str, goes_on: bo
     if isinstance(prompt, str):
         return prefix + prompt + text
     if _goes_on(prompt, goes_on):
-        return [*prompt[:-1], {**prompt[-1], "content": prompt[-1]["content"] + text}]
+        return [*prompt[:-1], {**prompt[-1], "content": _extended(prompt[-1]["content"], text)}]
     return [*prompt, {"role": "assistant", "content": text}]
+
+
+def _extended(content: Any, text: str) -> Any:
+    if isinstance(content, str):
+        return content + text
+    return [*content[:-1], {**content[-1], "text": content[-1]["text"] + text}]

@@ -1,19 +1,22 @@
-"""SentencePiece `.model` files: a bounded reader, a writer, and the merges that the pieces imply.
+"""The files that a vocabulary comes in, bounded and validated: SentencePiece's `.model` and `tokenizer.json`.
 
-The file is a protocol buffer (sentencepiece_model.proto). Only what a Gemma vocabulary needs is interpreted: pieces and
-a few switches of the trainer and normalizer. Everything else is kept as bytes and written back. The reader exists
-because the native parser must never see a file that could crash it: sizes, UTF-8, types and ids are checked here first.
+A `.model` is a protocol buffer (sentencepiece_model.proto). Only what a Gemma vocabulary needs is interpreted: pieces
+and a few switches of the trainer and normalizer. Everything else is kept as bytes and written back. The readers exist
+because no native parser must ever see a file that could crash it: sizes, UTF-8, types and ids are checked here first.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from gemmakit.errors import TokenizerError
+from gemmakit.text.vocabulary import SPACE, AddedToken
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
@@ -24,6 +27,15 @@ MAX_PIECE_BYTES = 4096
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _PIECES, _TRAINER, _NORMALIZER, _DENORMALIZER = 1, 2, 3, 5
 _BPE = 2
+# Identity, no dummy prefix, nothing trimmed, spaces as U+2581.
+_PLAIN = b"\x0a\x08identity" + b"\x18\x00\x20\x00\x28\x01"
+# Fields of TrainerSpec: model_type (2 is BPE), vocab_size, byte_fallback; ids and pieces by name.
+_MODEL_TYPE, _VOCAB_SIZE, _BYTE_FALLBACK = 3, 4, 35
+_SPECIAL_IDS, _SPECIAL_PIECES = (
+    {"unk": 40, "bos": 41, "eos": 42, "pad": 43},
+    {"unk": 45, "bos": 46, "eos": 47, "pad": 48},
+)
+_DECODERS = ("Replace", "ByteFallback", "Fuse")
 
 
 @dataclass(frozen=True)
@@ -80,6 +92,19 @@ class ModelFile:
         model.validate()
         return model
 
+    @classmethod
+    def of_pieces(cls, pieces: list[Piece], special: Mapping[str, int]) -> ModelFile:
+        """The byte-pair model of these pieces that keeps text as it is. special: ids of unk, bos, eos and pad."""
+        numbers = {_MODEL_TYPE: _BPE, _VOCAB_SIZE: len(pieces)}
+        numbers[_BYTE_FALLBACK] = int(any(piece.type == BYTE for piece in pieces))
+        texts: dict[int, str] = {}
+        for name, index in special.items():
+            if name in _SPECIAL_IDS and index < len(pieces):
+                numbers[_SPECIAL_IDS[name]], texts[_SPECIAL_PIECES[name]] = index, pieces[index].text
+        trainer = b"".join(_number_field(field, value) for field, value in numbers.items())
+        trainer += b"".join(_length_delimited(field, text.encode()) for field, text in texts.items())
+        return cls(pieces, trainer, _PLAIN)
+
     def validate(self) -> None:
         """Raise TokenizerError unless the pieces form a BPE vocabulary that both encoders can use."""
         if not self.pieces:
@@ -95,8 +120,8 @@ class ModelFile:
         if any(piece.type == UNUSED for piece in self.pieces):
             raise TokenizerError("it has pieces marked as unused, which only SentencePiece itself can encode around.")
         self._validate_bytes()
-        if self.trainer.get(3, 1) != _BPE:
-            raise TokenizerError(f"its model type is {self.trainer.get(3, 1)}; Gemma's is {_BPE} (BPE).")
+        if self.trainer.get(_MODEL_TYPE, 1) != _BPE:
+            raise TokenizerError(f"its model type is {self.trainer.get(_MODEL_TYPE, 1)}; Gemma's is {_BPE} (BPE).")
         normalizer = self.normalizer
         if normalizer.get(2):
             raise TokenizerError("its normalizer rewrites characters; Gemma's is the identity.")
@@ -107,7 +132,7 @@ class ModelFile:
         found = [piece.text for piece in self.pieces if piece.type == BYTE]
         if found and sorted(found) != [f"<0x{value:02X}>" for value in range(256)]:
             raise TokenizerError(f"it has {len(found)} byte pieces; either none or <0x00> to <0xFF> are needed.")
-        if bool(self.trainer.get(35, 0)) != bool(found):
+        if bool(self.trainer.get(_BYTE_FALLBACK, 0)) != bool(found):
             raise TokenizerError("its byte_fallback setting and its byte pieces contradict each other.")
 
     @property
@@ -255,14 +280,8 @@ def _dump_piece(piece: Piece) -> bytes:
     return data if piece.type == NORMAL else data + b"\x18" + _dump_varint(piece.type)
 
 
-def number_field(number: int, value: int) -> bytes:
-    """A field of a message that holds a whole number."""
+def _number_field(number: int, value: int) -> bytes:
     return _dump_varint(number << 3 | _VARINT) + _dump_varint(value)
-
-
-def text_field(number: int, text: str) -> bytes:
-    """A field of a message that holds text."""
-    return _length_delimited(number, text.encode())
 
 
 def _length_delimited(number: int, data: bytes) -> bytes:
@@ -276,3 +295,155 @@ def _dump_varint(value: int) -> bytes:
         value >>= 7
     out.append(value)
     return bytes(out)
+
+
+# -- tokenizer.json ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class BpeFile:
+    """A byte-pair vocabulary: pieces to ids, merges best first, and the tokens matched whole."""
+
+    vocab: dict[str, int]
+    merges: list[tuple[str, str]]
+    added: dict[int, AddedToken] = field(default_factory=dict)
+    unk_token: str | None = "<unk>"
+    byte_fallback: bool = True
+    ignore_merges: bool = False
+
+    @classmethod
+    def read(cls, path: str | Path) -> BpeFile:
+        """Read a file. Raises TokenizerError, naming the file, unless it holds a Gemma tokenizer."""
+        path = Path(path)
+        data = read_json(path)
+        try:
+            return cls.of(data)
+        except TokenizerError as error:
+            raise TokenizerError(f"{path} is not a usable tokenizer.json: {error}") from error
+
+    @classmethod
+    def of(cls, data: Any) -> BpeFile:
+        model = _mapping(_mapping(data, "the file").get("model"), "model")
+        if model.get("type", "BPE") != "BPE":
+            raise TokenizerError(f"model.type is {model.get('type')!r}; Gemma's is 'BPE'.")
+        for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+            if model.get(name):
+                raise TokenizerError(f"model.{name} is {model[name]!r}; Gemma has none.")
+        _check_pipeline(data)
+        vocab = vocab_of(model.get("vocab"))
+        unknown = model.get("unk_token")
+        if unknown is not None and (not isinstance(unknown, str) or unknown not in vocab):
+            raise TokenizerError(f"model.unk_token {_clip(unknown)} is not in the vocabulary.")
+        return cls(
+            vocab=vocab,
+            merges=merges_of(model.get("merges"), vocab),
+            added=_added_of(data.get("added_tokens", []), vocab),
+            unk_token=unknown,
+            byte_fallback=_flag(model, "byte_fallback"),
+            ignore_merges=_flag(model, "ignore_merges"),
+        )
+
+
+def read_json(path: Path) -> Any:
+    """Any JSON file of at most MAX_FILE_BYTES. Raises TokenizerError, naming the file."""
+    try:
+        size = path.stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise TokenizerError(f"{path} has {size} bytes; at most {MAX_FILE_BYTES} are read.")
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise TokenizerError(f"cannot read {path}: {error.strerror or error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"{path} is not JSON: {error}.") from error
+
+
+def vocab_of(value: Any) -> dict[str, int]:
+    """A validated copy: distinct small ids, pieces that are proper text."""
+    table = _mapping(value, "vocab")
+    if not 0 < len(table) <= MAX_PIECES:
+        raise TokenizerError(f"the vocabulary has {len(table)} pieces; 1 to {MAX_PIECES} are allowed.")
+    for piece, index in table.items():
+        if type(index) is not int or not 0 <= index < MAX_PIECES:
+            raise TokenizerError(f"piece {piece!r} has the id {index!r}; ids are 0 to {MAX_PIECES - 1}.")
+        _check_piece(piece)
+    if len(set(table.values())) != len(table):
+        raise TokenizerError("two pieces of the vocabulary share an id.")
+    return dict(table)
+
+
+def merges_of(value: Any, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Merges as pairs; both parts and their join must be pieces."""
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise TokenizerError(f"merges must be a list, found {type(value).__name__}.")
+    pairs: list[tuple[str, str]] = []
+    for merge in value:  # half a million: nothing is done for each but what must be
+        try:
+            left, right = merge.split(" ") if type(merge) is str else merge
+            known = type(merge) is not dict and left in vocab and right in vocab and left + right in vocab
+        except (TypeError, ValueError):
+            raise TokenizerError(f"merge {len(pairs)} is {_clip(merge)}; a pair of pieces is needed.") from None
+        if not known:
+            raise TokenizerError(f"merge {len(pairs)}, {_clip(merge)}, names a piece that the vocabulary lacks.")
+        pairs.append((left, right))
+    return pairs
+
+
+def _added_of(value: Any, vocab: Mapping[str, int]) -> dict[int, AddedToken]:
+    if not isinstance(value, list) or len(value) > MAX_PIECES:
+        raise TokenizerError("added_tokens must be a list.")
+    added: dict[int, AddedToken] = {}
+    for entry in value:
+        entry = _mapping(entry, "an added token")
+        index, content = entry.get("id"), entry.get("content")
+        if type(index) is not int or not 0 <= index < MAX_PIECES or index in added:
+            raise TokenizerError(f"added token {_clip(content)} has the id {index!r}, which is taken or no id.")
+        if not isinstance(content, str) or vocab.get(content, index) != index:
+            raise TokenizerError(f"added token {_clip(content)} has the id {index}, but the vocabulary says otherwise.")
+        _check_piece(content)
+        added[index] = AddedToken.of(entry)
+    return added
+
+
+def _check_pipeline(data: Mapping[str, Any]) -> None:
+    """Spaces become U+2581 on the way in and come back on the way out; nothing else is a Gemma tokenizer."""
+    normalizer = data.get("normalizer")
+    expected = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    if normalizer != expected:
+        raise TokenizerError(f"its normalizer is {_clip(normalizer)}; Gemma's is {expected}.")
+    before = data.get("pre_tokenizer")
+    if before is not None and (not isinstance(before, dict) or before.get("pattern") != {"String": " "}):
+        raise TokenizerError(f"its pre_tokenizer is {_clip(before)}; Gemma's splits at plain spaces, or there is none.")
+    decoder = data.get("decoder")
+    steps = decoder.get("decoders") if isinstance(decoder, dict) and decoder.get("type") == "Sequence" else [decoder]
+    if not isinstance(steps, list) or not all(
+        isinstance(step, dict) and step.get("type") in _DECODERS for step in steps
+    ):
+        raise TokenizerError(f"its decoder is {_clip(decoder)}; Gemma's is Replace, ByteFallback and Fuse.")
+
+
+def _check_piece(piece: str) -> None:
+    if not piece or len(piece) > MAX_PIECE_BYTES:
+        raise TokenizerError(f"piece {_clip(piece)} has {len(piece)} characters; 1 to {MAX_PIECE_BYTES} are allowed.")
+    if not piece.isascii():
+        try:
+            piece.encode()
+        except UnicodeEncodeError:
+            raise TokenizerError(f"piece {_clip(piece)} holds a lone surrogate.") from None
+
+
+def _flag(model: Mapping[str, Any], name: str) -> bool:
+    value = model.get(name, False)
+    if not isinstance(value, bool):
+        raise TokenizerError(f"model.{name} is {_clip(value)}; true or false is needed.")
+    return value
+
+
+def _mapping(value: Any, what: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise TokenizerError(f"{what} must be an object, found {type(value).__name__}.")
+    return value
+
+
+def _clip(value: Any, limit: int = 120) -> str:
+    text = ascii(value) if isinstance(value, str) else repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
