@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 import random
 import re
 import tarfile
@@ -16,9 +15,9 @@ import pytest
 
 from gemmakit import GemmaTokenizer, GemmaTokenizerFast
 from gemmakit.errors import TemplateError
+from gemmakit.hub import models_folder
 from gemmakit.text.gguf import model_of, vocabulary_of
 
-REAL = Path(os.environ.get("GEMMAKIT_REAL") or Path.home() / ".cache/gemmakit/real")
 NAMES = ("gemma1-vocabulary", "gemma3-vocabulary")
 HELD_OUT = Path(__file__).parents[2] / "benchmarks/data/held_out.txt"
 SCRIPTS = [(0x20, 0x7E), (0x80, 0x24F), (0x300, 0x36F), (0x370, 0x5FF), (0x600, 0x6FF), (0x900, 0x97F), (0xE00, 0xE7F)]
@@ -28,7 +27,7 @@ SCRIPTS += [(0xFE00, 0xFEFF), (0x1F300, 0x1FAFF), (0, 0x1F), (0x7F, 0x9F), (0xE0
 
 @pytest.fixture(scope="module", params=NAMES)
 def folder(request: Any) -> Path:
-    found = REAL / request.param
+    found = models_folder() / request.param
     if not (found / "tokenizer.json").exists():
         pytest.skip(f"{found} holds no tokenizer.json: `make real` brings it (GEMMAKIT_REAL says where to)")
     return found
