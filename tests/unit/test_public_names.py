@@ -17,7 +17,12 @@ import gemmakit
 
 PAGES = sorted((Path(__file__).resolve().parents[2] / "docs" / "reference").glob("*.md"))
 # Public by their module, as the documents import them.
-BY_MODULE = {"gemmakit.utils.attention_visualizer": ["AttentionMaskVisualizer"], "gemmakit.flax": None}
+BY_MODULE = {
+    "gemmakit.utils.attention_visualizer": ["AttentionMaskVisualizer"],
+    "gemmakit.text.tools": ["tool_schema", "parse_tool_calls", "ToolCallParser"],
+    "gemmakit.text.prompts": ["Prompts"],
+    "gemmakit.flax": None,
+}
 NAMES = [name for name in gemmakit.__all__ if name != "__version__"]
 SHAPED = [
     "GemmaModel.forward",
