@@ -11,6 +11,8 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from gemmakit.family import KINDS
+
 __version__ = "0.1.0"
 
 # public name -> the module that defines it
@@ -75,6 +77,13 @@ _HOME = {
     "AsyncTextIteratorStreamer": "gemmakit.streamers",
 }
 
+# The other members of the family, by the names of Gemma 1's classes.
+for _kind in KINDS.values():
+    for _role, _first in KINDS["gemma"].classes.items():
+        _HOME[_kind.classes[_role]] = _HOME[_first]
+    _name = _kind.classes["causal_lm"].removesuffix("ForCausalLM")
+    _HOME[f"{_name}PreTrainedModel"] = _HOME["GemmaPreTrainedModel"]
+
 _MODULES = ("errors",)
 
 # `from gemmakit import *` is no reason to fail for want of an optional package.
@@ -109,7 +118,12 @@ if TYPE_CHECKING:
         AutoModelForTokenClassification,
         AutoTokenizer,
     )
+
+    # Classes of the other members are made from the table in `family`; to a type checker they are Gemma 1's.
     from gemmakit.config import GemmaConfig
+    from gemmakit.config import GemmaConfig as Gemma2Config
+    from gemmakit.config import GemmaConfig as Gemma3TextConfig
+    from gemmakit.config import GemmaConfig as VaultGemmaConfig
     from gemmakit.conversion import convert_checkpoint, convert_tokenizer
     from gemmakit.flax import (
         FlaxGemmaForCausalLM,
@@ -143,8 +157,23 @@ if TYPE_CHECKING:
         StoppingCriteriaList,
     )
     from gemmakit.pytorch.heads import GemmaForCausalLM, GemmaForSequenceClassification, GemmaForTokenClassification
+    from gemmakit.pytorch.heads import GemmaForCausalLM as Gemma2ForCausalLM
+    from gemmakit.pytorch.heads import GemmaForCausalLM as Gemma3ForCausalLM
+    from gemmakit.pytorch.heads import GemmaForCausalLM as VaultGemmaForCausalLM
+    from gemmakit.pytorch.heads import GemmaForSequenceClassification as Gemma2ForSequenceClassification
+    from gemmakit.pytorch.heads import GemmaForSequenceClassification as Gemma3TextForSequenceClassification
+    from gemmakit.pytorch.heads import GemmaForSequenceClassification as VaultGemmaForSequenceClassification
+    from gemmakit.pytorch.heads import GemmaForTokenClassification as Gemma2ForTokenClassification
+    from gemmakit.pytorch.heads import GemmaForTokenClassification as Gemma3TextForTokenClassification
+    from gemmakit.pytorch.heads import GemmaForTokenClassification as VaultGemmaForTokenClassification
     from gemmakit.pytorch.model import GemmaModel
+    from gemmakit.pytorch.model import GemmaModel as Gemma2Model
+    from gemmakit.pytorch.model import GemmaModel as Gemma3TextModel
+    from gemmakit.pytorch.model import GemmaModel as VaultGemmaModel
     from gemmakit.pytorch.pretrained import GemmaPreTrainedModel
+    from gemmakit.pytorch.pretrained import GemmaPreTrainedModel as Gemma2PreTrainedModel
+    from gemmakit.pytorch.pretrained import GemmaPreTrainedModel as Gemma3PreTrainedModel
+    from gemmakit.pytorch.pretrained import GemmaPreTrainedModel as VaultGemmaPreTrainedModel
     from gemmakit.pytorch.quantize_checkpoint import quantize_checkpoint
     from gemmakit.quantization import BitsAndBytesConfig, WeightOnlyConfig
     from gemmakit.streamers import AsyncTextIteratorStreamer, BaseStreamer, TextIteratorStreamer, TextStreamer

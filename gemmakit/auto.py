@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from gemmakit.checkpoint.readahead import read_ahead, weights_at
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError
-from gemmakit.family import kind_of
+from gemmakit.family import TEXT_OF, kind_of
 from gemmakit.hub import HubOptions, find_file, refuse_code
 
 Name = str | os.PathLike[str]
@@ -73,7 +73,7 @@ class _AutoModel(_Auto):
         Raises ConfigError for another model_type than Gemma's, before any weight is read.
         """
         read_ahead(weights_at(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))  # while torch is imported
-        return cls._class().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return cls._class().from_pretrained(pretrained_model_name_or_path, **kwargs)  # which is every member's
 
     @classmethod
     def from_config(cls, config: GemmaConfig, *, dtype: Any = None, torch_dtype: Any = None, **kwargs: Any) -> Any:
@@ -124,4 +124,4 @@ def _check_model_type(name: Name, hub: HubOptions) -> None:
         kind = json.loads(path.read_text(encoding="utf-8")).get("model_type", "gemma")
     except (ValueError, AttributeError, RecursionError):
         return  # a damaged config.json is the model's business, not the vocabulary's
-    kind_of(kind)
+    kind_of(TEXT_OF.get(kind, kind) if isinstance(kind, str) else kind)

@@ -9,28 +9,64 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import KW_ONLY, dataclass, field, fields
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar, overload
+from typing import Annotated, Any, Generic, TypeVar, cast, overload
 
-from gemmakit.checks import FLAG, Real, Whole, check, check_fields
+from gemmakit.checks import FLAG, OneOf, Real, Whole, check, check_fields
 from gemmakit.dtypes import dtype_name
 from gemmakit.errors import CheckpointError, ConfigError
-from gemmakit.family import Kind, LayerSpec, kept_heads, kind_of
+from gemmakit.family import (
+    FULL_ATTENTION,
+    LAYER_TYPES,
+    OPTIONAL,
+    SLIDING_ATTENTION,
+    TEXT_OF,
+    Kind,
+    LayerSpec,
+    kept_heads,
+    kind_of,
+    member_class,
+    members,
+)
 from gemmakit.files import read_json_object, write_text
 from gemmakit.gguf import config_values, read_gguf_header
 from gemmakit.hub import HubOptions, find_file, find_gguf
-from gemmakit.rotary import check_rope, merged_rope, without_theta
+from gemmakit.rotary import changed_ropes, check_rope, merged_rope, merged_ropes, without_theta
 
 # "gelu" is absent on purpose: in Gemma configurations it means the tanh form (see _activation).
 ACTIVATIONS = ("gelu_pytorch_tanh", "gelu_erf", "relu", "silu")
 
-# Source: arXiv:2403.08295, table 1; the released config.json files.
+_GEMMA3 = dict(vocab_size=262208, sliding_window=1024, rope_scaling={"rope_type": "linear", "factor": 8.0})
+_GEMMA3_SMALL = dict(vocab_size=262144, sliding_window=512, max_position_embeddings=32768, num_attention_heads=4,
+                     num_key_value_heads=1)  # fmt: skip
+
+# Sizes by name, each with its model_type. Source: arXiv:2403.08295, 2408.00118, 2503.19786, 2509.20354; the released
+# config.json files.
 PRESETS: dict[str, dict[str, Any]] = {
-    "2b": dict(hidden_size=2048, intermediate_size=16384, num_hidden_layers=18, num_attention_heads=8,
-               num_key_value_heads=1),
-    "7b": dict(hidden_size=3072, intermediate_size=24576, num_hidden_layers=28, num_attention_heads=16,
-               num_key_value_heads=16),
+    "2b": dict(model_type="gemma", hidden_size=2048, intermediate_size=16384, num_hidden_layers=18,
+               num_attention_heads=8, num_key_value_heads=1),
+    "7b": dict(model_type="gemma", hidden_size=3072, intermediate_size=24576, num_hidden_layers=28,
+               num_attention_heads=16, num_key_value_heads=16),
+    "gemma2-2b": dict(model_type="gemma2"),
+    "gemma2-9b": dict(model_type="gemma2", hidden_size=3584, intermediate_size=14336, num_hidden_layers=42,
+                      num_attention_heads=16, num_key_value_heads=8),
+    "gemma2-27b": dict(model_type="gemma2", hidden_size=4608, intermediate_size=36864, num_hidden_layers=46,
+                       num_attention_heads=32, num_key_value_heads=16, head_dim=128, query_pre_attn_scalar=144),
+    "gemma3-270m": dict(model_type="gemma3_text", **_GEMMA3_SMALL, hidden_size=640, intermediate_size=2048,
+                        num_hidden_layers=18),
+    "gemma3-1b": dict(model_type="gemma3_text", **_GEMMA3_SMALL, hidden_size=1152, intermediate_size=6912,
+                      num_hidden_layers=26),
+    "gemma3-4b": dict(model_type="gemma3_text", **_GEMMA3, hidden_size=2560, intermediate_size=10240,
+                      num_hidden_layers=34),
+    "gemma3-12b": dict(model_type="gemma3_text", **_GEMMA3, hidden_size=3840, intermediate_size=15360,
+                       num_hidden_layers=48, num_attention_heads=16, num_key_value_heads=8),
+    "gemma3-27b": dict(model_type="gemma3_text", **_GEMMA3, hidden_size=5376, intermediate_size=21504,
+                       num_hidden_layers=62, num_attention_heads=32, num_key_value_heads=16, head_dim=128,
+                       query_pre_attn_scalar=168),
+    "embeddinggemma-300m": dict(model_type="gemma3_text", vocab_size=262144, sliding_window=512, hidden_size=768,
+                                intermediate_size=1152, num_hidden_layers=24, num_attention_heads=3,
+                                num_key_value_heads=1, max_position_embeddings=2048, use_bidirectional_attention=True),
 }  # fmt: skip
 
 # Names that other libraries use for the same thing, and what Gemma calls it.
@@ -50,6 +86,7 @@ _OTHER_NAMES = {
 T = TypeVar("T")
 _WIDTH = Whole(1, 2**24)
 _HEADS = Whole(1, 2**16)
+_ABOVE_ZERO = Real(0.0, above=True)
 
 
 class _Spelling(Generic[T]):
@@ -77,14 +114,17 @@ class _Spelling(Generic[T]):
 
 
 def _keeps_unknown(cls: type[T]) -> type[T]:
-    """Keywords that are no fields go to `extra`, unless they look like one."""
+    """Keywords that are no fields go to `extra`, unless they look like one; a member's own defaults come first."""
     plain = cls.__init__
 
     @functools.wraps(plain)
     def init(self: Any, *args: Any, **values: Any) -> None:
+        if values.pop("model_type", self.model_type) != self.model_type:
+            raise ConfigError(f"{cls.__name__} is not made with another model_type: use GemmaConfig.from_dict.")
+        values = {**self.kind.defaults, **dict(zip(_FIELDS, args, strict=False)), **values}
         unknown = {name: values.pop(name) for name in [*values] if name not in _FIELDS}
         _refuse_misspelled(unknown)
-        plain(self, *args, **values)
+        plain(self, **values)
         self.extra = copy.deepcopy(unknown)
 
     cls.__init__ = init
@@ -94,7 +134,7 @@ def _keeps_unknown(cls: type[T]) -> type[T]:
 @_keeps_unknown
 @dataclass(eq=False, repr=False)
 class GemmaConfig:
-    """The settings of a Gemma model; the defaults are those of Gemma 7B.
+    """The settings of a Gemma model; the defaults are those of Gemma 7B, in the other members' classes their own.
 
     Args:
         vocab_size: number of token ids (V).
@@ -117,8 +157,14 @@ class GemmaConfig:
         attention_bias: whether q, k, v and o projections carry a bias.
         attention_dropout: dropout on attention probabilities in training, in [0, 1).
         rope_parameters: `{"rope_type": ..., "rope_theta": ..., ...}` with a type of `gemmakit.rotary.ROPE_TYPES`.
-        rope_scaling: the older spelling of the same without theta (`{"type": ..., "factor": ...}`).
+            Gemma 3's holds one such dictionary a kind of layer: {"sliding_attention": ..., "full_attention": ...}.
+        rope_scaling: the older spelling of the same without theta (`{"type": ..., "factor": ...}`), of full layers.
+        rope_local_base_freq: the older name of window layers' base.
         use_bidirectional_attention: every token sees every non-padding token.
+        query_pre_attn_scalar: attention scores are multiplied by this to the -1/2; None for head_dim.
+        sliding_window: keys that a query of a window layer sees, itself included.
+        layer_types: what each layer attends to, "sliding_attention" or "full_attention".
+        attn_logit_softcapping, final_logit_softcapping: scores and logits are capped, cap * tanh(x / cap).
         pruned_heads: {layer: query heads that are gone}, in the numbers of the whole model; gives a saved pruned model
             its shapes.
         num_labels, id2label, label2id, problem_type, classifier_dropout: for the classification heads.
@@ -148,21 +194,30 @@ class GemmaConfig:
     bos_token_id: int | None = 2
     tie_word_embeddings: Annotated[bool, FLAG] = True
     rope_theta: _Spelling[float] = _Spelling(
-        lambda c: c.rope_parameters["rope_theta"],
-        lambda c, value: {"rope_parameters": {**c.rope_parameters, "rope_theta": value}},
+        lambda c: c.rope(FULL_ATTENTION)["rope_theta"],
+        lambda c, value: c._with_rope(FULL_ATTENTION, {**c.rope(FULL_ATTENTION), "rope_theta": value}),
     )
     attention_bias: Annotated[bool, FLAG] = False
     attention_dropout: Annotated[float, Real(0.0, 1.0, below=True)] = 0.0
     _: KW_ONLY
     rope_parameters: dict[str, Any] = field(default_factory=dict[str, Any])
     rope_scaling: _Spelling[dict[str, Any] | None] = _Spelling(
-        lambda c: without_theta(c.rope_parameters),
-        lambda c, value: {"rope_parameters": merged_rope(c.rope_theta, None, value)},
+        lambda c: without_theta(c.rope(FULL_ATTENTION)),
+        lambda c, value: c._with_rope(FULL_ATTENTION, merged_rope(c.rope_theta, None, value)),
+    )
+    rope_local_base_freq: _Spelling[float | None] = _Spelling(
+        lambda c: c.rope(SLIDING_ATTENTION)["rope_theta"] if c.kind.rope_bases else None,
+        lambda c, value: c._with_rope(SLIDING_ATTENTION, {**c.rope(SLIDING_ATTENTION), "rope_theta": value}),
     )
     hidden_activation: _Spelling[str | Callable[[Any], Any]] = _Spelling(
         lambda c: c.hidden_act, lambda c, value: {"hidden_act": _activation(value)}
     )
     use_bidirectional_attention: bool | None = None
+    query_pre_attn_scalar: Annotated[float | None, _ABOVE_ZERO] = None
+    sliding_window: Annotated[int | None, Whole(1)] = None
+    layer_types: list[str] | None = None
+    attn_logit_softcapping: Annotated[float | None, _ABOVE_ZERO] = None
+    final_logit_softcapping: Annotated[float | None, _ABOVE_ZERO] = None
     pruned_heads: dict[int, list[int]] = field(default_factory=dict[int, "list[int]"])
     num_labels: _Spelling[int] = _Spelling(lambda c: len(c.id2label), lambda c, value: _labels(value, {}, {}))
     id2label: dict[int, str] = field(default_factory=dict[int, str])
@@ -179,7 +234,7 @@ class GemmaConfig:
     name_or_path: str = field(default="", init=False)
     extra: dict[str, Any] = field(default_factory=dict[str, Any], init=False)
 
-    model_type = "gemma"  # not annotated: the same for every instance
+    model_type = "gemma"  # not annotated: a class's, not an instance's
 
     def __post_init__(self) -> None:
         given = {name: vars(self).pop(f"_{name}") for name in _SPELLINGS}
@@ -192,7 +247,10 @@ class GemmaConfig:
             self.head_dim = _head_dim(self.hidden_size, self.num_attention_heads)
         activation = given["hidden_activation"]
         self.hidden_act = _activation(self.hidden_act if activation is None else activation)
-        self.rope_parameters = merged_rope(given["rope_theta"], self.rope_parameters, given["rope_scaling"])
+        ropes = [given[name] for name in ("rope_theta", "rope_scaling", "rope_local_base_freq")]
+        self.rope_parameters = merged_ropes(self.kind.rope_bases, self.rope_parameters, *ropes)
+        if self.layer_types is None and "layer_types" in self.kind.defaults:
+            self.layer_types = self.kind.layer_types(self.num_hidden_layers)
         self.pruned_heads = _pruned_heads(self.pruned_heads)
         vars(self).update(_labels(given["num_labels"], self.id2label, self.label2id))
         self.attn_implementation = self.attn_implementation or "sdpa"
@@ -226,14 +284,25 @@ class GemmaConfig:
     def layer(self, index: int) -> LayerSpec:
         """What layer `index`, counted from 0, is made of."""
         queries, kv = self.heads(index)
-        scale = self.kind.scale
+        kind = FULL_ATTENTION if self.layer_types is None else self.layer_types[index]
+        scalar = self.head_dim if self.query_pre_attn_scalar is None else self.query_pre_attn_scalar
         return LayerSpec(
             head_dim=self.head_dim,
             num_attention_heads=len(queries),
             num_key_value_heads=len(kv),
             intermediate_size=self.intermediate_size,
-            scale=self.head_dim**-0.5 if scale is None else scale,
+            scale=scalar**-0.5,
+            rope=kind if self.kind.rope_bases else FULL_ATTENTION,
+            window=self._window() if kind == SLIDING_ATTENTION else None,
+            softcap=self.attn_logit_softcapping if self.kind.capped else None,
         )
+
+    def _window(self) -> int | None:
+        """Keys that a query of a window layer sees on its own side, itself included."""
+        window = self.sliding_window
+        if window is None or not (self.kind.halves_window and self.use_bidirectional_attention):
+            return window
+        return window // 2 + 1
 
     def heads(self, layer: int, gone: Iterable[int] | None = None) -> tuple[list[int], list[int]]:
         """The query and the kv heads of a layer, in the numbers of the whole model.
@@ -247,7 +316,11 @@ class GemmaConfig:
 
     def rope(self, name: str) -> dict[str, Any]:
         """The settings of the rotary table that a `LayerSpec.rope` names."""
-        return self.rope_parameters
+        return self.rope_parameters[name] if self.kind.rope_bases else self.rope_parameters
+
+    def _with_rope(self, name: str, rope: dict[str, Any]) -> dict[str, Any]:
+        """The field rope_parameters with another table of that name."""
+        return {"rope_parameters": {**self.rope_parameters, name: rope} if self.kind.rope_bases else rope}
 
     # -- validation ------------------------------------------------------------------------------------------------
 
@@ -265,9 +338,28 @@ class GemmaConfig:
             self._check_token(name, getattr(self, name))
         for token in self.eos_token_ids:
             self._check_token("eos_token_id", token)
-        check_rope(self.rope_parameters, self.head_dim)
+        for name in self.kind.rope_bases or (FULL_ATTENTION,):
+            check_rope(self.rope(name), self.head_dim)
+        self._check_layers()
         for layer in self.pruned_heads:
             self.heads(layer)
+
+    def _check_layers(self) -> None:
+        for name in OPTIONAL:
+            if name not in self.kind.defaults and getattr(self, name) is not None:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; {self.kind.title} has no such setting.")
+        types = self.layer_types
+        if types is None:
+            return
+        if not isinstance(types, list) or len(types) != self.num_hidden_layers:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigError(
+                f"layer_types is {types!r}; it must be a list that says of each of num_hidden_layers = "
+                f"{self.num_hidden_layers} layers what it attends to."
+            )
+        for i, kind in enumerate(types):
+            check(f"layer_types[{i}]", kind, OneOf(*LAYER_TYPES), ConfigError)
+        if SLIDING_ATTENTION in types and self.sliding_window is None:
+            raise ConfigError("layer_types has window layers and sliding_window is None: say how many keys they see.")
 
     def _check_token(self, name: str, token: int | None) -> None:
         # Released files hold -1 for "there is no such token".
@@ -278,17 +370,26 @@ class GemmaConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> GemmaConfig:
-        """The configuration of a released size: "2b" or "7b"."""
+        """The configuration of a released size, of the class of its member: "2b", "gemma2-9b", "gemma3-270m", ..."""
         if name not in PRESETS:
             raise ConfigError(f"there is no preset {name!r}; the presets are {', '.join(PRESETS)}.")
-        return cls(**{**PRESETS[name], **overrides})
+        values = {**PRESETS[name], **overrides}
+        return member_class(cls, values.pop("model_type"))(**values)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], **overrides: Any) -> GemmaConfig:
-        """Build from config.json's content. Unknown keys are kept as data, whatever they are called."""
+        """Build from config.json's content, of the class that its `model_type` names.
+
+        Of a checkpoint that reads images or sound too, the text part. Unknown keys are kept as data, whatever they are
+        called.
+        """
         _refuse_misspelled(k for k in overrides if k not in values and k not in _FIELDS and not k.startswith("_"))
-        values = _merged(values, overrides)
-        kind_of(values.pop("model_type", cls.model_type))
+        values = _text_part(values)
+        model_type = values.pop("model_type", cls.model_type)
+        kind = kind_of(model_type)
+        cls = member_class(cls, model_type)
+        values = _merged(kind, values, overrides)
+        foreign = {k: values.pop(k) for k in OPTIONAL if k in values and k not in kind.defaults and k not in overrides}
         if "id2label" in values and "num_labels" not in overrides:
             values.pop("num_labels", None)
         elif "num_labels" in overrides:
@@ -297,7 +398,7 @@ class GemmaConfig:
         attention = values.pop("_attn_implementation", None)
         values.setdefault("attn_implementation", attention)
         name = values.pop("_name_or_path", "")
-        unknown = {k: values.pop(k) for k in list(values) if k not in _FIELDS}
+        unknown = foreign | {k: values.pop(k) for k in list(values) if k not in _FIELDS}
         config = cls(**values)
         config.extra.update(copy.deepcopy(unknown))
         config.name_or_path = name
@@ -338,13 +439,17 @@ class GemmaConfig:
         out: dict[str, Any] = {**copy.deepcopy(self.extra), "model_type": self.model_type}
         for name in _STORED:
             value = getattr(self, name)
-            if value is not None or name in ("pad_token_id", "eos_token_id", "bos_token_id"):
+            if name in OPTIONAL and name not in self.kind.defaults:
+                continue
+            if value is not None or name in _NULLS:
                 out[name] = copy.deepcopy(value)
         if callable(self.hidden_act):
             out["hidden_act"] = getattr(self.hidden_act, "__name__", repr(self.hidden_act))
         out["hidden_activation"] = out["hidden_act"]
         out["rope_theta"] = self.rope_theta
         out["rope_scaling"] = self.rope_scaling
+        if self.kind.rope_bases:
+            out["rope_local_base_freq"] = self.rope_local_base_freq
         if self.dtype is not None:
             out["torch_dtype"] = self.dtype
         if not self.pruned_heads:
@@ -375,7 +480,9 @@ class GemmaConfig:
         return f"GemmaConfig {self.to_json_string()}"
 
 
-_ROPE_SPELLINGS = ("rope_theta", "rope_parameters", "rope_scaling")
+_ROPE_SPELLINGS = ("rope_parameters", "rope_theta", "rope_scaling", "rope_local_base_freq")
+# Written though they are None: what is not there is a reader's default.
+_NULLS = ("pad_token_id", "eos_token_id", "bos_token_id", *OPTIONAL)
 
 _FIELDS = [f.name for f in fields(GemmaConfig) if f.init]
 _SPELLINGS = [name for name in _FIELDS if isinstance(vars(GemmaConfig).get(name), _Spelling)]
@@ -431,22 +538,50 @@ def _head_dim(hidden_size: Any, heads: Any) -> int:
     return hidden_size // heads if whole else 1  # validate() names the field that is wrong
 
 
-def _merged(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+def _text_part(values: dict[str, Any]) -> dict[str, Any]:
+    """Of a checkpoint of text beside images or sound, the settings of the text. Raises ConfigError if it has none."""
+    own = TEXT_OF.get(values.get("model_type"))  # type: ignore[arg-type]
+    if own is None:
+        return dict(values)
+    text = values.get("text_config")
+    if not isinstance(text, dict):
+        raise ConfigError(
+            f"model_type is {values['model_type']!r} and there is no text_config: gemmakit runs the text part of such "
+            "a checkpoint, and this one has none."
+        )
+    around = {k: values[k] for k in _AROUND_TEXT if values.get(k) is not None}
+    return {**cast("dict[str, Any]", text), **around, "model_type": text.get("model_type", own)}
+
+
+# What a checkpoint of text and more says of both; for its text too, this is what counts.
+_AROUND_TEXT = ("eos_token_id", "bos_token_id", "pad_token_id", "tie_word_embeddings", "torch_dtype", "dtype",
+                "quantization_config")  # fmt: skip
+
+
+def _merged(kind: Kind, values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     """A file's values with those of a call over them, whatever spelling each uses for the same thing."""
     values = dict(values)
-    old = merged_rope(*(values.pop(name, None) for name in _ROPE_SPELLINGS))
-    theta, parameters, scaling = (overrides.get(name) for name in _ROPE_SPELLINGS)
-    if "rope_parameters" in overrides or "rope_scaling" in overrides:
-        inside: dict[str, Any] = {**(scaling or {}), **(parameters or {})}
-        theta = old["rope_theta"] if theta is None and inside.get("rope_theta") is None else theta
-        old = merged_rope(theta, parameters, scaling)
-    elif theta is not None:
-        old = {**old, "rope_theta": theta}
+    old = merged_ropes(kind.rope_bases, *(values.pop(name, None) for name in _ROPE_SPELLINGS))
+    # Said to be None, settings are the default ones; not said, the file's.
+    none: dict[str, Any] = {key: {} for key in ("rope_parameters", "rope_scaling") & overrides.keys()}
+    given = [none.get(name) if overrides.get(name) is None else overrides[name] for name in _ROPE_SPELLINGS]
+    overrides = {k: v for k, v in overrides.items() if k not in _ROPE_SPELLINGS}
     for name, other in (("hidden_act", "hidden_activation"), ("torch_dtype", "dtype")):
         if name in overrides and other not in overrides:
             values.pop(other, None)
-    overrides = {k: v for k, v in overrides.items() if k not in _ROPE_SPELLINGS}
-    return {**values, **overrides, "rope_parameters": old}
+    _set_layer_types(kind, values, {**kind.defaults, **values, **overrides}.get("num_hidden_layers"))
+    return {**values, **overrides, "rope_parameters": changed_ropes(kind.rope_bases, old, *given)}
+
+
+def _set_layer_types(kind: Kind, values: dict[str, Any], layers: Any) -> None:
+    """What so many layers attend to: the first that a file lists; older files say the pattern instead."""
+    types, pattern = values.get("layer_types"), values.get("sliding_window_pattern")
+    if not isinstance(layers, int) or "layer_types" not in kind.defaults:
+        return
+    if isinstance(types, list):
+        values["layer_types"] = types[:layers] if layers <= len(cast("list[Any]", types)) else None
+    elif isinstance(pattern, int) and pattern > 0:
+        values["layer_types"] = replace(kind, pattern=pattern).layer_types(layers)
 
 
 def _refuse_misspelled(names: Iterable[str]) -> None:
@@ -466,3 +601,6 @@ def _dtype_name(dtype: Any) -> str | None:
 def _plain(value: Any) -> Any:
     """JSON for a number of numpy, and the name of anything else."""
     return value.item() if hasattr(value, "item") else str(value)
+
+
+globals().update(members(GemmaConfig))

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
 
 from gemmakit.errors import ConfigError
 
-FULL_ATTENTION = "full_attention"  # the kind of layer, and of rotary table, that every member has
+# The kinds of layers, and of rotary tables, as config.json's `layer_types` names them.
+FULL_ATTENTION = "full_attention"  # every member has it
+SLIDING_ATTENTION = "sliding_attention"
+LAYER_TYPES = (SLIDING_ATTENTION, FULL_ATTENTION)
+
+
+T = TypeVar("T")
 
 
 class Norms(NamedTuple):
@@ -28,20 +35,38 @@ class Norms(NamedTuple):
 class Kind:
     """What a `model_type` says of every layer and every model.
 
-    norms: of a layer. norm_offset: a norm multiplies by norm_offset + weight. q_norm, k_norm, v_norm: whether each
-    head's query, key or value is normed. scale: of the attention scores; None for head_dim to the -1/2. title: what
-    people call these models. classes: the public names, by their role. gguf_architecture: the name in a GGUF file.
+    title: what people call these models. norms: of a layer. classes: the public names, by their role.
+    gguf_architecture: the name in a GGUF file; None where there is none. defaults: of its configuration, where they are
+    not Gemma 1's; the settings of `OPTIONAL` that are not among them are not its own. pattern: each so many-th layer
+    attends to everything, the others to a window, where `layer_types` does not say; 1 for no windows. rope_bases: the
+    tables that `rope_parameters` holds apart, and their default base; empty where one table serves all layers.
+    norm_offset: a norm multiplies by norm_offset + weight. q_norm, k_norm, v_norm: whether each head's query, key or
+    value is normed. capped: whether `attn_logit_softcapping` is heeded. halves_window: a bidirectional model's
+    `sliding_window` counts both sides.
     """
 
     title: str
     norms: Norms
     classes: Mapping[str, str]
-    gguf_architecture: str
+    gguf_architecture: str | None
+    defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    pattern: int = 1
+    rope_bases: Mapping[str, float] = field(default_factory=dict[str, float])
     norm_offset: float = 1.0
     q_norm: bool = False
     k_norm: bool = False
     v_norm: bool = False
-    scale: float | None = None
+    capped: bool = False
+    halves_window: bool = False
+
+    @property
+    def norms_outputs(self) -> bool:
+        """Whether all that enters the residual stream is normed, so that its scale can be chosen."""
+        return self.norms.after_attention is not None and self.norms.after_mlp is not None
+
+    def layer_types(self, layers: int) -> list[str]:
+        """What each of so many layers attends to."""
+        return [FULL_ATTENTION if (i + 1) % self.pattern == 0 else SLIDING_ATTENTION for i in range(layers)]
 
 
 @dataclass(frozen=True)
@@ -64,30 +89,140 @@ class LayerSpec:
     kv_source: int | None = None
 
 
+# Settings that only some members have; a configuration of the others holds None.
+OPTIONAL = (
+    "query_pre_attn_scalar",
+    "sliding_window",
+    "layer_types",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+)
+
+
+def _classes(name: str, decoder: str = "", config: str = "", heads: str = "") -> dict[str, str]:
+    """By role, the classes called after `name`; decoder, config, heads: where these are called otherwise."""
+    heads = heads or name
+    return {
+        "config": f"{config or name}Config",
+        "model": f"{decoder or name}Model",
+        "causal_lm": f"{name}ForCausalLM",
+        "sequence_classification": f"{heads}ForSequenceClassification",
+        "token_classification": f"{heads}ForTokenClassification",
+    }
+
+
+# Attention and MLP each between two norms.
+_SANDWICH = Norms(
+    "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
+)
+# The sizes that transformers' configurations of Gemma 2 and later start from.
+_SIZES = dict(
+    hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8, num_key_value_heads=4,
+    query_pre_attn_scalar=256, sliding_window=4096, layer_types=None,
+)  # fmt: skip
+_CAPS = dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0)
+
 KINDS: dict[str, Kind] = {
     "gemma": Kind(
         title="Gemma 1, 1.1 and CodeGemma",
         # Here the norm called post_attention stands before the MLP; attention's and the MLP's outputs have none.
         norms=Norms("input_layernorm", None, "post_attention_layernorm", None),
-        classes={
-            "config": "GemmaConfig",
-            "model": "GemmaModel",
-            "causal_lm": "GemmaForCausalLM",
-            "sequence_classification": "GemmaForSequenceClassification",
-            "token_classification": "GemmaForTokenClassification",
-        },
+        classes=_classes("Gemma"),
         gguf_architecture="gemma",
     ),
+    "gemma2": Kind(
+        title="Gemma 2",
+        norms=_SANDWICH,
+        classes=_classes("Gemma2"),
+        gguf_architecture="gemma2",
+        defaults={**_SIZES, **_CAPS},
+        pattern=2,
+        capped=True,
+    ),
+    "gemma3_text": Kind(
+        title="Gemma 3",
+        norms=_SANDWICH,
+        classes=_classes("Gemma3", decoder="Gemma3Text", config="Gemma3Text", heads="Gemma3Text"),
+        gguf_architecture="gemma3",
+        defaults={
+            **_SIZES,
+            **dict.fromkeys(_CAPS),
+            "vocab_size": 262208,
+            "max_position_embeddings": 131072,
+        },
+        pattern=6,
+        rope_bases={SLIDING_ATTENTION: 10_000.0, FULL_ATTENTION: 1_000_000.0},
+        q_norm=True,
+        k_norm=True,
+        halves_window=True,
+    ),
+    "vaultgemma": Kind(
+        title="VaultGemma",
+        norms=Norms("input_layernorm", None, "pre_feedforward_layernorm", None),
+        classes=_classes("VaultGemma"),
+        gguf_architecture=None,
+        defaults={**_SIZES, **_CAPS},
+        pattern=2,
+        capped=True,
+    ),
 }
+# Checkpoints of text beside images or sound: the member that their `text_config` is.
+TEXT_OF = {"gemma3": "gemma3_text"}
 
 
 def kind_of(model_type: object) -> Kind:
     """The member a config.json's `model_type` names. Raises ConfigError for what gemmakit does not run."""
     kind = KINDS.get(model_type) if isinstance(model_type, str) else None
     if kind is None:
-        known = " and ".join(f"{kind.title} ({name!r})" for name, kind in KINDS.items())
+        known = ", ".join(f"{kind.title} ({name!r})" for name, kind in KINDS.items())
         raise ConfigError(f"model_type is {model_type!r}: gemmakit runs {known}.")
     return kind
+
+
+FLAX = "Flax"  # what the names of the second backend's classes begin with
+
+
+def role_of(class_name: str) -> tuple[str, str] | None:
+    """Whose public class this is, by model_type, and in which role; None for somebody else's."""
+    name = class_name.removeprefix(FLAX)
+    return next(((t, role) for t, kind in KINDS.items() for role, own in kind.classes.items() if own == name), None)
+
+
+def _name(cls: type, role: str, model_type: str) -> str:
+    """The public class beside `cls`, of either backend, that plays the role for another member."""
+    return (FLAX if cls.__name__.startswith(FLAX) else "") + kind_of(model_type).classes[role]
+
+
+def members(base: type) -> dict[str, type]:
+    """By name, the classes of all other members beside Gemma 1's `base`: its code under their names."""
+    found = role_of(base.__name__)
+    assert found is not None
+    made: dict[str, type] = {}
+    for model_type, kind in KINDS.items():
+        name = _name(base, found[1], model_type)
+        if name != base.__name__:
+            doc = f"`{base.__name__}` of {kind.title}."
+            made[name] = type(name, (base,), {"model_type": model_type, "__module__": base.__module__, "__doc__": doc})
+    return made
+
+
+def member_class(cls: type[T], model_type: str) -> type[T]:
+    """The class for a `model_type`, asked of `cls`.
+
+    Gemma 1's classes stand for the whole family, so that code written for them loads every member; a class of somebody
+    else's is what it is. Raises ConfigError where `cls` is another member's.
+    """
+    found = role_of(cls.__name__)
+    if found is None or found[0] == model_type:
+        return cls
+    owner, role = found
+    right = _name(cls, role, model_type)
+    if owner != "gemma":
+        raise ConfigError(
+            f"{cls.__name__} is for {KINDS[owner].title} and this model_type is {model_type!r}: use {right}, or an "
+            "Auto class."
+        )
+    return getattr(importlib.import_module(cls.__module__), right)
 
 
 def kept_heads(layer: int, heads: int, kv_heads: int, gone: Collection[int]) -> tuple[list[int], list[int]]:

@@ -7,12 +7,13 @@ in its own arithmetic.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 from gemmakit.checks import Real, check
 from gemmakit.errors import ConfigError
+from gemmakit.family import FULL_ATTENTION, SLIDING_ATTENTION
 
 # Types whose table depends on the length of the call.
 FOLLOW_LENGTH = ("dynamic", "longrope")
@@ -41,9 +42,9 @@ _ROPE_RANGES = {
 
 
 def merged_rope(
-    theta: float | None, parameters: dict[str, Any] | None, scaling: dict[str, Any] | None
+    theta: float | None, parameters: dict[str, Any] | None, scaling: dict[str, Any] | None, base: float = 10000.0
 ) -> dict[str, Any]:
-    """Merge the three spellings into one dictionary; a contradiction is refused."""
+    """Merge the three spellings into one dictionary; a contradiction is refused. base: theta where none says it."""
     merged: dict[str, Any] = {}
     for spelling in (scaling, parameters):
         if spelling is None:
@@ -54,9 +55,65 @@ def merged_rope(
     inside = merged.get("rope_theta")
     if theta is not None and inside is not None and theta != inside:
         raise ConfigError(f"rope_theta is {theta}, but rope_parameters says {inside}: give one of them.")
-    merged["rope_theta"] = inside if inside is not None else 10000.0 if theta is None else theta
+    merged["rope_theta"] = inside if inside is not None else base if theta is None else theta
     merged.setdefault("rope_type", "default")
     return merged
+
+
+def merged_ropes(
+    bases: Mapping[str, float],
+    parameters: dict[str, Any] | None,
+    theta: float | None,
+    scaling: dict[str, Any] | None,
+    local_theta: float | None,
+) -> dict[str, Any]:
+    """All spellings merged: one dictionary, or where `bases` names several tables one of each name.
+
+    theta and scaling are those of full layers, local_theta that of window layers.
+    """
+    if not bases:
+        if local_theta is not None:
+            raise ConfigError(f"rope_local_base_freq is {local_theta}, but one table serves all layers of this model.")
+        return merged_rope(theta, parameters, scaling)
+    apart = _apart(bases, parameters)
+    thetas = {FULL_ATTENTION: theta, SLIDING_ATTENTION: local_theta}
+    scalings = {FULL_ATTENTION: scaling}
+    return {
+        name: merged_rope(thetas.get(name), apart.get(name), scalings.get(name), base) for name, base in bases.items()
+    }
+
+
+def changed_ropes(
+    bases: Mapping[str, float],
+    old: dict[str, Any],
+    parameters: dict[str, Any] | None,
+    theta: float | None,
+    scaling: dict[str, Any] | None,
+    local_theta: float | None,
+) -> dict[str, Any]:
+    """Merged settings `old` under those that a call gives, in any spelling; a base stays unless another is given."""
+    if bases:
+        apart = _apart(bases, parameters)
+        own = {FULL_ATTENTION: (theta, scaling), SLIDING_ATTENTION: (local_theta, None)}
+        return {name: _changed_rope(old[name], apart.get(name), *own.get(name, (None, None))) for name in bases}
+    return _changed_rope(old, parameters, theta, scaling)
+
+
+def _changed_rope(
+    old: dict[str, Any], parameters: dict[str, Any] | None, theta: float | None, scaling: dict[str, Any] | None
+) -> dict[str, Any]:
+    if parameters is None and scaling is None:
+        return old if theta is None else {**old, "rope_theta": theta}
+    return merged_rope(theta, parameters, scaling, old["rope_theta"])
+
+
+def _apart(bases: Mapping[str, float], parameters: dict[str, Any] | None) -> dict[str, Any]:
+    """Settings by table; those that name none are full layers'."""
+    if parameters is None or not isinstance(parameters, dict) or parameters.keys() <= bases.keys():  # pyright: ignore[reportUnnecessaryIsInstance]
+        return parameters or {}
+    if any(isinstance(value, dict) for value in parameters.values()):
+        raise ConfigError(f"rope_parameters names {', '.join(parameters)}; the tables are {', '.join(bases)}.")
+    return {FULL_ATTENTION: parameters}
 
 
 def without_theta(rope: dict[str, Any]) -> dict[str, Any] | None:

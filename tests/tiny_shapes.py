@@ -8,3 +8,20 @@ SHAPES = {
     "mha": dict(hidden_size=40, num_attention_heads=4, num_key_value_heads=4, head_dim=16),
 }
 COMMON = dict(vocab_size=VOCAB, intermediate_size=72, max_position_embeddings=96, initializer_range=0.2)
+
+WINDOW = 8
+_WINDOWED = dict(sliding_window=WINDOW, query_pre_attn_scalar=24, max_position_embeddings=256)
+_CAPPED = dict(attn_logit_softcapping=5.0, final_logit_softcapping=3.0, num_hidden_layers=4)
+# The members of the family beside Gemma 1, by model_type: a short window, caps that bend, both kinds of layers.
+MEMBERS = {
+    "gemma2": dict(_WINDOWED, **_CAPPED),
+    "gemma3_text": dict(
+        _WINDOWED,
+        num_hidden_layers=7,
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        },
+    ),
+    "vaultgemma": dict(_WINDOWED, **_CAPPED, layer_types=["full_attention", "sliding_attention"] * 2),
+}

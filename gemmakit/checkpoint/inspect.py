@@ -14,7 +14,7 @@ from gemmakit.checkpoint.formats import GGUF, SAFETENSORS, TITLES
 from gemmakit.checkpoint.formats.gguf import released_name
 from gemmakit.checkpoint.formats.orbax import OrbaxFile
 from gemmakit.checkpoint.formats.safetensors import SafetensorsFile
-from gemmakit.checkpoint.layout import CAUSAL, architecture_of, differences, released_size, tensor_shapes, tied_names
+from gemmakit.checkpoint.layout import architecture_of, differences, released_size, tensor_shapes, tied_names
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import CheckpointError, GemmakitError
 from gemmakit.generation import GenerationConfig
@@ -124,7 +124,7 @@ def memory(config: GemmaConfig, architecture: str | None = None) -> dict[str, di
     int8: a byte a weight and a float32 a row; int4: half a byte, and 3 bytes a group of 32 or 128, embedding and head
     in int8. Norms, and keys and values, are then in bfloat16.
     """
-    shapes = tensor_shapes(config, architecture or CAUSAL)
+    shapes = tensor_shapes(config, architecture or "GemmaForCausalLM")
     kv = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 1000
     out: dict[str, dict[str, int]] = {}
     for name, wide in (("float32", 4), ("bfloat16", 2), ("float16", 2)):
@@ -289,7 +289,7 @@ def _quantization(found: Findings) -> str | None:
 
 
 def _wanted(found: Findings) -> dict[str, tuple[int, ...]]:
-    return tensor_shapes(found.config, found.architecture or CAUSAL) if found.config else {}
+    return tensor_shapes(found.config, found.architecture or "GemmaForCausalLM") if found.config else {}
 
 
 def _compare(found: Findings) -> None:
@@ -301,7 +301,7 @@ def _compare(found: Findings) -> None:
         return
     held, parts = _plain(found, wanted)
     assert found.config is not None
-    tied = tied_names(found.config, found.architecture or CAUSAL)
+    tied = tied_names(found.config, found.architecture or "GemmaForCausalLM")
     told = differences(wanted, {name: shape for name, shape in held.items() if name not in parts}, tied, heads=False)
     unread = any(problem.file.endswith(".safetensors") and problem.tensor is None for problem in found.problems)
     named = {problem.tensor for problem in found.problems}

@@ -14,77 +14,88 @@ from dataclasses import dataclass
 from gemmakit.checkpoint.checkpoint import Checkpoint
 from gemmakit.config import PRESETS, GemmaConfig
 from gemmakit.errors import CheckpointError
+from gemmakit.family import kind_of, role_of
 
 PREFIX = "model."
 # Heads that another class of this family may or may not have.
 HEADS = ("lm_head.", "score.")
 # A table that early releases stored and that every model computes.
 COMPUTED = ("rotary_emb.inv_freq",)
-CAUSAL, SEQUENCE, TOKEN, BARE = (
-    "GemmaForCausalLM",
-    "GemmaForSequenceClassification",
-    "GemmaForTokenClassification",
-    "GemmaModel",
-)
+# Roles in `family.Kind.classes`.
+CAUSAL, SEQUENCE, TOKEN, BARE = "causal_lm", "sequence_classification", "token_classification", "model"
 
 Shape = tuple[int, ...]
 HEAD = "lm_head.weight"
 EMBEDDING = "embed_tokens.weight"
-# name within a layer -> shape by axis letters ("NH" is N * H)
-LAYER: dict[str, tuple[str, ...]] = {
-    "input_layernorm.weight": ("D",),
+# Within a layer, in the customary order -> shape by axis letters ("NH" is N * H); norms stand between.
+ATTENTION: dict[str, tuple[str, ...]] = {
     "self_attn.q_proj.weight": ("NH", "D"),
     "self_attn.k_proj.weight": ("KH", "D"),
     "self_attn.v_proj.weight": ("KH", "D"),
     "self_attn.o_proj.weight": ("D", "NH"),
-    "post_attention_layernorm.weight": ("D",),
+}
+MLP: dict[str, tuple[str, ...]] = {
     "mlp.gate_proj.weight": ("F", "D"),
     "mlp.up_proj.weight": ("F", "D"),
     "mlp.down_proj.weight": ("D", "F"),
 }
-BIASES: dict[str, tuple[str, ...]] = {
-    "self_attn.q_proj.bias": ("NH",),
-    "self_attn.k_proj.bias": ("KH",),
-    "self_attn.v_proj.bias": ("KH",),
-    "self_attn.o_proj.bias": ("D",),
-}
 
 
-def tensor_shapes(config: GemmaConfig, architecture: str = CAUSAL) -> dict[str, Shape]:
+def tensor_shapes(config: GemmaConfig, architecture: str = "GemmaForCausalLM") -> dict[str, Shape]:
     """name -> shape of all that a checkpoint of this class stores, in the customary order; no tied head."""
+    role = _role(architecture)
+    prefix, D = "" if role == BARE else PREFIX, config.hidden_size
+    shapes: dict[str, Shape] = {prefix + EMBEDDING: (config.vocab_size, D)}
+    for i in range(config.num_hidden_layers):
+        shapes.update({f"{prefix}layers.{i}.{name}": shape for name, shape in _layer(config, i).items()})
+    shapes[f"{prefix}norm.weight"] = (D,)
+    return {**shapes, **_head(config, role)}
+
+
+def _layer(config: GemmaConfig, index: int) -> dict[str, Shape]:
+    spec, kind = config.layer(index), config.kind
     axes = {
         "D": config.hidden_size,
-        "F": config.intermediate_size,
-        "V": config.vocab_size,
-        "NH": config.num_attention_heads * config.head_dim,
-        "KH": config.num_key_value_heads * config.head_dim,
+        "F": spec.intermediate_size,
+        "NH": config.num_attention_heads * spec.head_dim,
+        "KH": config.num_key_value_heads * spec.head_dim,
+        "H": spec.head_dim,
     }
-    prefix = "" if architecture == BARE else PREFIX
-    layer = {**LAYER, **(BIASES if config.attention_bias else {})}
-    shapes: dict[str, Shape] = {prefix + EMBEDDING: (axes["V"], axes["D"])}
-    for i in range(config.num_hidden_layers):
-        shapes.update({f"{prefix}layers.{i}.{name}": tuple(axes[a] for a in shape) for name, shape in layer.items()})
-    shapes[f"{prefix}norm.weight"] = (axes["D"],)
-    return {**shapes, **_head(config, architecture)}
+    first, *others = [f"{name}.weight" for name in kind.norms if name]
+    heads = [f"self_attn.{part}_norm.weight" for part in "qk" if getattr(kind, f"{part}_norm")]
+    biases = {f"{name.removesuffix('weight')}bias": (axis,) for name, (axis, _) in ATTENTION.items()}
+    names = {first: ("D",), **ATTENTION, **dict.fromkeys(heads, ("H",)), **dict.fromkeys(others, ("D",)), **MLP}
+    names |= biases if config.attention_bias else {}
+    return {name: tuple(axes[a] for a in shape) for name, shape in names.items()}
 
 
-def _head(config: GemmaConfig, architecture: str) -> dict[str, Shape]:
+def _head(config: GemmaConfig, role: str) -> dict[str, Shape]:
     D, V, C = config.hidden_size, config.vocab_size, config.num_labels
-    if architecture == CAUSAL:
+    if role == CAUSAL:
         return {} if config.tie_word_embeddings else {HEAD: (V, D)}
-    if architecture == SEQUENCE:
+    if role == SEQUENCE:
         return {"score.weight": (C, D)}
-    return {"score.weight": (C, D), "score.bias": (C,)} if architecture == TOKEN else {}
+    return {"score.weight": (C, D), "score.bias": (C,)} if role == TOKEN else {}
+
+
+def _role(architecture: str) -> str:
+    found = role_of(architecture)
+    return CAUSAL if found is None else found[1]
 
 
 def architecture_of(config: GemmaConfig | None, names: Iterable[str]) -> str:
     """The class a checkpoint is of: what config.json says where that can be, else what its names tell."""
-    names = set(names)
+    classes = kind_of("gemma").classes if config is None else config.kind.classes
+    return classes[_role_told(config, set(names))]
+
+
+def _role_told(config: GemmaConfig | None, names: set[str]) -> str:
     if not any(name.startswith((PREFIX, "lm_head.", "score.")) for name in names):
         return BARE
-    said = [a for a in (config.architectures if config else None) or () if a in (CAUSAL, SEQUENCE, TOKEN)]
-    if said:
-        return said[0]
+    said = [role_of(a) for a in (config.architectures if config else None) or ()]
+    roles = [found[1] for found in said if found is not None and found[1] != BARE]
+    if roles:
+        return roles[0]
     return CAUSAL if "score.weight" not in names else TOKEN if "score.bias" in names else SEQUENCE
 
 
@@ -181,7 +192,7 @@ def stored_names(wanted: Iterable[str], held: Iterable[str]) -> dict[str, str]:
 
 def tied_names(config: GemmaConfig, architecture: str) -> dict[str, str]:
     """Name that is not stored -> the one it shares memory with."""
-    return {HEAD: PREFIX + EMBEDDING} if config.tie_word_embeddings and architecture == CAUSAL else {}
+    return {HEAD: PREFIX + EMBEDDING} if config.tie_word_embeddings and _role(architecture) == CAUSAL else {}
 
 
 def warn_of_copies(checkpoint: Checkpoint, copies: Mapping[str, str], stacklevel: int, framework: str = "pt") -> None:
@@ -204,7 +215,8 @@ def listed(names: list[str]) -> str:
 def released_size(shapes: Mapping[str, Shape]) -> str | None:
     """ "2b" or "7b" where the embedding is as wide as that model's; whether the rest fits is `differences`' to say."""
     width = shapes.get(PREFIX + EMBEDDING, ())[-1:]
-    return next((size for size, preset in PRESETS.items() if width == (preset["hidden_size"],)), None)
+    first = {size: preset for size, preset in PRESETS.items() if preset["model_type"] == "gemma"}
+    return next((size for size, preset in first.items() if width == (preset["hidden_size"],)), None)
 
 
 def config_from_shapes(shapes: Mapping[str, Shape], where: str) -> GemmaConfig:
@@ -214,7 +226,7 @@ def config_from_shapes(shapes: Mapping[str, Shape], where: str) -> GemmaConfig:
     """
     size = released_size(shapes)
     if size is not None:
-        return GemmaConfig.preset(size, vocab_size=shapes[PREFIX + EMBEDDING][0], architectures=[CAUSAL])
+        return GemmaConfig.preset(size, vocab_size=shapes[PREFIX + EMBEDDING][0], architectures=["GemmaForCausalLM"])
     embedding = "x".join(map(str, shapes.get(PREFIX + EMBEDDING, ()))) or "no"
     raise CheckpointError(
         f"{where} comes without a config.json, and with {embedding} embedding it is no released Gemma. "

@@ -14,7 +14,7 @@ from gemmakit.checkpoint.formats import GGUF, GOOGLE, ORBAX
 from gemmakit.checkpoint.formats.gguf import GgufFile
 from gemmakit.checkpoint.formats.orbax import OrbaxFile
 from gemmakit.checkpoint.layout import (
-    BARE,
+    PREFIX,
     architecture_of,
     config_from_shapes,
     differences,
@@ -150,7 +150,7 @@ def _config(checkpoint: Checkpoint, where: str, beside: Name, size: str | None, 
     if size is not None and checkpoint.kind == GOOGLE:
         return GemmaConfig.preset(size.lower())
     shapes = checkpoint.shapes()
-    if architecture_of(None, shapes) == BARE:
+    if not any(name.startswith(PREFIX) for name in shapes):
         shapes = {f"model.{name}": shape for name, shape in shapes.items()}
     return config_from_shapes(shapes, where)
 

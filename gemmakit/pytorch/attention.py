@@ -18,7 +18,7 @@ from gemmakit.config import GemmaConfig
 from gemmakit.errors import ConfigError, InputError, MissingDependency
 from gemmakit.pytorch.cache.core import Cache
 from gemmakit.pytorch.kernels.reference import rotate
-from gemmakit.pytorch.layers import Linear, RotaryTables
+from gemmakit.pytorch.layers import GemmaRMSNorm, Linear, RotaryTables
 from gemmakit.pytorch.masks import Rule, Visibility
 from gemmakit.pytorch.shapes import Bool, Float, Int
 
@@ -33,6 +33,7 @@ class Attend(Protocol):
         *,
         scale: float,
         dropout: float,
+        softcap: float | None,
     ) -> tuple[Float[Tensor, "B N S H"], Float[Tensor, "B N S T"] | None]: ...
 
 
@@ -44,9 +45,11 @@ def eager(
     *,
     scale: float,
     dropout: float = 0.0,
+    softcap: float | None = None,
 ) -> tuple[Float[Tensor, "B N S H"], Float[Tensor, "B N S T"]]:
     """Grouped-query attention written out: query head n reads kv head n // (N // K).
 
+    softcap: scores are capped before the mask, see `capped`; None for no cap.
     Returns the output and the weights. A query that may look nowhere gets zeros, in both.
     Softmax in float32. Source: arXiv:1911.02150, arXiv:2305.13245.
     """
@@ -54,6 +57,7 @@ def eager(
     K, T = k.shape[1], k.shape[2]
     # The heads that share a key stand below each other as rows: no key is copied.
     scores = (q.reshape(B, K, N // K * S, H) @ k.transpose(2, 3)).view(B, N, S, T) * scale
+    scores = capped(scores, softcap)
     mask = visible.mask
     if mask is None and visible.causal:
         mask = torch.ones(S, T, dtype=torch.bool, device=q.device).tril()
@@ -68,6 +72,11 @@ def eager(
     return out, weights
 
 
+def capped(x: Float[Tensor, "*any"], cap: float | None) -> Float[Tensor, "*any"]:
+    """cap * tanh(x / cap), each step rounded; x itself where there is no cap. Source: arXiv:2408.00118."""
+    return x if cap is None else torch.tanh(x / cap) * cap
+
+
 def sdpa(
     q: Float[Tensor, "B N S H"],
     k: Float[Tensor, "B K T H"],
@@ -76,13 +85,16 @@ def sdpa(
     *,
     scale: float,
     dropout: float = 0.0,
+    softcap: float | None = None,
 ) -> tuple[Float[Tensor, "B N S H"], None]:
-    """The same through torch's fused kernels; no weights come back."""
+    """The same through torch's fused kernels; no weights come back. They cannot cap scores: those run as `eager`."""
+    told: Any = {"scale": scale, "dropout": dropout, "softcap": softcap}
     if visible.segments is not None:
         alone, lengths = visible._replace(segments=None), list(visible.segments)
         parts = zip(q.split(lengths, dim=2), k.split(lengths, dim=2), v.split(lengths, dim=2), strict=True)
-        outs = [sdpa(a, b, c, alone, scale=scale, dropout=dropout)[0] for a, b, c in parts]
-        return torch.cat(outs, dim=2), None
+        return torch.cat([sdpa(a, b, c, alone, **told)[0] for a, b, c in parts], dim=2), None
+    if softcap is not None:
+        return eager(q, k, v, visible, **told)[0], None
     B, N, S, H = q.shape
     K = k.shape[1]
     mask = visible.mask if visible.mask is None or visible.mask.dtype == torch.bool else visible.mask.to(q.dtype)
@@ -123,17 +135,17 @@ def flash(
     *,
     scale: float,
     dropout: float = 0.0,
+    softcap: float | None = None,
 ) -> tuple[Float[Tensor, "B N S H"], None]:
     """Through the flash_attn package: padding is left out of the computation, and its queries give zeros.
 
-    What that package cannot say (the caller's own 4-D mask, places given by a tensor) and a window run as `sdpa`.
+    What that package cannot say (the caller's own 4-D mask, places given by a tensor) runs as `sdpa`.
     Raises InputError for float32. Source: arXiv:2205.14135, arXiv:2307.08691.
     """
     rule = None if visible.rule is None else visible.rule.to(q.device)
-    if rule is None or not isinstance(rule.past, int) or rule.window is not None:
-        return sdpa(
-            q, k, v, visible if rule is None else rule.memo("masked", rule.masked), scale=scale, dropout=dropout
-        )
+    if rule is None or not isinstance(rule.past, int):
+        visible = visible if rule is None else rule.memo("masked", rule.masked)
+        return sdpa(q, k, v, visible, scale=scale, dropout=dropout, softcap=softcap)
     if q.dtype not in (torch.float16, torch.bfloat16):
         raise InputError(
             f"flash_attention_2 computes in float16 or bfloat16 and this model in {q.dtype}: load it with "
@@ -142,9 +154,13 @@ def flash(
     import flash_attn  # type: ignore[import-not-found]
 
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    told: dict[str, Any] = {"dropout_p": dropout, "softmax_scale": scale, "causal": rule.causal}
+    if softcap is not None:
+        told["softcap"] = softcap
+    if rule.window is not None:  # counted without the query itself
+        told["window_size"] = (rule.window - 1, 0 if rule.causal else rule.window - 1)
     if rule.padding is None and rule.documents is None:
-        out = flash_attn.flash_attn_func(q, k, v, dropout_p=dropout, softmax_scale=scale, causal=rule.causal)
-        return out.transpose(1, 2), None
+        return flash_attn.flash_attn_func(q, k, v, **told).transpose(1, 2), None
     asked, held = rule.memo("sequences", lambda: _sequences(rule))
     packed = flash_attn.flash_attn_varlen_func(
         q.flatten(0, 1)[asked.tokens],
@@ -154,9 +170,7 @@ def flash(
         held.starts,
         asked.longest,
         held.longest,
-        dropout_p=dropout,
-        softmax_scale=scale,
-        causal=rule.causal,
+        **told,
     )
     out = torch.zeros_like(q).flatten(0, 1).index_copy(0, asked.tokens, packed)
     return out.view(q.shape).transpose(1, 2), None
@@ -189,6 +203,7 @@ def flex(
     *,
     scale: float,
     dropout: float = 0.0,
+    softcap: float | None = None,
 ) -> tuple[Float[Tensor, "B N S H"], None]:
     """Through torch's flex_attention, compiled on an accelerator: blocks that nobody may see are skipped.
 
@@ -198,12 +213,13 @@ def flex(
     rule = None if visible.rule is None else visible.rule.to(q.device)
     differentiates = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if rule is None or dropout or (differentiates and q.device.type == "cpu"):
-        return sdpa(
-            q, k, v, visible if rule is None else rule.memo("masked", rule.masked), scale=scale, dropout=dropout
-        )
+        visible = visible if rule is None else rule.memo("masked", rule.masked)
+        return sdpa(q, k, v, visible, scale=scale, dropout=dropout, softcap=softcap)
     blocks = rule.memo("blocks", lambda: _blocks(rule, q.shape[0]))
-    out = _flex_kernel(q.device)(q, k, v, block_mask=blocks, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    return out, None
+    told: dict[str, Any] = {"block_mask": blocks, "scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
+    if softcap is not None:
+        told["score_mod"] = lambda score, b, h, i, j: capped(score, softcap)
+    return _flex_kernel(q.device)(q, k, v, **told), None
 
 
 def _flex_kernel(device: torch.device) -> Callable[..., Any]:
@@ -236,6 +252,7 @@ def _blocks(rule: Rule, batch: int) -> Any:
             ok = ok & (j <= place(i))
         if rule.window is not None:
             ok = ok & (j > place(i) - rule.window)
+            ok = ok if rule.causal else ok & (j < place(i) + rule.window)
         if rule.padding is not None:
             ok = ok & rule.padding[b, j]
         if rule.documents is not None:
@@ -282,7 +299,7 @@ class GemmaAttention(nn.Module):
         self.layer_idx = layer_idx
         spec = config.layer(layer_idx)
         self.head_dim = spec.head_dim
-        self.scaling = spec.scale
+        self.scaling, self.softcap = spec.scale, spec.softcap
         self.attention_dropout = config.attention_dropout
         D, H, bias = config.hidden_size, spec.head_dim, config.attention_bias
         N, K = spec.num_attention_heads, spec.num_key_value_heads
@@ -290,6 +307,9 @@ class GemmaAttention(nn.Module):
         self.k_proj = Linear(D, K * H, bias=bias)
         self.v_proj = Linear(D, K * H, bias=bias)
         self.o_proj = Linear(N * H, D, bias=bias)
+        kind = config.kind
+        self.q_norm = GemmaRMSNorm(H, config.rms_norm_eps, offset=kind.norm_offset) if kind.q_norm else None
+        self.k_norm = GemmaRMSNorm(H, config.rms_norm_eps, offset=kind.norm_offset) if kind.k_norm else None
 
     def forward(
         self,
@@ -320,12 +340,16 @@ class GemmaAttention(nn.Module):
         """What happens between the projections; NH is N * H, KH is K * H."""
         B, S, _ = q.shape
         q, k, v = (x.view(B, S, -1, self.head_dim).transpose(1, 2) for x in (q, k, v))
+        q = q if self.q_norm is None else self.q_norm(q)
+        k = k if self.k_norm is None else self.k_norm(k)
         cos, sin = position_embeddings
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx, {"cache_position": cache_position})
+        if visible.last is not None:
+            k, v = k[:, :, -visible.last :], v[:, :, -visible.last :]
         # The fused kernels keep no weights, so whoever asks for them gets the written-out form for this call.
         attend = eager if output_attentions else IMPLEMENTATIONS[self.config.attn_implementation or "sdpa"]
         dropout = self.attention_dropout if self.training else 0.0
-        out, weights = attend(q, k, v, visible, scale=self.scaling, dropout=dropout)
+        out, weights = attend(q, k, v, visible, scale=self.scaling, dropout=dropout, softcap=self.softcap)
         return out.transpose(1, 2).reshape(B, S, -1), weights

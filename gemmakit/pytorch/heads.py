@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import ConfigError, InputError
+from gemmakit.family import members
 from gemmakit.outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
+from gemmakit.pytorch.attention import capped
 from gemmakit.pytorch.cache import Cache
 from gemmakit.pytorch.decode.generate import GenerationMixin
 from gemmakit.pytorch.fused import layers_plan
@@ -120,9 +122,10 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
         kept = _kept(logits_to_keep)
         hidden, targets = hidden[:, kept, :], None if targets is None else targets[:, kept]
         if loss_chunk_size is not None:
-            logits, loss = None, chunked_loss(self.lm_head, hidden, targets, loss_chunk_size, num_items_in_batch)
+            cap = self.config.final_logit_softcapping
+            logits, loss = None, chunked_loss(self.lm_head, hidden, targets, loss_chunk_size, num_items_in_batch, cap)
         else:
-            logits = self.lm_head(hidden)
+            logits = capped(self.lm_head(hidden), self.config.final_logit_softcapping)
             loss = None if targets is None else causal_loss(logits, targets, num_items_in_batch)
         result = CausalLMOutputWithPast(
             loss=loss,
@@ -417,3 +420,7 @@ def _kept(positions: Any) -> Any:
     if isinstance(positions, slice | list) or (isinstance(positions, Tensor) and positions.dim() == 1):
         return positions
     raise InputError(f"logits_to_keep is {positions!r}; give a whole number >= 0, or positions as a 1-D tensor.")
+
+
+for _head in (GemmaForCausalLM, GemmaForSequenceClassification, GemmaForTokenClassification):
+    globals().update(members(_head))

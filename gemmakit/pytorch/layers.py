@@ -20,23 +20,50 @@ from gemmakit.pytorch.kernels.training import fuses, gated, rms_norm
 from gemmakit.pytorch.shapes import Float, Int
 from gemmakit.rotary import FOLLOW_LENGTH, Arrays, frequencies
 
+# In float16 the residual stream of models that norm all that enters it would pass the largest number (65,504), so it
+# carries this part of itself. A power of two changes no digit: in float32 every result would be the same to the bit.
+STREAM_SCALES = {torch.float16: 2.0**-7}
+
 
 class GemmaRMSNorm(nn.Module):
-    """x * rsqrt(mean(x^2) + eps) * (1 + weight), all in float32, cast last. Source: arXiv:1910.07467."""
+    """x * rsqrt(mean(x^2) + eps) * (offset + weight), all in float32, cast last. Source: arXiv:1910.07467.
 
-    def __init__(self, dim: int, eps: float = 1e-6):
+    reads_stream, writes_stream: whether what comes in, or what goes out, is a residual stream that `STREAM_SCALES`
+    scales in some dtypes.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        eps: float = 1e-6,
+        *,
+        offset: float = 1.0,
+        reads_stream: bool = False,
+        writes_stream: bool = False,
+    ):
         super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.zeros(dim))
+        self.eps, self.offset = eps, offset
+        self.reads_stream, self.writes_stream = reads_stream, writes_stream
+        self.weight = nn.Parameter(torch.full((dim,), 1.0 - offset))
+
+    def eps_of(self, dtype: torch.dtype) -> float:
+        """What is added to the mean square of activations of `dtype`."""
+        return self.eps * STREAM_SCALES.get(dtype, 1.0) ** 2 if self.reads_stream else self.eps
+
+    def gain_of(self, dtype: torch.dtype) -> float:
+        """What the result is multiplied by before it is cast to `dtype`."""
+        return STREAM_SCALES.get(dtype, 1.0) if self.writes_stream else 1.0
 
     def forward(self, x: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows D"]:
         """In x's dtype."""
-        if fuses(x, self.weight):
-            return rms_norm(x, self.weight, self.eps)
+        eps, gain = self.eps_of(x.dtype), self.gain_of(x.dtype)
+        if gain == 1.0 and self.offset == 1.0 and fuses(x, self.weight):
+            return rms_norm(x, self.weight, eps)
         y = x.float()
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
         # The weight multiplies before the cast: afterwards the half formats would round twice.
-        return (y * (1.0 + self.weight.float())).type_as(x)
+        y = y * (self.offset + self.weight.float())
+        return (y if gain == 1.0 else y * gain).type_as(x)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
@@ -101,6 +128,22 @@ class LayerNorms(NamedTuple):
     after_attention: Any
     before_mlp: Any
     after_mlp: Any
+
+
+def layer_norms(config: GemmaConfig) -> dict[str, GemmaRMSNorm]:
+    """Fresh norms of a decoder layer, by name."""
+    kind, made = config.kind, {}
+    for slot, name in kind.norms._asdict().items():
+        if name is not None:
+            writes = slot in ("after_attention", "after_mlp")
+            made[name] = GemmaRMSNorm(
+                config.hidden_size,
+                config.rms_norm_eps,
+                offset=kind.norm_offset,
+                reads_stream=kind.norms_outputs and not writes,
+                writes_stream=kind.norms_outputs and writes,
+            )
+    return made
 
 
 class LayerParts(NamedTuple):

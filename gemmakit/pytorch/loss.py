@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gemmakit.checks import Whole, check
 from gemmakit.errors import InputError
+from gemmakit.pytorch.attention import capped
 from gemmakit.pytorch.layers import Linear
 from gemmakit.pytorch.shapes import Float, Int, Shaped
 
@@ -62,14 +63,15 @@ def chunked_loss(
     targets: Int[Tensor, "B S"] | None,
     chunk: int,
     num_items: int | Shaped[Tensor, ""] | None = None,
+    softcap: float | None = None,
 ) -> Float[Tensor, ""]:
     """Cross entropy of head(hidden) in float32 as `causal_loss` gives it, `chunk` positions at a time.
 
     targets: the id that follows each position, or -100; num_items: what to divide the sum by, instead of the number of
-    targets. With a plain head the gradients are computed along with the loss: memory is a
-    few times (C, V), and (V, D) in float32 where the head is trained in several chunks, for its gradient is summed in
-    float32 and rounded once. A head with hooks or adapters, or a quantized one, is run twice instead, so that it sees
-    its call.
+    targets; softcap: logits are capped, see `capped`. With a plain head the gradients are computed along with the loss:
+    memory is a few times (C, V), and (V, D) in float32 where the head is trained in several chunks, for its gradient is
+    summed in float32 and rounded once. A head with hooks or adapters, or a quantized one, is run twice instead, so that
+    it sees its call.
 
     Raises InputError without targets, or for a chunk that is no whole number above 0.
     """
@@ -78,9 +80,9 @@ def chunked_loss(
     check("loss_chunk_size", chunk, Whole(1), InputError)
     flat, target = hidden.flatten(0, 1), targets.to(hidden.device, torch.long).flatten()
     if _is_plain(head):
-        total = _Fused.apply(flat, head.weight, head.bias, target, chunk, torch.is_grad_enabled())
+        total = _Fused.apply(flat, head.weight, head.bias, target, chunk, softcap, torch.is_grad_enabled())
     else:
-        total = _by_module(head, flat, target, chunk)
+        total = _by_module(head, flat, target, chunk, softcap)
     if num_items is None:
         count = (target != IGNORED_LABEL).sum()
         # As torch has it: the mean of nothing is no number, and its gradient is zero.
@@ -94,17 +96,21 @@ def _is_plain(head: nn.Module) -> bool:
     return type(head) is Linear and not hooked and "forward" not in head.__dict__
 
 
-def _by_module(head: nn.Module, flat: Float[Tensor, "n D"], target: Int[Tensor, " n"], chunk: int) -> Float[Tensor, ""]:
+def _by_module(
+    head: nn.Module, flat: Float[Tensor, "n D"], target: Int[Tensor, " n"], chunk: int, softcap: float | None
+) -> Float[Tensor, ""]:
     total = torch.zeros((), dtype=torch.float32, device=flat.device)
     for at in _chunks(len(flat), chunk):
-        arguments = (head, flat[at], target[at])
+        arguments = (head, flat[at], target[at], softcap)
         part = checkpoint(_sum, *arguments, use_reentrant=False) if torch.is_grad_enabled() else _sum(*arguments)
         total = total + part
     return total
 
 
-def _sum(head: nn.Module, hidden: Float[Tensor, "n D"], target: Int[Tensor, " n"]) -> Float[Tensor, ""]:
-    return F.cross_entropy(head(hidden).float(), target, ignore_index=IGNORED_LABEL, reduction="sum")
+def _sum(
+    head: nn.Module, hidden: Float[Tensor, "n D"], target: Int[Tensor, " n"], softcap: float | None
+) -> Float[Tensor, ""]:
+    return F.cross_entropy(capped(head(hidden), softcap).float(), target, ignore_index=IGNORED_LABEL, reduction="sum")
 
 
 def _chunks(count: int, size: int) -> Iterator[slice]:
@@ -126,6 +132,7 @@ class _Fused(torch.autograd.Function):
         bias: Float[Tensor, " V"] | None,
         target: Int[Tensor, " n"],
         chunk: int,
+        softcap: float | None,
         grad: bool,
     ) -> Float[Tensor, ""]:
         wanted = [grad and need for need in ctx.needs_input_grad[:3]]
@@ -137,6 +144,8 @@ class _Fused(torch.autograd.Function):
         to_bias = torch.zeros(len(weight), dtype=torch.float32, device=weight.device) if wanted[2] else None
         for at in _chunks(len(hidden), chunk):
             logits = F.linear(hidden[at], weight, bias)
+            tanh = None if softcap is None else torch.tanh(logits / softcap)
+            logits = logits if tanh is None or softcap is None else tanh * softcap
             dtype, scores = logits.dtype, logits.float()
             del logits
             peak = scores.logsumexp(-1, keepdim=True)
@@ -150,6 +159,10 @@ class _Fused(torch.autograd.Function):
             # A position that is ignored has none, whatever its logits are.
             slope = slope.masked_fill_(~real, 0.0).to(dtype)
             del scores
+            if (
+                tanh is not None and softcap is not None
+            ):  # each step back rounded as autograd rounds it: the cap cancels but for rounding
+                slope = torch.ops.aten.tanh_backward(slope * softcap, tanh) / softcap
             if to_hidden is not None:
                 to_hidden[at] = slope @ weight.to(dtype)
             if to_weight is not None:
@@ -167,4 +180,4 @@ class _Fused(torch.autograd.Function):
             None if g is None else (g * grad_outputs[0].to(torch.float32)).to(dtype)
             for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return (*scaled, None, None, None)
+        return (*scaled, None, None, None, None)

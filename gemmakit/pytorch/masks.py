@@ -22,7 +22,7 @@ class Rule:
 
     Query i of S stands at place past + i of T keys; `past` as a tensor (S,) gives each query's own place. causal: it
     sees no later place. padding: bool (B, T), False hides a key. documents: (B, S) numbers, seen only where equal.
-    window: of the places up to its own a query sees the last so many; None for all.
+    window: how near a key must be, fewer places away than so many, before or (not causal) after; None for all.
     """
 
     causal: bool
@@ -49,17 +49,20 @@ class Rule:
         moved = {n: t.to(device) for n, t in parts.items()}
         return self.memo(f"on {device}", lambda: replace(self, device=device, derived={}, **moved))
 
+    def places(self) -> Int[Tensor, " S"]:
+        """Where each query stands."""
+        past = self.past
+        return torch.arange(past, past + self.queries, device=self.device) if isinstance(past, int) else past
+
     def masked(self) -> Visibility:
         """The same as a mask."""
         mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=self.device)
-        places_known = isinstance(self.past, int)
-        if self.causal and not (self.queries == 1 and places_known):
-            place = torch.arange(self.queries, device=self.device) + self.past if places_known else self.past
-            mask = torch.arange(self.keys, device=self.device) <= place[:, None]  # type: ignore[index]
-            mask = mask[None, None]
+        place, key = self.places()[:, None], torch.arange(self.keys, device=self.device)
+        if self.causal and not (self.queries == 1 and isinstance(self.past, int)):
+            mask = (key <= place)[None, None]
         if self.window is not None:
-            place = torch.arange(self.queries, device=self.device) + self.past if places_known else self.past
-            mask = mask & (torch.arange(self.keys, device=self.device) > place[:, None] - self.window)  # type: ignore[index]
+            mask = mask & (key > place - self.window)
+            mask = mask if self.causal else mask & (key < place + self.window)
         if self.padding is not None:
             mask = mask & self.padding[:, None, None, :].to(self.device)
         if self.documents is not None:
@@ -78,7 +81,8 @@ class Visibility(NamedTuple):
     blind: bool (B or 1, 1, S, 1), True for queries that may look nowhere and must give zeros; None if there are none.
     segments: lengths of the documents of the one row that there is, each to be attended to by itself, causally; None
         where the row is one document.
-    rule: all of it in terms, where the kernel asked for no mask; the three above then say nothing.
+    last: of the keys only the last so many are seen by any query, and the above speak of those alone; None for all.
+    rule: all of it in terms, where the kernel asked for no mask; mask, causal and blind then say nothing.
     """
 
     mask: Shaped[Tensor, "#B 1 S T"] | None
@@ -86,6 +90,7 @@ class Visibility(NamedTuple):
     blind: Bool[Tensor, "#B 1 S 1"] | None = None
     rule: Rule | None = None
     segments: tuple[int, ...] | None = None
+    last: int | None = None
 
 
 # Documents this long are better attended to one by one than all together under a mask.
@@ -109,6 +114,7 @@ def visibility(
     window: int | None = None,
     dense: bool = True,
     segmented: bool = False,
+    whole: bool = False,
 ) -> Visibility:
     """Decide the cheapest true description of who sees whom.
 
@@ -117,10 +123,11 @@ def visibility(
         batch, queries, keys: B, S, T.
         past: how many keys stand before the first query; a tensor (S,) gives each query's own place (static caches).
         causal: False lets every token see every other that is not padding.
-        window: of the keys up to its own a query sees the last so many, itself included; None for all.
+        window: a query sees keys fewer places away than so many, itself included; None for all.
         position_ids: (B, S) when the caller gave them and there is no cache and no mask: a restart begins a document.
         dense: False for kernels that read a Rule and want no mask of S x T.
         segmented: whether the kernel takes `segments`.
+        whole: whether to speak of every key, for those who want its weight, though a window hides it from all.
 
     Raises:
         InputError: a mask whose shape does not fit.
@@ -128,23 +135,27 @@ def visibility(
     if attention_mask is not None and attention_mask.dim() == 4:
         return _given(attention_mask, batch, queries, keys)
     places_known = isinstance(past, int)
-    window = None if window is None or keys <= window else window
     padding = _padding(attention_mask, batch, keys, whole_buffer=not places_known)
     documents = _documents(position_ids) if attention_mask is None else None  # on every device alike
+    window, last = None if window is None or keys <= window else window, None
+    if window is not None and causal and places_known and not whole and queries + window - 1 < keys:
+        past, keys = window - 1, queries + window - 1  # nobody sees what stands before
+        padding, last = None if padding is None else _hiding(padding[:, -keys:]), keys
+        window = window if queries > 1 else None
     if dense and padding is None and documents is None and places_known and window is None:
         if queries == 1 or not causal:
-            return Visibility(None)
+            return Visibility(None, last=last)
         if past == 0:
             return Visibility(None, causal=True)
-    if segmented and dense and causal and padding is None and documents is not None and window is None:
+    if segmented and dense and causal and padding is None and documents is not None:
         found = _segments(documents)
-        if found is not None:
+        if found is not None and (window is None or max(found) <= window):
             return Visibility(None, causal=True, segments=found)
     if not causal and not places_known:  # nothing hides what is not written yet
         written = (torch.arange(keys, device=device) <= past[-1]).expand(batch, -1)  # type: ignore[index]
         padding = written if padding is None else written & padding.to(device)
     rule = Rule(causal, past, queries, keys, padding, documents, device, window)
-    return rule.masked() if dense else Visibility(None, rule=rule)
+    return rule.masked()._replace(last=last) if dense else Visibility(None, rule=rule, last=last)
 
 
 def _given(mask: Shaped[Tensor, "_ _ _ _"], batch: int, queries: int, keys: int) -> Visibility:
@@ -186,10 +197,14 @@ def _padding(
             "give one 0 or 1 for each token in the cache and in this call."
         )
     padding = attention_mask.to(torch.bool)
-    waits = whole_buffer or padding.device.type != "cpu"  # whoever gives places by a tensor wants nothing read
-    if not waits and not torch.compiler.is_compiling() and bool(padding.all()):
-        return None
-    return padding
+    return padding if whole_buffer else _hiding(padding)  # whoever gives places by a tensor wants nothing read
+
+
+def _hiding(padding: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"] | None:
+    """None when it hides nothing."""
+    if padding.device.type != "cpu" or torch.compiler.is_compiling():
+        return padding
+    return None if bool(padding.all()) else padding
 
 
 def _documents(position_ids: Int[Tensor, "B S"] | None) -> Int[Tensor, "B S"] | None:

@@ -15,12 +15,13 @@ from torch.utils.checkpoint import checkpoint
 
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError, TokenOutOfRange
-from gemmakit.family import FULL_ATTENTION
+from gemmakit.family import FULL_ATTENTION, members
 from gemmakit.outputs import BaseModelOutputWithPast
 from gemmakit.pytorch.attention import MASKLESS, SEGMENTED, GemmaAttention
 from gemmakit.pytorch.cache import Cache, DynamicCache
 from gemmakit.pytorch.fused import fused_layer
 from gemmakit.pytorch.layers import (
+    STREAM_SCALES,
     GemmaMLP,
     GemmaRMSNorm,
     GemmaRotaryEmbedding,
@@ -28,6 +29,7 @@ from gemmakit.pytorch.layers import (
     LayerNorms,
     LayerParts,
     RotaryTables,
+    layer_norms,
 )
 from gemmakit.pytorch.masks import Visibility, visibility
 from gemmakit.pytorch.pretrained import GemmaPreTrainedModel
@@ -45,8 +47,8 @@ class GemmaDecoderLayer(nn.Module):
         self.norm_names = config.kind.norms
         self.self_attn = GemmaAttention(config, layer_idx)
         self.mlp = GemmaMLP(config, config.layer(layer_idx))
-        for name in filter(None, self.norm_names):
-            self.add_module(name, GemmaRMSNorm(config.hidden_size, config.rms_norm_eps))
+        for name, norm in layer_norms(config).items():
+            self.add_module(name, norm)
 
     def forward(
         self,
@@ -98,7 +100,11 @@ class GemmaModel(GemmaPreTrainedModel):
         pad = config.pad_token_id if config.pad_token_id is not None and config.pad_token_id >= 0 else None
         self.embed_tokens = GemmaScaledEmbedding(config.vocab_size, config.hidden_size, padding_idx=pad)
         self.layers = nn.ModuleList(GemmaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        kind = config.kind
+        self.scales_stream = kind.norms_outputs
+        self.norm = GemmaRMSNorm(
+            config.hidden_size, config.rms_norm_eps, offset=kind.norm_offset, reads_stream=self.scales_stream
+        )
         self.specs = tuple(config.layer(i) for i in range(config.num_hidden_layers))
         # One description of who sees whom a window, one rotary table a kind: most models have one of each.
         self.windows = tuple(dict.fromkeys(spec.window for spec in self.specs))
@@ -163,7 +169,9 @@ class GemmaModel(GemmaPreTrainedModel):
         past, keys = (0, S) if cache is None else cache.span(S, cache_position)
         packed = cache is None or cache.packs or (past_key_values is None and past == 0)
         documents = position_ids if packed else None
-        visible = {
+        # A window that all keys fit into hides nothing.
+        hiding = {window: None if window is None or keys <= window else window for window in self.windows}
+        made = {
             window: visibility(
                 attention_mask,
                 batch=B,
@@ -176,19 +184,22 @@ class GemmaModel(GemmaPreTrainedModel):
                 device=device,
                 dense=output_attentions or config.attn_implementation not in MASKLESS,
                 segmented=not output_attentions and config.attn_implementation in SEGMENTED,
+                whole=output_attentions,
             )
-            for window in self.windows
+            for window in dict.fromkeys(hiding.values())
         }
+        visible = {window: made[hides] for window, hides in hiding.items()}
         if position_ids is None:
             position_ids = (torch.arange(past, past + S, device=device) if isinstance(past, int) else past)[None]
         dtype = inputs_embeds.dtype
         tables = {rope: getattr(self, name)(position_ids, dtype) for rope, name in self.ropes.items()}
 
-        hidden = inputs_embeds
+        scale = STREAM_SCALES.get(dtype, 1.0) if self.scales_stream else 1.0
+        hidden = inputs_embeds if scale == 1.0 else inputs_embeds * scale
         all_hidden, all_weights = [], []
         for i, (layer, spec) in enumerate(zip(self.layers, self.specs, strict=False)):
             if output_hidden_states:
-                all_hidden.append(hidden)
+                all_hidden.append(hidden if scale == 1.0 else hidden / scale)
             told = (tables[spec.rope], visible[spec.window], cache, cache_position, output_attentions)
             arguments = (hidden, *told)
             again = recompute and i % self.checkpointing_every == 0
@@ -258,3 +269,6 @@ def _check_shapes(embeds: Tensor, position_ids: Tensor | None, width: int) -> No
     if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[0] not in (1, B)
                                      or position_ids.shape[1] != S):  # fmt: skip
         raise InputError(f"position_ids has shape {tuple(position_ids.shape)}; it must be ({B}, {S}) or (1, {S}).")
+
+
+globals().update(members(GemmaModel))

@@ -19,6 +19,7 @@ from gemmakit.checkpoint.settings import config_for, generation_for
 from gemmakit.config import GemmaConfig
 from gemmakit.dtypes import dtype_name
 from gemmakit.errors import InputError, NotEnoughMemory
+from gemmakit.family import KINDS, member_class
 from gemmakit.generation import GenerationConfig
 from gemmakit.gguf import matrices_dtype, read_gguf_header
 from gemmakit.hub import HubOptions, find_gguf, push_saved, refuse_code
@@ -57,6 +58,7 @@ class GemmaPreTrainedModel(QuantizedMethods, ModelMethods):
         super().__init__()
         if not isinstance(config, GemmaConfig):
             raise InputError(f"config is a {type(config).__name__}; give a GemmaConfig, or use from_pretrained.")
+        member_class(type(self), config.model_type)  # refuses another member's
         self.config = copy.deepcopy(config)
         self.config.attn_implementation = implementation(config.attn_implementation)
         self.gradient_checkpointing = False
@@ -131,6 +133,7 @@ class GemmaPreTrainedModel(QuantizedMethods, ModelMethods):
         hub, variant = HubOptions.take(kwargs), kwargs.pop("variant", None)
         gguf = find_gguf(name, kwargs.pop("gguf_file", None), hub)
         config = config_for(gguf or name, config, HubOptions() if gguf else hub, kwargs, _INSTEAD)
+        cls = member_class(cls, config.model_type)
         if attn_implementation is not None:
             config.attn_implementation = attn_implementation
         wanted = dtype_of(dtype or torch_dtype or "auto")
@@ -178,7 +181,8 @@ class GemmaPreTrainedModel(QuantizedMethods, ModelMethods):
             CheckpointError: the disk refuses.
         """
         config = self.config
-        config.architectures, config.dtype = [type(self).__name__], dtype_name(self.dtype)
+        config.architectures = [member_class(type(self), config.model_type).__name__]
+        config.dtype = dtype_name(self.dtype)
         tensors = _saved(self)
         if self._quantizer is None:
             config.extra.pop("quantization_config", None)
@@ -363,3 +367,9 @@ def dtype_of(dtype: torch.dtype | str) -> torch.dtype | None:
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise InputError(f"dtype is {dtype!r}; it must be 'auto', 'float32', 'bfloat16' or 'float16'.")
     return found
+
+
+for _model_type in KINDS:  # by the members' names, as other libraries call it
+    globals()[f"{KINDS[_model_type].classes['causal_lm'].removesuffix('ForCausalLM')}PreTrainedModel"] = (
+        GemmaPreTrainedModel
+    )

@@ -15,6 +15,7 @@ from gemmakit.checkpoint.layout import differences, warn_of_copies
 from gemmakit.config import GemmaConfig
 from gemmakit.dtypes import dtype_name
 from gemmakit.errors import InputError
+from gemmakit.family import member_class, role_of
 from gemmakit.hub import HubOptions, find_file, local_directory
 from gemmakit.pytorch.heads import GemmaForCausalLM, GemmaForSequenceClassification, GemmaForTokenClassification
 from gemmakit.pytorch.kernels import PackedWeight
@@ -32,10 +33,12 @@ BESIDE = (
     "generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
-# The classes that a checkpoint may name; any other is taken for the first.
+# By role, the classes that a checkpoint may name; any other is taken for the first.
 _CLASSES: dict[str, type[GemmaPreTrainedModel]] = {
-    kind.__name__: kind
-    for kind in (GemmaForCausalLM, GemmaModel, GemmaForSequenceClassification, GemmaForTokenClassification)
+    "causal_lm": GemmaForCausalLM,
+    "model": GemmaModel,
+    "sequence_classification": GemmaForSequenceClassification,
+    "token_classification": GemmaForTokenClassification,
 }
 # Beside tensors: interpreter, torch, and pieces in work.
 _SLACK_BYTES = 300_000_000
@@ -135,9 +138,9 @@ def _beside(source: Name, hub: HubOptions) -> dict[str, bytes]:
 
 def _hollow(config: GemmaConfig) -> Any:
     """The model of the checkpoint's class, without memory for its weights."""
-    said = next((name for name in config.architectures or () if name in _CLASSES), next(iter(_CLASSES)))
+    roles = [found[1] for name in config.architectures or () if (found := role_of(name))]
     with torch.device("meta"):
-        return _CLASSES[said](config)
+        return member_class(_CLASSES[roles[0] if roles else "causal_lm"], config.model_type)(config)
 
 
 def _stored(model: Any, checkpoint: Checkpoint) -> dict[str, str]:

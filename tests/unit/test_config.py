@@ -226,8 +226,8 @@ def test_code_fields_are_data_and_never_run(tmp_path):
 
 
 def test_other_models_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="model_type is 'gemma2'"):
-        read({**RELEASED_2B, "model_type": "gemma2"}, tmp_path)
+    with pytest.raises(ConfigError, match="model_type is 'gemma3n'"):
+        read({**RELEASED_2B, "model_type": "gemma3n"}, tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "null", "[" * 100000])
@@ -452,5 +452,5 @@ def test_a_field_that_is_not_there_says_what_it_may_be_called():
         AttributeError, match=r"no field '_attn_implementation'\. Its name here is 'attn_implementation'"
     ):
         GemmaConfig()._attn_implementation
-    with pytest.raises(AttributeError, match=r"no field 'sliding_window'\.$"):
-        GemmaConfig().sliding_window
+    with pytest.raises(AttributeError, match=r"no field 'window_size'\.$"):
+        GemmaConfig().window_size

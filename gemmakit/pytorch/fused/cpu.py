@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gemmakit.pytorch.cache.core import Cache, CacheLayer
-from gemmakit.pytorch.fused.reference import MAX_ROWS, FusedLayer
+from gemmakit.pytorch.fused.reference import MAX_ROWS, FusedLayer, unlike_plain
 from gemmakit.pytorch.fused.weights import misfit, weight_of
 from gemmakit.pytorch.kernels import Decision, PackedWeight, cpu
 from gemmakit.pytorch.kernels.linear import takes_bytes
@@ -266,7 +266,7 @@ def _no_native_attention(attention: Any) -> str:
     kind = attention.config.attn_implementation
     if kind is not None and kind != "sdpa":
         return f"attn_implementation is {kind!r}"
-    return "head_dim is odd" if attention.head_dim % 2 else ""
+    return unlike_plain(attention) or ("head_dim is odd" if attention.head_dim % 2 else "")
 
 
 def _plain_layer(cache: Any, cache_position: Tensor | None, attention: Any, sizes: tuple[int, int, int]) -> Any:
@@ -285,7 +285,7 @@ def _plain_layer(cache: Any, cache_position: Tensor | None, attention: Any, size
 def _says(visible: Any, T: int) -> bool:
     """Whether the kernel reads this description of who sees whom: nothing, or one bool for all heads."""
     mask = visible.mask
-    if visible.rule is not None:
+    if visible.rule is not None or visible.last is not None:
         return False
     return mask is None or (
         mask.dtype == torch.bool and mask.shape[1] == 1 and mask.shape[3] == T and mask.stride(3) == 1

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gemmakit.pytorch.cache.core import Cache, CacheLayer
 from gemmakit.pytorch.cache.paged import PagedCache
-from gemmakit.pytorch.fused.reference import FusedLayer
+from gemmakit.pytorch.fused.reference import FusedLayer, unlike_plain
 from gemmakit.pytorch.fused.weights import misfit, weight_of
 from gemmakit.pytorch.kernels import Decision
 from gemmakit.pytorch.kernels.reference import ACTIVATION_OF
@@ -173,13 +173,15 @@ def _no_attention(attention: Any) -> str:
         return f"attn_implementation is {kind!r}"
     if H > launch.MAX_HEAD_DIM:
         return f"head_dim is {H}; the kernel takes up to {launch.MAX_HEAD_DIM}"
-    return "head_dim is odd" if H % 2 else ""
+    return unlike_plain(attention) or ("head_dim is odd" if H % 2 else "")
 
 
 def _takes(q: Tensor, tables: tuple[Tensor, Tensor], visible: Any, attention: Any) -> bool:
     """Whether the kernel reads these shapes and this description of who sees whom."""
     mask = visible.mask
-    if _no_attention(attention) or visible.rule is not None or any(t.dtype != q.dtype for t in tables):
+    if _no_attention(attention) or visible.rule is not None or visible.last is not None:
+        return False
+    if any(t.dtype != q.dtype for t in tables):
         return False
     B, S, _ = q.shape
     if S > 1 and B * S > MAX_ROWS:  # matrix work

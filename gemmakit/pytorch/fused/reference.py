@@ -5,6 +5,8 @@ Axis letters: B batch, S positions, D hidden, F mlp, N heads, K kv heads, H head
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from gemmakit.pytorch.cache import Cache
@@ -15,6 +17,13 @@ from gemmakit.pytorch.shapes import Float, Int
 
 # A step of more rows (B * S) is matrix work, which the modules do best, but for forms that say otherwise.
 MAX_ROWS = 8
+
+
+def unlike_plain(attention: Any) -> str:
+    """What attention does besides rotating and attending, which no kernel does yet; empty for nothing."""
+    if attention.q_norm is not None or attention.k_norm is not None:
+        return "queries and keys are normed"
+    return "" if attention.softcap is None else "scores are capped"
 
 
 class FusedLayer:
