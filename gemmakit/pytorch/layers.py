@@ -146,6 +146,10 @@ def layer_norms(config: GemmaConfig) -> dict[str, GemmaRMSNorm]:
     return made
 
 
+def through(norm: nn.Module | None, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
+    return x if norm is None else norm(x)
+
+
 class LayerParts(NamedTuple):
     """What a decoder layer is made of: declared by the layer, for those who run it otherwise than by its modules."""
 
@@ -167,7 +171,10 @@ class LayerParts(NamedTuple):
         return [(name, module) for name, module in zip(self._fields, self, strict=True) if name.endswith("_proj")]
 
     def norm_modules(self) -> list[tuple[str, Any]]:
-        return [(name, norm) for name, norm in zip(self.norm_names, self.norms, strict=True) if name and norm]
+        """Each by its name: the layer's, then those of heads."""
+        own = list(zip(self.norm_names, self.norms, strict=True))
+        own += [(name, self.self_attn._modules.get(name)) for name in ("q_norm", "k_norm")]
+        return [(name, norm) for name, norm in own if name and norm is not None]
 
 
 # Cosine and sine of each position; with 1 for B they are every row's.

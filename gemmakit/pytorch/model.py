@@ -30,6 +30,7 @@ from gemmakit.pytorch.layers import (
     LayerParts,
     RotaryTables,
     layer_norms,
+    through,
 )
 from gemmakit.pytorch.masks import Visibility, visibility
 from gemmakit.pytorch.pretrained import GemmaPreTrainedModel
@@ -69,8 +70,8 @@ class GemmaDecoderLayer(nn.Module):
             return fused(x, *told), None
         before, after, before_mlp, after_mlp = self.norms()
         attended, weights = self.self_attn(before(x), *told, output_attentions)
-        x = x + _through(after, attended)
-        return x + _through(after_mlp, self.mlp(before_mlp(x))), weights
+        x = x + through(after, attended)
+        return x + through(after_mlp, self.mlp(before_mlp(x))), weights
 
     def norms(self) -> LayerNorms:
         own = self._modules
@@ -85,10 +86,6 @@ class GemmaDecoderLayer(nn.Module):
         q, k, v, o = a("q_proj"), a("k_proj"), a("v_proj"), a("o_proj")
         gate, up, down, act = m("gate_proj"), m("up_proj"), m("down_proj"), getattr(mlp, "act_fn", None)
         return LayerParts(attention, mlp, self.norms(), self.norm_names, q, k, v, o, gate, up, down, act)  # type: ignore[arg-type]
-
-
-def _through(norm: nn.Module | None, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
-    return x if norm is None else norm(x)
 
 
 class GemmaModel(GemmaPreTrainedModel):

@@ -16,19 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from gemmakit.pytorch.cache.core import Cache, CacheLayer
-from gemmakit.pytorch.fused.reference import MAX_ROWS, FusedLayer, unlike_plain
+from gemmakit.pytorch.fused.reference import MAX_ROWS, FusedLayer
 from gemmakit.pytorch.fused.weights import misfit, weight_of
 from gemmakit.pytorch.kernels import Decision, PackedWeight, cpu
 from gemmakit.pytorch.kernels.linear import takes_bytes
 from gemmakit.pytorch.kernels.reference import ACTIVATION_OF
-from gemmakit.pytorch.layers import LayerParts, RotaryTables
+from gemmakit.pytorch.layers import LayerNorms, LayerParts, RotaryTables
 from gemmakit.pytorch.masks import Visibility
 from gemmakit.pytorch.shapes import Float, Int
 
 # Below so many bytes a second thread costs more than it saves.
 ALONE = 1 << 18
-_LONGS = ("B", "S", "N", "K", "H", "T", "start", "capacity", "table_row", "mask_row", "mask_query", "blind_row",
-          "blind_query")  # fmt: skip
+_LONGS = ("B", "S", "N", "K", "H", "first", "T", "start", "capacity", "table_row", "mask_row", "mask_query",
+          "blind_row", "blind_query")  # fmt: skip
 _POINTERS = ("q", "k", "v", "cos", "sin", "keys", "values", "y", "mask", "blind")
 _INTS = ("format", "causal", "threads")
 
@@ -39,8 +39,9 @@ class Attention(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in _LONGS),
         *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, cpu.Norm) for name in ("q_norm", "k_norm")),
         *((name, ctypes.c_int32) for name in _INTS),
-        ("scale", ctypes.c_float),
+        *((name, ctypes.c_float) for name in ("scale", "softcap")),
     )
 
 
@@ -87,6 +88,10 @@ class NativeLayer(FusedLayer):
         assert library is not None
         self.library = library
         self.format = cpu.FORMATS[dtype]
+        attention = parts.self_attn
+        self.q_norm, self.k_norm = (native_norm(norm, dtype) for norm in (attention.q_norm, attention.k_norm))
+        # As arrays of one, which a call takes as they are.
+        self.norms = LayerNorms(*[norm and (cpu.Norm * 1)(native_norm(norm, dtype)) for norm in parts.norms])
         self.qkv = Stack(parts.q_proj, parts.k_proj, parts.v_proj)
         self.o, self.down = Stack(parts.o_proj), Stack(parts.down_proj)
         self.gate_up = Stack(parts.gate_proj, parts.up_proj)
@@ -105,36 +110,26 @@ class NativeLayer(FusedLayer):
     def norm_qkv(
         self, x: Float[Tensor, "B S D"]
     ) -> tuple[Float[Tensor, "B S NH"], Float[Tensor, "B S KH"], Float[Tensor, "B S KH"]]:
-        q, k, v = self._norm_project(x, self.parts.norms.before_attention, self.qkv)
+        q, k, v = self._norm_project(x, self.norms.before_attention, self.qkv)
         return q, k, v
 
     def attention_add(
         self, attended: Float[Tensor, "B S NH"], residual: Float[Tensor, "B S D"]
     ) -> Float[Tensor, "B S D"]:
-        return self._project(attended, self.o, residual.contiguous())[0]
+        return self._project_add(attended, self.o, self.norms.after_attention, residual)
 
     def mlp_add(self, gated: Float[Tensor, "B S F"], residual: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
-        return self._project(gated, self.down, residual.contiguous())[0]
+        return self._project_add(gated, self.down, self.norms.after_mlp, residual)
 
     def norm_gate_up(self, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B S F"]:
-        stack, act, norm = self.gate_up, self.act, self.parts.norms.before_mlp
+        stack, act, norm = self.gate_up, self.act, self.norms.before_mlp
         B, S, _ = x.shape
         if act is None or B * S > cpu.MAX_ROWS:
             gate, up = self._norm_project(x, norm, stack)
             return self.parts.act_fn(gate) * up if act is None else self._gated(act, gate, up)
-        x, weight = x.contiguous(), norm.weight
-        y = x.new_empty(B, S, stack.outs[0])
+        x, y = x.contiguous(), x.new_empty(B, S, stack.outs[0])
         failed = self.library.gemmakit_norm_gate_up(
-            stack.matrices,
-            self.format,
-            x.data_ptr(),
-            B * S,
-            cpu.FORMATS[weight.dtype],
-            weight.data_ptr(),
-            norm.eps,
-            act,
-            y.data_ptr(),
-            stack.threads,
+            stack.matrices, self.format, x.data_ptr(), B * S, norm, act, y.data_ptr(), stack.threads
         )
         assert not failed, f"norm_gate_up takes 1 to {cpu.MAX_ROWS} rows, got {B * S}"
         return y
@@ -150,31 +145,34 @@ class NativeLayer(FusedLayer):
         B, S, D = x.shape
         if B * S > cpu.MAX_ROWS:
             return self._project(self._rms_norm(x, norm), stack)
-        x, weight = x.contiguous(), norm.weight
-        ys = [x.new_empty(B, S, out) for out in stack.outs]
+        x, ys = x.contiguous(), [x.new_empty(B, S, out) for out in stack.outs]
+        to = stack.pointers(*[y.data_ptr() for y in ys])
         failed = self.library.gemmakit_norm_project(
-            stack.matrices,
-            stack.count,
-            self.format,
-            x.data_ptr(),
-            B * S,
-            cpu.FORMATS[weight.dtype],
-            weight.data_ptr(),
-            norm.eps,
-            stack.pointers(*[y.data_ptr() for y in ys]),
-            stack.threads,
+            stack.matrices, stack.count, self.format, x.data_ptr(), B * S, norm, to, stack.threads
         )
         assert not failed, f"norm_project takes 1 to {cpu.MAX_ROWS} rows, got {B * S} of {D}"
         return ys
 
     def _rms_norm(self, x: Float[Tensor, "B S D"], norm: Any) -> Float[Tensor, "B S D"]:
-        x, weight = x.contiguous(), norm.weight
-        y, D = torch.empty_like(x), x.shape[-1]
-        kind, threads = cpu.FORMATS[weight.dtype], torch.get_num_threads()
+        x, D = x.contiguous(), x.shape[-1]
+        y, threads = torch.empty_like(x), torch.get_num_threads()
         failed = self.library.gemmakit_rms_norm(
-            self.format, x.data_ptr(), x.numel() // D, D, kind, weight.data_ptr(), norm.eps, y.data_ptr(), threads
+            self.format, x.data_ptr(), x.numel() // D, D, norm, None, y.data_ptr(), threads
         )
         assert not failed
+        return y
+
+    def _project_add(
+        self, x: Float[Tensor, "B S I"], stack: Stack, norm: Any, residual: Float[Tensor, "B S D"]
+    ) -> Float[Tensor, "B S D"]:
+        residual = residual.contiguous()
+        if norm is None:
+            return self._project(x, stack, residual)[0]
+        x, y, rows = x.contiguous(), torch.empty_like(residual), x.shape[0] * x.shape[1]
+        failed = self.library.gemmakit_project_norm_add(
+            stack.matrices, self.format, x.data_ptr(), rows, norm, residual.data_ptr(), y.data_ptr(), stack.threads
+        )
+        assert not failed, f"project_norm_add takes 1 to {cpu.MAX_ROWS} rows of these weights, got {rows}"
         return y
 
     def _project(
@@ -215,7 +213,8 @@ class NativeLayer(FusedLayer):
         sizes = (B, k.shape[2] // H, H)
         held = _plain_layer(cache, cache_position, attention, sizes)
         past = 0 if held is None or held is NEW else int(held.length)
-        if held is None or not _says(visible, past + S) or not _fit(q, tables, held):
+        last = past + S if visible.last is None else visible.last
+        if held is None or not _says(visible, last) or not _fit(q, tables, held):
             return super().attend(q, k, v, tables, visible, cache, cache_position)
         if held is NEW:
             keys, values = k.new_empty(B, sizes[1], S, H), k.new_empty(B, sizes[1], S, H)
@@ -231,6 +230,7 @@ class NativeLayer(FusedLayer):
             width // H,
             sizes[1],
             H,
+            end - last,
             end,
             start,
             keys.shape[2],
@@ -247,14 +247,25 @@ class NativeLayer(FusedLayer):
             y.data_ptr(),
             None if mask is None else mask.data_ptr(),
             None if blind is None else blind.data_ptr(),
+            self.q_norm,
+            self.k_norm,
             self.format,
             visible.causal and mask is None,
             torch.get_num_threads(),
             attention.scaling,
+            attention.softcap or 0.0,
         )
         failed = self.library.gemmakit_attend(ctypes.byref(call))
         assert not failed, f"attend takes 1 to {cpu.MAX_ROWS} positions, got {B} rows of {S}"
         return y
+
+
+def native_norm(norm: Any, dtype: torch.dtype) -> cpu.Norm:
+    """A GemmaRMSNorm of activations of `dtype`; None is none."""
+    if norm is None:
+        return cpu.Norm()
+    weight = norm.weight
+    return cpu.Norm(weight.data_ptr(), cpu.FORMATS[weight.dtype], norm.eps_of(dtype), norm.gain_of(dtype))
 
 
 # Stands for a cache layer where there is no cache: the new keys are all there are.
@@ -266,7 +277,7 @@ def _no_native_attention(attention: Any) -> str:
     kind = attention.config.attn_implementation
     if kind is not None and kind != "sdpa":
         return f"attn_implementation is {kind!r}"
-    return unlike_plain(attention) or ("head_dim is odd" if attention.head_dim % 2 else "")
+    return "head_dim is odd" if attention.head_dim % 2 else ""
 
 
 def _plain_layer(cache: Any, cache_position: Tensor | None, attention: Any, sizes: tuple[int, int, int]) -> Any:
@@ -282,13 +293,15 @@ def _plain_layer(cache: Any, cache_position: Tensor | None, attention: Any, size
     return held if type(held) is CacheLayer else None
 
 
-def _says(visible: Any, T: int) -> bool:
-    """Whether the kernel reads this description of who sees whom: nothing, or one bool for all heads."""
+def _says(visible: Any, last: int) -> bool:
+    """Whether the kernel reads this description of who sees whom of the last so many keys: nothing, or one bool for all
+    heads.
+    """
     mask = visible.mask
-    if visible.rule is not None or visible.last is not None:
+    if visible.rule is not None:
         return False
     return mask is None or (
-        mask.dtype == torch.bool and mask.shape[1] == 1 and mask.shape[3] == T and mask.stride(3) == 1
+        mask.dtype == torch.bool and mask.shape[1] == 1 and mask.shape[3] == last and mask.stride(3) == 1
     )
 
 

@@ -1,4 +1,5 @@
-"""A decoder layer on CUDA: five Triton kernels, and one more where attention is divided among many programs.
+"""A decoder layer on CUDA: five Triton kernels, one more where attention is divided among many programs, and one for
+each norm of what attention or the MLP gives.
 
 Axis letters: B batch, S positions, D hidden, F mlp, N heads, K kv heads, H head_dim, T keys.
 """
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from gemmakit.pytorch.cache.core import Cache, CacheLayer
 from gemmakit.pytorch.cache.paged import PagedCache
-from gemmakit.pytorch.fused.reference import FusedLayer, unlike_plain
+from gemmakit.pytorch.fused.reference import FusedLayer
 from gemmakit.pytorch.fused.weights import misfit, weight_of
 from gemmakit.pytorch.kernels import Decision
 from gemmakit.pytorch.kernels.reference import ACTIVATION_OF
@@ -75,7 +76,7 @@ class TritonLayer(FusedLayer):
     def _norm_project(
         self, x: Tensor, norm: nn.Module, weights: list[Operand], modules: tuple[nn.Module, ...]
     ) -> list[Tensor]:
-        rows, first, biases = x.flatten(0, 1), _norm(norm), [_bias(m) for m in modules]
+        rows, first, biases = x.flatten(0, 1), _norm(norm, x.dtype), [_bias(m) for m in modules]
         if launch.alike(weights):
             ys = launch.project(rows, weights, biases, first)
         else:
@@ -85,21 +86,31 @@ class TritonLayer(FusedLayer):
     def _normed(self, x: Tensor, norm: nn.Module) -> Tensor:
         if available(self.device):
             with suppress(Refused):
-                return launch.rms_norm_saving(x, *_norm(norm))[0]
+                return launch.rms_norm_saving(x, *_norm(norm, x.dtype)[:2])[0]
         return norm(x)
 
     def attention_add(self, attended: Tensor, residual: Tensor) -> Tensor:
-        return self._project_add(attended, self.o, self.parts.o_proj, residual)
+        return self._project_add(attended, self.o, self.parts.o_proj, self.parts.norms.after_attention, residual)
 
     def mlp_add(self, gated: Tensor, residual: Tensor) -> Tensor:
-        return self._project_add(gated, self.down, self.parts.down_proj, residual)
+        return self._project_add(gated, self.down, self.parts.down_proj, self.parts.norms.after_mlp, residual)
 
-    def _project_add(self, x: Tensor, weight: Operand, module: nn.Module, residual: Tensor) -> Tensor:
+    def _project_add(
+        self, x: Tensor, weight: Operand, module: nn.Module, norm: nn.Module | None, residual: Tensor
+    ) -> Tensor:
+        """A norm follows in a launch of its own: it reads a whole row, of which many programs made parts."""
+        y = None
         with suppress(Refused):
             if self._fits(x):
-                rows, added = x.flatten(0, 1), residual.flatten(0, 1)
-                return launch.project(rows, [weight], [_bias(module)], residual=added)[0].view_as(residual)
-        return residual + module(x)
+                rows, added = x.flatten(0, 1), residual.flatten(0, 1) if norm is None else None
+                y = launch.project(rows, [weight], [_bias(module)], residual=added)[0].view_as(residual)
+        if norm is None:
+            return residual + module(x) if y is None else y
+        y = module(x) if y is None else y
+        if available(self.device):
+            with suppress(Refused):
+                return launch.norm_add(y, _norm(norm, y.dtype), residual)
+        return residual + norm(y)
 
     def norm_gate_up(self, x: Tensor) -> Tensor:
         """An activation that no kernel has follows the projections."""
@@ -112,7 +123,7 @@ class TritonLayer(FusedLayer):
             if self._fits(x) and act is not None:
                 biases = (_bias(p.gate_proj), _bias(p.up_proj))
                 gate, up = self.gate_up
-                y = launch.gate_up(x.flatten(0, 1), _norm(p.norms.before_mlp), gate, up, biases, act)
+                y = launch.gate_up(x.flatten(0, 1), _norm(p.norms.before_mlp, x.dtype), gate, up, biases, act)
                 return y.view(*x.shape[:2], -1)
         h = self._normed(x, p.norms.before_mlp)
         return self._gated(p.gate_proj(h), p.up_proj(h))
@@ -145,7 +156,9 @@ class TritonLayer(FusedLayer):
             with suppress(Refused):
                 return launch.attend(
                     q, k, v, tables, room, attention.head_dim, attention.scaling, visible.mask, visible.blind,
-                    visible.causal,
+                    visible.causal, last=visible.last, softcap=attention.softcap,
+                    q_norm=attention.q_norm and _norm(attention.q_norm, q.dtype),
+                    k_norm=attention.k_norm and _norm(attention.k_norm, k.dtype),
                 )  # fmt: skip
             if cache is not None and room.places is None:
                 cache.layers[attention.layer_idx].crop(room.start)  # torch claims the places once more
@@ -158,8 +171,8 @@ def _operand(module: nn.Module) -> Operand:
     return launch.operand(weight.detach() if isinstance(weight, Tensor) else weight)
 
 
-def _norm(norm: Any) -> Norm:
-    return Norm(norm.weight.detach(), norm.eps)
+def _norm(norm: Any, dtype: torch.dtype) -> Norm:
+    return Norm(norm.weight.detach(), norm.eps_of(dtype), norm.gain_of(dtype))
 
 
 def _bias(module: Any) -> Tensor | None:
@@ -173,15 +186,13 @@ def _no_attention(attention: Any) -> str:
         return f"attn_implementation is {kind!r}"
     if H > launch.MAX_HEAD_DIM:
         return f"head_dim is {H}; the kernel takes up to {launch.MAX_HEAD_DIM}"
-    return unlike_plain(attention) or ("head_dim is odd" if H % 2 else "")
+    return "head_dim is odd" if H % 2 else ""
 
 
 def _takes(q: Tensor, tables: tuple[Tensor, Tensor], visible: Any, attention: Any) -> bool:
     """Whether the kernel reads these shapes and this description of who sees whom."""
     mask = visible.mask
-    if _no_attention(attention) or visible.rule is not None or visible.last is not None:
-        return False
-    if any(t.dtype != q.dtype for t in tables):
+    if _no_attention(attention) or visible.rule is not None or any(t.dtype != q.dtype for t in tables):
         return False
     B, S, _ = q.shape
     if S > 1 and B * S > MAX_ROWS:  # matrix work

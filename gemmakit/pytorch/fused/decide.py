@@ -82,6 +82,8 @@ class FusionDecision:
         self.hooked, self.replaced = any(self.hooks), self._replaced()
         self.holders = [d for m in modules for d in (m._parameters, m._buffers) if d]
         self.tensors = self._tensors()
+        self.norms = [norm for _, norm in parts.norm_modules()]
+        self.settings = self._settings()
         self.dropout = getattr(parts.self_attn, "attention_dropout", 0.0) > 0
         if x is None:
             weight = getattr(parts.norms.before_attention, "weight", None)
@@ -100,7 +102,9 @@ class FusionDecision:
             return False
         if x.dtype != self.dtype or x.device != self.device:
             return False
-        return self._replaced() == self.replaced and self._tensors() == self.tensors
+        if self._replaced() != self.replaced or self._settings() != self.settings:
+            return False
+        return self._tensors() == self.tensors
 
     def _replaced(self) -> bool:
         """Whether a module has a forward of its own, as offloading gives it one."""
@@ -108,6 +112,10 @@ class FusionDecision:
             if "forward" in own:
                 return True
         return False
+
+    def _settings(self) -> list[tuple[float | None, float | None]]:
+        """Of the norms, which a form may keep."""
+        return [(getattr(norm, "eps", None), getattr(norm, "offset", None)) for norm in self.norms]
 
     def _tensors(self) -> list[tuple[int, torch.dtype, int] | None]:
         """Where each tensor of the modules is; nothing for those that are no memory of this process."""
@@ -131,8 +139,9 @@ class FusionDecision:
             known = weight_of(module) is not None if kind is nn.Linear else type(module) is kind
             if not known:
                 return f"{name} is a {type(module).__module__}.{type(module).__qualname__}"
-        if parts.norms.after_attention is not None or parts.norms.after_mlp is not None:
-            return "norms of what attention and MLP give have no fused form"
+        for name, norm in parts.norm_modules():
+            if norm.offset != 1.0:
+                return f"{name} multiplies by {norm.offset} + weight"
         if isinstance(parts.act_fn, nn.Module):
             return "its activation is a module"
         elsewhere = {str(t.device) for h in self.holders for t in h.values() if t is not None} - {str(self.device)}

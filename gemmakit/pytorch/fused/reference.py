@@ -5,25 +5,16 @@ Axis letters: B batch, S positions, D hidden, F mlp, N heads, K kv heads, H head
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from gemmakit.pytorch.cache import Cache
 from gemmakit.pytorch.kernels import Decision
-from gemmakit.pytorch.layers import LayerParts, RotaryTables
+from gemmakit.pytorch.layers import LayerParts, RotaryTables, through
 from gemmakit.pytorch.masks import Visibility
 from gemmakit.pytorch.shapes import Float, Int
 
 # A step of more rows (B * S) is matrix work, which the modules do best, but for forms that say otherwise.
 MAX_ROWS = 8
-
-
-def unlike_plain(attention: Any) -> str:
-    """What attention does besides rotating and attending, which no kernel does yet; empty for nothing."""
-    if attention.q_norm is not None or attention.k_norm is not None:
-        return "queries and keys are normed"
-    return "" if attention.softcap is None else "scores are capped"
 
 
 class FusedLayer:
@@ -69,14 +60,14 @@ class FusedLayer:
         cache: Cache | None,
         cache_position: Int[Tensor, " S"] | None,
     ) -> Float[Tensor, "B S NH"]:
-        """Rotate q and k, append k and v to the cache, attend."""
+        """Norm and rotate q and k, append k and v to the cache, attend."""
         return self.parts.self_attn.attend(q, k, v, tables, visible, cache, cache_position)[0]
 
     def attention_add(
         self, attended: Float[Tensor, "B S NH"], residual: Float[Tensor, "B S D"]
     ) -> Float[Tensor, "B S D"]:
-        """residual + o_proj(attended)."""
-        return residual + self.parts.o_proj(attended)
+        """residual + after_attention(o_proj(attended))."""
+        return residual + through(self.parts.norms.after_attention, self.parts.o_proj(attended))
 
     def norm_gate_up(self, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B S F"]:
         """act(gate_proj(norm(x))) * up_proj(norm(x))."""
@@ -84,5 +75,5 @@ class FusedLayer:
         return p.act_fn(p.gate_proj(normed)) * p.up_proj(normed)
 
     def mlp_add(self, gated: Float[Tensor, "B S F"], residual: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
-        """residual + down_proj(gated)."""
-        return residual + self.parts.down_proj(gated)
+        """residual + after_mlp(down_proj(gated))."""
+        return residual + through(self.parts.norms.after_mlp, self.parts.down_proj(gated))

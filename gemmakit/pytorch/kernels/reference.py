@@ -38,11 +38,13 @@ _ACTIVATIONS_BACK: dict[int, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def rms_norm(x: Float[Tensor, "*rows D"], weight: Float[Tensor, " D"], eps: float) -> Float[Tensor, "*rows D"]:
-    """x * rsqrt(mean(x^2) + eps) * (1 + weight) in float32, then rounded to x's dtype."""
+def rms_norm(
+    x: Float[Tensor, "*rows D"], weight: Float[Tensor, " D"], eps: float, gain: float = 1.0
+) -> Float[Tensor, "*rows D"]:
+    """x * rsqrt(mean(x^2) + eps) * (1 + weight) * gain in float32, then rounded to x's dtype."""
     y = x.float()
     y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
-    return (y * (1.0 + weight.float())).to(x.dtype)
+    return (y * (1.0 + weight.float()) * gain).to(x.dtype)
 
 
 def rms_scale(x: Tensor, eps: float) -> Tensor:
@@ -110,13 +112,15 @@ def attend(
     values: Float[Tensor, "B T K H"],
     seen: Bool[Tensor, "#B S T"],
     scale: float,
+    softcap: float | None = None,
 ) -> Float[Tensor, "B S N H"]:
-    """Of rotated queries; softmax in float32.
+    """Of rotated queries; scores, their cap and softmax in float32.
 
     A query that sees nothing gets zeros.
     """
     groups = q.shape[2] // keys.shape[2]
     k, v = (x.float().repeat_interleave(groups, 2) for x in (keys, values))
     scores = torch.einsum("bsnh,btnh->bnst", q.float(), k) * scale
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
     weights = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1).nan_to_num(0.0)
     return torch.einsum("bnst,btnh->bsnh", weights, v).to(q.dtype)

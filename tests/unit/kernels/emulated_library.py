@@ -36,10 +36,19 @@ def attention_parts(a):
     q, kv = a.B * a.S * a.N * a.H * size, a.B * a.S * a.K * a.H * size
     table = (a.table_row * (a.B - 1) + a.S * a.H) * size
     cache = a.B * a.K * a.capacity * a.H * size
-    mask = a.mask_row * (a.B - 1) + a.mask_query * (a.S - 1) + a.T
+    mask = a.mask_row * (a.B - 1) + a.mask_query * (a.S - 1) + a.T - a.first
     blind = a.blind_row * (a.B - 1) + a.blind_query * (a.S - 1) + 1
+    norms = {f"{name}.weight": a.H * _SIZES.get(getattr(a, name).format, 4) for name in ("q_norm", "k_norm")}
     return {"q": q, "y": q, "k": kv, "v": kv, "cos": table, "sin": table, "keys": cache, "values": cache,
-            "mask": mask, "blind": blind}  # fmt: skip
+            "mask": mask, "blind": blind, **norms}  # fmt: skip
+
+
+def member(made, path):
+    """Where a field of a structure lies, or with dots a field of a structure within it, and its value."""
+    offset = 0
+    for name in path.split("."):
+        offset, made = offset + getattr(type(made), name).offset, getattr(made, name)
+    return offset, made
 
 
 class Call:
@@ -70,8 +79,8 @@ class Call:
         self.homes.append(None)
         for i, item in enumerate(items):
             for field, size in parts(item).items():
-                place = i * ctypes.sizeof(item) + getattr(type(item), field).offset
-                self.lead(own, place, getattr(item, field), size, field in back)
+                offset, address = member(item, field)
+                self.lead(own, i * ctypes.sizeof(item) + offset, address, size, field in back)
 
     def addresses(self, at, array, sizes):
         """Argument `at` is an array of pointers to what is written."""
@@ -104,10 +113,17 @@ def _expand(call, m, start, stop, y_format, y, threads):
     call.lead(0, 32, y, (stop - start) * one.in_ * _SIZES[y_format], back=True)
 
 
-def _rms_norm(call, x_format, x, rows, width, w_format, w, eps, y, threads):
-    call.lead(0, 8, x, rows * width * _SIZES[x_format])
-    call.lead(0, 40, w, width * _SIZES[w_format])
-    call.lead(0, 56, y, rows * width * _SIZES[x_format], back=True)
+def _norm(call, at, norm, width):
+    """Argument `at` is a Norm of so many features."""
+    call.structure(0, 8 * at, norm, lambda one: {"weight": width * _SIZES.get(one.format, 4)})
+
+
+def _rms_norm(call, x_format, x, rows, width, norm, residual, y, threads):
+    size = rows * width * _SIZES[x_format]
+    call.lead(0, 8, x, size)
+    _norm(call, 4, norm, width)
+    call.lead(0, 40, residual, size)
+    call.lead(0, 48, y, size, back=True)
 
 
 def _gated(call, x_format, act, gate, up, y, n, threads):
@@ -115,18 +131,26 @@ def _gated(call, x_format, act, gate, up, y, n, threads):
         call.lead(0, 8 * at, pointer, n * _SIZES[x_format], back=at == 4)
 
 
-def _norm_project(call, m, count, x_format, x, rows, w_format, w, eps, y, threads):
+def _norm_project(call, m, count, x_format, x, rows, norm, y, threads):
     call.structure(0, 0, m, lambda one: matrix_parts(one, x_format))
     call.lead(0, 24, x, rows * m[0].in_ * _SIZES[x_format])
-    call.lead(0, 48, w, m[0].in_ * _SIZES[w_format])
-    call.addresses(8, y, [rows * one.out * _SIZES[x_format] for one in m])
+    _norm(call, 5, norm, m[0].in_)
+    call.addresses(6, y, [rows * one.out * _SIZES[x_format] for one in m])
 
 
-def _norm_gate_up(call, m, x_format, x, rows, w_format, w, eps, act, y, threads):
+def _norm_gate_up(call, m, x_format, x, rows, norm, act, y, threads):
     call.structure(0, 0, m, lambda one: matrix_parts(one, x_format))
     call.lead(0, 16, x, rows * m[0].in_ * _SIZES[x_format])
-    call.lead(0, 40, w, m[0].in_ * _SIZES[w_format])
-    call.lead(0, 64, y, rows * m[0].out * _SIZES[x_format], back=True)
+    _norm(call, 4, norm, m[0].in_)
+    call.lead(0, 48, y, rows * m[0].out * _SIZES[x_format], back=True)
+
+
+def _project_norm_add(call, m, x_format, x, rows, norm, residual, y, threads):
+    call.structure(0, 0, m, lambda one: matrix_parts(one, x_format))
+    call.lead(0, 16, x, rows * m[0].in_ * _SIZES[x_format])
+    _norm(call, 4, norm, m[0].out)
+    for at, pointer in ((5, residual), (6, y)):
+        call.lead(0, 8 * at, pointer, rows * m[0].out * _SIZES[x_format], back=at == 6)
 
 
 def _attend(call, a):
@@ -148,7 +172,7 @@ def _use_instruction_set(call, name):
 
 
 KERNELS = {"gemmakit_" + known.__name__[1:]: known for known in (_project, _expand, _rms_norm, _gated, _norm_project,
-           _norm_gate_up, _attend, _read_memory, _use_instruction_set)}  # fmt: skip
+           _norm_gate_up, _project_norm_add, _attend, _read_memory, _use_instruction_set)}  # fmt: skip
 
 
 class Emulated:

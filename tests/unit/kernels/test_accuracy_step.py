@@ -50,10 +50,14 @@ def normal(*shape, dtype=torch.float32, seed=0, size=1.0):
     return shifted((torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * size).to(dtype))
 
 
-def norm(x, w, eps):
-    y = shifted(torch.zeros_like(x))
-    pointers = x.data_ptr(), len(x), x.shape[1], cpu.FORMATS[w.dtype], w.data_ptr()
-    assert cpu.library().gemmakit_rms_norm(cpu.FORMATS[x.dtype], *pointers, eps, y.data_ptr(), 2) == 0
+def native_norm(w, eps=1e-6, gain=1.0):
+    return cpu.Norm(w.data_ptr(), cpu.FORMATS[w.dtype], eps, gain)
+
+
+def norm(x, w, eps, residual=None, gain=1.0):
+    y, made = shifted(torch.zeros_like(x)), (cpu.Norm * 1)(native_norm(w, eps, gain))
+    pointers = x.data_ptr(), len(x), x.shape[1], made, None if residual is None else residual.data_ptr(), y.data_ptr()
+    assert cpu.library().gemmakit_rms_norm(cpu.FORMATS[x.dtype], *pointers, 2) == 0
     return y
 
 
@@ -83,6 +87,23 @@ def test_rms_norm_of_extremes_is_the_modules():
     finite = ~expected.isnan()
     # One unit of the last place for another order, one for another root.
     assert ((got - expected)[finite].abs() <= 4 * u * expected[finite].abs() + 1e-44).all()
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("width", [1, 33, 640])
+def test_a_norm_that_is_added_rounds_once_more(dtype, width):
+    """A power of two as gain moves no digit but where float16 ends: there both are rounded to the same steps."""
+    x, w, residual = (normal(n, width, dtype=dtype, seed=i) for i, n in enumerate((3, 1, 3)))
+    alone = norm(x, w[0], 1e-6)
+    assert torch.equal(norm(x, w[0], 1e-6, residual), residual + alone)
+    scaled = norm(x, w[0], 1e-6, gain=2.0**-7)
+    assert torch.equal(scaled[alone.abs() > 0.1], (alone * 2.0**-7)[alone.abs() > 0.1])
+    assert torch.equal(norm(x, w[0], 1e-6, residual, 2.0**-7), residual + scaled)
+
+
+def test_a_norm_in_an_unknown_format_is_refused():
+    x, wrong = torch.ones(1, 8), (cpu.Norm * 1)(cpu.Norm(torch.ones(8).data_ptr(), 3, 1e-6, 1.0))
+    assert cpu.library().gemmakit_rms_norm(2, x.data_ptr(), 1, 8, wrong, None, x.data_ptr(), 1) == 1
 
 
 def gate(act, g, up, threads):
@@ -143,7 +164,8 @@ class Step:
         angles = torch.cat((angles, angles), -1)
         self.cos, self.sin = (shifted(f(angles).to(dtype)) for f in (torch.cos, torch.sin))
         self.before = self.keys.clone(), self.values.clone()
-        self.mask = self.blind = None
+        self.mask = self.blind = self.softcap = self.q_norm = self.k_norm = None
+        self.first = 0  # key that is seen
 
     def run(self, threads=1, causal=False):
         B, S, width = self.q.shape
@@ -152,37 +174,45 @@ class Step:
         masks = [t.data_ptr() if t is not None else None for t in (self.mask, self.blind)]
         steps = [s for t in (self.mask, self.blind) for s in ((0, 0) if t is None else (t.stride(0), t.stride(1)))]
         tensors = (self.q, self.k, self.v, self.cos, self.sin, self.keys, self.values, y)
-        call = Attention(B, S, width // H, K, H, self.past + S, self.past, capacity,
-                         S * H if len(self.cos) > 1 else 0, *steps, *(t.data_ptr() for t in tensors), *masks,
-                         cpu.FORMATS[self.dtype], causal, threads, self.scale)  # fmt: skip
+        norms = [cpu.Norm() if w is None else native_norm(w) for w in (self.q_norm, self.k_norm)]
+        call = Attention(B, S, width // H, K, H, self.first, self.past + S, self.past, capacity,
+                         S * H if len(self.cos) > 1 else 0, *steps, *(t.data_ptr() for t in tensors), *masks, *norms,
+                         cpu.FORMATS[self.dtype], causal, threads, self.scale, self.softcap or 0.0)  # fmt: skip
         assert cpu.library().gemmakit_attend(ctypes.byref(call)) == 0
         return y
 
     def heads(self, x):
         return x.view(*x.shape[:2], -1, self.keys.shape[3]).transpose(1, 2)
 
-    def turned(self, x):
+    def turned(self, x, w=None):
+        x = x if w is None else norm(x.reshape(-1, self.keys.shape[3]), w, 1e-6).view(x.shape)
         return rotate(self.heads(x), self.cos[:, None], self.sin[:, None])
 
     def seen(self, causal):
         T = self.past + self.S
-        seen = torch.ones(len(self.q), self.S, T, dtype=torch.bool) if self.mask is None else self.mask.bool()
+        seen = torch.ones(len(self.q), self.S, T - self.first, dtype=torch.bool)
+        seen = F.pad(seen if self.mask is None else self.mask.bool(), (self.first, 0))
         return seen & torch.ones(self.S, T, dtype=torch.bool).tril(self.past) if causal else seen
 
     def exact(self, causal=False):
         """Attention in float64 over what the cache now holds, and how far a float32 one may be from it."""
         T, G = self.past + self.S, self.q.shape[2] // self.k.shape[2]
-        q, keys, values = (t.double() for t in (self.turned(self.q), self.keys[:, :, :T], self.values[:, :, :T]))
+        q, keys, values = (
+            t.double() for t in (self.turned(self.q, self.q_norm), self.keys[:, :, :T], self.values[:, :, :T])
+        )
         keys, values = keys.repeat_interleave(G, 1), values.repeat_interleave(G, 1)
         seen = self.seen(causal)[:, None]
-        scores = (q @ keys.mT * self.scale).masked_fill(~seen, -torch.inf)
+        scores = q @ keys.mT * self.scale
+        scores = scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
+        scores = scores.masked_fill(~seen, -torch.inf)
         weights = scores.softmax(-1).nan_to_num(0.0)
         out = weights @ values
         # A product of H terms is off by H u of their absolute sum, the scaled score by u more; an exponent's error is
         # that share of its weight. The sums over T are split: 160 additions in a chain, and 16 pieces to put together.
-        off = (
-            (q.abs() @ keys.abs().mT * self.scale).masked_fill(~seen, 0).amax(-1, keepdim=True) * (q.shape[-1] + 4) * u
-        )
+        # A cap is nowhere steeper than 1, and off by 12 u of what it gives itself.
+        more = 4 if self.softcap is None else 16
+        sizes = (q.abs() @ keys.abs().mT * self.scale).masked_fill(~seen, 0).amax(-1, keepdim=True)
+        off = sizes * (q.shape[-1] + more) * u
         mixed = weights @ values.abs()
         room = 2 * off * mixed + (T / 4 + 180) * u * mixed + out.abs() * half_unit(self.dtype) + floor(self.dtype)
         return out, room
@@ -220,6 +250,46 @@ def test_attention_is_float64s(dtype, N, K, H):
     for B, S, past in ((1, 1, 0), (1, 1, 16), (2, 1, 299), (2, 3, 31), (1, 8, 130)):
         for threads in (1, 2):
             Step(dtype, B=B, S=S, N=N, K=K, H=H, past=past, tables=B).check(threads, causal=S > 1)
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("H", [2, 30, 128, 256])
+def test_queries_and_keys_are_normed_head_by_head_before_they_turn(dtype, kind, H):
+    for names in (("q_norm", "k_norm"), ("q_norm",), ("k_norm",)):
+        step = Step(dtype, B=2, S=3, K=2, H=H, tables=2)
+        for i, name in enumerate(names):
+            setattr(step, name, normal(H, dtype=kind, seed=8 + i))
+        step.check(causal=True)
+        start, end = step.past, step.past + step.S
+        assert torch.equal(step.keys[:, :, start:end], step.turned(step.k, step.k_norm))
+        assert torch.equal(step.values[:, :, start:end], step.heads(step.v))
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("softcap", [1.0, 50.0])
+def test_capped_scores_are_float64s(dtype, softcap):
+    # From scores that a cap leaves as they are, to such as it bends, to such as all meet it.
+    for size in (1e-3, 1.0, 30.0, 1e4):
+        for B, S, past in ((1, 1, 0), (2, 1, 299), (2, 3, 31)):
+            step = Step(dtype, B=B, S=S, H=64, past=past, size=size)
+            step.softcap = softcap
+            step.check(threads=2, causal=S > 1)
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_window_reads_the_last_keys_alone(dtype, threads):
+    for past, first, S in ((5, 5, 1), (40, 33, 1), (2100, 1500, 1), (2100, 31, 2)):
+        step = Step(dtype, B=2, S=S, N=8, K=1, H=64, past=past)
+        step.keys[:, :, :first] = step.values[:, :, :first] = torch.nan
+        step.first, step.softcap = first, 30.0
+        step.mask = torch.rand(2, S, past + S - first, generator=torch.Generator().manual_seed(7)) < 0.7
+        step.mask[..., -S:] = True
+        out = step.heads(step.run(threads)).double()
+        step.keys[:, :, :first] = step.values[:, :, :first] = 0.0  # what is hidden, for float64 to weigh with nothing
+        exact, room = step.exact()
+        assert ((out - exact).abs() <= room).all()
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
@@ -273,7 +343,9 @@ def test_what_is_no_number_shows(dtype, threads):
         assert step.run(threads).isnan().all()
 
 
-@pytest.mark.parametrize("field", [{"start": -1}, {"S": 9}, {"N": 3}, {"H": 31}, {"T": 99}])
+@pytest.mark.parametrize(
+    "field", [{"first": -1}, {"first": 6}, {"start": -1}, {"S": 9}, {"N": 3}, {"H": 31}, {"T": 99}]
+)
 def test_calls_that_make_no_sense_are_refused(field):
     step = Step(torch.float32, N=4, K=2)
     good = dict(B=1, S=1, N=4, K=2, H=32, T=6, start=5, capacity=9, format=2, threads=1, scale=1.0)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from seam_tools import DTYPES, FAR, far, native, near, quantized, steps
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import gemmakit.pytorch.model as model_file
 from gemmakit.pytorch.cache import DynamicCache, StaticCache
 from gemmakit.pytorch.fused import fused_layer, layers_plan
 from gemmakit.pytorch.fused.reference import MAX_ROWS
@@ -24,39 +24,8 @@ from gemmakit.pytorch.quantize.rounding import quantize
 sys.path.insert(0, str(Path(__file__).parents[1] / "pytorch"))
 from tiny_gemma import left_padded, prompts, tiny
 
-native = pytest.mark.skipif(cpu.library() is None, reason=f"needs the compiled kernels: {cpu.decision().why}")
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+pytestmark = pytest.mark.usefixtures("threads")
 HEADS = [(4, 1), (4, 2), (4, 4)]
-
-
-@pytest.fixture(autouse=True)
-def threads(request):
-    before, wanted = torch.get_num_threads(), getattr(request, "param", 1)
-    torch.set_num_threads(wanted)
-    yield wanted
-    torch.set_num_threads(before)
-
-
-def quantized(model, bits, group):
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if name.endswith("_proj"):
-                packed = quantize(child.weight.detach(), bits, group)
-                setattr(module, name, QuantizedLinear(packed, child.bias))
-    return model
-
-
-@pytest.fixture
-def modules_only(monkeypatch):
-    """A function that runs another without seams."""
-
-    def run(function):
-        with monkeypatch.context() as patch:
-            patch.setattr(model_file, "fused_layer", lambda *arguments: None)
-            with torch.no_grad():
-                return function()
-
-    return run
 
 
 def chosen(layer, x, **more):
@@ -71,13 +40,6 @@ def one_layer(dtype=torch.float32, B=1, S=1, **changes):
 
 
 # ---- seam by seam -----------------------------------------------------------------------------------------------
-
-
-def near(got, expected, dtype, roundings=1.0, terms=0.0):
-    """Within some roundings of the format at each number's size; `terms` for what was summed in another order."""
-    room = roundings * torch.finfo(dtype).eps * expected.double().abs() + terms
-    worst = float(((got.double() - expected.double()).abs() / (room + 1e-30)).max())
-    assert worst <= 1, worst
 
 
 @native
@@ -174,30 +136,6 @@ def test_norm_weights_may_have_another_dtype():
 
 
 # ---- the whole step ---------------------------------------------------------------------------------------------
-
-
-def steps(model, ids, mask, S, cache, last=3):
-    """Logits of the last `last` passes of S positions each, after the rest in one."""
-    start = ids.shape[1] - last * S
-    seen = lambda end: None if mask is None else mask[:, :end]  # noqa: E731
-    model(ids[:, :start], attention_mask=seen(start), past_key_values=cache)
-    return torch.cat(
-        [
-            model(ids[:, at : at + S], attention_mask=seen(at + S), past_key_values=cache).logits
-            for at in range(start, ids.shape[1], S)
-        ],
-        1,
-    )
-
-
-def far(got, expected):
-    """The largest difference as a share of the largest number."""
-    return float((got.double() - expected.double()).abs().max() / expected.double().abs().max())
-
-
-# Of the largest logit. float32: sums in another order. The others: one rounding of hidden states more or less in each
-# of the two layers, 8 and 11 bits, carried through projections with weights near 0.2.
-FAR = {torch.float32: 1e-5, torch.bfloat16: 0.04, torch.float16: 0.005}
 
 
 @native

@@ -17,13 +17,17 @@ def tiny_config(**changes):
 
 def tiny(seed=0, kind=gemmakit.GemmaForCausalLM, **changes):
     """A model in evaluation mode; norms and biases are away from zero."""
-    model = kind(tiny_config(**changes))
+    return away_from_zero(kind(tiny_config(**changes)), seed).eval()
+
+
+def away_from_zero(model, seed=0):
+    """The model with weights at that scale."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             away = "norm" in name or name.endswith("bias")
             parameter.normal_(0.1 if away else 0.0, 0.3 if away else 0.2, generator=generator)
-    return model.eval()
+    return model
 
 
 def prompts(rows=2, width=9, seed=1):

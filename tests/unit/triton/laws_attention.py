@@ -17,10 +17,11 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 class Case:
     """A cache with `held` keys, S new positions, and what plain torch makes of them."""
 
-    def __init__(self, B, S, N, K, H, held, dtype, rows_of_tables=1, seed=0):
+    def __init__(self, B, S, N, K, H, held, dtype, rows_of_tables=1, seed=0, size=1.0):
         g = torch.Generator().manual_seed(seed)
         self.B, self.S, self.N, self.K, self.H, self.held, self.dtype = B, S, N, K, H, held, dtype
         self.q, self.k, self.v = (torch.randn(B, S, n * H, generator=g).to(dtype) for n in (N, K, K))
+        self.q = self.q * size
         angle = torch.rand(rows_of_tables, 1, S, H // 2, generator=g) * 7
         angle = torch.cat((angle, angle), -1)
         self.tables = angle.cos().to(dtype), angle.sin().to(dtype)
@@ -37,18 +38,22 @@ class Case:
         self.room = launch.Room(self.keys.clone(), self.values.clone(), start, places, most=most)
         return launch.attend(self.q, self.k, self.v, self.tables, self.room, self.H, self.H**-0.5, **options)
 
-    def expected(self, seen=None):
+    def expected(self, seen=None, softcap=None, q_norm=None, k_norm=None):
         B, S, H, T = self.B, self.S, self.H, self.held + self.S
         cos, sin = (t.transpose(1, 2) for t in self.tables)
-        q, k = (reference.rotate(x.view(B, S, -1, H), cos, sin) for x in (self.q, self.k))
+        q, k = self.q.view(B, S, -1, H), self.k.view(B, S, -1, H)
+        q, k = (x if n is None else reference.rms_norm(x, *n) for x, n in ((q, q_norm), (k, k_norm)))
+        q, k = (reference.rotate(x, cos, sin) for x in (q, k))
         self.all_keys = torch.cat((self.keys[:, :, : self.held], k.transpose(1, 2)), 2)
         self.all_values = torch.cat((self.values[:, :, : self.held], self.v.view(B, S, -1, H).transpose(1, 2)), 2)
         seen = torch.ones(1, S, T, dtype=torch.bool) if seen is None else seen[..., :T]
-        out = reference.attend(q, self.all_keys.transpose(1, 2), self.all_values.transpose(1, 2), seen, H**-0.5)
+        keys, values = (x.transpose(1, 2)[:, -seen.shape[-1] :] for x in (self.all_keys, self.all_values))
+        out = reference.attend(q, keys, values, seen, H**-0.5, softcap)
         return out.reshape(B, S, -1)
 
     def check(self, placed=False, seen=None, **options):
-        y, expected = self.run(placed, **options), self.expected(seen)
+        told = {name: options[name] for name in ("softcap", "q_norm", "k_norm") if name in options}
+        y, expected = self.run(placed, **options), self.expected(seen, **told)
         T = self.held + self.S
         assert torch.equal(self.room.keys[:, :, :T], self.all_keys)
         assert torch.equal(self.room.values[:, :, :T], self.all_values)
@@ -133,6 +138,74 @@ def test_each_row_may_have_its_own_position():
     Case(3, 2, 4, 2, 64, 20, torch.float32, rows_of_tables=3).check(
         mask=(m := torch.rand(3, 1, 2, 27, generator=torch.Generator().manual_seed(1)) > 0.3), seen=m[:, 0]
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("names", [("q_norm", "k_norm"), ("q_norm",), ("k_norm",)], ids="-".join)
+@pytest.mark.parametrize("H", [12, 128])
+def test_heads_are_normed_before_they_turn(H, names, dtype):
+    """Keys in the cache are near enough: a number of float32 that fell the other way when it was rounded."""
+    g = torch.Generator().manual_seed(9)
+    norms = {name: launch.Norm((torch.randn(H, generator=g) * 0.3).to(dtype), 1e-6) for name in names}
+    case = Case(2, 2, 4, 2, H, 40, dtype, seed=3)
+    seen = torch.ones(1, 2, 42, dtype=torch.bool).tril(40)
+    y, expected = case.run(mask=seen[None], **norms), case.expected(seen, **norms)
+    new = slice(case.held, case.held + 2)
+    eps = torch.finfo(dtype).eps
+    moved = (case.room.keys[:, :, new].float() - case.all_keys[:, :, new].float()).abs()
+    assert (moved <= 3 * eps * case.all_keys[:, :, new].float().abs().amax(-1, keepdim=True)).all()
+    assert torch.equal(case.room.keys[:, :, :40], case.keys[:, :, :40])
+    assert (y.float() - expected.float()).abs().max() <= 4 * eps * case.all_values.abs().max().float()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [0.01, 1.0, 30.0, 1e3])
+def test_scores_are_capped_before_the_mask(size, dtype):
+    """A query so large that all its scores meet the cap sees all keys alike but the hidden ones."""
+    mask = torch.rand(2, 1, 1, 75, generator=torch.Generator().manual_seed(4)) > 0.4
+    mask[..., 70] = True
+    case = Case(2, 1, 4, 2, 64, 70, dtype, size=size)
+    case.check(mask=mask, seen=mask[:, 0], softcap=20.0)
+
+
+def test_a_cap_is_float64s_over_all_scores():
+    """One key after another with one feature: a score is what it is made to be."""
+    scores = torch.cat((torch.linspace(-40, 40, 4001), torch.tensor([1e-6, -1e-3, 1e4, -1e4])))
+    for score in scores[::97].tolist():
+        case = Case(1, 1, 1, 1, 16, 1, torch.float32)
+        case.q, case.k, case.keys[..., 0, :] = torch.zeros(1, 1, 16), torch.zeros(1, 1, 16), 0.0
+        case.q[..., 0], case.keys[..., 0, 0] = score * 4, 1.0
+        case.tables = torch.ones(1, 1, 1, 16), torch.zeros(1, 1, 1, 16)
+        case.values[..., 0, :], case.v = 1.0, torch.zeros(1, 1, 16)
+        capped = 50.0 * torch.tensor(score, dtype=torch.float64).div(50).tanh()
+        # 1e-5 is what a score near the cap may be off by: a few units of 50 in float32.
+        assert abs(float(case.run(softcap=50.0)[0, 0, 0]) - float(capped.sigmoid())) <= 1e-5 * float(capped.sigmoid())
+
+
+@pytest.mark.parametrize("placed", [False, True])
+@pytest.mark.parametrize(("held", "last"), [(20, 1), (100, 32), (300, 40), (300, 301), (10, 11)])
+def test_a_window_reads_the_last_keys_alone(held, last, placed):
+    """What stands before is not a number."""
+    case = Case(2, 1, 4, 2, 64, held, torch.float32)
+    first = held + 1 - last
+    kept = case.keys[:, :, :first].clone(), case.values[:, :, :first].clone()
+    case.keys[:, :, :first] = case.values[:, :, :first] = torch.nan
+    y = case.run(placed, last=last)
+    case.keys[:, :, :first], case.values[:, :, :first] = kept
+    expected = case.expected(torch.ones(1, 1, last, dtype=torch.bool))
+    assert (y - expected).abs().max() <= 2e-6
+
+
+@pytest.mark.parametrize("placed", [False, True])
+def test_several_positions_of_a_window_see_what_their_mask_says(placed):
+    """The columns of the mask are the keys that some query sees: S - 1 more than the window."""
+    S, held, window = 4, 90, 24
+    last = S + window - 1
+    t, s = torch.arange(last), torch.arange(S)[:, None]
+    mask = (t > s - 1) & (t <= s + window - 1)
+    case = Case(2, S, 8, 2, 64, held, torch.float32)
+    y = case.run(placed, last=last, mask=mask[None, None])
+    assert (y - case.expected(mask[None])).abs().max() <= 2e-6
 
 
 @pytest.mark.parametrize("S", [1, 3])

@@ -11,6 +11,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "pytorch"))
 import tiny_gemma
 from tiny_gemma import far, left_padded, prompts
 
+import gemmakit
+from gemmakit.family import KINDS
 from gemmakit.pytorch.cache import DynamicCache, StaticCache
 from gemmakit.pytorch.cache.paged import PagedCache, Span
 from gemmakit.pytorch.fused import cuda, decide
@@ -31,6 +33,22 @@ def tiny(**changes):
     """Smaller still, with sizes that fill no block: the interpreter takes 10 ms and more for a program of a kernel."""
     sizes = dict(hidden_size=24, intermediate_size=20, head_dim=8, num_hidden_layers=1)
     return tiny_gemma.tiny(**{**sizes, **changes})
+
+
+WINDOW = 6
+CAPS = dict(attn_logit_softcapping=5.0, final_logit_softcapping=30.0)
+MEMBERS = {"gemma2": CAPS, "gemma3_text": {}, "vaultgemma": CAPS}
+
+
+def member_of(name):
+    """Another member of the family, as small."""
+    classes = KINDS[name].classes
+    config = getattr(gemmakit, classes["config"])(
+        vocab_size=130, hidden_size=24, intermediate_size=20, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        max_position_embeddings=64, num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"],
+        sliding_window=WINDOW, query_pre_attn_scalar=12, **MEMBERS[name],
+    )  # fmt: skip
+    return tiny_gemma.away_from_zero(getattr(gemmakit, classes["causal_lm"])(config)).eval()
 
 
 @pytest.fixture
@@ -70,6 +88,42 @@ def test_a_model_of_tiny_layers_equals_its_modules(both, K, dtype):
     model, ids = tiny(num_key_value_heads=K, num_hidden_layers=2).to(dtype), prompts(2, 9)
     modules, fused = both(model, lambda: steps(model, ids, DynamicCache()))
     assert far(fused, modules) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("member", MEMBERS)
+def test_every_member_of_the_family_equals_its_modules(both, started, member, dtype):
+    model, ids = member_of(member).to(dtype), prompts(2, 3 * WINDOW)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    for padding in (None, mask):
+        modules, fused = both(model, lambda m=padding: steps(model, ids, DynamicCache(), mask=m))
+        assert far(fused, modules) < TOLERANCE[dtype]
+    assert started.count("attend") == 2 * 2 * len(model.model.layers), "attention went through torch"
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_every_member_over_caches_that_know_places_on_the_device(both, started, member):
+    model, ids = member_of(member), prompts(2, 2 * WINDOW)
+    modules, fused = both(model, lambda: steps(model, ids, StaticCache(model.config, max_cache_len=40), placed=True))
+    assert far(fused, modules) < TOLERANCE[torch.float32]
+
+    def paged():
+        cache = PagedCache(model.config, 4, 16, torch.float32)
+        cache.place([Span([2, 1], 0, 2 * WINDOW)])
+        model(ids[:1], past_key_values=cache)
+        cache.place([Span([2, 1], 2 * WINDOW, 2 * WINDOW + 1)])
+        return model(ids[1:, :1], past_key_values=cache).logits
+
+    modules, fused = both(model, paged)
+    assert far(fused, modules) < TOLERANCE[torch.float32]
+
+
+def test_many_rows_of_a_member_are_normed_and_added_by_a_kernel(both, started):
+    model, ids = member_of("gemma3_text"), prompts(9, 3)
+    modules, fused = both(model, lambda: model(ids, past_key_values=DynamicCache()).logits)
+    assert far(fused, modules) < TOLERANCE[torch.float32]
+    assert started == ["norm", "norm", "norm", "gated", "norm"] * 2
 
 
 def test_a_static_cache_that_is_told_places_on_the_device(both):
@@ -252,6 +306,20 @@ class Broken:
 @pytest.fixture
 def afterwards(monkeypatch):
     monkeypatch.setattr(triton, "_refused", {})
+
+
+def test_a_norm_that_does_not_start_gives_way_to_its_module(afterwards, monkeypatch):
+    model, ids = member_of("gemma3_text"), prompts(2, 4)
+    run = lambda: model(ids[:, :4], past_key_values=DynamicCache()).logits  # noqa: E731
+    with torch.no_grad():
+        monkeypatch.setattr(decide, "fused_layers", {})
+        expected = run()
+        monkeypatch.setattr(decide, "fused_layers", TRITON)
+        for layer in model.model.layers:
+            layer.__dict__.pop("fusion", None)
+        monkeypatch.setattr(rowwise, "norm", Broken())
+        with pytest.warns(UserWarning, match="are not used on cpu.*ValueError: out of resource"):
+            assert far(run(), expected) < TOLERANCE[torch.float32]
 
 
 BREAKABLE = [(gemv, "project", 2), (gemv, "gate_up", 2), (attention, "attend", 2), (attention, "attend", 9),

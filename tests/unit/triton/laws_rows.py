@@ -113,6 +113,20 @@ def test_projection_plus_residual_rounds_twice(form, dtype, M):
         assert (y[told] == (residual + projected)[told]).float().mean() > 0.8 if told.any() else True
 
 
+@pytest.mark.parametrize("gain", [1.0, 2.0**-7])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("D", [40, 640, launch.MAX_DIM + 1])
+def test_a_norm_plus_residual_rounds_twice(D, dtype, gain):
+    x, residual = random(3, 2, D, dtype=dtype), random(3, 2, D, dtype=dtype, seed=5, scale=8)
+    norm = launch.Norm(random(D, dtype=dtype, seed=3, scale=0.2), EPS, gain)
+    y, normed = launch.norm_add(x, norm, residual), reference.rms_norm(x, *norm)
+    # Of the norm a rounding that fell the other way, and so of the sum.
+    eps = torch.finfo(dtype).eps
+    allowed = eps * (2 * normed.float().abs() + (residual + normed).float().abs())
+    assert ((y.float() - (residual + normed).float()).abs() <= allowed).all()
+    assert (y == residual + normed).float().mean() > (0.7 if dtype == torch.float32 else 0.98)
+
+
 def test_the_sum_is_of_float32():
     """4,096 ones and a half: bfloat16 sums would stop at 256."""
     x, w = torch.ones(1, 4097, dtype=torch.bfloat16), torch.ones(2, 4097, dtype=torch.bfloat16)

@@ -39,7 +39,9 @@ CODES = {
     WeightFormat.INT8_GROUPS: "*i8",
     WeightFormat.INT4: "*i32",
 }
-NUMBERS = {"eps": "fp32", "scale": "fp32", "rows": "i32", "start": "i32"}
+NUMBERS = dict.fromkeys(("eps", "q_eps", "k_eps", "scale", "softcap"), "fp32") | dict.fromkeys(
+    ("rows", "start", "last"), "i32"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -144,16 +146,17 @@ def test_every_gate_of_both_models(model, form, rows, capability, tmp_path):
 
 POINTERS = {"mask_ptr": "*i8", "blind_ptr": "*i8", "places_ptr": "*i64", "table_ptr": "*i64",
             "partial_ptr": "*fp32", "top_ptr": "*fp32", "total_ptr": "*fp32"}  # fmt: skip
+PLAIN = dict(Q_NORM=False, K_NORM=False, CAPPED=False)
 
 
-def check_attention(S, N, K, page, capability, tmp_path):
-    constants = launch.attention_constants(TUNINGS[capability], S, N, K, 256, itemsize=2, paged=page > 0)
-    flags = dict(SPLITS=64, MASK=True, BLIND=True, CAUSAL=False, PLACED=True, PAGE=page)
+def check_attention(S, N, K, page, capability, tmp_path, H=256, **more):
+    constants = launch.attention_constants(TUNINGS[capability], S, N, K, H, itemsize=2, paged=page > 0)
+    flags = dict(SPLITS=64, MASK=True, BLIND=True, CAUSAL=False, PLACED=True, PAGE=page, **{**PLAIN, **more})
     strides = {"table_row", "row_stride", "head_stride"}
     found = compiled(attention.attend, constants | flags, capability, POINTERS, strides)
     assert_fits(found, capability, tmp_path)
     # A tile of keys and one of values.
-    assert wide_loads(found.asm["ptx"]) >= 2 * constants["BT"] * 256 * 2 / 16 / (32 * constants["num_warps"])
+    assert wide_loads(found.asm["ptx"]) >= 2 * constants["BT"] * H * 2 / 16 / (32 * constants["num_warps"])
     flags = {name: flags[name] for name in ("SPLITS", "BLIND", "PLACED", "PAGE")} | {"BS": 16, "num_warps": 4}
     flags |= {name: constants[name] for name in ("S", "N", "H", "HP", "BT")}
     pointers = {name: kind for name, kind in POINTERS.items() if name in attention.join.arg_names}
@@ -164,6 +167,30 @@ def check_attention(S, N, K, page, capability, tmp_path):
 @pytest.mark.parametrize(("N", "K"), [(8, 1), (16, 16)], ids=["2B", "7B"])
 def test_attention_reads_16_bytes_a_load_and_does_not_spill(N, K, capability, tmp_path):
     check_attention(1, N, K, 0, capability, tmp_path)
+
+
+MEMBERS = {
+    "gemma2 9B": (16, 8, 256, dict(CAPPED=True)), "gemma2 27B": (32, 16, 128, dict(CAPPED=True)),
+    "gemma3 270M": (4, 1, 256, dict(Q_NORM=True, K_NORM=True)),
+    "gemma3 27B": (32, 16, 128, dict(Q_NORM=True, K_NORM=True)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("member", ["gemma2 27B", "gemma3 270M"])
+def test_attention_with_norms_or_a_cap_does_not_spill(member, capability, tmp_path):
+    N, K, H, more = MEMBERS[member]
+    check_attention(1, N, K, 0, capability, tmp_path, H, **more)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("page", [0, 16])
+@pytest.mark.parametrize("S", [1, 2, 4, 8])
+@pytest.mark.parametrize("member", MEMBERS)
+def test_attention_with_norms_or_a_cap_of_several_positions_and_over_pages(member, S, page, capability, tmp_path):
+    N, K, H, more = MEMBERS[member]
+    check_attention(S, N, K, page, capability, tmp_path, H, **more)
 
 
 @pytest.mark.slow

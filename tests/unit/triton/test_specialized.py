@@ -51,22 +51,24 @@ def seen(monkeypatch):
     return found
 
 
-def attend(held, capacity, placed=False, masked=False, rows=2):
+def attend(held, capacity, placed=False, masked=False, rows=2, window=None):
     q, k, v = (torch.zeros(rows, 1, n * H, dtype=torch.bfloat16) for n in (4, 1, 1))
     keys, values = torch.zeros(2, rows, 1, capacity, H, dtype=torch.bfloat16)
     tables = (torch.zeros(1, 1, 1, H, dtype=torch.bfloat16),) * 2
     where = (0, torch.tensor([held])) if placed else (held, None)
     room = launch.Room(keys, values, *where, most=capacity if placed else capacity - 1)
-    mask = torch.ones(rows, 1, 1, held + 1, dtype=torch.bool) if masked else None
+    last = None if window is None else min(window, held + 1)
+    mask = torch.ones(rows, 1, 1, last or held + 1, dtype=torch.bool) if masked else None
     blind = torch.zeros(rows, 1, 1, 1, dtype=torch.bool) if masked else None
-    launch.attend(q, k, v, tables, room, H, 1.0, mask=mask, blind=blind)
+    launch.attend(q, k, v, tables, room, H, 1.0, mask=mask, blind=blind, last=last)
 
 
+@pytest.mark.parametrize("window", [None, 64])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("placed", [False, True])
-def test_the_length_of_the_context_makes_no_kernel(placed, masked, seen):
+def test_the_length_of_the_context_makes_no_kernel(placed, masked, window, seen):
     for held in (0, 1, 2, 15, 16, 17, 32, 160, 2047):
-        attend(held, 2048, placed, masked)
+        attend(held, 2048, placed, masked, window=window)
     assert {name for name, *_ in seen} == {"attend", "join"}
     assert len(set(seen)) == 2
 

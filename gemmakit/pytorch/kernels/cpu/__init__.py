@@ -41,6 +41,12 @@ class Matrix(ctypes.Structure):
     )
 
 
+class Norm(ctypes.Structure):
+    """native.h's Norm; without arguments, no norm."""
+
+    _fields_ = (("weight", _POINTER), ("format", ctypes.c_int32), ("eps", _FLOAT), ("gain", _FLOAT))
+
+
 @lru_cache(maxsize=1)
 def _loaded() -> tuple[ctypes.CDLL | None, str]:
     """The library, or None and why not."""
@@ -81,11 +87,11 @@ def _declare(library: ctypes.CDLL) -> None:
     library.gemmakit_use_instruction_set.argtypes = [ctypes.c_char_p]
     library.gemmakit_project.argtypes = [_POINTER, _INT, _INT, _POINTER, _INT, _POINTER, _POINTER, _INT]
     library.gemmakit_expand.argtypes = [_POINTER, _LONG, _LONG, _INT, _POINTER, _INT]
-    library.gemmakit_rms_norm.argtypes = [_INT, _POINTER, _LONG, _LONG, _INT, _POINTER, _FLOAT, _POINTER, _INT]
+    library.gemmakit_rms_norm.argtypes = [_INT, _POINTER, _LONG, _LONG, *[_POINTER] * 3, _INT]
     library.gemmakit_gated.argtypes = [_INT, _INT, *[_POINTER] * 3, _LONG, _INT]
-    normed = [_INT, _POINTER, _INT, _INT, _POINTER, _FLOAT]
-    library.gemmakit_norm_project.argtypes = [_POINTER, _INT, *normed, _POINTER, _INT]
-    library.gemmakit_norm_gate_up.argtypes = [_POINTER, *normed, _INT, _POINTER, _INT]
+    library.gemmakit_norm_project.argtypes = [_POINTER, _INT, _INT, _POINTER, _INT, _POINTER, _POINTER, _INT]
+    library.gemmakit_norm_gate_up.argtypes = [_POINTER, _INT, _POINTER, _INT, _POINTER, _INT, _POINTER, _INT]
+    library.gemmakit_project_norm_add.argtypes = [_POINTER, _INT, _POINTER, _INT, *[_POINTER] * 3, _INT]
     library.gemmakit_attend.argtypes = [_POINTER]
     library.gemmakit_read_memory.argtypes = [_POINTER, _LONG, _POINTER, _INT]
 

@@ -1,13 +1,11 @@
-// Rotary positions, the cache's append and attention of a few positions, in one call.
+// Norms of heads, rotary positions, the cache's append and attention of a few positions, in one call.
 //
 // Keys and values are read once for all query heads that share them, in their own format; scores, softmax and sums are
 // float32. The keys of one kv head are split over threads, each of which keeps its own largest score, sum of weights
 // and weighted values; those are put together at the end (arXiv:1805.02867, arXiv:2205.14135).
 
-#include <math.h>
-
-#include "functions.h"
 #include "inputs.h"
+#include "norm.h"
 
 namespace {
 
@@ -43,7 +41,7 @@ struct Head {
   const void* value(int64_t t) const { return at<F>(a.values, ((row * a.K + head) * a.capacity + t) * a.H); }
 };
 
-// ---- rotary positions ------------------------------------------------------------------------------------------
+// ---- norms and rotary positions --------------------------------------------------------------------------------
 
 // Feature i turns with feature i + H / 2; every product and the sum are rounded, as the module's are.
 template <int F>
@@ -60,21 +58,33 @@ void rotate(const void* x, const void* cos, const void* sin, int64_t H, void* y)
   }
 }
 
-// The new keys, turned, and values to their places in the cache; the queries, turned, to q (B, K, N / K, S, H).
+// A head's query or key, normed where there is a norm, then turned.
+template <int F>
+void place(const Attention& a, const Norm& norm, const void* x, const void* cos, const void* sin, void* y) {
+  if (norm.weight) {
+    void* normed = scratch<float, 3>(a.H);
+    norm_row_of<F>(norm)(x, a.H, norm, nullptr, normed);
+    x = normed;
+  }
+  rotate<F>(x, cos, sin, a.H, y);
+}
+
+// The new keys and values to their places in the cache; the queries to q (B, K, N / K, S, H).
 template <int F>
 void append(const Attention& a, void* q) {
   int64_t group = a.N / a.K, bytes = a.H * size_of<F>;
   for (int64_t b = 0; b < a.B; b++)
     for (int64_t s = 0; s < a.S; s++) {
       const void *cos = at<F>(a.cos, b * a.table_row + s * a.H), *sin = at<F>(a.sin, b * a.table_row + s * a.H);
-      int64_t token = b * a.S + s, place = a.start + s;
+      int64_t token = b * a.S + s, t = a.start + s;
       for (int64_t k = 0; k < a.K; k++) {
         Head h(a, b * a.K + k);
-        rotate<F>(at<F>(a.k, (token * a.K + k) * a.H), cos, sin, a.H, (void*)h.key<F>(place));
-        std::memcpy((void*)h.value<F>(place), at<F>(a.v, (token * a.K + k) * a.H), bytes);
+        place<F>(a, a.k_norm, at<F>(a.k, (token * a.K + k) * a.H), cos, sin, (void*)h.key<F>(t));
+        std::memcpy((void*)h.value<F>(t), at<F>(a.v, (token * a.K + k) * a.H), bytes);
         for (int64_t g = 0; g < group; g++) {
           int64_t to = ((b * a.K + k) * group + g) * a.S + s;
-          rotate<F>(at<F>(a.q, (token * a.N + k * group + g) * a.H), cos, sin, a.H, (void*)at<F>(q, to * a.H));
+          const void* query = at<F>(a.q, (token * a.N + k * group + g) * a.H);
+          place<F>(a, a.q_norm, query, cos, sin, (void*)at<F>(q, to * a.H));
         }
       }
     }
@@ -93,7 +103,7 @@ uint32_t seen(const Attention& a, int64_t row, int64_t s, int64_t t, int64_t cou
   if (count <= 0) return 0;
   uint32_t bits = count == TILE ? ~0u : (1u << count) - 1;
   if (!a.mask) return bits;
-  const uint8_t* mask = a.mask + row * a.mask_row + s * a.mask_query + t;
+  const uint8_t* mask = a.mask + row * a.mask_row + s * a.mask_query + t - a.first;
   uint32_t shown = 0;
   for (int64_t i = 0; i < count; i++) shown |= (uint32_t)(mask[i] != 0) << i;
   return bits & shown;
@@ -164,6 +174,14 @@ void products_of_all(const Head& h, const void* q, const float* wide_q, int64_t 
       case 2: products<F, 2>(h, narrow, wide, t, count, r == 0, to); r += 2; break;
       default: products<F, 1>(h, narrow, wide, t, count, r == 0, to); r += 1; break;
     }
+  }
+}
+
+// Scores of a query, times scale, within -softcap..softcap.
+void cap(float* scores, float scale, float softcap) {
+  for (int i = 0; i < TILE; i += L) {
+    V u = mul(load(scores + i), splat(scale / softcap));
+    store(scores + i, mul(hyperbolic_tangent(u), splat(softcap)));
   }
 }
 
@@ -265,7 +283,8 @@ void look(const Head& h, const void* q, const float* wide_q, int64_t from, int64
         fill(own, TILE, 0.0f);
         continue;
       }
-      float shrink = weigh(own, shown, h.a.scale, out.best[r], out.total[r]);
+      if (h.a.softcap) cap(own, h.a.scale, h.a.softcap);
+      float shrink = weigh(own, shown, h.a.softcap ? 1.0f : h.a.scale, out.best[r], out.total[r]);
       if (shrink != 1.0f)
         for (int64_t f = 0; f < h.padded; f += L)
           store(out.sums + r * h.padded + f, mul(load(out.sums + r * h.padded + f), splat(shrink)));
@@ -303,32 +322,34 @@ void put_together(const Head& h, float* room, int64_t first, int64_t pieces) {
 
 template <int F>
 int run(const Attention& a) {
-  int64_t features = a.B * a.S * a.N * a.H, heads = a.B * a.K;
+  int64_t features = a.B * a.S * a.N * a.H, heads = a.B * a.K, keys = a.T - a.first;
   void* q = scratch<float, 0>(2 * features);
   float* wide_q = (float*)q + features;
   append<F>(a, q);
   widen_all<F>(q, wide_q, features);
-  int threads = features * a.T < ALONE ? 1 : a.threads;
-  int64_t pieces = threads == 1 ? 1 : most((int64_t)1, least(4 * threads / heads, a.T / SPLIT));
-  int64_t each = ((a.T + pieces - 1) / pieces + TILE - 1) / TILE * TILE;
+  int threads = features * keys < ALONE ? 1 : a.threads;
+  int64_t pieces = threads == 1 ? 1 : most((int64_t)1, least(4 * threads / heads, keys / SPLIT));
+  int64_t each = ((keys + pieces - 1) / pieces + TILE - 1) / TILE * TILE;
   Head any(a, 0);
   float* room = scratch<float, 2>(heads * pieces * any.queries * (any.padded + 2));
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
   for (int64_t i = 0; i < heads * pieces; i++) {
     Head h(a, i / pieces);
-    int64_t own = i / pieces * h.queries * a.H, from = i % pieces * each;
+    int64_t own = i / pieces * h.queries * a.H, from = a.first + i % pieces * each;
     look<F>(h, at<F>(q, own), wide_q + own, from, least(from + each, a.T), Found(room, h, i));
   }
   for (int64_t i = 0; i < heads; i++) put_together<F>(Head(a, i), room, i * pieces, pieces);
   return 0;
 }
 
+bool known(const Norm& norm) { return !norm.weight || norm_row_of<F32>(norm); }
+
 }  // namespace
 
 extern "C" int NATIVE(gemmakit_attend)(const Attention* a) {
   bool sound = a->B >= 1 && a->S >= 1 && a->B * a->S <= MAX_ROWS && a->K >= 1 && a->N % a->K == 0 && a->H % 2 == 0 &&
-               a->start >= 0 && a->start + a->S <= a->T && a->T <= a->capacity;
-  if (!sound) return 1;
+               a->first >= 0 && a->first <= a->start && a->start + a->S <= a->T && a->T <= a->capacity;
+  if (!sound || !known(a->q_norm) || !known(a->k_norm)) return 1;
   switch (a->format) {
     case BF16: return run<BF16>(*a);
     case F16: return run<F16>(*a);

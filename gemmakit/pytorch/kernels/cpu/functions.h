@@ -145,24 +145,42 @@ inline void give(void* p, int64_t i, int64_t n, V v) {
 
 // ---- functions -------------------------------------------------------------------------------------------------
 
-// e^x within 2 units of the last place; NaN stays NaN, which is why the bounds come first in `larger` and `smaller`:
-// the second of two numbers is what x86 gives where one of them is NaN.
-inline V exponential(V x) {
-  x = smaller(splat(90.0f), larger(splat(-110.0f), x));
+// x = n ln 2 + r with |r| < 0.35. NaN stays NaN, which is why the bounds come first in `larger` and `smaller`: the second
+// of two numbers is what x86 gives where one of them is NaN.
+struct Reduced {
+  V n, r;
+};
+inline Reduced reduced(V x, float least, float most) {
+  x = smaller(splat(most), larger(splat(least), x));
   V n = whole(mul(x, splat(1.44269504f)));
   // ln 2 in two parts, so that x - n ln 2 loses nothing.
   V r = fma(n, splat(-0.693359375f), x);
-  r = fma(n, splat(2.12194440e-4f), r);
-  // The series to r^7 / 7!: |r| < 0.35 leaves 6e-9.
+  return {n, fma(n, splat(2.12194440e-4f), r)};
+}
+
+// (e^r - 1) / r, the series to r^6 / 7!: what is left is 6e-9.
+inline V series(V r) {
   V y = splat(1.0f / 5040);
   y = fma(y, r, splat(1.0f / 720));
   y = fma(y, r, splat(1.0f / 120));
   y = fma(y, r, splat(1.0f / 24));
   y = fma(y, r, splat(1.0f / 6));
   y = fma(y, r, splat(0.5f));
-  y = fma(y, r, splat(1.0f));
-  y = fma(y, r, splat(1.0f));
-  return scaled(y, n);
+  return fma(y, r, splat(1.0f));
+}
+
+// e^x within 2 units of the last place.
+inline V exponential(V x) {
+  Reduced at = reduced(x, -110.0f, 90.0f);
+  return scaled(fma(series(at.r), at.r, splat(1.0f)), at.n);
+}
+
+// tanh u = m / (m + 2) with m = e^2u - 1 = 2^n (e^r - 1) + 2^n - 1, in which nothing cancels where u is small.
+inline V hyperbolic_tangent(V u) {
+  Reduced at = reduced(add(u, u), -20.0f, 20.0f);  // beyond, it is 1 to the last place
+  V power = scaled(splat(1.0f), at.n);
+  V m = fma(power, mul(series(at.r), at.r), sub(power, splat(1.0f)));
+  return divide(m, add(m, splat(2.0f)));
 }
 
 inline V silu(V x) { return divide(x, add(splat(1.0f), exponential(sub(zero(), x)))); }

@@ -34,18 +34,29 @@ struct Matrix {
   const void* bias;   // (out) in x's format, or null
 };
 
+// RMSNorm: x / sqrt(mean(x^2) + eps) * (1 + w) * gain in float32, rounded once to x's format. w (width) is BF16, F16 or
+// F32.
+struct Norm {
+  const void* weight;  // null for no norm
+  int32_t format;
+  float eps, gain;
+};
+
 // Attention of S new positions a row, with what is around it. q and y (B, S, N * H), k and v (B, S, K * H) have one
 // format, and so have cos and sin (B or 1, S, H; table_row is S * H or 0) and keys and values (B, K, capacity, H),
-// where the new ones go to start..start + S. T of them are seen; where `causal`, not those after a query's own place.
-// mask, or null: bytes, not 0 where query s of row b may look at key t, at b * mask_row + s * mask_query + t. blind, or
-// null: bytes, not 0 for queries that give zeros, at b * blind_row + s * blind_query.
+// where the new ones go to start..start + S. Each head of q and k is normed before it turns. Keys first..T are seen;
+// where `causal`, not those after a query's own place. Where softcap is not 0, scores are capped:
+// softcap * tanh(score / softcap). mask, or null: bytes, not 0 where query s of row b may look at key t, at
+// b * mask_row + s * mask_query + t - first. blind, or null: bytes, not 0 for queries that give zeros, at
+// b * blind_row + s * blind_query.
 struct Attention {
-  int64_t B, S, N, K, H, T, start, capacity, table_row, mask_row, mask_query, blind_row, blind_query;
+  int64_t B, S, N, K, H, first, T, start, capacity, table_row, mask_row, mask_query, blind_row, blind_query;
   const void *q, *k, *v, *cos, *sin;
   void *keys, *values, *y;
   const uint8_t *mask, *blind;
+  Norm q_norm, k_norm;
   int32_t format, causal, threads;
-  float scale;
+  float scale, softcap;
 };
 
 // Every kernel, as DO(name, parameters, arguments). All give 0, or 1 where the arguments are outside what they take.
@@ -56,11 +67,13 @@ struct Attention {
 //   products of bytes with x rounded to 8 bits in blocks of 32, for whole numbers (INT8_ROWS, INT8_GROUPS, INT4) where
 //   the processor is fast at them: 1 elsewhere, also when x is null, which asks only that.
 // gemmakit_expand: rows from..to of m as a dense panel y (to - from, in) of y_format, each number rounded once.
-// gemmakit_rms_norm: y (rows, width) = RMSNorm of x with 1 + w. gemmakit_gated: y = act(gate) * up, n numbers, act
-//   rounded before the product; 1 for GELU_ERF.
+// gemmakit_rms_norm: y (rows, width) = the norm of x; where residual is not null, their sum, rounded once more. y may be
+//   x. gemmakit_gated: y = act(gate) * up, n numbers, act rounded before the product; 1 for GELU_ERF.
 // gemmakit_norm_project, gemmakit_norm_gate_up: the norm, then the projections, and then act(gate) * up for m[0] and
 //   m[1] of one shape; up to 8 rows.
-// gemmakit_attend: rotates q and k, puts k and v into the cache, and attends.
+// gemmakit_project_norm_add: the projection, then its norm, then the sum with residual, each rounded; rows as
+//   gemmakit_project.
+// gemmakit_attend: norms and rotates q and k, puts k and v into the cache, and attends.
 // gemmakit_read_memory: reads every byte once and sums it up as 64-bit words into *sum: the memory's speed, and a way
 //   to page in a file.
 #define GEMMAKIT_FUNCTIONS(DO)                                                                                       \
@@ -69,17 +82,20 @@ struct Attention {
      (m, count, x_format, x, rows, y, residual, threads))                                                            \
   DO(gemmakit_expand, (const Matrix* m, int64_t from, int64_t to, int y_format, void* y, int threads),               \
      (m, from, to, y_format, y, threads))                                                                            \
-  DO(gemmakit_rms_norm, (int format, const void* x, int64_t rows, int64_t width, int w_format, const void* w,        \
-                         float eps, void* y, int threads),                                                           \
-     (format, x, rows, width, w_format, w, eps, y, threads))                                                         \
+  DO(gemmakit_rms_norm, (int format, const void* x, int64_t rows, int64_t width, const Norm* norm,                   \
+                         const void* residual, void* y, int threads),                                                \
+     (format, x, rows, width, norm, residual, y, threads))                                                           \
   DO(gemmakit_gated, (int format, int act, const void* gate, const void* up, void* y, int64_t n, int threads),       \
      (format, act, gate, up, y, n, threads))                                                                         \
-  DO(gemmakit_norm_project, (const Matrix* m, int count, int format, const void* x, int rows, int w_format,          \
-                             const void* w, float eps, void* const* y, int threads),                                 \
-     (m, count, format, x, rows, w_format, w, eps, y, threads))                                                      \
-  DO(gemmakit_norm_gate_up, (const Matrix* m, int format, const void* x, int rows, int w_format, const void* w,      \
-                             float eps, int act, void* y, int threads),                                              \
-     (m, format, x, rows, w_format, w, eps, act, y, threads))                                                        \
+  DO(gemmakit_norm_project, (const Matrix* m, int count, int format, const void* x, int rows, const Norm* norm,      \
+                             void* const* y, int threads),                                                           \
+     (m, count, format, x, rows, norm, y, threads))                                                                  \
+  DO(gemmakit_norm_gate_up, (const Matrix* m, int format, const void* x, int rows, const Norm* norm, int act,        \
+                             void* y, int threads),                                                                  \
+     (m, format, x, rows, norm, act, y, threads))                                                                    \
+  DO(gemmakit_project_norm_add, (const Matrix* m, int format, const void* x, int rows, const Norm* norm,             \
+                                 const void* residual, void* y, int threads),                                        \
+     (m, format, x, rows, norm, residual, y, threads))                                                               \
   DO(gemmakit_attend, (const Attention* a), (a))                                                                     \
   DO(gemmakit_read_memory, (const void* bytes, int64_t size, uint64_t* sum, int threads), (bytes, size, sum, threads))
 

@@ -1,40 +1,18 @@
 // A decoder layer's norms and activations for a few rows, with the projections that follow or precede them.
 
-#include <math.h>
-
-#include "functions.h"
 #include "inputs.h"
+#include "norm.h"
 
 namespace {
 
-// y = x / sqrt(mean(x^2) + eps) * (1 + w), in float32, rounded once, as the module does.
-template <int F, int W>
-void norm_row(const void* x, int64_t width, const void* w, float eps, void* y) {
-  V squares[4] = {zero(), zero(), zero(), zero()};
-  int64_t i = 0;
-  for (; i + 4 * L <= width; i += 4 * L)
-    for (int j = 0; j < 4; j++) {
-      V v = widen<F>(at<F>(x, i + j * L));
-      squares[j] = fma(v, v, squares[j]);
-    }
-  for (; i < width; i += L) {
-    V v = take<F>(x, i, width);
-    squares[0] = fma(v, v, squares[0]);
-  }
-  float total = sum(add(add(squares[0], squares[1]), add(squares[2], squares[3])));
-  V factor = splat(1.0f / sqrtf(total / (float)width + eps));
-  for (i = 0; i < width; i += L) {
-    V scale = add(splat(1.0f), take<W>(w, i, width));
-    give<F>(y, i, width, mul(mul(take<F>(x, i, width), factor), scale));
-  }
-}
-
 template <int F>
-int norm_rows(const void* x, int64_t rows, int64_t width, int w_format, const void* w, float eps, void* y,
+int norm_rows(const void* x, int64_t rows, int64_t width, const Norm& norm, const void* residual, void* y,
               int threads) {
-  auto one = w_format == BF16 ? norm_row<F, BF16> : w_format == F16 ? norm_row<F, F16> : norm_row<F, F32>;
+  NormRow one = norm_row_of<F>(norm);
+  if (!one) return 1;
 #pragma omp parallel for num_threads(threads) if (rows * width > 1 << 16 && threads > 1)
-  for (int64_t r = 0; r < rows; r++) one(at<F>(x, r * width), width, w, eps, (char*)y + r * width * size_of<F>);
+  for (int64_t r = 0; r < rows; r++)
+    one(at<F>(x, r * width), width, norm, residual ? at<F>(residual, r * width) : nullptr, (void*)at<F>(y, r * width));
   return 0;
 }
 
@@ -66,13 +44,12 @@ int gated_all(int act, const void* gate, const void* up, void* y, int64_t n, int
 
 }  // namespace
 
-extern "C" int NATIVE(gemmakit_rms_norm)(int format, const void* x, int64_t rows, int64_t width, int w_format,
-                                         const void* w, float eps, void* y, int threads) {
-  if (w_format < BF16 || w_format > F32) return 1;
+extern "C" int NATIVE(gemmakit_rms_norm)(int format, const void* x, int64_t rows, int64_t width, const Norm* norm,
+                                         const void* residual, void* y, int threads) {
   switch (format) {
-    case BF16: return norm_rows<BF16>(x, rows, width, w_format, w, eps, y, threads);
-    case F16: return norm_rows<F16>(x, rows, width, w_format, w, eps, y, threads);
-    case F32: return norm_rows<F32>(x, rows, width, w_format, w, eps, y, threads);
+    case BF16: return norm_rows<BF16>(x, rows, width, *norm, residual, y, threads);
+    case F16: return norm_rows<F16>(x, rows, width, *norm, residual, y, threads);
+    case F32: return norm_rows<F32>(x, rows, width, *norm, residual, y, threads);
   }
   return 1;
 }
@@ -88,19 +65,25 @@ extern "C" int NATIVE(gemmakit_gated)(int format, int act, const void* gate, con
 }
 
 extern "C" int NATIVE(gemmakit_norm_project)(const Matrix* m, int count, int format, const void* x, int rows,
-                                             int w_format, const void* w, float eps, void* const* y, int threads) {
+                                             const Norm* norm, void* const* y, int threads) {
   if (rows < 1 || rows > MAX_ROWS) return 1;
   void* normed = scratch<float, 0>(rows * m->in);
-  return NATIVE(gemmakit_rms_norm)(format, x, rows, m->in, w_format, w, eps, normed, 1) ||
+  return NATIVE(gemmakit_rms_norm)(format, x, rows, m->in, norm, nullptr, normed, 1) ||
          NATIVE(gemmakit_project)(m, count, format, normed, rows, y, nullptr, threads);
 }
 
-extern "C" int NATIVE(gemmakit_norm_gate_up)(const Matrix* m, int format, const void* x, int rows, int w_format,
-                                             const void* w, float eps, int act, void* y, int threads) {
+extern "C" int NATIVE(gemmakit_norm_gate_up)(const Matrix* m, int format, const void* x, int rows, const Norm* norm,
+                                             int act, void* y, int threads) {
   if (rows < 1 || rows > MAX_ROWS) return 1;
   int64_t n = rows * m->out;
   char* both = (char*)scratch<float, 1>(2 * n);
   void* halves[2] = {both, both + n * 4};
-  return NATIVE(gemmakit_norm_project)(m, 2, format, x, rows, w_format, w, eps, halves, threads) ||
+  return NATIVE(gemmakit_norm_project)(m, 2, format, x, rows, norm, halves, threads) ||
          NATIVE(gemmakit_gated)(format, act, halves[0], halves[1], y, n, threads);
+}
+
+extern "C" int NATIVE(gemmakit_project_norm_add)(const Matrix* m, int format, const void* x, int rows,
+                                                 const Norm* norm, const void* residual, void* y, int threads) {
+  return NATIVE(gemmakit_project)(m, 1, format, x, rows, &y, nullptr, threads) ||
+         NATIVE(gemmakit_rms_norm)(format, y, rows, m->out, norm, residual, y, threads);
 }

@@ -1,4 +1,4 @@
-"""Attention of a decoding step: rotate, write to the cache and attend in one kernel, then one that joins the parts.
+"""Attention of a decoding step: norm, rotate, write to the cache and attend in one kernel; another joins the parts.
 
 The query heads that share a kv head stand as rows of one small matrix, with the S new positions: each key is read
 once for all of them. The keys before the new ones are divided among SPLITS programs; how many there are is read on the
@@ -18,14 +18,30 @@ import triton
 import triton.language as tl
 
 # Numbers that change from call to call: a kernel made for one of their values would be made again.
-_CHANGING = ["start", "table_stride", "mask_row", "mask_query", "blind_row", "blind_query"]
+_CHANGING = ["start", "last", "table_stride", "mask_row", "mask_query", "blind_row", "blind_query"]
 
 
 @triton.jit
-def turned(x_ptr, at, cos, sin, h, mask, H: tl.constexpr):
-    """The rows at offsets `at`, rotated as layers.rotate rounds: both products, then their sum. (rows, HP)."""
+def normed(x, factor, norm_ptr, h, H: tl.constexpr):
+    """Features h of rows x, RMSNorm's, rounded. factor: (rows, 1)."""
+    weight = tl.load(norm_ptr + h, mask=h < H, other=0.0).to(tl.float32)
+    return (x.to(tl.float32) * factor * (1.0 + weight)).to(x.dtype)
+
+
+@triton.jit
+def turned(x_ptr, at, cos, sin, h, mask, norm_ptr, eps, H: tl.constexpr, NORM: tl.constexpr):
+    """The rows at offsets `at`, with NORM normed, rotated as layers.rotate rounds: both products, then their sum.
+
+    (rows, HP).
+    """
     x = tl.load(x_ptr + at + h, mask=mask, other=0.0)
-    other = tl.load(x_ptr + at + (h + H // 2) % H, mask=mask, other=0.0).to(tl.float32)
+    across = (h + H // 2) % H
+    other = tl.load(x_ptr + at + across, mask=mask, other=0.0)
+    if NORM:
+        wide = x.to(tl.float32)
+        factor = tl.rsqrt(tl.sum(wide * wide, 1) / H + eps)[:, None]
+        x, other = normed(x, factor, norm_ptr, h, H), normed(other, factor, norm_ptr, across, H)
+    other = other.to(tl.float32)
     other = tl.where(h < H // 2, -other, other)
     straight = (x.to(tl.float32) * cos).to(x.dtype).to(tl.float32)
     crossed = (other * sin).to(x.dtype).to(tl.float32)
@@ -41,6 +57,12 @@ def held_before(places_ptr, b, start, S: tl.constexpr, PLACED: tl.constexpr, PAG
         return tl.load(places_ptr).to(tl.int32)
     else:
         return start
+
+
+@triton.jit
+def hidden_before(before, last, S: tl.constexpr):
+    """How many of those keys nobody sees, where only the last so many are seen, the S new ones among them."""
+    return tl.maximum(before + S - last, 0)
 
 
 @triton.jit
@@ -76,9 +98,20 @@ def softmax_step(acc, top, total, scores, values):
 
 
 @triton.jit
-def scores_of(q, k, scale, mask_ptr, mask_at, t, seen, MASK: tl.constexpr):
+def tanh(x):
+    """Beyond 0.3 nothing cancels that matters; below, the series to x^9 leaves 5e-8 of it."""
+    z = x * x
+    near = x * (1.0 - z * (1 / 3 - z * (2 / 15 - z * (17 / 315 - z * (62 / 2835)))))
+    far = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * x))
+    return tl.where(tl.abs(x) < 0.3, near, far)
+
+
+@triton.jit
+def scores_of(q, k, scale, softcap, mask_ptr, mask_at, t, seen, MASK: tl.constexpr, CAPPED: tl.constexpr):
     """q (rows, HP), k (n, HP) at places t (n,) -> (rows, n) in base 2, -inf where a row may not look. seen: bool."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    if CAPPED:
+        scores = softcap * tanh(scores / softcap)
     if MASK:
         seen = seen & (tl.load(mask_ptr + mask_at + t[None, :], mask=seen, other=0) != 0)
     return tl.where(seen, scores, float("-inf"))
@@ -91,17 +124,17 @@ def angles(ptr, at, mask):
 
 @triton.jit
 def append(
-    k_ptr, v_ptr, cos_ptr, sin_ptr, keys_ptr, values_ptr, at, b, kv, j, h, table_row, writes,
-    S: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
+    k_ptr, v_ptr, cos_ptr, sin_ptr, norm_ptr, eps, keys_ptr, values_ptr, at, b, kv, j, h, table_row, writes,
+    S: tl.constexpr, K: tl.constexpr, H: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """Rotate the new keys, write them and the new values to `at` if that is up to this program, and give both.
+    """Norm and rotate the new keys, write them and the new values to `at` if that is up to this program, and give both.
 
     (len(j), HP) each.
     """
     mask = (j < S)[:, None] & (h < H)
     table = b * table_row + j[:, None] * H + h
     new = (((b * S + j) * K + kv) * H)[:, None]
-    k = turned(k_ptr, new, angles(cos_ptr, table, mask), angles(sin_ptr, table, mask), h, mask, H)
+    k = turned(k_ptr, new, angles(cos_ptr, table, mask), angles(sin_ptr, table, mask), h, mask, norm_ptr, eps, H, NORM)
     v = tl.load(v_ptr + new + h, mask=mask, other=0.0)
     tl.store(keys_ptr + at, k, mask=mask & writes)
     tl.store(values_ptr + at, v, mask=mask & writes)
@@ -110,25 +143,30 @@ def append(
 
 @triton.jit(do_not_specialize=_CHANGING)
 def attend(
-    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, keys_ptr, values_ptr, mask_ptr, blind_ptr, places_ptr, table_ptr,
-    out_ptr, partial_ptr, top_ptr, total_ptr,
-    start, scale, table_row, row_stride, head_stride, table_stride, mask_row, mask_query, blind_row, blind_query,
+    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, keys_ptr, values_ptr, mask_ptr, blind_ptr,
+    places_ptr, table_ptr, out_ptr, partial_ptr, top_ptr, total_ptr,
+    start, last, scale, softcap, q_eps, k_eps,
+    table_row, row_stride, head_stride, table_stride, mask_row, mask_query, blind_row, blind_query,
     S: tl.constexpr, N: tl.constexpr, K: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, BR: tl.constexpr,
     BT: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, MASK: tl.constexpr, BLIND: tl.constexpr,
-    CAUSAL: tl.constexpr, PLACED: tl.constexpr, PAGE: tl.constexpr,
+    CAUSAL: tl.constexpr, PLACED: tl.constexpr, PAGE: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
+    CAPPED: tl.constexpr,
 ):  # fmt: skip
-    """q (B, S, N, H), k and v (B, S, K, H), not rotated; cos, sin (B or 1, S, H).
+    """q (B, S, N, H), k and v (B, S, K, H), not rotated; cos, sin (B or 1, S, H); q_norm, k_norm (H,).
 
     Grid: B * K, SPLITS, the blocks of BR of the G * S rows.
     keys, values: (B, K, capacity, H), or with PAGE (pages, PAGE, K, H) and a table (B, P) of pages. The places of the
-    new keys begin at `start`, at *places (PLACED), or at lengths[b] - S (PAGE). scale: times log2(e). mask: int8, true
-    where a query may look; without it all do, or with CAUSAL no new key that comes later. HP: H padded.
+    new keys begin at `start`, at *places (PLACED), or at lengths[b] - S (PAGE). last: of the keys, the new ones among
+    them, only the last so many are seen. scale, softcap: times log2(e). mask: int8, true where a query may look, its
+    first column the first key that is seen; without it all do, or with CAUSAL no new key that comes later. HP: H
+    padded.
     Writes out (B, S, N, H), or for each split its unnormalised part, greatest score and sum.
     """
     b, kv, split = tl.program_id(0) // K, tl.program_id(0) % K, tl.program_id(1)
     before = held_before(places_ptr, b, start, S, PLACED, PAGE)
-    chunk = keys_a_split(before, SPLITS, BT)
-    first = split * chunk
+    hidden = hidden_before(before, last, S)
+    chunk = keys_a_split(before - hidden, SPLITS, BT)
+    first = hidden + split * chunk
     if (split > 0) & (first >= before):
         return
     G: tl.constexpr = N // K
@@ -137,20 +175,21 @@ def attend(
     real = (r < G * S)[:, None] & (h < H)
     table = b * table_row + s[:, None] * H + h
     row = ((b * S + s) * N + kv * G + r // S)[:, None]
-    q = turned(q_ptr, row * H, angles(cos_ptr, table, real), angles(sin_ptr, table, real), h, real, H)
-    mask_at = b * mask_row + s[:, None] * mask_query
+    cos, sin = angles(cos_ptr, table, real), angles(sin_ptr, table, real)
+    q = turned(q_ptr, row * H, cos, sin, h, real, q_norm_ptr, q_eps, H, Q_NORM)
+    mask_at = b * mask_row + s[:, None] * mask_query - hidden
 
     top = tl.full((BR,), float("-inf"), tl.float32)
     total = tl.zeros((BR,), tl.float32)
     acc = tl.zeros((BR, HP), tl.float32)
-    last = tl.minimum(first + chunk, before)
-    for tile in tl.range(first, last, BT, num_stages=STAGES):
+    end = tl.minimum(first + chunk, before)
+    for tile in tl.range(first, end, BT, num_stages=STAGES):
         t = tile + tl.arange(0, BT)
-        at = rows_of_cache(table_ptr, b, kv, t, t < last, row_stride, head_stride, table_stride, K, H, PAGE) + h
-        inside = (t < last)[:, None] & (h < H)
+        at = rows_of_cache(table_ptr, b, kv, t, t < end, row_stride, head_stride, table_stride, K, H, PAGE) + h
+        inside = (t < end)[:, None] & (h < H)
         k = tl.load(keys_ptr + at, mask=inside, other=0.0)
         v = tl.load(values_ptr + at, mask=inside, other=0.0)
-        scores = scores_of(q, k, scale, mask_ptr, mask_at, t, (t < last)[None, :], MASK)
+        scores = scores_of(q, k, scale, softcap, mask_ptr, mask_at, t, (t < end)[None, :], MASK, CAPPED)
         acc, top, total = softmax_step(acc, top, total, scores, v)
 
     if split == 0:
@@ -159,12 +198,13 @@ def attend(
         new_at = rows_of_cache(table_ptr, b, kv, new_t, j < S, row_stride, head_stride, table_stride, K, H, PAGE) + h
         writes = tl.program_id(2) == 0
         new_k, new_v = append(
-            k_ptr, v_ptr, cos_ptr, sin_ptr, keys_ptr, values_ptr, new_at, b, kv, j, h, table_row, writes, S, K, H
-        )
+            k_ptr, v_ptr, cos_ptr, sin_ptr, k_norm_ptr, k_eps, keys_ptr, values_ptr, new_at, b, kv, j, h, table_row,
+            writes, S, K, H, K_NORM,
+        )  # fmt: skip
         seen = (j < S)[None, :]
         if CAUSAL:
             seen = seen & (j[None, :] <= s[:, None])
-        new_scores = scores_of(q, new_k, scale, mask_ptr, mask_at, new_t, seen, MASK)
+        new_scores = scores_of(q, new_k, scale, softcap, mask_ptr, mask_at, new_t, seen, MASK, CAPPED)
         acc, top, total = softmax_step(acc, top, total, new_scores, new_v)
 
     if SPLITS == 1:
@@ -181,9 +221,9 @@ def attend(
         tl.store(total_ptr + part, total[:, None], mask=one)
 
 
-@triton.jit(do_not_specialize=["start", "blind_row", "blind_query"])
+@triton.jit(do_not_specialize=["start", "last", "blind_row", "blind_query"])
 def join(
-    partial_ptr, top_ptr, total_ptr, out_ptr, blind_ptr, places_ptr, start, blind_row, blind_query,
+    partial_ptr, top_ptr, total_ptr, out_ptr, blind_ptr, places_ptr, start, last, blind_row, blind_query,
     S: tl.constexpr, N: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, BT: tl.constexpr, SPLITS: tl.constexpr,
     BS: tl.constexpr, BLIND: tl.constexpr, PLACED: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
@@ -194,7 +234,8 @@ def join(
     row = tl.program_id(0)
     b, s = row // (S * N), row // N % S
     before = held_before(places_ptr, b, start, S, PLACED, PAGE)
-    used = tl.maximum(tl.cdiv(before, keys_a_split(before, SPLITS, BT)), 1)
+    shown = before - hidden_before(before, last, S)
+    used = tl.maximum(tl.cdiv(shown, keys_a_split(shown, SPLITS, BT)), 1)
     split, h = tl.arange(0, SPLITS), tl.arange(0, HP)[None, :]
     tops = tl.load(top_ptr + row * SPLITS + split, mask=split < used, other=float("-inf"))
     totals = tl.load(total_ptr + row * SPLITS + split, mask=split < used, other=0.0)

@@ -22,6 +22,7 @@ from gemmakit.pytorch.kernels.packed import FORMATS, PackedWeight
 from gemmakit.pytorch.kernels.triton import MAX_ROWS, interpreted, starting, tuning
 
 MAX_HEAD_DIM = 256
+UNLIMITED = 2**31 - 1  # keys that are seen, where all are
 # A program of the norm keeps a row in its registers, of its backward three rows and the sums: longer ones would spill,
 # and go through torch. This and what follows is reasoned, not measured.
 MAX_DIM = 8192
@@ -97,8 +98,11 @@ def alike(operands: Sequence[Operand]) -> bool:
 
 
 class Norm(NamedTuple):
+    """x * rsqrt(mean(x^2) + eps) * (1 + weight) * gain."""
+
     weight: Tensor
     eps: float
+    gain: float = 1.0
 
 
 def block_constants(
@@ -239,12 +243,18 @@ def attend(
     mask: Tensor | None = None,
     blind: Tensor | None = None,
     causal: bool = False,
+    *,
+    last: int | None = None,
+    softcap: float | None = None,
+    q_norm: Norm | None = None,
+    k_norm: Norm | None = None,
 ) -> Tensor:
-    """Rotate q and k, write k and v to their places, attend to all up to there. q: (B, S, N * H) -> (B, S, N * H).
+    """Norm and rotate q and k, write k and v to their places, attend to all up to there. q: (B, S, N * H), as given.
 
     k, v: (B, S, K * H), S at most 16. tables: cos and sin (B or 1, 1, S, H). The S new places follow each other.
     mask: bool (B or 1, 1, S or 1, T); blind: bool (B or 1, 1, S or 1, 1), queries that get zeros. causal: without a
-    mask, whether a new position sees no later one.
+    mask, whether a new position sees no later one. last: of all keys only the last so many are seen, and the mask's
+    columns are theirs. softcap: scores times scale are capped, softcap * tanh(s / softcap). q_norm, k_norm: of a head.
     """
     (B, S, width), H = q.shape, head_dim
     N, K = width // H, k.shape[2] // H
@@ -252,24 +262,30 @@ def attend(
     out, paged = torch.empty_like(q), room.table is not None
     fixed = attention_constants(constants(q.device), S, N, K, H, q.element_size(), paged)
     tile = fixed["BT"]
-    parts = tuning.splits(constants(q.device).attention_programs, B * K, tile, max(room.most, 1))
+    last = UNLIMITED if last is None else last
+    parts = tuning.splits(constants(q.device).attention_programs, B * K, tile, max(min(room.most, last), 1))
     partial = q.new_empty(B * S * N * parts * (H + 2) if parts > 1 else 0, dtype=torch.float32)
     acc, top, total = partial.split([B * S * N * parts * H, *[B * S * N * parts] * 2]) if parts > 1 else [partial] * 3
     page = 0 if room.table is None else room.keys.shape[1]
     places = _or(room.places, q)
     flags = dict(BLIND=blind is not None, PLACED=room.places is not None, PAGE=page, SPLITS=parts)
+    norms = [Norm(q, 0.0) if norm is None else norm for norm in (q_norm, k_norm)]
+    log2e = math.log2(math.e)
     grid = (B * K, parts, -(-(N // K * S) // fixed["BR"]))
     _start(
-        "attention.attend", grid, q, k, v, cos, sin, room.keys, room.values, _bytes(mask, q), _bytes(blind, q), places,
-        _or(room.table, q), out, acc, top, total,
-        room.start, scale * math.log2(math.e), S * H if cos.shape[0] > 1 else 0, *room.keys.stride()[:2],
+        "attention.attend", grid, q, k, v, cos, sin, *[norm.weight for norm in norms], room.keys, room.values,
+        _bytes(mask, q), _bytes(blind, q), places, _or(room.table, q), out, acc, top, total,
+        room.start, last, scale * log2e, (softcap or 0.0) * log2e, *[norm.eps for norm in norms],
+        S * H if cos.shape[0] > 1 else 0, *room.keys.stride()[:2],
         0 if room.table is None else room.table.stride(0), *_steps(mask), *_steps(blind),
-        MASK=mask is not None, CAUSAL=causal and mask is None, **fixed, **flags,
+        MASK=mask is not None, CAUSAL=causal and mask is None, CAPPED=softcap is not None,
+        Q_NORM=q_norm is not None, K_NORM=k_norm is not None, **fixed, **flags,
     )  # fmt: skip
     if parts > 1:
         shared = {name: fixed[name] for name in ("S", "N", "H", "HP", "BT")}
         _start(
-            "attention.join", (B * S * N,), acc, top, total, out, _bytes(blind, q), places, room.start, *_steps(blind),
+            "attention.join", (B * S * N,), acc, top, total, out, _bytes(blind, q), places, room.start, last,
+            *_steps(blind),
             BS=min(parts, 16), **shared, **flags,
         )  # fmt: skip
     return out
@@ -312,8 +328,24 @@ def rms_norm_saving(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tens
         return reference.rms_norm_saving(x, weight, eps)
     x = x.contiguous()
     y, scale = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
-    _start_rows("rowwise.norm", scale.numel(), x, weight.contiguous(), y, scale, eps, **norm_constants(x.shape[-1]))
+    _start_norm(x, Norm(weight, eps), None, y, scale)
     return y, scale
+
+
+def norm_add(x: Tensor, norm: Norm, residual: Tensor) -> Tensor:
+    """residual + norm(x), (..., D), each step rounded to x's dtype."""
+    if x.shape[-1] > MAX_DIM:
+        return residual + reference.rms_norm(x, norm.weight, norm.eps, norm.gain)
+    x, y = x.contiguous(), torch.empty_like(residual, memory_format=torch.contiguous_format)
+    scale = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    _start_norm(x, norm, residual.contiguous(), y, scale)
+    return y
+
+
+def _start_norm(x: Tensor, norm: Norm, residual: Tensor | None, y: Tensor, scale: Tensor) -> None:
+    tensors = (x, norm.weight.contiguous(), _or(residual, x), y, scale)
+    shape = norm_constants(x.shape[-1])
+    _start_rows("rowwise.norm", scale.numel(), *tensors, norm.eps, norm.gain, RESIDUAL=residual is not None, **shape)
 
 
 def rms_norm_back(

@@ -17,17 +17,24 @@ from gemmakit.pytorch.kernels.triton.gemv import _GELU_ERF, _GELU_TANH, _RELU, a
 
 
 @triton.jit
-def norm(x_ptr, weight_ptr, y_ptr, scale_ptr, eps, D: tl.constexpr, BLOCK: tl.constexpr):
-    """y = x * scale * (1 + weight) with scale = rsqrt(mean(x^2) + eps), rounded once. x, y: (M, D).
+def norm(
+    x_ptr, weight_ptr, residual_ptr, y_ptr, scale_ptr, eps, gain,
+    D: tl.constexpr, BLOCK: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """y = x * scale * (1 + weight) * gain with scale = rsqrt(mean(x^2) + eps), rounded once. x, y: (M, D).
 
-    scale: (M,) float32. Grid: M. BLOCK: at least D.
+    With RESIDUAL y is the sum with it, rounded once more. scale: (M,) float32. Grid: M. BLOCK: at least D.
     """
     row, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, 0) / D + eps)
     tl.store(scale_ptr + row, scale)
-    tl.store(y_ptr + row * D + d, (x * scale * (1.0 + weight)).to(y_ptr.dtype.element_ty), mask=d < D)
+    y = (x * scale * (1.0 + weight) * gain).to(y_ptr.dtype.element_ty)
+    if RESIDUAL:
+        residual = tl.load(residual_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float32)
+        y = (residual + y.to(tl.float32)).to(y.dtype)
+    tl.store(y_ptr + row * D + d, y, mask=d < D)
 
 
 @triton.jit(do_not_specialize=["rows"])
