@@ -57,7 +57,7 @@ def attend(held, capacity, placed=False, masked=False, rows=2, window=None):
     tables = (torch.zeros(1, 1, 1, H, dtype=torch.bfloat16),) * 2
     where = (0, torch.tensor([held])) if placed else (held, None)
     room = launch.Room(keys, values, *where, most=capacity if placed else capacity - 1)
-    last = None if window is None else min(window, held + 1)
+    last = None if window is None or held < window else window
     mask = torch.ones(rows, 1, 1, last or held + 1, dtype=torch.bool) if masked else None
     blind = torch.zeros(rows, 1, 1, 1, dtype=torch.bool) if masked else None
     launch.attend(q, k, v, tables, room, H, 1.0, mask=mask, blind=blind, last=last)

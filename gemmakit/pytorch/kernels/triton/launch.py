@@ -263,7 +263,8 @@ def attend(
     fixed = attention_constants(constants(q.device), S, N, K, H, q.element_size(), paged)
     tile = fixed["BT"]
     last = UNLIMITED if last is None else last
-    parts = tuning.splits(constants(q.device).attention_programs, B * K, tile, max(min(room.most, last), 1))
+    # Of the keys there are, not of those seen: a window that is passed makes no other kernel, and idle programs end.
+    parts = tuning.splits(constants(q.device).attention_programs, B * K, tile, max(room.most, 1))
     partial = q.new_empty(B * S * N * parts * (H + 2) if parts > 1 else 0, dtype=torch.float32)
     acc, top, total = partial.split([B * S * N * parts * H, *[B * S * N * parts] * 2]) if parts > 1 else [partial] * 3
     page = 0 if room.table is None else room.keys.shape[1]
