@@ -16,6 +16,11 @@ SLIDING_ATTENTION = "sliding_attention"
 LAYER_TYPES = (SLIDING_ATTENTION, FULL_ATTENTION)
 
 
+def layer_type(window: int | None) -> str:
+    """The kind of a layer with this window, None for none."""
+    return FULL_ATTENTION if window is None else SLIDING_ATTENTION
+
+
 T = TypeVar("T")
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from gemmakit.checks import FLAG, TEXT, Instance, OneOf, Real, TokenIds, Whole
 from gemmakit.generation.watermarks import BaseWatermarkingConfig
 
-CACHES = ("dynamic", "static", "offloaded", "offloaded_static", "quantized")
+CACHES = ("dynamic", "static", "offloaded", "offloaded_static", "quantized", "hybrid")
 SCHEDULES = ("constant", "heuristic", "heuristic_transient")
 _SHARE = Real(0, 1)
 _CUTOFF = Real(0, 1, below=True)

@@ -5,6 +5,7 @@ Axis letters: B batch, S positions, D hidden, V vocabulary, C labels. Parameter 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -70,7 +71,7 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
     def forward(
         self,
         input_ids: Int[Tensor, "B S"] | None = None,
-        attention_mask: Shaped[Tensor, "B _"] | Shaped[Tensor, "_ _ _ _"] | None = None,
+        attention_mask: Shaped[Tensor, "B _"] | Shaped[Tensor, "_ _ _ _"] | Mapping[str, Tensor] | None = None,
         position_ids: Int[Tensor, "#B S"] | None = None,
         past_key_values: Cache | tuple[tuple[Tensor, Tensor], ...] | None = None,
         inputs_embeds: Float[Tensor, "B S D"] | None = None,

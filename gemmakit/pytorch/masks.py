@@ -133,7 +133,7 @@ def visibility(
         InputError: a mask whose shape does not fit.
     """
     if attention_mask is not None and attention_mask.dim() == 4:
-        return _given(attention_mask, batch, queries, keys)
+        return _given(attention_mask, batch, queries, keys, narrow=window is not None)
     places_known = isinstance(past, int)
     padding = _padding(attention_mask, batch, keys, whole_buffer=not places_known)
     documents = _documents(position_ids) if attention_mask is None else None  # on every device alike
@@ -158,7 +158,10 @@ def visibility(
     return rule.masked()._replace(last=last) if dense else Visibility(None, rule=rule, last=last)
 
 
-def _given(mask: Shaped[Tensor, "_ _ _ _"], batch: int, queries: int, keys: int) -> Visibility:
+def _given(mask: Shaped[Tensor, "_ _ _ _"], batch: int, queries: int, keys: int, narrow: bool) -> Visibility:
+    """narrow: whether it may speak of the last keys alone, the layer's window hiding the others."""
+    last = mask.shape[3] if narrow and mask.shape[3] < keys else None
+    keys = keys if last is None else last
     ok = mask.shape[0] in (1, batch) and mask.shape[2] in (1, queries) and mask.shape[3] >= keys
     if not ok:
         raise InputError(
@@ -172,9 +175,9 @@ def _given(mask: Shaped[Tensor, "_ _ _ _"], batch: int, queries: int, keys: int)
     mask = mask[..., :keys]
     if mask.dtype == torch.bool:
         blind = ~mask.any(-1, keepdim=True)
-        return Visibility(mask | blind, blind=blind)
+        return Visibility(mask | blind, blind=blind, last=last)
     blind = (mask <= torch.finfo(mask.dtype).min / 2).all(-1, keepdim=True)
-    return Visibility(mask.masked_fill(blind, 0.0), blind=blind)
+    return Visibility(mask.masked_fill(blind, 0.0), blind=blind, last=last)
 
 
 def _padding(

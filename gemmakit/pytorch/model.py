@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError, TokenOutOfRange
-from gemmakit.family import FULL_ATTENTION, members
+from gemmakit.family import FULL_ATTENTION, layer_type, members
 from gemmakit.outputs import BaseModelOutputWithPast
 from gemmakit.pytorch.attention import MASKLESS, SEGMENTED, GemmaAttention
 from gemmakit.pytorch.cache import Cache, DynamicCache
@@ -113,7 +113,7 @@ class GemmaModel(GemmaPreTrainedModel):
     def forward(
         self,
         input_ids: Int[Tensor, "B S"] | None = None,
-        attention_mask: Shaped[Tensor, "B _"] | Shaped[Tensor, "_ _ _ _"] | None = None,
+        attention_mask: Shaped[Tensor, "B _"] | Shaped[Tensor, "_ _ _ _"] | Mapping[str, Tensor] | None = None,
         position_ids: Int[Tensor, "#B S"] | None = None,
         past_key_values: Cache | tuple[tuple[Tensor, Tensor], ...] | None = None,
         inputs_embeds: Float[Tensor, "B S D"] | None = None,
@@ -129,7 +129,8 @@ class GemmaModel(GemmaPreTrainedModel):
 
         Args:
             input_ids: (B, S) token ids; or give `inputs_embeds`, (B, S, D), used as they are (not scaled again).
-            attention_mask: (B, T) of 0 and 1 over past and current tokens; or 4-D, bool or additive, used as it is.
+            attention_mask: (B, T) of 0 and 1 over past and current tokens; or 4-D, bool or additive, used as it is; or
+                one of these for each of the configuration's `layer_types`, by its name.
             position_ids: (B, S); by default they continue after the cache. Given without mask and cache, a restart
                 of the positions begins a new document, and tokens see their own document only.
             past_key_values: a Cache, or the older tuple of (key, value) a layer; the same form comes back.
@@ -167,10 +168,11 @@ class GemmaModel(GemmaPreTrainedModel):
         packed = cache is None or cache.packs or (past_key_values is None and past == 0)
         documents = position_ids if packed else None
         # A window that all keys fit into hides nothing.
-        hiding = {window: None if window is None or keys <= window else window for window in self.windows}
+        one = not isinstance(attention_mask, Mapping)
+        hiding = {w: None if w is None or (one and keys <= w) else w for w in self.windows}
         made = {
             window: visibility(
-                attention_mask,
+                _mask_of(attention_mask, window),
                 batch=B,
                 queries=S,
                 keys=keys,
@@ -243,6 +245,16 @@ class GemmaModel(GemmaPreTrainedModel):
             found = f"{len(past)} layers" if isinstance(past, (tuple, list)) else f"a {type(past).__name__}"
             raise InputError(f"past_key_values is {found}; give a gemmakit Cache, or (key, value) of {layers} layers.")
         return DynamicCache.from_legacy_cache(past), True
+
+
+def _mask_of(mask: Tensor | Mapping[str, Tensor] | None, window: int | None) -> Tensor | None:
+    """The mask for layers with this window."""
+    if not isinstance(mask, Mapping):
+        return mask
+    name = layer_type(window)
+    if name not in mask:
+        raise InputError(f"attention_mask has {', '.join(map(repr, mask)) or 'no mask'}; it lacks one for {name!r}.")
+    return mask[name]
 
 
 def _rotary_name(rope: str) -> str:

@@ -10,6 +10,7 @@ from gemmakit.errors import InputError
 from gemmakit.pytorch.cache.core import Cache, CacheLayer, DynamicCache, StaticCache
 from gemmakit.pytorch.cache.offloaded import OffloadedCache
 from gemmakit.pytorch.cache.quantized import QuantizedCache
+from gemmakit.pytorch.cache.window import WindowCache
 
 __all__ = [
     "KINDS",
@@ -19,6 +20,7 @@ __all__ = [
     "OffloadedCache",
     "QuantizedCache",
     "StaticCache",
+    "WindowCache",
     "new_cache",
 ]
 
@@ -29,13 +31,19 @@ KINDS: dict[str, Callable[..., Cache]] = {
     "offloaded": lambda config, length, **more: OffloadedCache(config=config, **more),
     "offloaded_static": lambda config, length, **more: OffloadedCache(config=config, max_cache_len=length, **more),
     "quantized": lambda config, length, **more: QuantizedCache(config=config, **more),
+    "hybrid": lambda config, length, **more: DynamicCache(config=config, **more),  # as files of Gemma 2 and 3 call it
 }
+_GROWING = ("dynamic", "hybrid")
 # Names that other libraries' cache_config has and that say nothing here.
 _MEANINGLESS = ("backend", "axis_key", "axis_value", "compute_dtype", "device")
 
 
 def new_cache(
-    kind: str | None, config: GemmaConfig, length: int | None = None, settings: dict[str, Any] | None = None
+    kind: str | None,
+    config: GemmaConfig,
+    length: int | None = None,
+    settings: dict[str, Any] | None = None,
+    forgets: bool = False,
 ) -> Cache:
     """An empty cache.
 
@@ -43,6 +51,7 @@ def new_cache(
         kind: one of KINDS; None is "dynamic".
         length: tokens it must hold, for the static ones.
         settings: its own arguments, for instance `{"nbits": 8}` for "quantized".
+        forgets: whether a growing one may let go of what windows hide, where `length` tokens pass them.
 
     Raises:
         InputError: no such kind, or no such setting.
@@ -50,6 +59,8 @@ def new_cache(
     kind = kind or "dynamic"
     if kind not in KINDS:
         raise InputError(f"there is no cache {kind!r}; the caches are {', '.join(KINDS)}.")
+    if forgets and kind in _GROWING and WindowCache.pays(config, length or 0):
+        return WindowCache(config)
     own = {name: value for name, value in (settings or {}).items() if name not in _MEANINGLESS}
     try:
         return KINDS[kind](config, length, **own)

@@ -192,6 +192,7 @@ class Cache:
     """
 
     max_cache_len: int | None = None
+    spare: int | None = None  # of the newest tokens so many can be taken back; None for all
     packs = False  # whether what it is given are documents laid end to end, told apart by their positions
 
     def __init__(self) -> None:

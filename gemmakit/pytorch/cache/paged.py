@@ -8,7 +8,7 @@ Source: arXiv:2309.06180.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from gemmakit.checkpoint.memory import require_memory
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError, NotEnoughMemory
+from gemmakit.family import layer_type
 from gemmakit.pytorch.cache.core import Cache
 from gemmakit.pytorch.cache.pages import NULL_PAGE
 
@@ -36,7 +37,8 @@ class Placement:
 
     places: (B * S,) int64, where the new tokens go. table: (B, P) int64, the pages of each row in order, NULL_PAGE
     behind them. lengths: (B,) int64, tokens a row has with the new ones. past: tokens before the new ones, if all rows
-    have the same. keys: T, the positions that are read, at most P * page_size.
+    have the same. keys: T, the positions that are read, at most P * page_size. window: of them a query sees the newest
+    so many; None for all.
     """
 
     places: Tensor
@@ -44,6 +46,8 @@ class Placement:
     lengths: Tensor
     past: int
     keys: int
+    window: int | None = None
+    derived: dict[int, Placement] = field(default_factory=dict["int", "Placement"], init=False, repr=False)
 
     @property
     def positions(self) -> Tensor:
@@ -53,7 +57,28 @@ class Placement:
     @property
     def mask(self) -> Tensor:
         """bool (B, 1, 1, T): the one new token of each row sees the tokens of its row."""
-        return torch.arange(self.keys, device=self.lengths.device) < self.lengths[:, None, None, None]
+        place, lengths = torch.arange(self.keys, device=self.lengths.device), self.lengths[:, None, None, None]
+        seen = place < lengths
+        return seen if self.window is None else seen & (place >= lengths - self.window)
+
+    def within(self, window: int | None, page_size: int) -> Placement:
+        """The same for a layer with a window, as if the pages that it hides from all new tokens were not there."""
+        B, P = self.table.shape
+        reach = 0 if window is None else window + len(self.places) // B - 1
+        if window is None or self.keys <= reach:
+            return self
+        if window not in self.derived:
+            # No length is read: a step that is recorded works this out anew each time.
+            first = (self.lengths - reach).clamp_min(0) // page_size
+            pages = min(P, (reach - 2) // page_size + 2)
+            at = first[:, None] + torch.arange(pages, device=first.device)
+            table = torch.where(at < P, self.table.gather(1, at.clamp_max(P - 1)), NULL_PAGE)
+            gone = (self.keys - reach) // page_size * page_size
+            alone = B == 1 and self.past + len(self.places) == self.keys  # without a mask its keys end with its last
+            keys = self.keys - gone if alone else pages * page_size
+            lengths = self.lengths - first * page_size
+            self.derived[window] = Placement(self.places, table, lengths, self.past - gone, keys, window)
+        return self.derived[window]
 
 
 def sent(numbers: Sequence[Any], device: torch.device) -> Tensor:
@@ -87,11 +112,15 @@ class PagedCache(Cache):
         self.placement: Placement | None = None
         if isinstance(devices, torch.device | str):
             devices = [torch.device(devices)] * config.num_hidden_layers
-        shape = (2, pages + 1, page_size, config.num_key_value_heads, config.head_dim)
+        specs = [config.layer(i) for i in range(config.num_hidden_layers)]
+        self.windows = [spec.window for spec in specs]
         needed = (pages + 1) * page_size * bytes_per_token(config, dtype)
         self._check_memory(needed, devices)
         # (2, pages + 1, page_size, K, H): keys and values; the heads of a token lie together, as they come.
-        self.storage = [torch.zeros(shape, dtype=dtype, device=device) for device in devices]
+        self.storage = [
+            torch.zeros((2, pages + 1, page_size, s.num_key_value_heads, s.head_dim), dtype=dtype, device=device)
+            for s, device in zip(specs, devices, strict=True)
+        ]
 
     # -- for the engine --------------------------------------------------------------------------------------------
 
@@ -120,6 +149,16 @@ class PagedCache(Cache):
             for store in self.storage:
                 store.index_fill_(1, at[store.device], 0)
 
+    def masks(self) -> dict[str, Tensor]:
+        """By the kind of layer, bool (B, 1, 1, T): what the one new token of each row sees of what `update` gives."""
+        where = self._required()
+        return {layer_type(window): where.within(window, self.page_size).mask for window in dict.fromkeys(self.windows)}
+
+    def placement_of(self, layer_idx: int) -> Placement | None:
+        """The placement as this layer reads it."""
+        where = self.placement
+        return None if where is None else where.within(self.windows[layer_idx], self.page_size)
+
     # -- for the model ---------------------------------------------------------------------------------------------
 
     def update(
@@ -133,7 +172,7 @@ class PagedCache(Cache):
         store.flatten(1, 2).index_copy_(1, places, new.to(store.dtype))
         if where.keys == key_states.shape[2]:  # all there is to see is new
             return key_states, value_states
-        return self._gather(store, where)
+        return self._gather(store, where.within(self.windows[layer_idx], self.page_size))
 
     def span(self, queries: int, cache_position: Tensor | None = None) -> tuple[int, int]:
         """Tokens before the first query and keys it sees; with rows of different lengths the mask tells the rest."""
@@ -210,4 +249,5 @@ class PagedCache(Cache):
 
 def bytes_per_token(config: GemmaConfig, dtype: torch.dtype) -> int:
     """Bytes that the keys and values of one token take in all layers."""
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    specs = [config.layer(i) for i in range(config.num_hidden_layers)]
+    return sum(2 * spec.num_key_value_heads * spec.head_dim for spec in specs) * dtype.itemsize

@@ -28,6 +28,7 @@ from gemmakit.pytorch.decode.protocols import CausalLM
 from gemmakit.pytorch.decode.sampling import greedy, sampler
 from gemmakit.pytorch.decode.step import Plan, Step, forward
 from gemmakit.pytorch.kernels.decision import Decision
+from gemmakit.rotary import FOLLOW_LENGTH
 
 Runnable = Callable[[], None]
 _log = logging.getLogger("gemmakit")
@@ -450,8 +451,9 @@ def _of_model(model: CausalLM) -> str | None:
         return captured_steps(model).refusal
     if model.training:
         return "it is in training mode"
-    if model.config.rope_parameters["rope_type"] in ("dynamic", "longrope"):
-        return f"rope type {model.config.rope_parameters['rope_type']} reads the length on the host"
+    for rope in model.model.ropes:
+        if (kind := model.config.rope(rope)["rope_type"]) in FOLLOW_LENGTH:
+            return f"rope type {kind} reads the length on the host"
     if model.config.attn_implementation == "flex_attention":
         return "flex_attention makes its blocks anew each step"
     return next((reason for module in model.modules() if (reason := _foreign(module))), None)

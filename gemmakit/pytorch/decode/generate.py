@@ -120,7 +120,7 @@ class GenerationMixin:
         if rows > 1:
             raise InputError(f"stream follows one row, and this call has {rows}: stream them one at a time.")
         plan.outputs.only_scores(plan.config.output_scores and not decoding.strategy.beams)
-        tokens = tokens_of(decoding.steps, plan.outputs, decoding.prompt.cache)
+        tokens = tokens_of(decoding.steps, plan.outputs, decoding.prompt.cache if decoding.prompt.given else None)
         return events(tokens, tokenizer, skip_special_tokens)
 
     def stream_rows(
@@ -264,7 +264,10 @@ def _checked(
     config.validate(model.config.vocab_size)
     strategy = STRATEGIES[choose(config, assistant_model, streamer, model)]
     ids = inputs if input_ids is None else input_ids
-    prompt, new = prepare(model, config, ids, attention_mask, inputs_embeds, past_key_values, strategy.tried(config))
+    forgets = custom_generate is None and _forgets(model, config, strategy)
+    prompt, new = prepare(
+        model, config, ids, attention_mask, inputs_embeds, past_key_values, strategy.tried(config), forgets
+    )
     if config.token_healing:
         heal(model, prompt, tokenizer)
     total, vocabulary = prompt.ids.shape[1] + new, model.config.vocab_size
@@ -330,6 +333,13 @@ def _functions(name: str, value: Iterable[Callable[..., Any]] | None) -> tuple[C
         if not callable(each):
             raise InputError(f"{name} holds a {type(each).__name__}, which cannot be called: give functions.")
     return found
+
+
+def _forgets(model: CausalLM, config: GenerationConfig, strategy: Strategy) -> bool:
+    """Whether nobody asks the call's cache for what windows hide: its reader, the strategy, or a recorded step."""
+    if config.return_dict_in_generate or strategy.looks_back:
+        return False
+    return not config.cuda_graphs or strategy.beams or bool(capture.loop_plan(model).why)
 
 
 def _as_asked(steps: Steps[Any], config: GenerationConfig) -> Steps[Any]:

@@ -58,8 +58,12 @@ def prepare(
     embeds: Tensor | None,
     cache: Cache | None,
     spare: int = 0,
+    forgets: bool = False,
 ) -> tuple[Prompt, int]:
-    """The prompt, and how many new tokens may follow. spare: places of the cache for tokens that are only tried.
+    """The prompt, and how many new tokens may follow.
+
+    spare: places of the cache for tokens that are only tried. forgets: whether a cache that is made here may let go of
+    what windows hide.
 
     Raises InputError, TokenOutOfRange, PromptTooLong.
     """
@@ -74,7 +78,7 @@ def prepare(
         ids=ids,
         embeds=embeds,
         mask=mask if mask is not None and not bool(mask.all()) else None,
-        cache=cache if cache is not None else _new_cache(model, config, ids, embeds, new + spare),
+        cache=cache if cache is not None else _new_cache(model, config, ids, embeds, new + spare, forgets),
         past=held if full and held < ids.shape[1] else 0,
         given=cache is not None,
     )
@@ -197,14 +201,15 @@ def _new_tokens(
     return new
 
 
-def _new_cache(model: CausalLM, config: GenerationConfig, ids: Tensor, embeds: Tensor | None, new: int) -> Cache | None:
+def _new_cache(
+    model: CausalLM, config: GenerationConfig, ids: Tensor, embeds: Tensor | None, new: int, forgets: bool
+) -> Cache | None:
     # Embeddings cannot be run again from ids, so they always need a cache.
     if not config.use_cache and embeds is None:
         return None
     length = (ids.shape[1] if embeds is None else embeds.shape[1]) + new
-    return new_cache(
-        config.cache_implementation, model.config, max(length, config.max_cache_len or 0), config.cache_config
-    )
+    length = max(length, config.max_cache_len or 0)
+    return new_cache(config.cache_implementation, model.config, length, config.cache_config, forgets)
 
 
 # -- the rows that run on it -------------------------------------------------------------------------------------------

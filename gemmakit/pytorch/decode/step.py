@@ -6,7 +6,7 @@ it over rows that choose apart. Axis letters: R rows (prompts times their copies
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -36,7 +36,7 @@ def forward(
     model: CausalLM,
     ids: Tensor | None,
     cache: Any,
-    mask: Tensor | None = None,
+    mask: Tensor | Mapping[str, Tensor] | None = None,
     positions: Tensor | None = None,
     *,
     embeds: Tensor | None = None,

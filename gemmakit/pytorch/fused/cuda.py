@@ -223,7 +223,7 @@ def _room(q: Tensor, k: Tensor, cache: Any, cache_position: Tensor | None, atten
 
 def _pages(q: Tensor, cache: Any, layer: int) -> Room | None:
     """The pages of the placed rows, read and written where they lie."""
-    where, store = cache.placement, cache.storage[layer]
+    where, store = cache.placement_of(layer), cache.storage[layer]
     if where is None or len(where.table) != q.shape[0] or len(where.places) != q.shape[0] * q.shape[1]:
         return None  # which the cache refuses in its own words
     if store.dtype != q.dtype or any(t.device != store.device for t in (where.table, where.lengths)):

@@ -5,20 +5,32 @@ import functools
 import torch
 
 import gemmakit
+from gemmakit.family import KINDS
 from gemmakit.pytorch.decode.stream import HostQueue
 
 VOCAB = 40
 BOS = 2
+WINDOW = 8
+# The members whose layers have windows.
+_WINDOWED = dict(sliding_window=WINDOW, query_pre_attn_scalar=20, tie_word_embeddings=False)  # a tied one echoes
+_CAPPED = dict(_WINDOWED, attn_logit_softcapping=5.0, final_logit_softcapping=8.0)
+_BOTH = ["sliding_attention", "full_attention"]
+MEMBERS = {
+    "gemma2": dict(_CAPPED, layer_types=_BOTH),
+    "gemma3_text": dict(_WINDOWED, layer_types=_BOTH),
+    "vaultgemma": dict(_CAPPED, layer_types=_BOTH[::-1]),
+}
 
 
 @functools.cache
-def model(seed=0, spread=0.5, vocab=VOCAB, layers=2):
+def model(seed=0, spread=0.5, vocab=VOCAB, layers=2, member="gemma"):
     """In float64, so that the order of sums decides nothing."""
-    config = gemmakit.GemmaConfig(
+    sizes = dict(
         vocab_size=vocab, hidden_size=24, intermediate_size=40, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, max_position_embeddings=96,
     )  # fmt: skip
-    made = gemmakit.GemmaForCausalLM(config).double().eval()
+    config, kind = (getattr(gemmakit, KINDS[member].classes[role]) for role in ("config", "causal_lm"))
+    made = kind(config(**sizes, **MEMBERS.get(member, {}))).double().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in made.named_parameters():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -66,8 +67,8 @@ class StaticBatch:
         self._replay = taken.capture(self.step)
 
     def step(self) -> None:
-        self.cache.placement = self.where
-        out = forward(self.model, self.ids, self.cache, self.where.mask, self.where.positions)
+        self.cache.placement = where = replace(self.where)  # what is derived of it is part of the step
+        out = forward(self.model, self.ids, self.cache, self.cache.masks(), where.positions)
         if self.chosen_by is None:
             self.logits = out.logits[:, -1]
         else:

@@ -284,7 +284,7 @@ class BatchEngine:
             places, tokens = self._inputs(parts, before)
             assert tokens is not None
             given = tokens[sent(places, tokens.device)].clamp_min(0)[:, None]
-        mask, positions = (where.mask, where.positions) if several else (None, None)
+        mask, positions = (self.cache.masks(), where.positions) if several else (None, None)
         return forward(self.model, given, self.cache, mask, positions).logits[:, -1]
 
     def _settle(self) -> None:

@@ -190,13 +190,14 @@ def refuse_unbatched(model: GemmaConfig, config: GenerationConfig) -> None:
 
 def _check_rope(config: GemmaConfig, total: int) -> None:
     """Tables of type longrope change for a whole call when its longest row passes the trained context."""
-    rope = config.rope_parameters
-    trained = rope.get("original_max_position_embeddings")
-    if rope["rope_type"] == "longrope" and trained and total > trained:
-        raise PromptTooLong(
-            f"prompt and new tokens are {total}, but the rope type is longrope and batches stop at its trained context "
-            f"of {trained}: rows beyond it would change their neighbours. Use generate()."
-        )
+    for rope in {config.layer(i).rope: None for i in range(config.num_hidden_layers)}:
+        settings = config.rope(rope)
+        trained = settings.get("original_max_position_embeddings")
+        if settings["rope_type"] == "longrope" and trained and total > trained:
+            raise PromptTooLong(
+                f"prompt and new tokens are {total}, but the rope type is longrope and batches stop at its trained "
+                f"context of {trained}: rows beyond it would change their neighbours. Use generate()."
+            )
 
 
 def _tensor(prompt: Any, vocab_size: int) -> Tensor:

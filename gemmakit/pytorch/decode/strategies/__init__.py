@@ -36,7 +36,7 @@ def _candidates(config: GenerationConfig) -> int:
 class Strategy:
     """decode: gives the steps of a call. beams: it searches, with rows that change until the end. takes_back: tokens
     leave its cache again. one_result: a prompt has no more. tried: tokens a row that are in the cache beside those that
-    may be kept.
+    may be kept. looks_back: it says itself who sees whom, of all tokens.
     """
 
     decode: Callable[[CausalLM, Prompt, Plan], Steps[Any]]
@@ -44,6 +44,7 @@ class Strategy:
     takes_back: bool = False
     one_result: bool = False
     tried: Callable[[GenerationConfig], int] = _none_tried
+    looks_back: bool = False
 
     def rows(self, config: GenerationConfig) -> int:
         """Rows a prompt."""
@@ -58,7 +59,9 @@ STRATEGIES: dict[str, Strategy] = {
     "beam_sample": Strategy(beam_search, beams=True),
     "group_beam_search": Strategy(beam_search, beams=True),
     "constrained_beam_search": Strategy(beam_search, beams=True),
-    "contrastive_search": Strategy(contrastive_search, takes_back=True, one_result=True, tried=_candidates),
+    "contrastive_search": Strategy(
+        contrastive_search, takes_back=True, one_result=True, tried=_candidates, looks_back=True
+    ),
     "assisted_generation": Strategy(assisted_generation, takes_back=True, one_result=True),
     "prompt_lookup": Strategy(prompt_lookup_decoding, takes_back=True, one_result=True),
 }

@@ -215,12 +215,14 @@ def speculate(model: CausalLM, prompt: Prompt, plan: Plan, drafter: Drafter) -> 
     run = Run(model, prompt, plan)
     run.queue.lag = 0  # a draft needs the tokens before it
     checker, rows = Checker(run, drafter), run.rows
+    # What is not right is taken back.
+    most = plan.total if rows.cache is None or rows.cache.spare is None else rows.cache.spare
     run.choose(rows.prefill(chunk=plan.config.prefill_chunk_size))
     (step,) = run.arrived()
     yield step
     while not run.over:
         start = time.perf_counter()
-        proposal = drafter.propose(rows.ids, step.tokens[0], plan.total - rows.length - 1)
+        proposal = drafter.propose(rows.ids, step.tokens[0], min(most, plan.total - rows.length - 1))
         accepted, proposed = 0, 0 if proposal is None else len(proposal.tokens)
         if proposal is None:
             run.choose(rows.next())

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemmakit.errors import InputError
+from gemmakit.family import layer_type
 from gemmakit.outputs import GenerateDecoderOnlyOutput
 from gemmakit.pytorch.decode.prompt import Prompt, Rows
 from gemmakit.pytorch.decode.protocols import CausalLM
@@ -66,7 +67,7 @@ class LookAhead:
         ids = torch.cat((rows.buffer[:, rows.length - n : rows.length], candidates), dim=1)
         out = rows.model(
             input_ids=ids,
-            attention_mask=self._mask(n, k, held),
+            attention_mask=self._masks(n, k, held),
             position_ids=self._positions(n, k, held),
             past_key_values=rows.cache,
             use_cache=True,
@@ -84,8 +85,15 @@ class LookAhead:
             attentions=None if out.attentions is None else tuple(_own(a[:, :, n:], held) for a in out.attentions),
         )
 
+    def _masks(self, n: int, k: int, held: int) -> dict[str, Tensor]:
+        """By the kind of layer, bool (B or 1, 1, n + k, held + k)."""
+        mask, device = self._mask(n, k, held), self.rows.device
+        place = torch.arange(held + k, device=device).clamp_max(held)  # all candidates stand at the same one
+        away = place[held - n :, None] - place
+        windows = self.rows.model.model.windows
+        return {layer_type(w): mask if w is None else mask & (away < w) for w in windows}
+
     def _mask(self, n: int, k: int, held: int) -> Tensor:
-        """bool (B or 1, 1, n + k, held + k)."""
         device = self.rows.device
         sees = torch.ones((n + k, held + k), dtype=torch.bool, device=device)
         sees[:, held:] = False
