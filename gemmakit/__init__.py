@@ -11,7 +11,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from gemmakit.family import KINDS
+from gemmakit.family import FLAX, KINDS
 
 __version__ = "0.1.0"
 
@@ -81,6 +81,8 @@ _HOME = {
 for _kind in KINDS.values():
     for _role, _first in KINDS["gemma"].classes.items():
         _HOME[_kind.classes[_role]] = _HOME[_first]
+        if f"{FLAX}{_first}" in _HOME:
+            _HOME[f"{FLAX}{_kind.classes[_role]}"] = _HOME[f"{FLAX}{_first}"]
     _name = _kind.classes["causal_lm"].removesuffix("ForCausalLM")
     _HOME[f"{_name}PreTrainedModel"] = _HOME["GemmaPreTrainedModel"]
 
@@ -131,6 +133,18 @@ if TYPE_CHECKING:
         FlaxGemmaForTokenClassification,
         FlaxGemmaModel,
     )
+    from gemmakit.flax import FlaxGemmaForCausalLM as FlaxGemma2ForCausalLM
+    from gemmakit.flax import FlaxGemmaForCausalLM as FlaxGemma3ForCausalLM
+    from gemmakit.flax import FlaxGemmaForCausalLM as FlaxVaultGemmaForCausalLM
+    from gemmakit.flax import FlaxGemmaForSequenceClassification as FlaxGemma2ForSequenceClassification
+    from gemmakit.flax import FlaxGemmaForSequenceClassification as FlaxGemma3TextForSequenceClassification
+    from gemmakit.flax import FlaxGemmaForSequenceClassification as FlaxVaultGemmaForSequenceClassification
+    from gemmakit.flax import FlaxGemmaForTokenClassification as FlaxGemma2ForTokenClassification
+    from gemmakit.flax import FlaxGemmaForTokenClassification as FlaxGemma3TextForTokenClassification
+    from gemmakit.flax import FlaxGemmaForTokenClassification as FlaxVaultGemmaForTokenClassification
+    from gemmakit.flax import FlaxGemmaModel as FlaxGemma2Model
+    from gemmakit.flax import FlaxGemmaModel as FlaxGemma3TextModel
+    from gemmakit.flax import FlaxGemmaModel as FlaxVaultGemmaModel
     from gemmakit.generation import GenerationConfig, SynthIDTextWatermarkingConfig, WatermarkingConfig
     from gemmakit.generation.constraints import DisjunctiveConstraint, PhrasalConstraint
     from gemmakit.hub import demo_model

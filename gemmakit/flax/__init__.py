@@ -13,6 +13,8 @@ except ImportError as error:
         f"the Flax backend needs jax and flax ({error.name} is not installed): pip install 'gemmakit[flax]'."
     ) from error
 
+from gemmakit.family import FLAX, KINDS
+from gemmakit.flax import heads, model
 from gemmakit.flax.heads import (
     FlaxGemmaForCausalLM,
     FlaxGemmaForSequenceClassification,
@@ -37,3 +39,11 @@ __all__ = [
     "stack_layers",
     "unstack_layers",
 ]
+
+# The other members of the family, by the names of Gemma 1's classes.
+for _kind in KINDS.values():
+    for _role, _first in KINDS["gemma"].classes.items():
+        _name = FLAX + _kind.classes[_role]
+        if FLAX + _first in __all__ and _name not in __all__:
+            globals()[_name] = vars(model if _role == "model" else heads)[_name]
+            __all__ += [_name]  # pyright: ignore[reportUnsupportedDunderAll]

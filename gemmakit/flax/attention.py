@@ -16,18 +16,23 @@ from gemmakit.config import GemmaConfig
 from gemmakit.errors import ConfigError
 from gemmakit.family import LayerSpec
 from gemmakit.flax.cache import append
-from gemmakit.flax.layers import FlaxLinear, RotaryTables, rotate
+from gemmakit.flax.layers import FlaxGemmaRMSNorm, FlaxLinear, RotaryTables, rotate
 from gemmakit.flax.masks import Visibility
 
 
 class Attend(Protocol):
-    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, visible: Visibility, *, scale: float) -> jax.Array: ...
+    def __call__(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, visible: Visibility, *, scale: float, softcap: float | None
+    ) -> jax.Array: ...
 
 
-def weights(q: jax.Array, k: jax.Array, visible: Visibility, *, scale: float) -> jax.Array:
+def weights(
+    q: jax.Array, k: jax.Array, visible: Visibility, *, scale: float, softcap: float | None = None
+) -> jax.Array:
     """The attention weights (B, N, S, T) of q (B, N, S, H) and k (B, K, T, H); softmax in float32.
 
-    Query head n reads kv head n // (N // K). Source: arXiv:1911.02150, arXiv:2305.13245.
+    Query head n reads kv head n // (N // K). softcap: of the scores, before the mask; see `capped`.
+    Source: arXiv:1911.02150, arXiv:2305.13245.
     """
     B, N, S, H = q.shape
     K, T = k.shape[1], k.shape[2]
@@ -36,7 +41,7 @@ def weights(q: jax.Array, k: jax.Array, visible: Visibility, *, scale: float) ->
         q, k = q.astype(jnp.float32), k.astype(jnp.float32)
     # The heads that share a key stand below each other as rows: no key is copied.
     scores = jnp.einsum("bkgsh,bkth->bkgst", q.reshape(B, K, N // K, S, H), k, preferred_element_type=jnp.float32)
-    scores = scores.reshape(B, N, S, T) * scale
+    scores = capped(scores.reshape(B, N, S, T) * scale, softcap)
     mask = visible.mask
     if mask is None and visible.causal:
         mask = jnp.tril(jnp.ones((S, T), bool))
@@ -47,6 +52,11 @@ def weights(q: jax.Array, k: jax.Array, visible: Visibility, *, scale: float) ->
     return out if visible.blind is None else jnp.where(visible.blind, 0, out)
 
 
+def capped(x: jax.Array, cap: float | None) -> jax.Array:
+    """cap * tanh(x / cap); x itself where there is no cap. Source: arXiv:2408.00118."""
+    return x if cap is None else jnp.tanh(x / cap) * cap
+
+
 def mix(weights: jax.Array, v: jax.Array) -> jax.Array:
     """weights: (B, N, S, T), v: (B, K, T, H) -> (B, N, S, H)."""
     B, N, S, T = weights.shape
@@ -55,20 +65,24 @@ def mix(weights: jax.Array, v: jax.Array) -> jax.Array:
     return out.reshape(B, N, S, H)
 
 
-def eager(q: jax.Array, k: jax.Array, v: jax.Array, visible: Visibility, *, scale: float) -> jax.Array:
+def eager(
+    q: jax.Array, k: jax.Array, v: jax.Array, visible: Visibility, *, scale: float, softcap: float | None = None
+) -> jax.Array:
     """Grouped-query attention written out. A query that may look nowhere gets zeros."""
-    return mix(weights(q, k, visible, scale=scale), v)
+    return mix(weights(q, k, visible, scale=scale, softcap=softcap), v)
 
 
-def sdpa(q: jax.Array, k: jax.Array, v: jax.Array, visible: Visibility, *, scale: float) -> jax.Array:
+def sdpa(
+    q: jax.Array, k: jax.Array, v: jax.Array, visible: Visibility, *, scale: float, softcap: float | None = None
+) -> jax.Array:
     """The same through `jax.nn.dot_product_attention`, which knows grouped queries too.
 
-    What it does not do, masks that are added and float16 on a CPU, runs as `eager`; so does one query position, of
-    which it makes nothing faster.
+    What it does not do, caps, masks that are added and float16 on a CPU, runs as `eager`; so does one query position,
+    of which it makes nothing faster.
     """
     additive = visible.mask is not None and visible.mask.dtype != bool
-    if q.shape[2] == 1 or additive or q.dtype == jnp.float16:
-        return eager(q, k, v, visible, scale=scale)
+    if q.shape[2] == 1 or additive or q.dtype == jnp.float16 or softcap is not None:
+        return eager(q, k, v, visible, scale=scale, softcap=softcap)
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     causal = visible.causal and visible.mask is None
     out = jax.nn.dot_product_attention(q, k, v, mask=visible.mask, scale=scale, is_causal=causal)
@@ -130,18 +144,24 @@ class FlaxGemmaAttention(nn.Module):
             return linear(name, heads * H)(hidden).reshape(B, S, heads, H).swapaxes(1, 2)
 
         q, k, v = project("q_proj", N), project("k_proj", K), project("v_proj", K)
+        q = self.head_norm("q_norm")(q) if c.kind.q_norm else q
+        k = self.head_norm("k_norm")(k) if c.kind.k_norm else k
         q, k = rotate(q, *told.table), rotate(k, *told.table)
         if cache is not None:
             assert told.index is not None
             k, v, cache = append(cache, k, v, told.index)
             k, v = (told.visible.of(x).astype(self.dtype) for x in (k, v))
+        settings: Any = {"scale": spec.scale, "softcap": spec.softcap}
         dropout = c.attention_dropout if self.wanted.train else 0.0
         kept = None
         if self.wanted.attentions or dropout:  # the fused form keeps no weights
-            kept = weights(q, k, told.visible, scale=spec.scale)
+            kept = weights(q, k, told.visible, **settings)
             kept = nn.Dropout(dropout)(kept, deterministic=not dropout)
             out = mix(kept, v)
         else:
-            out = IMPLEMENTATIONS[c.attn_implementation or "sdpa"](q, k, v, told.visible, scale=spec.scale)
+            out = IMPLEMENTATIONS[c.attn_implementation or "sdpa"](q, k, v, told.visible, **settings)
         out = linear("o_proj", D)(out.swapaxes(1, 2).reshape(B, S, N * H))
         return out, cache, kept if self.wanted.attentions else None
+
+    def head_norm(self, name: str) -> FlaxGemmaRMSNorm:
+        return FlaxGemmaRMSNorm(self.config.rms_norm_eps, self.config.kind.norm_offset, name=name)

@@ -14,7 +14,8 @@ import numpy as np
 
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import ConfigError, InputError
-from gemmakit.flax.attention import Wanted
+from gemmakit.family import members
+from gemmakit.flax.attention import Wanted, capped
 from gemmakit.flax.cache import Cache
 from gemmakit.flax.decode.generate import GenerationMixin
 from gemmakit.flax.layers import FlaxLinear
@@ -74,7 +75,9 @@ class FlaxGemmaForCausalLMModule(_OnDecoder):
         """logits_to_keep: 0 for all positions, n for the last n. labels as in `FlaxGemmaForCausalLM.of_head`."""
         out = self.model(input_ids, attention_mask, position_ids, cache, wanted, is_causal)
         hidden = out.last_hidden_state[:, -logits_to_keep:]
-        logits = self.model.embed_tokens.attend(hidden) if self.config.tie_word_embeddings else self.lm_head(hidden)
+        c = self.config
+        logits = self.model.embed_tokens.attend(hidden) if c.tie_word_embeddings else self.lm_head(hidden)
+        logits = capped(logits, c.final_logit_softcapping)
         loss = None if labels is None else causal_loss(logits, next_labels(labels)[:, -logits_to_keep:])
         return CausalLMOutputWithPast(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
 
@@ -248,3 +251,7 @@ def _check_padding(ids: Any, mask: Any, pad: int | None) -> None:
     empty = np.flatnonzero(~np.asarray(real).any(-1))
     if empty.size:
         raise InputError(f"row {empty[0]} of the batch is all padding: it has no token to classify. Leave the row out.")
+
+
+for _head in (FlaxGemmaForCausalLM, FlaxGemmaForSequenceClassification, FlaxGemmaForTokenClassification):
+    globals().update(members(_head))

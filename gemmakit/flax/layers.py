@@ -30,22 +30,35 @@ def embedding_init(std: float, pad: int | None) -> Initializer:
     return init
 
 
-class FlaxGemmaRMSNorm(nn.Module):
-    """x * rsqrt(mean(x^2) + eps) * (1 + weight), all in float32, cast last. Source: arXiv:1910.07467.
+# In float16 the residual stream of models that norm all that enters it would pass the largest number (65,504), so it
+# carries this part of itself. A power of two changes no digit: in float32 every result would be the same to the bit.
+STREAM_SCALES = {"float16": 2.0**-7}
 
-    Fresh weights are zero, as in PyTorch: 1 + weight multiplies, so ones would double every norm.
+
+def stream_scale(config: GemmaConfig, dtype: Any) -> float:
+    """What part of itself the residual stream carries where the model computes in `dtype`."""
+    return STREAM_SCALES.get(jnp.dtype(dtype).name, 1.0) if config.kind.norms_outputs else 1.0
+
+
+class FlaxGemmaRMSNorm(nn.Module):
+    """x * rsqrt(mean(x^2) + eps) * (offset + weight) * gain, all in float32, cast last. Source: arXiv:1910.07467.
+
+    Fresh weights leave x as it is, as in PyTorch: with an offset of 1 they are zero, for ones would double every norm.
     """
 
     eps: float = 1e-6
+    offset: float = 1.0
+    gain: float = 1.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: (..., D); same shape and dtype out."""
-        weight = self.param("weight", nn.initializers.zeros_init(), (x.shape[-1],))
+        weight = self.param("weight", nn.initializers.constant(1.0 - self.offset), (x.shape[-1],))
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
         # The weight multiplies before the cast: afterwards the half formats would round twice.
-        return (y * (1.0 + weight.astype(jnp.float32))).astype(x.dtype)
+        y = y * (self.offset + weight.astype(jnp.float32))
+        return (y if self.gain == 1.0 else y * self.gain).astype(x.dtype)
 
 
 class FlaxLinear(nn.Module):

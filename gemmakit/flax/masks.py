@@ -60,7 +60,7 @@ def visibility(
         position_ids: (B, S) when the caller gave them and there is no cache: without a mask, a restart begins a
             document.
         window: a query sees keys less than so many places from its own, itself included; None for all.
-        whole: whether the mask is of all T keys even where a window leaves fewer.
+        whole: whether to make a mask, and of all T keys, even where less would say it.
 
     Raises:
         InputError: a mask whose shape does not fit.
@@ -70,7 +70,7 @@ def visibility(
     window = None if window is None or window >= keys else window
     padding = None if attention_mask is None else _padding(attention_mask, batch, keys, past)
     documents = None if position_ids is None or attention_mask is not None else _documents(position_ids)
-    if past is None and padding is None and documents is None and window is None:
+    if past is None and padding is None and documents is None and window is None and not whole:
         return Visibility(causal=causal and queries > 1)
     first = None
     if past is not None and window is not None and causal and not whole and window + queries - 1 < keys:

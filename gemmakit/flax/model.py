@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from flax import struct
 
 from gemmakit.config import GemmaConfig
-from gemmakit.family import LayerSpec
+from gemmakit.family import LayerSpec, members
 from gemmakit.flax.attention import FlaxGemmaAttention, Told, Wanted
 from gemmakit.flax.cache import Cache, capacity
-from gemmakit.flax.layers import FlaxGemmaMLP, FlaxGemmaRMSNorm, FlaxGemmaScaledEmbedding, rotary_tables
+from gemmakit.flax.layers import FlaxGemmaMLP, FlaxGemmaRMSNorm, FlaxGemmaScaledEmbedding, rotary_tables, stream_scale
 from gemmakit.flax.masks import visibility
 from gemmakit.flax.pretrained import FlaxGemmaPreTrainedModel
 from gemmakit.outputs import BaseModelOutputWithPast
@@ -48,15 +48,20 @@ class FlaxGemmaDecoderLayer(nn.Module):
     def __call__(self, hidden: jax.Array, cache: dict[str, jax.Array] | None, told: Told) -> tuple[jax.Array, Trace]:
         """hidden: (B, S, D), same out."""
         c, x = self.config, hidden
-        before, after, before_mlp, after_mlp = (self._norm(name) for name in c.kind.norms)
+        before, after, before_mlp, after_mlp = (self._norm(*slot) for slot in c.kind.norms._asdict().items())
         attention = FlaxGemmaAttention(c, self.spec, self.dtype, self.wanted, name="self_attn")
         attended, cache, kept = attention(before(x), cache, told)
         x = x + after(attended)
         x = x + after_mlp(FlaxGemmaMLP(c, self.spec, self.dtype, name="mlp")(before_mlp(x)))
         return x, Trace(cache, hidden if self.wanted.hidden_states else None, kept)
 
-    def _norm(self, name: str | None) -> Callable[[jax.Array], jax.Array]:
-        return (lambda x: x) if name is None else FlaxGemmaRMSNorm(self.config.rms_norm_eps, name=name)
+    def _norm(self, slot: str, name: str | None) -> Callable[[jax.Array], jax.Array]:
+        """What reads the stream norms its scale away, what writes into it carries it."""
+        if name is None:
+            return lambda x: x
+        c, scale = self.config, stream_scale(self.config, self.dtype)
+        eps, gain = (c.rms_norm_eps, scale) if slot.startswith("after") else (c.rms_norm_eps * scale**2, 1.0)
+        return FlaxGemmaRMSNorm(eps, c.kind.norm_offset, gain, name=name)
 
 
 class FlaxGemmaLayerCollection(nn.Module):
@@ -145,20 +150,23 @@ class FlaxGemmaModule(nn.Module):
         is_causal: bool | None = None,
     ) -> BaseModelOutputWithPast:
         """The wrapper's `__call__` says what the arguments are; a field that is not wanted is None."""
-        c = self.config
+        c, scale = self.config, stream_scale(self.config, self.dtype)
         specs = tuple(c.layer(i) for i in range(c.num_hidden_layers))
         told = self._told(specs, input_ids.shape, attention_mask, position_ids, cache, wanted, is_causal)
         if self.scan_layers:
             layers = _scanned(c, specs, self.dtype, wanted, self.remat)
         else:
             layers = FlaxGemmaLayerCollection(c, specs, self.dtype, wanted, self.remat, name="layers")
-        hidden, trace = layers(self.embed_tokens(input_ids), None if cache is None else cache["layers"], told)
-        hidden = FlaxGemmaRMSNorm(c.rms_norm_eps, name="norm")(hidden)
+        embedded = self.embed_tokens(input_ids)
+        embedded = embedded if scale == 1.0 else embedded * scale
+        hidden, trace = layers(embedded, None if cache is None else cache["layers"], told)
+        hidden = FlaxGemmaRMSNorm(c.rms_norm_eps * scale**2, c.kind.norm_offset, name="norm")(hidden)
+        inputs = trace.hidden if scale == 1.0 else (each / scale for each in trace.hidden)
         past = None if cache is None else {"layers": trace.cache, "index": cache["index"] + input_ids.shape[1]}
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
             past_key_values=past,
-            hidden_states=(*trace.hidden, hidden) if wanted.hidden_states else None,
+            hidden_states=(*inputs, hidden) if wanted.hidden_states else None,
             attentions=tuple(trace.weights) if wanted.attentions else None,
         )
 
@@ -174,6 +182,7 @@ class FlaxGemmaModule(nn.Module):
     ) -> list[Told]:
         """What each layer is told: one description of who sees whom a window, one rotary table a kind. shape: B, S."""
         c, (B, S) = self.config, shape
+        mixed = self.scan_layers and len(set(map(_kind, specs))) > 1
         past = None if cache is None else cache["index"]
         visible = {
             window: visibility(
@@ -185,7 +194,7 @@ class FlaxGemmaModule(nn.Module):
                 causal=not c.use_bidirectional_attention if is_causal is None else is_causal,
                 position_ids=position_ids if cache is None else None,
                 window=window,
-                whole=self.scan_layers or wanted.attentions,
+                whole=mixed or wanted.attentions,
             )
             for window in dict.fromkeys(spec.window for spec in specs)
         }
@@ -199,3 +208,6 @@ class FlaxGemmaModel(FlaxGemmaPreTrainedModel[BaseModelOutputWithPast]):
     """The decoder without a head: token ids in, hidden states out."""
 
     module_class: ClassVar[type[nn.Module]] = FlaxGemmaModule
+
+
+globals().update(members(FlaxGemmaModel))

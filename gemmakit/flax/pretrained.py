@@ -23,6 +23,7 @@ from gemmakit.checkpoint.formats.msgpack import pytorch_name
 from gemmakit.checkpoint.settings import generation_for
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import ConfigError, InputError, TokenOutOfRange
+from gemmakit.family import FLAX, member_class
 from gemmakit.flax import cache as caches
 from gemmakit.flax.attention import Wanted, implementation
 from gemmakit.flax.loss import known
@@ -103,6 +104,7 @@ class FlaxGemmaPreTrainedModel(Generic[Output]):
     ):
         if not isinstance(config, GemmaConfig):
             raise InputError(f"config is a {type(config).__name__}; give a GemmaConfig, or use from_pretrained.")
+        member_class(type(self), config.model_type)  # refuses another member's
         shapes = {replace(config.layer(i), rope="", window=None) for i in range(config.num_hidden_layers)}
         if scan_layers and len(shapes) > 1:
             raise ConfigError("scan_layers=True needs layers of one shape, and this model's differ: leave it out.")
@@ -366,7 +368,9 @@ class FlaxGemmaPreTrainedModel(Generic[Output]):
         if gguf is not None and param_dtype is None:
             param_dtype = config.dtype
         config.attn_implementation = attn_implementation or config.attn_implementation
-        model = cls(config, input_shape, seed, jnp.float32, _do_init=False, scan_layers=scan_layers)
+        model = member_class(cls, config.model_type)(
+            config, input_shape, seed, jnp.float32, _do_init=False, scan_layers=scan_layers
+        )
         shapes = flat(model.params_shape_tree)
         opened = open_checkpoint(name, hub, vocab_size=config.vocab_size, allow_pickle=allow_pickle, variant=variant)
         rules = None if mesh is None else Rules(mesh, config, mesh_axes)
@@ -406,7 +410,7 @@ class FlaxGemmaPreTrainedModel(Generic[Output]):
         """
         leaves = flat(unstack_layers(self.stored_params if params is None else nested(flat(params))))
         config, folder = self.config, Path(save_directory)
-        config.architectures = [type(self).__name__.removeprefix("Flax")]
+        config.architectures = [member_class(type(self), config.model_type).__name__.removeprefix(FLAX)]
         config.dtype = str(next(iter(leaves.values())).dtype)
         files = {
             "config.json": config.to_json_string(),

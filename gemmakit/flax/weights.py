@@ -94,7 +94,7 @@ def fresh(path: str, shape: Any, key: jax.Array, config: GemmaConfig) -> jax.Arr
     """One fresh parameter. Made leaf by leaf: compiled together, the random numbers of all layers take minutes."""
     last = path.rpartition("/")[2]
     if last in ("weight", "bias"):
-        return jnp.zeros(shape.shape, shape.dtype)
+        return jnp.full(shape.shape, 1.0 - config.kind.norm_offset if last == "weight" else 0.0, shape.dtype)
     pad = config.pad_token_id if last == "embedding" else None
     # A path gives the same numbers in every class that has it.
     salt = np.uint32(zlib.crc32(path.removeprefix(PREFIX).encode()))

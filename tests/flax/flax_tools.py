@@ -25,10 +25,11 @@ class Both:
     folder: Path
 
 
-def make_torch(cls=None, seed=0, **fields):
-    """A PyTorch model with weights at a scale where a wrong sign, shift or scale shows."""
+def make_torch(cls="CausalLM", seed=0, model_type="gemma", **fields):
+    """A PyTorch model with weights at a scale where a wrong sign, shift or scale shows. cls: an Auto class's."""
     torch.manual_seed(seed)
-    model = (cls or gemmakit.GemmaForCausalLM)(gemmakit.GemmaConfig(**{**COMMON, **fields})).eval()
+    config = gemmakit.AutoConfig.for_model(model_type, **{**COMMON, **fields})
+    model = getattr(gemmakit, f"AutoModelFor{cls}").from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):
@@ -55,6 +56,15 @@ def batch(padding="none", rows=3, width=11, seed=1):
             ids[row, 0] = 2
             mask[row, width - missing :] = 0
     return np.where(mask, ids, 0), mask
+
+
+def labels_of(ids, mask):
+    """The ids, and -100 where a position or the one before it is padding, and in a hole."""
+    seen = np.ones_like(ids) if mask is None else mask
+    before = np.pad(seen, ((0, 0), (1, 0)), constant_values=1)[:, :-1]
+    labels = np.where(seen & before, ids, -100)
+    labels[0, 4:6] = -100
+    return labels
 
 
 def as_torch(array):

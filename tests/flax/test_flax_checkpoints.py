@@ -189,7 +189,7 @@ def test_a_head_the_file_lacks_starts_fresh_and_says_so(both):
 
 
 def test_classification_heads_travel_between_the_backends(tmp_path):
-    before = make_torch(gemmakit.GemmaForSequenceClassification, **SHAPES["gqa"], num_labels=4)
+    before = make_torch("SequenceClassification", **SHAPES["gqa"], num_labels=4)
     before.save_pretrained(tmp_path / "pytorch")
     model = FlaxGemmaForSequenceClassification.from_pretrained(tmp_path / "pytorch")
     model.save_pretrained(tmp_path / "flax")

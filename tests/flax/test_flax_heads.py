@@ -7,7 +7,6 @@ import torch
 from flax_tools import apart, as_torch, batch, make_torch
 from tiny_shapes import SHAPES
 
-import gemmakit
 from gemmakit.errors import InputError
 from gemmakit.flax import FlaxGemmaForSequenceClassification, FlaxGemmaForTokenClassification
 
@@ -15,7 +14,7 @@ from gemmakit.flax import FlaxGemmaForSequenceClassification, FlaxGemmaForTokenC
 @pytest.fixture(scope="module")
 def sequence(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sequence")
-    model = make_torch(gemmakit.GemmaForSequenceClassification, **SHAPES["mqa"], num_labels=3)
+    model = make_torch("SequenceClassification", **SHAPES["mqa"], num_labels=3)
     model.save_pretrained(folder)
     return FlaxGemmaForSequenceClassification.from_pretrained(folder), model
 
@@ -23,7 +22,7 @@ def sequence(tmp_path_factory):
 @pytest.fixture(scope="module")
 def token(tmp_path_factory):
     folder = tmp_path_factory.mktemp("token")
-    model = make_torch(gemmakit.GemmaForTokenClassification, **SHAPES["mqa"], num_labels=5, classifier_dropout=0.3)
+    model = make_torch("TokenClassification", **SHAPES["mqa"], num_labels=5, classifier_dropout=0.3)
     model.save_pretrained(folder)
     return FlaxGemmaForTokenClassification.from_pretrained(folder), model
 
@@ -47,7 +46,7 @@ def test_sequences_are_scored_as_by_pytorch(sequence, padding, labels):
 
 
 def test_regression_is_pytorchs(tmp_path):
-    model = make_torch(gemmakit.GemmaForSequenceClassification, **SHAPES["mqa"], num_labels=1)
+    model = make_torch("SequenceClassification", **SHAPES["mqa"], num_labels=1)
     model.save_pretrained(tmp_path)
     ours = FlaxGemmaForSequenceClassification.from_pretrained(tmp_path)
     ids, mask = batch("right")

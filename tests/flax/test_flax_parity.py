@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from flax_tools import PADDING, apart, as_torch, batch, flat, make_torch
+from flax_tools import PADDING, apart, as_torch, batch, flat, labels_of, make_torch
 from tiny_shapes import SHAPES
 
 import gemmakit
@@ -20,15 +20,6 @@ from gemmakit.flax.layers import rotary_tables
 
 FLOAT32 = 1e-5
 BFLOAT16 = 8 * 2**-8
-
-
-def labels_of(ids, mask):
-    """The ids, and -100 where a position or the one before it is padding, and in a hole."""
-    seen = np.ones_like(ids) if mask is None else mask
-    before = np.pad(seen, ((0, 0), (1, 0)), constant_values=1)[:, :-1]
-    labels = np.where(seen & before, ids, -100)
-    labels[0, 4:6] = -100
-    return labels
 
 
 def torch_run(model, ids, mask, **more):
