@@ -77,12 +77,6 @@ def pytest_fixture_setup(fixturedef, request):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _own_cache(tmp_path_factory):
-    """Nothing a test builds is kept in the user's cache folder."""
-    os.environ["GEMMAKIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     """Sums split over threads differ in their last bit, and tiny models only lose time to threads."""
     torch = sys.modules.get("torch")

@@ -30,6 +30,7 @@ from gemmakit.text.vocabulary_files import (
     CONTROL,
     MAX_PIECE_BYTES,
     NORMAL,
+    UNKNOWN,
     UNUSED,
     USER_DEFINED,
     ModelFile,
@@ -133,6 +134,10 @@ def model_of(vocabulary: Vocabulary) -> ModelFile:
     while entries and entries[-1].type == UNUSED:
         entries.pop()
     control = {index for name, index in vocabulary.special.items() if name in ("bos", "eos", "pad", "unk")}
+    unknown = vocabulary.special.get("unk", len(entries))
+    for entry in entries[unknown : unknown + 1]:
+        if entry.type == CONTROL:  # as Gemma 3's files say of every special token
+            entries[unknown] = entry._replace(type=UNKNOWN)
     pieces = [_piece(entry, index, index in control) for index, entry in enumerate(entries)]
     return ModelFile.of_pieces(pieces, vocabulary.special)
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemmakit.errors import InputError, TokenizerError
-from gemmakit.files import write_text
 from gemmakit.text.tokenizer import TokenizerBase
 from gemmakit.text.vocabulary import (
     SPACE,
@@ -40,8 +36,6 @@ from gemmakit.text.vocabulary_files import (
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-WORTH_CACHING = 32_000  # pieces; below, recovering the merges takes no longer than reading them
 
 
 class RustEngine:
@@ -259,32 +253,11 @@ def _build(parts: BpeFile) -> Tokenizer:
     return tokenizer
 
 
-def _from_model(model: ModelFile, path: Path | None = None) -> RustEngine:
-    """The engine for a `.model`; a large one's tokenizer.json is kept in the cache folder under its hash."""
-    if len(model.pieces) < WORTH_CACHING:
-        return RustEngine.from_model(model)
-    digest = hashlib.sha256(model.to_bytes() if path is None else path.read_bytes()).hexdigest()
-    kept = cache_folder() / digest / "tokenizer.json"
-    with suppress(TokenizerError, OSError):  # absent, or damaged: made anew
-        return RustEngine.from_json_file(kept)
-    engine = RustEngine.from_model(model)
-    with suppress(OSError):  # no room or no right to write: the next start recovers the merges again
-        write_text(kept, engine.to_json())
-    return engine
-
-
-def cache_folder() -> Path:
-    """Where built tokenizers are kept: GEMMAKIT_CACHE, or gemmakit in the user's cache folder."""
-    chosen = os.environ.get("GEMMAKIT_CACHE")
-    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemmakit"
-
-
 class GemmaTokenizerFast(TokenizerBase):
     """Gemma's tokenizer on the Rust `tokenizers` library.
 
-    Give a `tokenizer_file` (`tokenizer.json`) or a SentencePiece `vocab_file` (`.model`), whose merges are recovered
-    (two seconds for 256,000 pieces, once: the result is kept as tokenizer.json in the user's cache folder); with both,
-    the `tokenizer_file` is read. With neither: a vocabulary of the
+    Give a `tokenizer_file` (`tokenizer.json`) or a SentencePiece `vocab_file` (`.model`), whose merges are recovered,
+    which takes no longer than reading them; with both, the `tokenizer_file` is read. With neither: a vocabulary of the
     five special tokens alone. The rest is described at `TokenizerBase`. Raises TokenizerError for malformed files.
     """
 
@@ -313,9 +286,9 @@ class GemmaTokenizerFast(TokenizerBase):
         if tokenizer_file is not None:
             engine: Engine = RustEngine.from_json_file(tokenizer_file)
         elif isinstance(vocab_file, ModelFile):
-            engine = _from_model(vocab_file)
+            engine = RustEngine.from_model(vocab_file)
         elif self.vocab_file is not None:
-            engine = _from_model(ModelFile.read(self.vocab_file), Path(self.vocab_file))
+            engine = RustEngine.from_model(ModelFile.read(self.vocab_file))
         else:
             engine = RustEngine.from_vocab(vocab, merges, names)
         super().__init__(

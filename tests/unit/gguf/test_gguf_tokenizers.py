@@ -192,3 +192,15 @@ def test_a_file_of_another_name_is_found_by_gguf_file(tmp_path, files):
     assert AutoTokenizer.from_pretrained(tmp_path, gguf_file="model-f16").encode("a") == [2, 1964]
     with pytest.raises(CheckpointError, match="absent"):
         AutoTokenizer.from_pretrained(tmp_path, gguf_file="absent")
+
+
+def test_an_unknown_token_may_be_called_control_as_in_the_files_of_gemma_3(tmp_path):
+    made = small()
+    made.pairs = without(made, "tokenizer.ggml.token_type")
+    made.pairs.append(pair("tokenizer.ggml.token_type", 9, (5, [3, 3, 3, 3, 1, 1])))
+    path = tmp_path / "x.gguf"
+    path.write_bytes(made.bytes())
+    for kind in (GemmaTokenizer, GemmaTokenizerFast):
+        tokenizer = kind.from_pretrained(path)
+        assert tokenizer.unk_token_id == 3
+        assert tokenizer.encode("\u4e00", add_special_tokens=False) == [3]
