@@ -15,6 +15,8 @@ import types
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gemmakit import DynamicCache, GemmaConfig, GemmaForCausalLM, GemmaModel, StaticCache
 from gemmakit.errors import ConfigError, InputError, MissingDependency
@@ -364,20 +366,31 @@ def test_kernels_without_masks_are_given_none(ids, monkeypatch):
         tiny(dtype=torch.bfloat16, attn_implementation="flash_attention_2")(ids, attention_mask=mask)
 
 
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("placed", [False, True])
-def test_a_window_shows_the_last_keys_up_to_a_querys_own_place(placed, padded):
-    queries, past, window = 4, 3, 3
+@given(
+    queries=st.integers(1, 6), past=st.integers(0, 9), window=st.integers(1, 12), placed=st.booleans(),
+    causal=st.booleans(), whole=st.booleans(), hidden=st.integers(0, 9),
+)  # fmt: skip
+def test_a_window_shows_the_keys_that_are_near_and_names_no_other(queries, past, window, placed, causal, whole, hidden):
+    """By brute force: before and after the query in both directions, never more columns than somebody sees."""
     keys = past + queries
     padding = torch.ones(2, keys, dtype=torch.long)
-    padding[0, :2] = 0
+    padding[0, : min(hidden, keys - 1)] = 0
     where = torch.arange(past, keys) if placed else past
-    told = dict(batch=2, queries=queries, keys=keys, position_ids=None, device=torch.device("cpu"), causal=True)
-    found = visibility(padding if padded else None, past=where, window=window, **told)
+    found = visibility(
+        padding, batch=2, queries=queries, keys=keys, past=where, causal=causal, window=window, position_ids=None,
+        device=torch.device("cpu"), whole=whole,
+    )  # fmt: skip
     place, key = torch.arange(past, keys)[:, None], torch.arange(keys)
-    expected = (key <= place) & (key > place - window)
-    expected = expected & (padding.bool()[:, None, None] if padded else True)
-    mask = found.mask if found.blind is None else found.mask & ~found.blind
-    assert torch.equal(mask.expand(2, 1, queries, keys), expected.expand(2, 1, queries, keys))
-    whole = visibility(None, past=0, window=queries, **(told | {"keys": queries}))
-    assert whole.mask is None and whole.causal  # a window that hides nothing costs no mask
+    near = (key > place - window) & (key <= place if causal else key < place + window)
+    expected = (near & padding.bool()[:, None, None]).expand(2, 1, queries, keys)
+    last = keys if found.last is None else found.last
+    mask = torch.ones(1, 1, queries, last, dtype=torch.bool) if found.mask is None else found.mask
+    mask = mask.tril() if found.causal else mask
+    mask = mask if found.blind is None else mask & ~found.blind
+    seen = torch.zeros(2, 1, queries, keys, dtype=torch.bool)
+    seen[..., keys - last :] = mask
+    assert torch.equal(seen, expected)
+    assert whole <= (last == keys)
+    if causal and not placed and not whole:
+        assert last <= max(window + queries - 1, queries)
+    assert (found.mask is None) or not expected.all()  # what hides nothing costs no mask
