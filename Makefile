@@ -24,8 +24,9 @@ demo: .venv/run
 	@echo 'gemmakit run --stats --chat "What is 34 + 58?"'
 	@$(BIN)/gemmakit run --stats --chat "What is 34 + 58?"
 
+# A process a core, each on a thread of its own; eight at most, for what they hold in memory.
 test: .venv/test
-	$(BIN)/python -m pytest -m "not slow and not acceptance"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 -m "not slow and not acceptance"
 
 test-all: .venv/test
 	$(BIN)/python -m pytest -m "not acceptance"

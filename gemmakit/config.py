@@ -304,6 +304,15 @@ class GemmaConfig:
             return window
         return window // 2 + 1
 
+    def cache_size(self, tokens: int) -> int:
+        """How many numbers the keys and values are that a sequence of so many tokens is read by, all layers together.
+
+        Of a window layer those in its window.
+        """
+        specs = [self.layer(i) for i in range(self.num_hidden_layers)]
+        seen = [tokens if spec.window is None else min(tokens, spec.window) for spec in specs]
+        return sum(2 * s.num_key_value_heads * s.head_dim * n for s, n in zip(specs, seen, strict=True))
+
     def heads(self, layer: int, gone: Iterable[int] | None = None) -> tuple[list[int], list[int]]:
         """The query and the kv heads of a layer, in the numbers of the whole model.
 

@@ -86,7 +86,7 @@ def batch(spec: dict[str, Any]) -> dict[str, Any]:
     run(few)
     took = timing.above_zero(statistics.median(run(many) - run(few) for _ in range(spec["repeats"])))
     read, context = measure.weights_read(model), spec["prompt"] + spec["few"] + spec["new"] // 2
-    step = read["weight_bytes"] + rows * context * measure.kv_bytes(model.config, model.dtype.itemsize)
+    step = read["weight_bytes"] + rows * model.config.cache_size(context) * model.dtype.itemsize
     return {
         **about(model, spec), "batch_tokens_per_s": rows * spec["new"] / took, "batch_bytes_a_step": step, "rows": rows,
         "replayed_passes": replays(),

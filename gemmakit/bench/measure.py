@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch
 
 from gemmakit.bench import STARTED
 from gemmakit.bench.timing import Work, anonymous_bytes, decode_key, filled, memory, prompt_ids, rates, seconds
+from gemmakit.checkpoint.layout import tensor_shapes
 from gemmakit.checkpoint.memory import free_memory_bytes
-from gemmakit.config import GemmaConfig
+from gemmakit.config import PRESETS, GemmaConfig
 from gemmakit.dtypes import dtype_name
 from gemmakit.errors import InputError
 from gemmakit.hub import demo_model
@@ -30,12 +32,8 @@ from gemmakit.text import GemmaTokenizer
 
 GB = 1e9
 # Shapes of random weights; "tiny" is for trying things out.
-SIZES: dict[str, dict[str, int]] = {
-    "2b": {},
-    "7b": {},
-    "tiny": dict(hidden_size=96, intermediate_size=320, num_hidden_layers=3, num_attention_heads=4,
-                 num_key_value_heads=2, head_dim=32, vocab_size=2048),
-}  # fmt: skip
+TINY: dict[str, Any] = dict(hidden_size=96, intermediate_size=320, num_hidden_layers=3, num_attention_heads=4,
+                            num_key_value_heads=2, head_dim=32, vocab_size=2048)  # fmt: skip
 STD = 0.02
 POOL = 16_777_213  # draws that are repeated; a prime, so that no two rows are alike
 WINDOW = 512  # tokens that quality reads together, <bos> included
@@ -46,11 +44,12 @@ EMBEDDING, HEAD = "model.embed_tokens.", "lm_head."
 
 
 def size_config(size: str, **changes: Any) -> GemmaConfig:
-    """The configuration of one of `SIZES`. Raises InputError."""
-    if size not in SIZES:
-        raise InputError(f"there is no size {size!r}; the sizes are {', '.join(SIZES)}.")
-    preset = "2b" if size == "tiny" else size
-    return GemmaConfig.preset(preset, **{**SIZES[size], **changes})
+    """The configuration of a released size, or of "tiny". Raises InputError."""
+    if size == "tiny":
+        return GemmaConfig(**{**TINY, **changes})
+    if size not in PRESETS:
+        raise InputError(f"there is no size {size!r}; the sizes are {', '.join(PRESETS)}, tiny.")
+    return GemmaConfig.preset(size, **changes)
 
 
 def scheme_config(scheme: str | None) -> Any:
@@ -119,16 +118,12 @@ def weights_read(model: GemmaForCausalLM) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def kv_bytes(config: GemmaConfig, itemsize: int) -> int:
-    """Bytes of keys and values a token of context, all layers."""
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize
-
-
 def linear_weights(config: GemmaConfig) -> int:
     """Elements of the projections of all layers, without the head."""
-    D, F, H = config.hidden_size, config.intermediate_size, config.head_dim
-    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
-    return config.num_hidden_layers * (D * H * heads + 3 * D * F)
+    shapes = tensor_shapes(config)
+    return sum(
+        prod(shape) for name, shape in shapes.items() if len(shape) > 1 and not name.startswith((EMBEDDING, HEAD))
+    )
 
 
 def costs(model: GemmaForCausalLM, work: Work) -> dict[str, Any]:
@@ -136,12 +131,12 @@ def costs(model: GemmaForCausalLM, work: Work) -> dict[str, Any]:
     addition a weight. The head runs once a prompt, and attention's own products grow with it; both are left out, so
     that shares are slightly low.
     """
-    read, token = weights_read(model), kv_bytes(model.config, model.dtype.itemsize)
+    read, itemsize, held = weights_read(model), model.dtype.itemsize, model.config.cache_size
     # The middle one of the timed steps reads the keys and values of so many tokens.
     behind = {c: (c or work.prompt) + work.new // 2 + 1 for c in work.contexts}
     return {
-        "bytes_a_token": {str(c): read["weight_bytes"] + token * n for c, n in behind.items()},
-        "kv_bytes_a_token": token,
+        "bytes_a_token": {str(c): read["weight_bytes"] + itemsize * held(n) for c, n in behind.items()},
+        "kv_bytes_a_token": itemsize * held(1),
         **read,
         "prefill_flops_a_token": 2 * linear_weights(model.config),
     }

@@ -125,7 +125,7 @@ def memory(config: GemmaConfig, architecture: str | None = None) -> dict[str, di
     in int8. Norms, and keys and values, are then in bfloat16.
     """
     shapes = tensor_shapes(config, architecture or "GemmaForCausalLM")
-    kv = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 1000
+    kv = config.cache_size(1000)
     out: dict[str, dict[str, int]] = {}
     for name, wide in (("float32", 4), ("bfloat16", 2), ("float16", 2)):
         weights = wide * sum(map(prod, shapes.values()))

@@ -28,7 +28,11 @@ def bench(
     dtype: o.Dtype = "auto",
     quantize: Annotated[str | None, Option(metavar="HOW", help="int8, int4 or int4-g128, while loading.")] = None,
     size: Annotated[
-        str | None, Option(metavar="SIZE", help="Random weights in the shape 2b, 7b or tiny, instead of a model.")
+        str | None,
+        Option(
+            metavar="SIZE",
+            help="Random weights in the shape of a released size (2b, gemma2-9b, gemma3-4b, ...) or tiny.",
+        ),
     ] = None,
     prompt: Annotated[int, Option(metavar="N", help="Tokens of the prompt.")] = 64,
     new: Annotated[int, Option(metavar="N", help="Tokens to generate in each timed run.")] = 16,

@@ -9,7 +9,6 @@ import torch
 import gemmakit
 from gemmakit.bench.measure import (
     costs,
-    kv_bytes,
     linear_weights,
     random_model,
     scheme_config,
@@ -34,7 +33,7 @@ def test_the_released_shapes_cost_what_is_published_of_them(size, gb, gflop, kv)
     model = hollow(size)
     assert weights_read(model)["weight_bytes"] / 1e9 == pytest.approx(gb, rel=1e-3)
     assert costs(model, Work())["prefill_flops_a_token"] / 1e9 == pytest.approx(gflop, rel=2e-3)
-    assert kv_bytes(model.config, 2) == kv
+    assert 2 * model.config.cache_size(1) == kv
 
 
 def test_a_tied_table_counts_once_and_an_untied_embedding_not_at_all():
@@ -68,3 +67,10 @@ def test_training_costs_six_operations_a_weight_and_token_besides_attention():
     weights = linear_weights(config) + config.vocab_size * config.hidden_size
     attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * 2048 / 2
     assert training_flops(config, 2048) == 2048 * (6 * weights + attention)
+
+
+def test_a_window_layer_is_read_no_further_than_its_window():
+    config = gemmakit.GemmaConfig.preset("gemma3-4b")
+    token = 2 * 2 * 4 * 256  # bytes of a layer in bfloat16
+    assert 2 * config.cache_size(131_072) == token * (5 * 131_072 + 29 * 1024)
+    assert 2 * config.cache_size(1000) == token * 34 * 1000
