@@ -150,6 +150,16 @@ def test_a_system_message(fast: GemmaTokenizerFast) -> None:
         assert fast.apply_chat_template(chat, tokenize=False, system="refuse") == text
 
 
+def test_a_list_of_text_parts_is_the_string_of_them(fast: GemmaTokenizerFast) -> None:
+    """With the checkpoint's own template: Gemma 1's writes a list into the prompt as Python shows it."""
+    texts = ["Hi", " two\nlines ", "", "{{ x }} 🙂"]
+    plain = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, texts, strict=True)]
+    listed = [{**said, "content": [{"type": "text", "text": said["content"]}]} for said in plain]
+    assert fast.apply_chat_template(listed).input_ids == fast.apply_chat_template(plain).input_ids
+    with pytest.raises(TemplateError, match=r"'image'.*text only"):
+        fast.apply_chat_template([{"role": "user", "content": [{"type": "image", "url": "x.png"}]}])
+
+
 def test_a_user_cannot_forge_a_token(fast: GemmaTokenizerFast, slow: GemmaTokenizer) -> None:
     structural = fast._engine.added.structural
     rng = random.Random(16)

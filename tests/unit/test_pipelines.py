@@ -27,6 +27,21 @@ def pipe(folder):
     return pipeline("text-generation", str(folder), device=-1, max_new_tokens=6)
 
 
+def test_a_chat_of_text_parts_is_answered_as_one_of_strings(pipe):
+    parts = [{"role": "user", "content": [{"type": "text", "text": CHAT[0]["content"]}]}]
+    answer = pipe(CHAT)[0]["generated_text"][-1]
+    assert pipe(parts)[0]["generated_text"] == [*parts, answer]
+    begun = {"role": "assistant", "content": "It "}
+    whole = pipe([*CHAT, begun])[0]["generated_text"][-1]["content"]
+    begun = {"role": "assistant", "content": [{"type": "text", "text": "It "}]}
+    assert pipe([*parts, begun])[0]["generated_text"][-1]["content"] == [{"type": "text", "text": whole}]
+
+
+def test_a_chat_ends_with_its_turn(pipe):
+    ends = pipe.model.generation_config.eos_token_ids
+    assert pipe.turn_ends() == {"eos_token_id": [*ends, *{pipe.tokenizer.end_of_turn_id}.difference(ends)]}
+
+
 def test_shapes_of_results(pipe):
     one = pipe("def add(")
     assert isinstance(one, list)

@@ -237,7 +237,11 @@ def test_a_template_with_two_bos_or_none_says_so(either: Any) -> None:
 
 
 def test_several_named_templates(either: Any) -> None:
-    either.chat_template = {"default": "{{bos_token}}d", "tool_use": "{{bos_token}}t", "other": "{{bos_token}}o"}
+    either.chat_template = {
+        "default": "{{bos_token}}d",
+        "tool_use": "{{bos_token}}t{{tools[1]}}",
+        "other": "{{bos_token}}o",
+    }
     assert either.apply_chat_template(user("x"), tokenize=False) == "<bos>d"
     assert either.apply_chat_template(user("x"), tokenize=False, tools=[{"name": "f"}]) == "<bos>t"
     assert either.apply_chat_template(user("x"), tokenize=False, chat_template="other") == "<bos>o"
