@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gemmakit.pytorch.cache.core import Cache, CacheLayer
+from gemmakit.pytorch.cache.window import WindowLayer
 from gemmakit.pytorch.fused.reference import MAX_ROWS, FusedLayer
 from gemmakit.pytorch.fused.weights import misfit, weight_of
 from gemmakit.pytorch.kernels import Decision, PackedWeight, cpu
@@ -290,7 +291,7 @@ def _plain_layer(cache: Any, cache_position: Tensor | None, attention: Any, size
     if placed or type(cache).update is not Cache.update:
         return None
     held = cache.layer_for(attention.layer_idx, sizes)
-    return held if type(held) is CacheLayer else None
+    return held if type(held) in (CacheLayer, WindowLayer) else None
 
 
 def _says(visible: Any, last: int) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gemmakit.pytorch.cache.core import Cache, CacheLayer
 from gemmakit.pytorch.cache.paged import PagedCache
+from gemmakit.pytorch.cache.window import WindowLayer
 from gemmakit.pytorch.fused.reference import FusedLayer
 from gemmakit.pytorch.fused.weights import misfit, weight_of
 from gemmakit.pytorch.kernels import Decision
@@ -161,7 +162,8 @@ class TritonLayer(FusedLayer):
                     k_norm=attention.k_norm and _norm(attention.k_norm, k.dtype),
                 )  # fmt: skip
             if cache is not None and room.places is None:
-                cache.layers[attention.layer_idx].crop(room.start)  # torch claims the places once more
+                held = cache.layers[attention.layer_idx]
+                held.crop(int(held.length) - q.shape[1])  # torch claims the places once more
         return super().attend(q, k, v, tables, visible, cache, cache_position)
 
 
@@ -212,7 +214,7 @@ def _room(q: Tensor, k: Tensor, cache: Any, cache_position: Tensor | None, atten
     if type(cache).update is not Cache.update:
         return None
     held = cache.layer_for(attention.layer_idx, sizes)
-    if type(held) is not CacheLayer or not held.fits(q):
+    if type(held) not in (CacheLayer, WindowLayer) or not held.fits(q):
         return None
     if cache_position is not None and cache.max_cache_len is not None:
         keys, values = held.claim_at(sizes, cache_position, k)

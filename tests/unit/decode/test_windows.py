@@ -5,6 +5,8 @@ In float64, so that the order of sums decides nothing.
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from strategy_models import MANY, MEMBERS, WINDOW, Uncaptured, left_padded, model, new_tokens, rows, settings
@@ -15,6 +17,7 @@ from gemmakit.pytorch.cache import CacheLayer, DynamicCache, StaticCache, Window
 from gemmakit.pytorch.cache.window import SPARE, WindowLayer
 from gemmakit.pytorch.decode import capture
 from gemmakit.pytorch.decode.generate import begin
+from gemmakit.pytorch.kernels import cpu
 
 NEW = 3 * WINDOW
 everyone = pytest.mark.parametrize("member", MEMBERS)
@@ -157,6 +160,24 @@ def test_what_windows_hide_is_let_go_of_and_tokens_stay(member, name):
     full = it.generate(ids, attention_mask=mask, past_key_values=DynamicCache(), **asked)
     assert torch.equal(decoding.run(), full)
     assert any(isinstance(layer, WindowLayer) and layer.forgotten for layer in decoding.prompt.cache.layers)
+
+
+@everyone
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fused_layers_write_to_buffers_that_move(member, dtype, monkeypatch):
+    """To the bit as where everything is kept; past the prompt nothing is appended by torch."""
+    if cpu.library() is None:
+        pytest.skip(cpu.decision().why)
+    it, ids = copy.deepcopy(model(member=member)).to(dtype), torch.tensor(rows(5 * WINDOW + 3 * SPARE))
+    found = []
+    for cache in (WindowCache(it.config), DynamicCache()):
+        with torch.no_grad(), monkeypatch.context() as patch:
+            out = [it(ids[:, : 5 * WINDOW], past_key_values=cache).logits]
+            patch.setattr(CacheLayer, "append", None)
+            patch.setattr(WindowLayer, "append", None)
+            out += [it(ids[:, i : i + 1], past_key_values=cache).logits for i in range(5 * WINDOW, ids.shape[1])]
+        found.append(torch.cat(out, dim=1))
+    assert torch.equal(*found)
 
 
 @everyone

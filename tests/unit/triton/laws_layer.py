@@ -13,7 +13,7 @@ from tiny_gemma import far, left_padded, prompts
 
 import gemmakit
 from gemmakit.family import KINDS
-from gemmakit.pytorch.cache import DynamicCache, StaticCache
+from gemmakit.pytorch.cache import DynamicCache, StaticCache, WindowCache
 from gemmakit.pytorch.cache.paged import PagedCache, Span
 from gemmakit.pytorch.fused import cuda, decide
 from gemmakit.pytorch.fused.weights import weight_of
@@ -102,6 +102,13 @@ def test_every_member_of_the_family_equals_its_modules(both, started, member, dt
     assert started.count("attend") == 2 * 2 * len(model.model.layers), "attention went through torch"
 
 
+def test_layers_that_forget_attend_through_the_kernel(both, started):
+    model, ids = member_of("gemma3_text"), prompts(2, 3 * WINDOW)
+    modules, fused = both(model, lambda: steps(model, ids, WindowCache(model.config)))
+    assert far(fused, modules) < TOLERANCE[torch.float32]
+    assert started.count("attend") == 4  # two layers, two steps
+
+
 @pytest.mark.parametrize("member", MEMBERS)
 def test_every_member_over_caches_that_know_places_on_the_device(both, started, member):
     model, ids = member_of(member), prompts(2, 2 * WINDOW)
@@ -117,6 +124,23 @@ def test_every_member_over_caches_that_know_places_on_the_device(both, started, 
 
     modules, fused = both(model, paged)
     assert far(fused, modules) < TOLERANCE[torch.float32]
+
+
+def test_rows_of_a_batch_read_the_pages_of_their_windows(both, started):
+    model, held = member_of("gemma3_text"), {17: [3, 1, 7, 2, 9], 3: [5], 9: [8, 4, 6]}
+
+    def run():
+        cache = PagedCache(model.config, 9, 4, torch.float32)
+        for length, pages in held.items():
+            cache.place([Span(pages, 0, length)])
+            model(prompts(1, length, seed=length), past_key_values=cache)
+        where = cache.place([Span(pages, length, length + 1) for length, pages in held.items()])
+        positions, masks = where.positions, cache.masks()
+        return model(prompts(3, 1), attention_mask=masks, position_ids=positions, past_key_values=cache).logits
+
+    modules, fused = both(model, run)
+    assert far(fused, modules) < TOLERANCE[torch.float32]
+    assert started.count("attend") >= 2, "attention went through torch"
 
 
 def test_many_rows_of_a_member_are_normed_and_added_by_a_kernel(both, started):
