@@ -14,8 +14,9 @@ from torch import Tensor
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError
 from gemmakit.pytorch.cache.core import CacheLayer, DynamicCache
+from gemmakit.pytorch.shapes import Float, Int
 
-Pair = tuple[Tensor, Tensor]
+Pair = tuple[Float[Tensor, "B K T H"], Float[Tensor, "B K T H"]]
 
 
 def _at_home(device: torch.device) -> bool:
@@ -39,7 +40,9 @@ class OffloadedLayer(CacheLayer):
                 self.values.to(self.device, non_blocking=True),
             )
 
-    def append(self, k: Tensor, v: Tensor, places: Tensor | None) -> Pair:
+    def append(
+        self, k: Float[Tensor, "B K S H"], v: Float[Tensor, "B K S H"], places: Int[Tensor, " S"] | None
+    ) -> Pair:
         """As CacheLayer, with the result on the device of `k`; no place for gradients."""
         if torch.is_grad_enabled() and k.requires_grad:
             raise InputError("an offloaded cache keeps no gradients: use DynamicCache, or torch.no_grad().")
@@ -53,7 +56,9 @@ class OffloadedLayer(CacheLayer):
         return torch.cat((fetched[0], k), dim=2), torch.cat((fetched[1], v), dim=2)
 
     @staticmethod
-    def _grown(old: Tensor | None, sizes: tuple[int, int, int], room: int, used: int, like: Tensor) -> Tensor:
+    def _grown(
+        old: Float[Tensor, "B K held H"] | None, sizes: tuple[int, int, int], room: int, used: int, like: Tensor
+    ) -> Float[Tensor, "B K room H"]:
         B, K, H = sizes
         new = _host_buffer(B, K, room, H, like.dtype)
         if old is not None:
@@ -69,12 +74,12 @@ class OffloadedLayer(CacheLayer):
         self.fetched = None
 
 
-def _kept(x: Tensor) -> Tensor:
+def _kept(x: Float[Tensor, "B K T H"]) -> Float[Tensor, "B K T H"]:
     B, K, T, H = x.shape
     return _host_buffer(B, K, T, H, x.dtype).copy_(x)
 
 
-def _host_buffer(B: int, K: int, T: int, H: int, dtype: torch.dtype) -> Tensor:
+def _host_buffer(B: int, K: int, T: int, H: int, dtype: torch.dtype) -> Float[Tensor, "B K T H"]:
     """Zeros (B, K, T, H) in CPU memory, positions outermost there: the first ones then lie together.
 
     Only such a piece, and only from pinned memory, is copied to an accelerator beside the computation.
@@ -109,12 +114,18 @@ class OffloadedCache(DynamicCache):
     def _new_layer(self) -> OffloadedLayer:
         return OffloadedLayer(self.max_cache_len)
 
-    def span(self, queries: int, cache_position: Tensor | None = None) -> tuple[int | Tensor, int]:
+    def span(
+        self, queries: int, cache_position: Int[Tensor, " S"] | None = None
+    ) -> tuple[int | Int[Tensor, " S"], int]:
         """As Cache.span; the length is known on the host, so places by a tensor are not needed."""
         return super().span(queries)
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, cache_kwargs: dict[str, Any] | None = None
+        self,
+        key_states: Float[Tensor, "B K S H"],
+        value_states: Float[Tensor, "B K S H"],
+        layer_idx: int,
+        cache_kwargs: dict[str, Any] | None = None,
     ) -> Pair:
         """As Cache.update; also sends for the next layer's keys and values, after the last layer the first one's."""
         device = key_states.device

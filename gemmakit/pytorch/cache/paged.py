@@ -20,6 +20,7 @@ from gemmakit.errors import InputError, NotEnoughMemory
 from gemmakit.family import layer_type
 from gemmakit.pytorch.cache.core import Cache
 from gemmakit.pytorch.cache.pages import NULL_PAGE
+from gemmakit.pytorch.shapes import Bool, Float, Int
 
 
 @dataclass(frozen=True)
@@ -41,21 +42,21 @@ class Placement:
     so many; None for all.
     """
 
-    places: Tensor
-    table: Tensor
-    lengths: Tensor
+    places: Int[Tensor, " BS"]
+    table: Int[Tensor, "B P"]
+    lengths: Int[Tensor, " B"]
     past: int
     keys: int
     window: int | None = None
     derived: dict[int, Placement] = field(default_factory=dict["int", "Placement"], init=False, repr=False)
 
     @property
-    def positions(self) -> Tensor:
+    def positions(self) -> Int[Tensor, "B 1"]:
         """(B, 1): the position of the one new token of each row."""
         return self.lengths[:, None] - 1
 
     @property
-    def mask(self) -> Tensor:
+    def mask(self) -> Bool[Tensor, "B 1 1 T"]:
         """bool (B, 1, 1, T): the one new token of each row sees the tokens of its row."""
         place, lengths = torch.arange(self.keys, device=self.lengths.device), self.lengths[:, None, None, None]
         seen = place < lengths
@@ -81,7 +82,7 @@ class Placement:
         return self.derived[window]
 
 
-def sent(numbers: Sequence[Any], device: torch.device) -> Tensor:
+def sent(numbers: Sequence[Any], device: torch.device) -> Int[Tensor, ...]:
     """Whole numbers of the host as int64 on `device`, for which the host does not wait, nor for what runs there."""
     there = torch.tensor(numbers, dtype=torch.long, device="cpu")
     # From memory that is not pinned a copy waits for all that was started before it.
@@ -149,7 +150,7 @@ class PagedCache(Cache):
             for store in self.storage:
                 store.index_fill_(1, at[store.device], 0)
 
-    def masks(self) -> dict[str, Tensor]:
+    def masks(self) -> dict[str, Bool[Tensor, "B 1 1 _"]]:
         """By the kind of layer, bool (B, 1, 1, T): what the one new token of each row sees of what `update` gives."""
         where = self._required()
         return {layer_type(window): where.within(window, self.page_size).mask for window in dict.fromkeys(self.windows)}
@@ -162,8 +163,12 @@ class PagedCache(Cache):
     # -- for the model ---------------------------------------------------------------------------------------------
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, cache_kwargs: dict[str, Any] | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        key_states: Float[Tensor, "B K S H"],
+        value_states: Float[Tensor, "B K S H"],
+        layer_idx: int,
+        cache_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Float[Tensor, "B K T H"], Float[Tensor, "B K T H"]]:
         """Append (B, K, S, H) to the rows' pages; give their keys and values, (B, K, T, H), those of no row zero."""
         where = self._placed(key_states)
         new = torch.stack((key_states, value_states)).detach().transpose(2, 3).flatten(1, 2)  # (2, B * S, K, H)
@@ -209,7 +214,9 @@ class PagedCache(Cache):
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    def _gather(self, store: Tensor, where: Placement) -> tuple[Tensor, Tensor]:
+    def _gather(
+        self, store: Float[Tensor, "2 pages size K H"], where: Placement
+    ) -> tuple[Float[Tensor, "B K T H"], Float[Tensor, "B K T H"]]:
         """The plain form of reading pages: copy them together. A kernel that walks the table copies nothing."""
         B, P = where.table.shape
         rows = store.index_select(1, where.table.to(store.device).flatten())  # (2, B * P, page_size, K, H)

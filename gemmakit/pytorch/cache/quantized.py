@@ -17,6 +17,7 @@ from gemmakit.checks import Whole, check
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError
 from gemmakit.pytorch.cache.core import CacheLayer, DynamicCache
+from gemmakit.pytorch.shapes import Float, Int
 
 POSITIONS, FEATURES = -2, -1
 
@@ -56,7 +57,7 @@ class PackedKV:
         return self.data.nbytes + self.scale.nbytes + self.low.nbytes
 
 
-def pack(x: Tensor, bits: int, group: int, along: int) -> PackedKV:
+def pack(x: Float[Tensor, "B K T H"], bits: int, group: int, along: int) -> PackedKV:
     """x: (B, K, T, H); `group` divides T or H, whichever axis `along` names."""
     grouped = x.float().unflatten(along, (-1, group))
     low, high = grouped.aminmax(dim=along, keepdim=True)
@@ -68,7 +69,7 @@ def pack(x: Tensor, bits: int, group: int, along: int) -> PackedKV:
     return PackedKV(data, scale, low, bits, along)
 
 
-def unpack(packed: PackedKV, dtype: torch.dtype) -> Tensor:
+def unpack(packed: PackedKV, dtype: torch.dtype) -> Float[Tensor, "B K T H"]:
     """(B, K, T, H) in `dtype`, before its rounding off from what was packed by half a scale at most."""
     data = packed.data
     if packed.bits == 4:
@@ -87,23 +88,25 @@ class QuantizedLayer(CacheLayer):
         self.older: tuple[PackedKV, PackedKV] | None = None
 
     @property
-    def keys(self) -> Tensor | None:
+    def keys(self) -> Float[Tensor, "B K T H"] | None:
         return None if self._keys is None else self._whole(0, self._keys)
 
     @property
-    def values(self) -> Tensor | None:
+    def values(self) -> Float[Tensor, "B K T H"] | None:
         return None if self._values is None else self._whole(1, self._values)
 
     @property
     def nbytes(self) -> int:
         return super().nbytes + (0 if self.older is None else sum(p.nbytes for p in self.older))
 
-    def _whole(self, which: int, newest: Tensor) -> Tensor:
+    def _whole(self, which: int, newest: Float[Tensor, "B K _ H"]) -> Float[Tensor, "B K T H"]:
         if self.older is None:
             return newest
         return torch.cat((unpack(self.older[which], newest.dtype), newest), dim=2)
 
-    def append(self, k: Tensor, v: Tensor, places: Tensor | None) -> tuple[Tensor, Tensor]:
+    def append(
+        self, k: Float[Tensor, "B K S H"], v: Float[Tensor, "B K S H"], places: Int[Tensor, " S"] | None
+    ) -> tuple[Float[Tensor, "B K T H"], Float[Tensor, "B K T H"]]:
         """Give everything held, older positions unpacked for this call; the given tensors come back exact."""
         if torch.is_grad_enabled() and k.requires_grad:
             raise InputError("a quantized cache keeps no gradients: use DynamicCache, or torch.no_grad().")
@@ -113,7 +116,7 @@ class QuantizedLayer(CacheLayer):
         self._settle(k.detach(), v.detach())
         return whole
 
-    def _settle(self, k: Tensor, v: Tensor) -> None:
+    def _settle(self, k: Float[Tensor, "B K T H"], v: Float[Tensor, "B K T H"]) -> None:
         """Pack whole groups of what is older than the newest `recent` positions."""
         surplus = max(k.shape[2] - self.recent, 0) // self.group * self.group
         if surplus:

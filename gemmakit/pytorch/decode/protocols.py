@@ -1,12 +1,12 @@
 """What decoding asks of a model and of processors; and bases and lists of these and of criteria, as transformers has.
 
-A plain function or list does as well as these.
+A plain function or list does as well as these. Protocols are checkable at run time, as annotations of shapes need.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from gemmakit.config import GemmaConfig
 from gemmakit.generation import GenerationConfig
 
 
+@runtime_checkable
 class CausalLM(Protocol):
     """A causal language model, as far as decoding knows it. `model`: its decoder, whose `layers` take a cache."""
 
@@ -37,6 +38,7 @@ class CausalLM(Protocol):
         ...
 
 
+@runtime_checkable
 class Processor(Protocol):
     """ids (B, n) int64, prompt and new tokens, and scores (B, V) float32 -> scores (B, V)."""
 

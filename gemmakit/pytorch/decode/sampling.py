@@ -10,19 +10,21 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from gemmakit.pytorch.shapes import Float, Int
+
 NO_TOKEN = -1
 Pick = Callable[[Tensor], Tensor]
 Noise = Callable[[Tensor], Tensor]
 
 
-def greedy(scores: Tensor) -> Tensor:
-    """scores: (B, V) float32 -> the first largest of each row, (B,) int64."""
+def greedy(scores: Float[Tensor, "R V"]) -> Int[Tensor, " R"]:
+    """The first largest of each row."""
     best, token = scores.max(dim=-1)  # the maximum is NaN if anything is
     return sound(best, token)
 
 
-def sound(best: Tensor, token: Tensor) -> Tensor:
-    """The tokens, NO_TOKEN where the best score (B,) is no finite number."""
+def sound(best: Float[Tensor, " R"], token: Int[Tensor, " R"]) -> Int[Tensor, " R"]:
+    """The tokens, NO_TOKEN where the best score is no finite number."""
     return torch.where(best - best == 0, token, NO_TOKEN)
 
 
@@ -38,11 +40,11 @@ class Exponential:
             generators = generators[0]  # the rows of one prompt share its generator
         self._generators = generators
 
-    def __call__(self, like: Tensor) -> Tensor:
-        """Noise shaped like (B, V)."""
+    def __call__(self, like: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
+        """Noise of this shape."""
         return self.fill(torch.empty_like(like))
 
-    def fill(self, out: Tensor) -> Tensor:
+    def fill(self, out: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
         """The same, into `out`."""
         if isinstance(self._generators, Sequence):
             for row, generator in zip(out, self._generators, strict=True):
@@ -57,7 +59,7 @@ def sampler(noise: Noise) -> Pick:
     Dividing by exponential noise and taking the largest draws exactly by probability, and needs no host.
     """
 
-    def pick(scores: Tensor) -> Tensor:
+    def pick(scores: Float[Tensor, "R V"]) -> Int[Tensor, " R"]:
         probabilities = scores.softmax(-1)
         token = (probabilities / noise(probabilities)).argmax(-1)
         return sound(scores.amax(-1), token)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,8 +17,10 @@ from gemmakit.generation import GenerationConfig
 from gemmakit.pytorch.decode.protocols import CausalLM, Processor
 from gemmakit.pytorch.decode.sampling import Exponential, Pick, greedy
 from gemmakit.pytorch.decode.stopping import Criterion, first_reason, reasons
+from gemmakit.pytorch.shapes import Bool, Float, Int, Shaped
 
 
+@runtime_checkable
 class Appending(Protocol):
     """Rows of tokens that grow by one each."""
 
@@ -75,20 +77,24 @@ class Step:
     eos_ids: Sequence[int] = ()
     criteria: Sequence[Criterion] = ()
 
-    def process(self, ids: Tensor, logits: Tensor) -> Tensor:
-        """ids: (R, n); logits: (R, V) -> float32 scores (R, V) after all processors, in their order."""
+    def process(self, ids: Int[Tensor, "R n"], logits: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
+        """float32 scores after all processors, in their order."""
         scores = logits.float()
         for processor in self.processors:
             scores = processor(ids, scores)
         return scores
 
-    def choose(self, ids: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens (R,), NO_TOKEN where there was none to choose, and the scores (R, V) they were picked from."""
+    def choose(
+        self, ids: Int[Tensor, "R n"], logits: Float[Tensor, "R V"]
+    ) -> tuple[Int[Tensor, " R"], Float[Tensor, "R V"]]:
+        """Tokens, NO_TOKEN where there was none to choose, and the scores they were picked from."""
         scores = self.process(ids, logits)
         return self.pick(scores), scores
 
-    def append(self, rows: Appending, token: Tensor, scores: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the tokens down. ends: int64 (R,), indices of REASONS. Returns tokens and ends as they are now.
+    def append(
+        self, rows: Appending, token: Int[Tensor, " R"], scores: Float[Tensor, "R V"], ends: Int[Tensor, " R"]
+    ) -> tuple[Int[Tensor, " R"], Int[Tensor, " R"]]:
+        """Write the tokens down. ends: indices of REASONS. Returns tokens and ends as they are now.
 
         Rows that are over get padding; a lone one is not asked again.
         """
@@ -101,10 +107,10 @@ class Step:
             ends = now.to(ends) if over is None else torch.where(over, ends, now)
         return token, ends
 
-    def ends(self, ids: Tensor, scores: Tensor) -> Tensor:
-        """(R,), above 0 where the last token of ids ends the row: an index of REASONS, or True for an eos.
+    def ends(self, ids: Int[Tensor, "R n"], scores: Float[Tensor, "_ V"]) -> Shaped[Tensor, " R"]:
+        """Above 0 where the last token of ids ends the row: an index of REASONS, or True for an eos.
 
-        scores: (R, V), what the last tokens were picked from.
+        scores: what the last tokens were picked from, a row each where there are criteria.
         """
         last = ids[:, -1]
         if self.eos is None:
@@ -113,8 +119,8 @@ class Step:
             found = last == self.eos if len(self.eos) == 1 else (last[:, None] == self.eos).any(-1)
         return reasons(self.criteria, ids, scores, found) if self.criteria else found
 
-    def ended(self, ids: Tensor, scores: Tensor) -> Tensor:
-        """bool (R,): rows that `ends`."""
+    def ended(self, ids: Int[Tensor, "R n"], scores: Float[Tensor, "_ V"]) -> Bool[Tensor, " R"]:
+        """The rows that `ends`."""
         return self.ends(ids, scores).to(torch.bool)
 
     def reason(self, token: int, ids: Tensor | None, scores: Tensor | None) -> str | None:

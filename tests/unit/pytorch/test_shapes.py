@@ -76,6 +76,18 @@ for how in ({}, dict(do_sample=True, seed=1, top_k=20, num_return_sequences=2),
 for how in (dict(assistant_model=helper), dict(prompt_lookup_num_tokens=3), dict(eos_token_id=[5, 6])):
     model.generate(ids[:1], **more, **how)
 """,
+    "windows": """
+sizes = dict(vocab_size=60, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4)
+sizes |= dict(num_key_value_heads=2, head_dim=8, max_position_embeddings=256, query_pre_attn_scalar=8)
+layers = dict(sliding_window=4, layer_types=["sliding_attention", "full_attention"])
+model = gemmakit.Gemma3ForCausalLM(gemmakit.Gemma3TextConfig(**sizes, **layers)).eval()
+ids, more = prompts(2, 19).clamp_max(59), dict(max_new_tokens=90, do_sample=False, eos_token_id=None)
+for how in ({}, dict(num_beams=2), dict(penalty_alpha=0.6, top_k=3), dict(cache_implementation="static"),
+            dict(prefill_chunk_size=3)):
+    model.generate(ids, **more, **how)
+model.generate(ids[:1], prompt_lookup_num_tokens=3, **more)
+model.generate_batch([ids[0], ids[1, :7]], page_size=4, **more)
+""",
     "quantized": """
 import tempfile
 model.save_pretrained(folder := tempfile.mkdtemp())
