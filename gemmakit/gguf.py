@@ -23,9 +23,13 @@ from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 from gemmakit.errors import CheckpointError
+from gemmakit.family import FULL_ATTENTION, KINDS, SLIDING_ATTENTION, Kind
+
+# general.architecture -> model_type
+ARCHITECTURES = {kind.gguf_architecture: name for name, kind in KINDS.items() if kind.gguf_architecture}
 
 
-class Kind(NamedTuple):
+class BlockType(NamedTuple):
     """A tensor type: rows are whole blocks of `block` elements, `nbytes` bytes each."""
 
     number: int
@@ -38,7 +42,7 @@ class Kind(NamedTuple):
         return elements // self.block * self.nbytes
 
 
-_KINDS = starmap(Kind, (
+_TYPES = starmap(BlockType, (
     (0, "F32", 1, 4), (1, "F16", 1, 2), (2, "Q4_0", 32, 18), (3, "Q4_1", 32, 20), (6, "Q5_0", 32, 22),
     (7, "Q5_1", 32, 24), (8, "Q8_0", 32, 34), (9, "Q8_1", 32, 40), (10, "Q2_K", 256, 84), (11, "Q3_K", 256, 110),
     (12, "Q4_K", 256, 144), (13, "Q5_K", 256, 176), (14, "Q6_K", 256, 210), (15, "Q8_K", 256, 292),
@@ -48,8 +52,8 @@ _KINDS = starmap(Kind, (
     (29, "IQ1_M", 256, 56), (30, "BF16", 1, 2), (34, "TQ1_0", 256, 54), (35, "TQ2_0", 256, 66), (39, "MXFP4", 32, 17),
     (40, "NVFP4", 64, 36), (41, "Q1_0", 128, 18),
 ))  # fmt: skip
-KINDS = {kind.name: kind for kind in _KINDS}
-_NUMBERS = {kind.number: kind for kind in KINDS.values()}
+TYPES = {kind.name: kind for kind in _TYPES}
+_NUMBERS = {kind.number: kind for kind in TYPES.values()}
 # name of the type -> name of the same in torch and numpy
 PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -87,7 +91,7 @@ class Texts:
 class GgufTensor:
     """A tensor as the header declares it: type, shape (outermost first, as torch has it), bytes [begin, end)."""
 
-    kind: Kind
+    kind: BlockType
     shape: tuple[int, ...]
     begin: int
     end: int
@@ -111,13 +115,34 @@ class GgufHeader:
             raise CheckpointError(f"{self.path}: {key} is {show(value)}; it must be of type {kind.__name__}. {_AGAIN}")
         return value
 
-    def require_gemma(self) -> None:
-        """CheckpointError unless the file says that it holds a Gemma of the first generation."""
-        kind = self.get("general.architecture", str, "")
-        if kind != "gemma":
+    def require_gemma(self) -> str:
+        """The model_type of the Gemma that the file holds whole. Raises CheckpointError for anything else."""
+        parts, part = self.get("split.count", int, 1), self.get("split.no", int, 0)
+        if parts > 1:
             raise CheckpointError(
-                f"{self.path} holds the architecture {show(kind)}: gemmakit runs Gemma 1, 1.1 and CodeGemma ('gemma')."
+                f"{self.path} is part {part + 1} of {parts} of a model: merge them with llama.cpp's gguf-split "
+                "(llama-gguf-split --merge FIRST-PART WHOLE.gguf)."
             )
+        architecture = self.get("general.architecture", str, "")
+        if architecture not in ARCHITECTURES:
+            known = ", ".join(f"{KINDS[member].title} ({name!r})" for name, member in ARCHITECTURES.items())
+            raise CheckpointError(f"{self.path} holds the architecture {show(architecture)}: gemmakit runs {known}.")
+        experts = self.get(f"{architecture}.expert_count", int, 0)
+        if experts:
+            raise CheckpointError(
+                f"{self.path} holds a mixture of {experts} experts, and gemmakit runs none: take a dense model's file."
+            )
+        return ARCHITECTURES[architecture]
+
+    @property
+    def kind(self) -> Kind:
+        """What this member is made of."""
+        return KINDS[self.require_gemma()]
+
+    @property
+    def prefix(self) -> str:
+        """What the keys about the model begin with."""
+        return f"{self.kind.gguf_architecture}."
 
 
 def read_gguf_header(path: str | os.PathLike[str]) -> GgufHeader:
@@ -162,7 +187,7 @@ class _Reader:
         for _ in range(pairs):
             key = self.name("a metadata key", metadata)
             metadata[key] = self.value(key, self.number("I"))
-        places: dict[str, tuple[Kind, tuple[int, ...], int]] = {}
+        places: dict[str, tuple[BlockType, tuple[int, ...], int]] = {}
         for _ in range(tensors):
             name = self.name("a tensor's name", places)
             places[name] = self.place(name)
@@ -265,7 +290,7 @@ class _Reader:
         if found > limit:
             self.fail(f"it declares {found} {what}; the limit is {limit}")
 
-    def place(self, name: str) -> tuple[Kind, tuple[int, ...], int]:
+    def place(self, name: str) -> tuple[BlockType, tuple[int, ...], int]:
         """Type, shape and offset of a tensor, each possible by itself."""
         dimensions = self.number("I")
         if not 1 <= dimensions <= MAX_DIMENSIONS:
@@ -281,7 +306,9 @@ class _Reader:
             self.fail(f"tensor {show(name)} has rows of {shape[-1]}, and {kind.name} needs a multiple of {kind.block}")
         return kind, shape, offset
 
-    def tensors(self, places: Mapping[str, tuple[Kind, tuple[int, ...], int]], alignment: int) -> dict[str, GgufTensor]:
+    def tensors(
+        self, places: Mapping[str, tuple[BlockType, tuple[int, ...], int]], alignment: int
+    ) -> dict[str, GgufTensor]:
         """The tensors by the order of their bytes, which are in the file and nobody else's."""
         found: dict[str, GgufTensor] = {}
         at = data = -(-self.at // alignment) * alignment
@@ -318,10 +345,10 @@ def show(value: Any) -> str:
 
 # -- what it says of a model -------------------------------------------------------------------------------------------
 
-PREFIX, WORDS = "gemma.", "tokenizer.ggml."
+WORDS = "tokenizer.ggml."
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 
-# gemma.* -> config.json; None where the file may do without, and GemmaConfig then derives it
+# Of the keys about a model -> config.json; None where the file may do without, and GemmaConfig then derives it
 REQUIRED = {
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
@@ -333,18 +360,21 @@ DERIVED = {"attention.head_count_kv": "num_key_value_heads", "attention.key_leng
 _UNDERSTOOD = {
     *REQUIRED, *DERIVED, "attention.value_length", "attention.layer_norm_rms_epsilon", "attention.causal",
     "rope.dimension_count", "rope.freq_base", "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear",
-    "vocab_size",
+    "vocab_size", "attention.sliding_window", "attention.sliding_window_pattern", "attn_logit_softcapping",
+    "final_logit_softcapping", "rope.freq_base_swa",
 }  # fmt: skip
+# Layers of the members' 27B: llama.cpp scales their scores by the width of a head that all heads would share.
+SHARED_SCALE = {"gemma2": 46, "gemma3_text": 62}
 
 
 def config_values(header: GgufHeader) -> dict[str, Any]:
     """What config.json would hold, from a GGUF's metadata and the shapes of its tensors.
 
-    dtype is that of the matrices, and bfloat16 if any is quantized. Keys beginning with "gemma." that mean nothing to
+    dtype is that of the matrices, and bfloat16 if any is quantized. Keys about the model that mean nothing to
     GemmaConfig are kept under "gguf". Raises CheckpointError: no Gemma, settings missing, of the wrong type, or of a
     kind that Gemma does not have.
     """
-    header.require_gemma()
+    model_type, prefix = header.require_gemma(), header.prefix
     vocabulary, width = _embedding_shape(header)
     values: dict[str, Any] = {name: _whole(header, key) for key, name in REQUIRED.items()}
     values.update({name: _whole(header, key, required=False) for key, name in DERIVED.items()})
@@ -352,20 +382,22 @@ def config_values(header: GgufHeader) -> dict[str, Any]:
         raise _contradiction(header, "embedding_length", values["hidden_size"], f"{EMBEDDING} has rows of {width}")
     _check_equal(header, values)
     _check_layers(header, values)
-    epsilon = header.get(f"{PREFIX}attention.layer_norm_rms_epsilon", float)
+    epsilon = header.get(f"{prefix}attention.layer_norm_rms_epsilon", float)
     if epsilon is None:
         raise _missing(header, "attention.layer_norm_rms_epsilon")
-    others = {k: v for k, v in header.metadata.items() if k.startswith(PREFIX) and k[len(PREFIX) :] not in _UNDERSTOOD}
+    others = {k: v for k, v in header.metadata.items() if k.startswith(prefix) and k[len(prefix) :] not in _UNDERSTOOD}
     kept = {key: list(value) if isinstance(value, Texts) else value for key, value in others.items()}
     return {
+        "model_type": model_type,
         **values,
+        **_attention(header, values),
         # Stored in 32 bits: 1e-6 comes back as 9.999999974752427e-07.
         "rms_norm_eps": float(f"{epsilon:.7g}"),
         "vocab_size": vocabulary,
         "rope_parameters": _rope(header),
         "tie_word_embeddings": HEAD not in header.tensors,
-        "use_bidirectional_attention": None if header.get(f"{PREFIX}attention.causal", bool, True) else True,
-        "architectures": ["GemmaForCausalLM"],
+        "use_bidirectional_attention": None if header.get(f"{prefix}attention.causal", bool, True) else True,
+        "architectures": [header.kind.classes["causal_lm"]],
         "dtype": matrices_dtype(header),
         **_tokens(header),
         **({"gguf": kept} if kept else {}),
@@ -385,7 +417,7 @@ def _embedding_shape(header: GgufHeader) -> tuple[int, int]:
     if embedding is None or len(embedding.shape) != 2:
         raise CheckpointError(f"{header.path} has no matrix {EMBEDDING}, so it is no whole model. Download it again.")
     rows, width = embedding.shape
-    declared = header.get(f"{PREFIX}vocab_size", int, rows)
+    declared = header.get(f"{header.prefix}vocab_size", int, rows)
     if declared != rows:
         raise _contradiction(header, "vocab_size", declared, f"{EMBEDDING} has {rows} rows")
     return rows, width
@@ -393,14 +425,14 @@ def _embedding_shape(header: GgufHeader) -> tuple[int, int]:
 
 def _whole(header: GgufHeader, key: str, required: bool = True) -> int | None:
     """A whole number; an array of one number a layer serves if they are all the same."""
-    value = header.metadata.get(PREFIX + key)
+    value = header.metadata.get(header.prefix + key)
     if isinstance(value, list) and value and all(item == value[0] for item in value):
         value = value[0]
     if value is None and required:
         raise _missing(header, key)
     if value is not None and type(value) is not int:
         raise CheckpointError(
-            f"{header.path}: {PREFIX}{key} is {show(value)}; one whole number for all layers is needed."
+            f"{header.path}: {header.prefix}{key} is {show(value)}; one whole number for all layers is needed."
         )
     return value
 
@@ -432,18 +464,55 @@ def _check_layers(header: GgufHeader, values: Mapping[str, Any]) -> None:
             raise _contradiction(header, keys, rows, f"blk.0.{part}.weight has the shape {tensor.shape}")
 
 
+def _attention(header: GgufHeader, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What Gemma 2 and 3 say of attention: windows, caps, the scale of scores; nothing of Gemma 1."""
+    kind, prefix, layers = header.kind, header.prefix, values["num_hidden_layers"]
+    if kind.pattern == 1:
+        return {}
+    found: dict[str, Any] = {}
+    for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
+        value = header.get(f"{prefix}{cap}", float)
+        if value is not None:
+            found[cap] = value or None
+    heads, head_dim = values["num_attention_heads"], values["head_dim"]
+    shared = layers == SHARED_SCALE[header.require_gemma()]
+    found["query_pre_attn_scalar"] = values["hidden_size"] // heads if shared or head_dim is None else head_dim
+    window = _whole(header, "attention.sliding_window", required=False)
+    if window is not None and window > 0:
+        return {**found, "sliding_window": window, "layer_types": _layer_types(header, layers)}
+    if window is None and not kind.rope_bases:
+        return {**found, "layer_types": _layer_types(header, layers)}  # Gemma 2's window is understood
+    return {**found, "layer_types": [FULL_ATTENTION] * layers}
+
+
+def _layer_types(header: GgufHeader, layers: int) -> list[str]:
+    """By the pattern: each n-th layer sees everything, or a list of which have a window; by default the member's n."""
+    pattern = header.metadata.get(f"{header.prefix}attention.sliding_window_pattern", header.kind.pattern)
+    if type(pattern) is int and pattern > 0:
+        pattern = [(layer + 1) % pattern != 0 for layer in range(layers)]
+    if not isinstance(pattern, list) or len(pattern) != layers:
+        raise _contradiction(header, "attention.sliding_window_pattern", pattern, f"there are {layers} layers")
+    return [SLIDING_ATTENTION if windowed else FULL_ATTENTION for windowed in pattern]
+
+
 def _rope(header: GgufHeader) -> dict[str, Any]:
-    theta = header.get(f"{PREFIX}rope.freq_base", float, 10000.0)
-    kind = header.get(f"{PREFIX}rope.scaling.type", str, "none")
-    factor = header.get(f"{PREFIX}rope.scaling.factor", float, header.get(f"{PREFIX}rope.scale_linear", float, 1.0))
-    if kind == "none" or factor in (0.0, 1.0):
-        return {"rope_type": "default", "rope_theta": theta}
-    if kind != "linear":
+    """The rotary table, or where window layers have their own, both."""
+    prefix = header.prefix
+    theta = header.get(f"{prefix}rope.freq_base", float, 10000.0)
+    kind = header.get(f"{prefix}rope.scaling.type", str, "linear")
+    factor = header.get(f"{prefix}rope.scaling.factor", float, header.get(f"{prefix}rope.scale_linear", float, 1.0))
+    if kind not in ("none", "linear"):
         raise CheckpointError(
-            f"{header.path}: {PREFIX}rope.scaling.type is {show(kind)}; of a GGUF, gemmakit reads 'none' and 'linear'. "
+            f"{header.path}: {prefix}rope.scaling.type is {show(kind)}; of a GGUF, gemmakit reads 'none' and 'linear'. "
             "Load the model from its safetensors files, where the settings are whole."
         )
-    return {"rope_type": "linear", "rope_theta": theta, "factor": factor}
+    table: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
+    if kind == "linear" and factor not in (0.0, 1.0):
+        table = {"rope_type": "linear", "rope_theta": theta, "factor": factor}
+    if not header.kind.rope_bases:
+        return table
+    local = header.get(f"{prefix}rope.freq_base_swa", float, header.kind.rope_bases[SLIDING_ATTENTION])
+    return {SLIDING_ATTENTION: {"rope_type": "default", "rope_theta": local}, FULL_ATTENTION: table}
 
 
 def _tokens(header: GgufHeader) -> dict[str, Any]:
@@ -456,11 +525,13 @@ def _tokens(header: GgufHeader) -> dict[str, Any]:
 
 
 def _missing(header: GgufHeader, key: str) -> CheckpointError:
-    return CheckpointError(f"{header.path} lacks {PREFIX}{key}, so the model's shape is not known. Convert it again.")
+    return CheckpointError(
+        f"{header.path} lacks {header.prefix}{key}, so the model's shape is not known. Convert it again."
+    )
 
 
 def _contradiction(header: GgufHeader, key: str, value: Any, other: str) -> CheckpointError:
-    return CheckpointError(f"{header.path}: {PREFIX}{key} is {show(value)}, but {other}. Convert it again.")
+    return CheckpointError(f"{header.path}: {header.prefix}{key} is {show(value)}, but {other}. Convert it again.")
 
 
 # -- and of its words --------------------------------------------------------------------------------------------------

@@ -35,23 +35,35 @@ _VARIANT = re.compile(r"[A-Za-z0-9_.-]+")
 class Checkpoint:
     """The tensors of one checkpoint by name, in the order of the files. Nothing but headers is read until asked for.
 
+    Of a model of text and images only the text is here, under the names of a model of text; `left_out` names the rest.
     Iterating gives names. `files` are the paths read, `where` is their folder, `metadata` is that of the first file,
     `total_bytes` the size of all tensors. Also a context manager; tensors that were handed out stay valid after it.
+    Raises CheckpointError where two tensors have one name, or no text is there.
     """
 
     def __init__(self, files: list[File]):
-        self._holder: dict[str, File] = {}
+        self._holder: dict[str, tuple[File, str]] = {}
+        self.left_out: list[str] = []
         for file in files:
-            for name in file.tensors:
-                if name in self._holder:
-                    raise CheckpointError(f"Tensor {name!r} is in {self._holder[name].path} and in {file.path}.")
-                self._holder[name] = file
+            for stored in file.tensors:
+                name = text_name(stored)
+                if name is None:
+                    self.left_out.append(stored)
+                elif name in self._holder:
+                    raise CheckpointError(f"Tensor {name!r} is in {self._holder[name][0].path} and in {file.path}.")
+                else:
+                    self._holder[name] = file, stored
+        if self.left_out and not self._holder:
+            raise CheckpointError(
+                f"{files[0].path} holds only what a model sees images with ({len(self.left_out)} tensors, first "
+                f"{self.left_out[0]!r}): gemmakit runs the text part of Gemma 3, which is not here."
+            )
         self._files = files
         self.kind = files[0].kind
         self.files: list[Path] = [file.path for file in files]
         self.where: Path = files[0].path if files[0].path.is_dir() else files[0].path.parent
         self.metadata: Mapping[str, str] = MappingProxyType(dict(files[0].metadata))
-        self.total_bytes: int = sum(info.nbytes for file in files for info in file.tensors.values())
+        self.total_bytes: int = sum(file.tensors[stored].nbytes for file, stored in self._holder.values())
 
     def names(self) -> list[str]:
         """The tensors' names in the order of the files."""
@@ -59,7 +71,8 @@ class Checkpoint:
 
     def info(self, name: str) -> TensorInfo:
         """dtype ("bfloat16"), shape and nbytes of a tensor, without reading it."""
-        return self._file(name).tensors[name]
+        file, stored = self.place(name)
+        return file.tensors[stored]
 
     def tensor(self, name: str, framework: str = "pt", device: Any = "cpu") -> Any:
         """One tensor, of its stored dtype and shape.
@@ -71,7 +84,8 @@ class Checkpoint:
         """
         if framework not in ("pt", "np", "flax"):
             raise ValueError(f"framework must be 'pt', 'np' or 'flax', found {framework!r}.")
-        return self._file(name).tensor(name, framework, device)
+        file, stored = self.place(name)
+        return file.tensor(stored, framework, device)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape, in the order of the files."""
@@ -112,7 +126,8 @@ class Checkpoint:
     ) -> None:
         self.close()
 
-    def _file(self, name: str) -> File:
+    def place(self, name: str) -> tuple[File, str]:
+        """The file that holds a tensor, and its name there. Raises CheckpointError for a name that is not here."""
         try:
             return self._holder[name]
         except KeyError:
@@ -120,6 +135,18 @@ class Checkpoint:
             raise CheckpointError(
                 f"No tensor {name!r} among the {len(self)} of {self.files[0]} ({held}, ...)."
             ) from None
+
+
+# Where models of text and images have their text -> where a model of text has it; and what only images need.
+_TEXT = {"language_model.model.": "model.", "language_model.lm_head.": "lm_head.", "model.language_model.": "model."}
+_IMAGES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+
+
+def text_name(name: str) -> str | None:
+    """A tensor's name in a model of text; None for one of the images'."""
+    if name.startswith(_IMAGES):
+        return None
+    return next((own + name[len(theirs) :] for theirs, own in _TEXT.items() if name.startswith(theirs)), name)
 
 
 def open_checkpoint(

@@ -243,6 +243,8 @@ def _describe(found: Findings, checkpoint: Checkpoint) -> None:
     found.tensors = {name: checkpoint.info(name) for name in checkpoint.names()}
     found.architecture = architecture_of(found.config, found.tensors)
     found.tensor_bytes = checkpoint.total_bytes
+    if checkpoint.left_out:
+        found.notes.append(f"{len(checkpoint.left_out)} tensors that only images need are left out")
     for info in found.tensors.values():
         found.dtypes[info.dtype] = found.dtypes.get(info.dtype, 0) + prod(info.shape)
     found.files = [
@@ -264,9 +266,10 @@ def _size(path: Path) -> int:
 def _as_gguf_has_it(found: Findings, path: Path) -> None:
     """The types and bytes in the file, instead of those that its blocks are given out with."""
     found.dtypes.clear()
-    for theirs, held in read_gguf_header(path).tensors.items():
+    header = read_gguf_header(path)
+    for theirs, held in header.tensors.items():
         info = TensorInfo(held.kind.name, tuple(held.shape), held.begin, held.end)
-        found.tensors[released_name(theirs) or theirs] = info
+        found.tensors[released_name(theirs, header.require_gemma()) or theirs] = info
         found.dtypes[info.dtype] = found.dtypes.get(info.dtype, 0) + prod(info.shape)
     found.tensor_bytes = sum(info.nbytes for info in found.tensors.values())
 
@@ -371,23 +374,23 @@ def _spelled(shape: tuple[int, ...]) -> str:
 def _scan(found: Findings, checkpoint: Checkpoint, progress: Callable[[int, int], None] | None) -> None:
     """NaN and infinity, a few million numbers at a time."""
     found.scanned = True
-    held = (info for file in checkpoint._files for info in file.tensors.values())
-    done, total = 0, sum(info.nbytes for info in held if "float" in info.dtype)
-    for file in checkpoint._files:
-        for name, info in file.tensors.items():
-            try:
-                bad = 0
-                for part in _pieces(checkpoint.tensor(name)) if "float" in info.dtype else ():
-                    bad += _not_finite(part)
-                    done += part.nbytes
-                    if progress is not None:
-                        progress(done, total)
-            except GemmakitError as error:
-                found.problems.append(Problem(file.path.name, name, None, None, f"{file.path.name}: {name}: {error}"))
-                continue
-            if bad:
-                said = f"{bad} of {prod(info.shape)} NaN or infinite"
-                found.problems.append(Problem(file.path.name, name, "finite numbers", said))
+    floats = {name: info for name in checkpoint if "float" in (info := checkpoint.info(name)).dtype}
+    done, total = 0, sum(info.nbytes for info in floats.values())
+    for name, info in floats.items():
+        file = checkpoint.place(name)[0].path.name
+        try:
+            bad = 0
+            for part in _pieces(checkpoint.tensor(name)):
+                bad += _not_finite(part)
+                done += part.nbytes
+                if progress is not None:
+                    progress(done, total)
+        except GemmakitError as error:
+            found.problems.append(Problem(file, name, None, None, f"{file}: {name}: {error}"))
+            continue
+        if bad:
+            said = f"{bad} of {prod(info.shape)} NaN or infinite"
+            found.problems.append(Problem(file, name, "finite numbers", said))
 
 
 def _not_finite(tensor: Any) -> int:

@@ -117,8 +117,8 @@ def _load(checkpoint: Checkpoint, name: str, dtype: str) -> Any:
     """The tensor in row-major order: the mapped bytes themselves where dtype and order are kept, else one copy."""
     import torch
 
-    wanted, file = getattr(torch, dtype), checkpoint._file(name)
-    pieces = file.pieces(name) if isinstance(file, MsgpackFile) else None
+    wanted, (file, stored) = getattr(torch, dtype), checkpoint.place(name)
+    pieces = file.pieces(stored) if isinstance(file, MsgpackFile) else None
     if pieces is not None:
         out = torch.empty(sum(map(len, pieces)), dtype=wanted)
         for part, made in zip(out.split([len(piece) for piece in pieces]), pieces, strict=True):

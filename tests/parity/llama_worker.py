@@ -1,7 +1,9 @@
 """Run by another Python, which has llama-cpp-python: a job as JSON on standard input, its results on standard output.
 
-Job: {"gguf": path, "texts": [...], "special": bool, "prompts": [[id, ...], ...], "new_tokens": n}.
-Results: "ids" of each text; for each prompt the greedy "continuations" and the "gaps" between the best two logits.
+Job: {"gguf": path, "texts": [...], "special": bool, "prompts": [[id, ...], ...], "new_tokens": n}; and where wanted
+"context", a length for all of them, "threads", and "pieces": [[id, ...], ...].
+Results: "ids" of each text; for each prompt the greedy "continuations" and the "gaps" between the best two logits; for
+each piece the sum of -log p of its tokens but the first, "losses".
 """
 
 import json
@@ -23,17 +25,33 @@ def continuation(model, ids, count):
     return tokens, gaps
 
 
+def loss(model, ids):
+    """Logits of all tokens are kept only here: they are large."""
+    model.reset()
+    model.eval(ids)
+    logits = np.array(model.scores[: len(ids) - 1], np.float64)
+    logits -= logits.max(axis=1, keepdims=True)
+    chosen = logits[np.arange(len(ids) - 1), ids[1:]]
+    return float((np.log(np.exp(logits).sum(axis=1)) - chosen).sum())
+
+
 def main():
     job = json.load(sys.stdin)
     # Keys and values in float32: only the weights are what is compared.
-    model = llama_cpp.Llama(
-        job["gguf"], n_ctx=512, n_threads=1, verbose=False, type_k=0, type_v=0, flash_attn=False, seed=0
-    )
+    settings = dict(
+        n_ctx=job.get("context", 512), n_threads=job.get("threads", 1), n_threads_batch=job.get("threads", 1),
+        verbose=False, type_k=0, type_v=0, flash_attn=False, seed=0,
+    )  # fmt: skip
+    model = llama_cpp.Llama(job["gguf"], **settings)
     found = {"ids": [model.tokenize(t.encode(), add_bos=True, special=job["special"]) for t in job["texts"]]}
     made = [continuation(model, ids, job["new_tokens"]) for ids in job["prompts"]]
     found["continuations"], found["gaps"] = [tokens for tokens, _ in made], [gaps for _, gaps in made]
     found["n_vocab"], found["eos"] = model.n_vocab(), model.token_eos()
     found["template"] = model.metadata.get("tokenizer.chat_template")
+    if job.get("pieces"):
+        del model
+        model = llama_cpp.Llama(job["gguf"], logits_all=True, **{**settings, "n_ctx": max(map(len, job["pieces"]))})
+        found["losses"] = [loss(model, piece) for piece in job["pieces"]]
     json.dump(found, sys.stdout)
 
 

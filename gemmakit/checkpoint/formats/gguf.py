@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import cache, partial
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
@@ -17,6 +17,7 @@ from typing import Any
 
 from gemmakit.checkpoint.arrays import BITS, TensorInfo, numpy_dtype, to_jax
 from gemmakit.errors import CheckpointError, MissingDependency
+from gemmakit.family import KINDS
 from gemmakit.gguf import (
     EMBEDDING,
     HEAD,
@@ -49,41 +50,49 @@ def gguf_package() -> Any:
 
 _WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER = {
-    "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_WHOLE_BACK = {ours: theirs for theirs, ours in _WHOLE.items()}
-_LAYER_BACK = {ours: theirs for theirs, ours in _LAYER.items()}
+# A layer's norms in the order of `family.Norms`.
+_NORMS = ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")
 _THEIR_LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 _OUR_LAYER = re.compile(r"model\.layers\.(\d+)\.([\w.]+)\.(weight|bias)")
 
 
-def released_name(name: str) -> str | None:
-    """ "blk.3.attn_q.weight" -> "model.layers.3.self_attn.q_proj.weight"; None for what Gemma does not have."""
+@cache
+def _layer_names(model_type: str) -> dict[str, str]:
+    """Within a layer, their name -> that of the released checkpoint."""
+    kind = KINDS[model_type]
+    norms = {theirs: ours for theirs, ours in zip(_NORMS, kind.norms, strict=True) if ours}
+    heads = {f"attn_{part}_norm": f"self_attn.{part}_norm" for part in "qk" if getattr(kind, f"{part}_norm")}
+    return {**_LAYER, **norms, **heads}
+
+
+def released_name(name: str, model_type: str = "gemma") -> str | None:
+    """ "blk.3.attn_q.weight" -> "model.layers.3.self_attn.q_proj.weight"; None for what this Gemma does not have."""
     match = _THEIR_LAYER.fullmatch(name)
     if match:
-        part = _LAYER.get(match[2])
+        part = _layer_names(model_type).get(match[2])
         return part and f"model.layers.{match[1]}.{part}.{match[3]}"
     owner, _, kind = name.rpartition(".")
     return f"{_WHOLE[owner]}.{kind}" if owner in _WHOLE and kind == "weight" else None
 
 
-def gguf_name(name: str) -> str | None:
+def gguf_name(name: str, model_type: str = "gemma") -> str | None:
     """The inverse; a model without a head writes the same names without "model."."""
     name = name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
     match = _OUR_LAYER.fullmatch(name)
     if match:
-        part = _LAYER_BACK.get(match[2])
+        part = {ours: theirs for theirs, ours in _layer_names(model_type).items()}.get(match[2])
         return part and f"blk.{match[1]}.{part}.{match[3]}"
     owner, _, kind = name.rpartition(".")
-    return f"{_WHOLE_BACK[owner]}.{kind}" if owner in _WHOLE_BACK and kind == "weight" else None
+    whole = {ours: theirs for theirs, ours in _WHOLE.items()}
+    return f"{whole[owner]}.{kind}" if owner in whole and kind == "weight" else None
 
 
 def is_norm(name: str) -> bool:
@@ -123,13 +132,13 @@ class GgufFile:
     def __init__(self, path: Path, dtype: str | None = "float32", *, keep_quantized: bool = False):
         self.path = path
         header = read_gguf_header(path)
-        header.require_gemma()
+        model_type = header.require_gemma()
         self.dtype = dtype or matrices_dtype(header)
         self.quantization, kept = stored_quantization(header) if keep_quantized else (None, frozenset[str]())
         self._makers: dict[str, Callable[[str], Any]] = {}  # framework "pt" or "np" -> an array on the CPU
         tensors: dict[str, TensorInfo] = {}
         for name, held in header.tensors.items():
-            for part, info, make in self._parts(_named(header, name, held), held, name in kept):
+            for part, info, make in self._parts(_named(header, model_type, name, held), held, name in kept):
                 tensors[part], self._makers[part] = info, make
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors)
         self.metadata: Mapping[str, str] = MappingProxyType({"format": "gguf"})
@@ -207,9 +216,9 @@ class GgufFile:
         return np.asarray(raw).reshape(-1, held.kind.nbytes)
 
 
-def _named(header: GgufHeader, name: str, held: GgufTensor) -> str:
+def _named(header: GgufHeader, model_type: str, name: str, held: GgufTensor) -> str:
     """The released name. Raises CheckpointError for a tensor that Gemma does not have, or that cannot be read."""
-    ours, kind = released_name(name), held.kind.name
+    ours, kind = released_name(name, model_type), held.kind.name
     if ours is None:
         raise CheckpointError(f"{header.path} holds {name!r:.120}, for which Gemma has no place. It is another model.")
     readable = tuple(PLAIN) if is_norm(ours) else (*PLAIN, *DECODED)
@@ -267,6 +276,9 @@ def stored_quantization(header: GgufHeader) -> tuple[dict[str, Any] | None, froz
         "group_size": BLOCK,
         "head_bits": head,
         "head_group_size": BLOCK if (bits, head) == (4, 8) else None,
-        "modules_to_not_convert": [str(released_name(name)).removesuffix(".weight") for name in others] or None,
+        "modules_to_not_convert": [
+            str(released_name(name, header.require_gemma())).removesuffix(".weight") for name in others
+        ]
+        or None,
     }
     return config, frozenset([*projections[kind], *(heads if fits else ())])

@@ -16,19 +16,21 @@ from gemmakit.checkpoint.arrays import describe, made
 from gemmakit.checkpoint.formats.gguf import BLOCK, gguf_name, gguf_package, is_norm
 from gemmakit.checkpoint.layout import tensor_shapes
 from gemmakit.checkpoint.save import require_disk, saving_into, sync_directory, write
+from gemmakit.config import GemmaConfig
 from gemmakit.errors import ConfigError, InputError
+from gemmakit.family import FULL_ATTENTION, SLIDING_ATTENTION
 from gemmakit.gguf import (
     DERIVED,
     EMBEDDING,
-    KINDS,
     PLAIN,
-    PREFIX,
     REQUIRED,
+    SHARED_SCALE,
     SPECIAL_IDS,
     TEMPLATE,
+    TYPES,
     WORDS,
+    BlockType,
     Entry,
-    Kind,
     Vocabulary,
 )
 from gemmakit.hub import Name
@@ -47,7 +49,7 @@ class _Item:
     """A tensor to write: its name and type in the file, its shape, and its bytes, made a chunk at a time."""
 
     name: str
-    kind: Kind
+    kind: BlockType
     shape: tuple[int, ...]
     chunks: Callable[[], Iterator[Any]]
 
@@ -58,7 +60,7 @@ class _Item:
 
 def write_gguf(
     path: Name,
-    config: Any,
+    config: GemmaConfig,
     tensors: Mapping[str, Any] | Iterable[tuple[str, Any]],
     vocabulary: Vocabulary,
     kind: str = "F16",
@@ -152,15 +154,22 @@ def _padding(size: int) -> int:
 # -- its keys ----------------------------------------------------------------------------------------------------------
 
 
-def _model_keys(config: Any, kind: str, name: str) -> dict[str, Any]:
+def _model_keys(config: GemmaConfig, kind: str, name: str) -> dict[str, Any]:
     """What llama.cpp wants to know of a model. Raises ConfigError for what its Gemma cannot do."""
-    rope = config.rope_parameters["rope_type"]
+    architecture = config.kind.gguf_architecture
+    rope = config.rope(FULL_ATTENTION)
+    local = config.rope(SLIDING_ATTENTION) if config.kind.rope_bases else rope
     wrong = {
+        f"model_type={config.model_type!r}": architecture is None,
         "tie_word_embeddings=False": not config.tie_word_embeddings,
         "attention_bias=True": config.attention_bias,
         f"hidden_act={config.hidden_act!r}": config.hidden_act != "gelu_pytorch_tanh",
-        f"rope_type={rope!r}": rope not in ("default", "linear"),
+        f"rope_type={rope['rope_type']!r}": rope["rope_type"] not in ("default", "linear"),
+        f"rope_type={local['rope_type']!r} in window layers": local is not rope and local["rope_type"] != "default",
         "use_bidirectional_attention=True": bool(config.use_bidirectional_attention),
+        f"scores scaled by {config.layer(0).scale:g}": config.layer(0).scale != _their_scale(config),
+        "attn_logit_softcapping=None": config.kind.capped and not config.attn_logit_softcapping,
+        "final_logit_softcapping=None": config.kind.capped and not config.final_logit_softcapping,
     }
     found = [what for what, is_wrong in wrong.items() if is_wrong]
     if found:
@@ -168,19 +177,43 @@ def _model_keys(config: Any, kind: str, name: str) -> dict[str, Any]:
             f"the model has {', '.join(found)}, which llama.cpp's Gemma cannot express: it would compute something "
             "else. Save it as safetensors."
         )
-    linear = {"type": "linear", "factor": float(config.rope_parameters["factor"])} if rope == "linear" else {}
+    keys: dict[str, Any] = {key: getattr(config, field) for key, field in {**REQUIRED, **DERIVED}.items()}
+    keys["attention.value_length"] = config.head_dim
+    keys["attention.layer_norm_rms_epsilon"] = float(config.rms_norm_eps)
+    keys["rope.freq_base"] = float(rope["rope_theta"])
+    if rope["rope_type"] == "linear":
+        keys |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
+    keys |= _attention_keys(config, local)
     return {
-        "general.architecture": "gemma",
+        "general.architecture": architecture,
         "general.type": "model",
         "general.name": name,
-        **{PREFIX + key: getattr(config, field) for key, field in {**REQUIRED, **DERIVED}.items()},
-        f"{PREFIX}attention.value_length": config.head_dim,
-        f"{PREFIX}attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-        f"{PREFIX}rope.freq_base": float(config.rope_theta),
-        **{f"{PREFIX}rope.scaling.{key}": value for key, value in linear.items()},
+        **{f"{architecture}.{key}": value for key, value in keys.items()},
         "general.file_type": FILE_TYPES[kind],
         **({} if kind in PLAIN else {"general.quantization_version": 2}),
     }
+
+
+def _their_scale(config: GemmaConfig) -> float:
+    """How llama.cpp scales scores: it knows the largest models by their number of layers."""
+    shared = config.num_hidden_layers == SHARED_SCALE.get(config.model_type)
+    return (config.hidden_size // config.num_attention_heads if shared else config.head_dim) ** -0.5
+
+
+def _attention_keys(config: GemmaConfig, local: dict[str, Any]) -> dict[str, Any]:
+    """Windows and which layers have one, their rotary table, caps; nothing of Gemma 1."""
+    if config.kind.pattern == 1:
+        return {}
+    layers = [config.layer(i).window for i in range(config.num_hidden_layers)]
+    keys: dict[str, Any] = {
+        "attention.sliding_window": next((window for window in layers if window), config.sliding_window),
+        "attention.sliding_window_pattern": [window is not None for window in layers],
+    }
+    if config.kind.rope_bases:
+        keys["rope.freq_base_swa"] = float(local["rope_theta"])
+    caps = {name: getattr(config, name) for name in ("attn_logit_softcapping", "final_logit_softcapping")}
+    keys |= {name: float(cap) for name, cap in caps.items() if cap and (config.kind.capped or name.startswith("final"))}
+    return keys
 
 
 def _word_keys(vocabulary: Vocabulary, size: int) -> dict[str, Any]:
@@ -207,14 +240,15 @@ def _word_keys(vocabulary: Vocabulary, size: int) -> dict[str, Any]:
 # -- its tensors -------------------------------------------------------------------------------------------------------
 
 
-def _plan(tensors: dict[str, Any], config: Any, kind: str) -> list[_Item]:
+def _plan(tensors: dict[str, Any], config: GemmaConfig, kind: str) -> list[_Item]:
     """Every tensor of the configuration, in the order of the model."""
-    shapes = {str(gguf_name(ours)): shape for ours, shape in tensor_shapes(config).items()}
+    model_type = config.model_type
+    shapes = {str(gguf_name(ours, model_type)): shape for ours, shape in tensor_shapes(config).items()}
     given: dict[str, str] = {}
     for key in tensors:
         if (weight := _weight_of(key)) in tensors and weight != key:
             continue  # scale or zero of another one
-        theirs = gguf_name(key)
+        theirs = gguf_name(key, model_type)
         if theirs == "output.weight":
             continue  # tied: it is the embedding
         if theirs is None or theirs not in shapes:
@@ -239,7 +273,7 @@ def _item(theirs: str, key: str, tensors: dict[str, Any], shape: tuple[int, ...]
     if found != shape:
         raise InputError(f"tensor {key!r} has shape {found}, and the configuration asks for {shape}.")
     chosen = _kind_for(theirs, shape, kind)
-    return _Item(theirs, KINDS[chosen], shape, partial(_encoded, key, tensors[key], chosen))
+    return _Item(theirs, TYPES[chosen], shape, partial(_encoded, key, tensors[key], chosen))
 
 
 def _kind_for(theirs: str, shape: tuple[int, ...], kind: str) -> str:
@@ -302,7 +336,7 @@ def _packed_item(theirs: str, key: str, tensors: dict[str, Any], shape: tuple[in
         raise InputError(f"tensor {key!r} has codes {found}, and the configuration asks for {needed} of {dtype}.")
     chosen = _kind_for(theirs, shape, kind)
     parts = [tensors.get(key + part) for part in ("", "_scale", "_zero")]
-    return _Item(theirs, KINDS[chosen], shape, partial(_recoded, key, parts, shape, chosen))
+    return _Item(theirs, TYPES[chosen], shape, partial(_recoded, key, parts, shape, chosen))
 
 
 def _recoded(key: str, parts: list[Any], shape: tuple[int, ...], kind: str) -> Iterator[Any]:

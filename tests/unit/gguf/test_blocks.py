@@ -12,13 +12,13 @@ from gemmakit import GemmaConfig
 from gemmakit.checkpoint.formats import gguf
 from gemmakit.checkpoint.formats.gguf_writing import write_gguf
 from gemmakit.checkpoint.layout import tensor_shapes
-from gemmakit.gguf import KINDS
+from gemmakit.gguf import TYPES
 from gemmakit.pytorch.kernels import packed
 
 
 def test_the_table_of_types_is_ggml_s():
     sizes = {kind.name: (int(kind), *GGML_QUANT_SIZES[kind]) for kind in GGMLQuantizationType}
-    ours = {name: (kind.number, kind.block, kind.nbytes) for name, kind in KINDS.items()}
+    ours = {name: (kind.number, kind.block, kind.nbytes) for name, kind in TYPES.items()}
     assert {name: sizes[name] for name in ours} == ours
     assert len(ours) >= 33
 
@@ -28,7 +28,7 @@ def test_the_table_of_types_is_ggml_s():
 def test_any_bytes_mean_the_numbers_of_llama_cpp_s_reference(kind, chunk, tmp_path, monkeypatch):
     """Any bits at all, infinite and NaN scales among them; whatever the size of the chunks that they are read in."""
     number = GGMLQuantizationType[kind]
-    width = 3 * 256 // KINDS[kind].block * KINDS[kind].nbytes
+    width = 3 * 256 // TYPES[kind].block * TYPES[kind].nbytes
     raw = np.random.default_rng(int(number)).integers(0, 256, (5, width), np.uint8)
     writer = GGUFWriter(tmp_path / "x.gguf", "gemma")
     writer.add_tensor("blk.0.ffn_up.weight", raw, raw_dtype=number)
