@@ -8,6 +8,7 @@ a time, by the codecs of the package gguf; or they stay codes and scales in gemm
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
 from math import prod
@@ -33,6 +34,8 @@ from gemmakit.gguf import (
 DECODED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 _CHUNK_ELEMENTS = 1 << 20
 BLOCK = 32
+# The blocks that gemmakit's own layout holds, and their bits.
+_BITS = {"Q4_0": 4, "Q8_0": 8}
 
 
 def gguf_package() -> Any:
@@ -253,32 +256,29 @@ def _as(name: str, raw: Any, dtype: str, shape: tuple[int, ...], framework: str)
 def stored_quantization(header: GgufHeader) -> tuple[dict[str, Any] | None, frozenset[str]]:
     """What of a file stays in its own blocks, as gemmakit's `quantization_config`, and the file's names of those.
 
-    All projections of Q4_0, or all of Q8_0, whichever are more; and the embedding, which is the head, if its type fits
-    beside them. Everything else becomes plain numbers. (None, nothing) if there is nothing to keep.
+    All projections of Q4_0, or all of Q8_0, if these are a quarter of all; and the embedding, which is the head, if its
+    type fits beside them. Everything else becomes plain numbers. (None, nothing) if there is nothing to keep.
     """
-    projections: dict[str, list[str]] = {"Q4_0": [], "Q8_0": []}
-    plain: list[str] = []
-    for name, tensor in header.tensors.items():
-        if name not in (EMBEDDING, HEAD) and len(tensor.shape) == 2:
-            projections.get(tensor.kind.name, plain).append(name)
-    kind = max(projections, key=lambda kind: len(projections[kind]))
-    if not projections[kind]:
+    model_type = header.require_gemma()
+    held = {name: tensor.kind.name for name, tensor in header.tensors.items() if len(tensor.shape) == 2}
+    heads = [name for name in (EMBEDDING, HEAD) if name in held]
+    projections = {name: kind for name, kind in held.items() if name not in heads}
+    counts = Counter(projections.values())
+    most = max(_BITS, key=lambda kind: counts[kind])
+    kept = [name for name, kind in projections.items() if kind == most and 4 * counts[most] >= len(projections)]
+    head_kinds = {held[name] for name in heads}
+    kind = most if kept or len(head_kinds) != 1 else next(iter(head_kinds))
+    fits = head_kinds in ({"Q8_0"}, {kind}) and kind in _BITS
+    if not kept and not fits:
         return None, frozenset()
-    heads = [name for name in (EMBEDDING, HEAD) if name in header.tensors]
-    head_kinds = {header.tensors[name].kind.name for name in heads}
-    fits = head_kinds in ({"Q8_0"}, {kind})
-    bits = 4 if kind == "Q4_0" else 8
-    head = {"Q4_0": 4, "Q8_0": 8}[head_kinds.pop()] if fits else None
-    others = sorted({*plain, *projections["Q4_0"], *projections["Q8_0"]} - {*projections[kind]})
+    bits, head = _BITS[kind], _BITS[head_kinds.pop()] if fits else None
+    others = sorted(str(released_name(name, model_type)).removesuffix(".weight") for name in {*projections} - {*kept})
     config = {
         "quant_method": "gemmakit",
         "bits": bits,
         "group_size": BLOCK,
         "head_bits": head,
         "head_group_size": BLOCK if (bits, head) == (4, 8) else None,
-        "modules_to_not_convert": [
-            str(released_name(name, header.require_gemma())).removesuffix(".weight") for name in others
-        ]
-        or None,
+        "modules_to_not_convert": (others if kept else ["model.layers"]) or None,
     }
-    return config, frozenset([*projections[kind], *(heads if fits else ())])
+    return config, frozenset([*kept, *(heads if fits else ())])
