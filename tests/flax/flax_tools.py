@@ -15,6 +15,24 @@ import gemmakit
 COMMON = dict(tiny_shapes.COMMON, num_hidden_layers=2)
 PADDING = ("none", "left", "right")
 
+# The other members of the family, with a window that a text of a few words passes.
+WINDOW = 5
+LAYERS = dict(num_hidden_layers=3, sliding_window=WINDOW, query_pre_attn_scalar=24,
+              layer_types=["sliding_attention", "full_attention", "sliding_attention"])  # fmt: skip
+CAPS = dict(attn_logit_softcapping=3.0, final_logit_softcapping=4.0)
+ROPES = dict(
+    rope_parameters={
+        "sliding_attention": dict(rope_type="default", rope_theta=50.0),
+        "full_attention": dict(rope_type="linear", factor=4.0, rope_theta=900.0),
+    }
+)
+MEMBERS = {
+    "gemma2": dict(model_type="gemma2", **LAYERS, **CAPS),
+    "gemma3": dict(model_type="gemma3_text", **LAYERS, **ROPES),
+    "vaultgemma": dict(model_type="vaultgemma", **LAYERS, **CAPS),
+    "embeddinggemma": dict(model_type="gemma3_text", **LAYERS, **ROPES, use_bidirectional_attention=True),
+}
+
 
 @dataclass
 class Both:

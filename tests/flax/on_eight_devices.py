@@ -56,9 +56,11 @@ def training_step(model, params, ids):
 
 def main():
     mesh = make_mesh(data=2)
-    report = {"devices": len(jax.devices())}
-    for shape, folder in zip(("mqa", "mha"), sys.argv[1:], strict=True):
+    report, models = {"devices": len(jax.devices())}, {}
+    for shape, folder in zip(("mqa", "mha", "gemma3"), sys.argv[1:], strict=True):
         one, many, report[shape] = compare(folder, mesh)
+        models[shape] = one, many
+    one, many = models["mha"]
     loaded = FlaxGemmaForCausalLM.from_pretrained(sys.argv[2], mesh=mesh)
     report["loaded_like_sharded"] = all(
         leaf.sharding == flat(many.params)[path].sharding and bool((leaf == flat(many.params)[path]).all())

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from flax_tools import PADDING, Both, apart, as_torch, batch, flat, labels_of, make_torch
+from flax_tools import MEMBERS, PADDING, WINDOW, apart, as_torch, batch, flat, labels_of, make_torch
 from tiny_shapes import SHAPES
 
 import gemmakit
@@ -22,42 +22,16 @@ from gemmakit.flax.weights import nested
 
 FLOAT32 = 1e-5
 BFLOAT16 = 16 * 2**-8
-WINDOW = 5
 WIDTH = 23
 
-LAYERS = dict(num_hidden_layers=3, sliding_window=WINDOW, query_pre_attn_scalar=24,
-              layer_types=["sliding_attention", "full_attention", "sliding_attention"])  # fmt: skip
-CAPS = dict(attn_logit_softcapping=3.0, final_logit_softcapping=4.0)
-ROPES = dict(
-    rope_parameters={
-        "sliding_attention": dict(rope_type="default", rope_theta=50.0),
-        "full_attention": dict(rope_type="linear", factor=4.0, rope_theta=900.0),
-    }
-)
-MEMBERS = {
-    "gemma2": dict(model_type="gemma2", **LAYERS, **CAPS),
-    "gemma3": dict(model_type="gemma3_text", **LAYERS, **ROPES),
-    "vaultgemma": dict(model_type="vaultgemma", **LAYERS, **CAPS),
-    "embeddinggemma": dict(model_type="gemma3_text", **LAYERS, **ROPES, use_bidirectional_attention=True),
-}
 CAUSAL = ("gemma2", "gemma3", "vaultgemma")
 NAMES = {"gemma2": "FlaxGemma2", "gemma3": "FlaxGemma3", "vaultgemma": "FlaxVaultGemma", "embeddinggemma": "FlaxGemma3"}
 
 
-@pytest.fixture(scope="module")
-def member(tmp_path_factory):
+@pytest.fixture
+def member(both):
     """(member, shape) -> the same weights in both backends, by way of a folder that PyTorch saved."""
-    made = {}
-
-    def make(name, shape="gqa"):
-        if (name, shape) not in made:
-            folder = tmp_path_factory.mktemp(name)
-            model = make_torch(**SHAPES[shape], **MEMBERS[name])
-            model.save_pretrained(folder)
-            made[name, shape] = Both(FlaxGemmaForCausalLM.from_pretrained(folder), model, folder)
-        return made[name, shape]
-
-    return make
+    return lambda name, shape="gqa": both(shape, **MEMBERS[name])
 
 
 def torch_run(model, ids, mask=None, **more):

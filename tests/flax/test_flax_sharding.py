@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from flax_tools import MEMBERS
 
 SCRIPT = Path(__file__).with_name("on_eight_devices.py")
 
@@ -14,6 +15,7 @@ SCRIPT = Path(__file__).with_name("on_eight_devices.py")
 @pytest.fixture(scope="module")
 def report(both, tmp_path_factory):
     folders = [str(both(shape, max_position_embeddings=256).folder) for shape in ("mqa", "mha")]
+    folders.append(str(both("mha", **MEMBERS["gemma3"]).folder))
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     done = subprocess.run(
         [sys.executable, str(SCRIPT), *folders],
@@ -28,7 +30,7 @@ def test_eight_devices_are_there(report):
     assert report["devices"] == 8
 
 
-@pytest.mark.parametrize("shape", ["mqa", "mha"])
+@pytest.mark.parametrize("shape", ["mqa", "mha", "gemma3"])
 def test_logits_and_tokens_on_eight_devices_are_those_on_one(report, shape):
     found = report[shape]
     assert found["logits_apart"] < 1e-5
