@@ -120,6 +120,28 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(isa, scheme):
 
 
 @native
+@pytest.mark.parametrize("isa", runnable())
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("I", [96, 640, 1120])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_an_output_does_not_depend_on_the_weights_of_the_next(isa, scheme, I, rows):
+    """Where a row ends within a step of the kernel, the step may read on, to where the next row's numbers lie."""
+    packed, x = random_packed(scheme, 6, I), torch.randn(rows, I)
+    with using(isa, 1):
+        (expected,) = cpu.project(x, [cpu.matrix(packed)])
+        for number in (torch.nan, torch.inf):
+            scale = packed.scale.clone()
+            scale[3] = number
+            (got,) = cpu.project(x, [cpu.matrix(packed._replace(scale=scale))])
+            assert not got[:, 3].isfinite().any()
+            others = [0, 1, 2, 4, 5]
+            assert torch.equal(got[:, others], expected[:, others])
+        alone = packed._replace(codes=packed.codes[:3].clone(), scale=packed.scale[:3].clone(),
+                                zero=None if packed.zero is None else packed.zero[:3].clone())  # fmt: skip
+        (got,) = cpu.project(x, [cpu.matrix(alone)])
+        assert torch.equal(got, expected[:, :3])
+
+
 def test_a_residual_is_added_after_the_product_was_rounded():
     packed = random_packed("int4-32", 50, 96)
     x, residual = torch.randn(2, 96).bfloat16(), torch.randn(2, 50).bfloat16()

@@ -132,7 +132,7 @@ void fill_piece(const Matrix& w, int64_t from, int64_t rows, int64_t block, int6
     fill_codes<FORMAT>(w, from + r, block, count, piece.codes[r]);
     if (FORMAT == INT8_ROWS) continue;
     Groups g = groups(w, from + r);
-    Scales s = count == L ? scales<GROUP, true>(g, block) : scales<GROUP, false>(g, block);
+    Scales s = count == L ? scales<GROUP>(g, block) : gathered(g, block);
     store(piece.scale[r], s.scale);
     if (FORMAT == INT4) store(piece.offset[r], mul(s.scale, s.zero));
   }

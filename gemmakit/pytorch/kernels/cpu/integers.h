@@ -194,6 +194,26 @@ inline V quarter_f16(const uint16_t* p) { return vdupq_n_f32(widen_one_f16(*p));
 inline V quarter_u8(const uint8_t* p) { return vdupq_n_f32(*p); }
 #endif
 
+struct Lanes {
+  uint32_t bits[2 * L];
+  constexpr Lanes() : bits() {
+    for (int i = 0; i < L; i++) bits[i] = ~0u;
+  }
+};
+constexpr Lanes SHOWN;
+
+// The first n lanes; the others are 0.
+inline V first_lanes(V v, int64_t n) {
+  const uint32_t* shown = SHOWN.bits + L - n;
+#if defined(__AVX512F__)
+  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v), load_bytes(shown)));
+#elif defined(__AVX2__)
+  return _mm256_and_ps(v, load((const float*)shown));
+#else
+  return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(v), vld1q_u32(shown)));
+#endif
+}
+
 // The 32 codes of a block's 16 bytes, in order.
 inline void nibbles_of(const uint8_t* p, uint8_t* codes) {
 #if defined(__AVX2__)

@@ -26,6 +26,10 @@ inline Groups groups(const Matrix& w, int64_t row) {
           w.group / BLOCK + (w.group % BLOCK != 0)};
 }
 
+struct Scales {
+  V scale, zero;
+};
+
 // Any groups and any end of the row, one by one: kept apart, so that the usual case keeps its registers.
 __attribute__((noinline, cold)) void gather(const Groups& g, int64_t b, float* scale, float* zero) {
   for (int j = 0; j < L; j++) {
@@ -36,19 +40,31 @@ __attribute__((noinline, cold)) void gather(const Groups& g, int64_t b, float* s
   }
 }
 
-struct Scales {
-  V scale, zero;
-};
-
-// The scales and zeros of blocks b..b + L. WHOLE: all of them are in the row.
-template <int GROUP, bool WHOLE>
-INLINE Scales scales(const Groups& g, int64_t b) {
-  if (GROUP == 32 && WHOLE) return {widen_f16(g.scale + b), g.zero ? widen_u8(g.zero + b) : ::zero()};
-  if (GROUP == 128 && WHOLE)
-    return {spread<0>(quarter_f16(g.scale + b / 4)), g.zero ? spread<0>(quarter_u8(g.zero + b / 4)) : ::zero()};
+INLINE Scales gathered(const Groups& g, int64_t b) {
   float scale[L], zero[L];
   gather(g, b, scale, zero);
   return {load(scale), load(zero)};
+}
+
+// The scales and zeros of blocks b..b + L, all of which can be read. GROUP < 0: none, the row has one scale.
+template <int GROUP>
+INLINE Scales scales(const Groups& g, int64_t b) {
+  if (GROUP < 0) return {zero(), zero()};
+  if (GROUP == 32) return {widen_f16(g.scale + b), g.zero ? widen_u8(g.zero + b) : zero()};
+  if (GROUP == 128)
+    return {spread<0>(quarter_f16(g.scale + b / 4)), g.zero ? spread<0>(quarter_u8(g.zero + b / 4)) : zero()};
+  return gathered(g, b);
+}
+
+// The last blocks of a row, fewer than L, are read with the first of the next row, where there is one as long: those
+// meet activations of zero, and a scale of zero, whatever it was.
+template <int GROUP>
+INLINE bool reads_on(const Matrix& w, int64_t row) { return GROUP != 0 && w.in >= SPAN && row + 1 < w.out; }
+
+template <int GROUP>
+INLINE Scales last_scales(const Groups& g, int64_t b, int64_t left) {
+  Scales s = scales<GROUP>(g, b);
+  return {first_lanes(s.scale, left), s.zero};
 }
 
 #if defined(__ARM_FEATURE_DOTPROD)
@@ -76,9 +92,8 @@ INLINE void block_sums(const uint8_t* codes, const int16_t* x, int64_t next, I* 
 }
 
 // Blocks b..b + L of one weight row.
-template <int GROUP, bool WHOLE, int M>
-INLINE void step4(const uint8_t* codes, const Groups& g, const Inputs& x, int64_t b, V* acc) {
-  Scales s = scales<GROUP, WHOLE>(g, b);
+template <int M>
+INLINE void step4(const uint8_t* codes, Scales s, const Inputs& x, int64_t b, V* acc) {
   V offset = mul(s.scale, s.zero);
   I sums[M];
   block_sums<INT4, M>(codes, x.q + b * BLOCK, x.q_next, sums);
@@ -89,14 +104,13 @@ INLINE void step4(const uint8_t* codes, const Groups& g, const Inputs& x, int64_
 }
 
 // The same of bytes. GROUP < 0: the row has one scale, applied at the end.
-template <int GROUP, bool WHOLE, int M>
-INLINE void step8(const int8_t* codes, const Groups& g, const Inputs& x, int64_t b, V* acc) {
+template <int GROUP, int M>
+INLINE void step8(const int8_t* codes, Scales s, const Inputs& x, int64_t b, V* acc) {
   I sums[M];
   block_sums<INT8_ROWS, M>((const uint8_t*)codes, x.q + b * BLOCK, x.q_next, sums);
-  V own = GROUP < 0 ? splat(1.0f) : scales<GROUP, WHOLE>(g, b).scale;
   UNROLL for (int m = 0; m < M; m++) {
     V by = load(x.scale + m * x.blocks + b);
-    if (GROUP >= 0) by = mul(by, own);
+    if (GROUP >= 0) by = mul(by, s.scale);
     acc[m] = fma(to_float(minus(sums[m], load_bytes(x.flips + m * x.blocks + b))), by, acc[m]);
   }
 }
@@ -120,9 +134,8 @@ INLINE void nibbles(const uint8_t* codes, const int16_t* planes, int64_t next, c
 }
 
 // Blocks b..b + L of one weight row.
-template <int GROUP, bool WHOLE, int M>
-INLINE void step4(const uint8_t* codes, const Groups& g, const Inputs& x, int64_t b, V* acc) {
-  Scales s = scales<GROUP, WHOLE>(g, b);
+template <int M>
+INLINE void step4(const uint8_t* codes, Scales s, const Inputs& x, int64_t b, V* acc) {
   V offset = mul(s.scale, s.zero), by[M];
   for (int m = 0; m < M; m++) {
     by[m] = mul(s.scale, load(x.scale + m * x.blocks + b));
@@ -136,13 +149,13 @@ INLINE void step4(const uint8_t* codes, const Groups& g, const Inputs& x, int64_
 }
 
 // Inputs b * 32 up to L blocks on, of one weight row of bytes. GROUP < 0: the row has one scale, applied at the end.
-template <int GROUP, bool WHOLE, int M>
-INLINE void step8(const int8_t* codes, const Groups& g, const Inputs& x, int64_t b, V* acc) {
+template <int GROUP, int M>
+INLINE void step8(const int8_t* codes, Scales s, const Inputs& x, int64_t b, V* acc) {
   float scaled[M][L];
   const float* by[M];
   for (int m = 0; m < M; m++) {
     by[m] = GROUP < 0 ? x.scale + m * x.blocks + b : scaled[m];
-    if (GROUP >= 0) store(scaled[m], mul(load(x.scale + m * x.blocks + b), scales<GROUP, WHOLE>(g, b).scale));
+    if (GROUP >= 0) store(scaled[m], mul(load(x.scale + m * x.blocks + b), s.scale));
   }
   for (int j = 0; j < L; j++)
     for (int m = 0; m < M; m++) {
@@ -167,12 +180,17 @@ inline void rows4(const Matrix& w, const Inputs& given, int64_t o, float* out) {
   for (; b + L <= blocks; b += L)
     UNROLL for (int r = 0; r < R; r++) {
       prefetch<L * 16>(codes + r * blocks * 16, b * 16, blocks * 16, R);
-      step4<GROUP, true, M>(codes + (r * blocks + b) * 16, g[r], x, b, acc[r]);
+      step4<M>(codes + (r * blocks + b) * 16, scales<GROUP>(g[r], b), x, b, acc[r]);
     }
   for (int r = 0; r < R && b < blocks; r++) {
+    const uint8_t* left = codes + (r * blocks + b) * 16;
+    if (reads_on<GROUP>(w, o + r)) {
+      step4<M>(left, last_scales<GROUP>(g[r], b, blocks - b), x, b, acc[r]);
+      continue;
+    }
     uint8_t rest[L * 16] = {};
-    std::memcpy(rest, codes + (r * blocks + b) * 16, (blocks - b) * 16);
-    step4<GROUP, false, M>(rest, g[r], x, b, acc[r]);
+    std::memcpy(rest, left, (blocks - b) * 16);
+    step4<M>(rest, gathered(g[r], b), x, b, acc[r]);
   }
   for (int r = 0; r < R; r++)
     for (int m = 0; m < M; m++) out[r * M + m] = sum(acc[r][m]);
@@ -192,12 +210,18 @@ inline void rows8(const Matrix& w, const Inputs& given, int64_t o, float* out) {
   for (; i + SPAN <= w.in; i += SPAN)
     UNROLL for (int r = 0; r < R; r++) {
       prefetch<SPAN>(codes + r * w.in, i, w.in, R);
-      step8<GROUP, true, M>(codes + r * w.in + i, g[r], x, i / BLOCK, acc[r]);
+      step8<GROUP, M>(codes + r * w.in + i, scales<GROUP>(g[r], i / BLOCK), x, i / BLOCK, acc[r]);
     }
   for (int r = 0; r < R && i < w.in; r++) {
+    const int8_t* left = codes + r * w.in + i;
+    int64_t b = i / BLOCK;
+    if (reads_on<GROUP>(w, o + r)) {
+      step8<GROUP, M>(left, last_scales<GROUP>(g[r], b, (w.in - i + BLOCK - 1) / BLOCK), x, b, acc[r]);
+      continue;
+    }
     int8_t rest[SPAN] = {};
-    std::memcpy(rest, codes + r * w.in + i, w.in - i);
-    step8<GROUP, false, M>(rest, g[r], x, i / BLOCK, acc[r]);
+    std::memcpy(rest, left, w.in - i);
+    step8<GROUP, M>(rest, GROUP < 0 ? scales<GROUP>(g[r], b) : gathered(g[r], b), x, b, acc[r]);
   }
   for (int r = 0; r < R; r++)
     for (int m = 0; m < M; m++)
