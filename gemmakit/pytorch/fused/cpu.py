@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gemmakit.pytorch.cache.core import Cache, CacheLayer
-from gemmakit.pytorch.cache.window import WindowLayer
-from gemmakit.pytorch.fused.reference import MAX_ROWS, FusedLayer
+from gemmakit.pytorch.cache.core import Cache
+from gemmakit.pytorch.fused.reference import MAX_ROWS, FusedLayer, writable
 from gemmakit.pytorch.fused.weights import misfit, weight_of
 from gemmakit.pytorch.kernels import Decision, PackedWeight, cpu
 from gemmakit.pytorch.kernels.linear import takes_bytes
@@ -212,7 +211,7 @@ class NativeLayer(FusedLayer):
         if B * S > cpu.MAX_ROWS:
             return super().attend(q, k, v, tables, visible, cache, cache_position)
         sizes = (B, k.shape[2] // H, H)
-        held = _plain_layer(cache, cache_position, attention, sizes)
+        held = _plain_layer(cache, cache_position, attention, sizes, visible, S)
         past = 0 if held is None or held is NEW else int(held.length)
         last = past + S if visible.last is None else visible.last
         if held is None or not _says(visible, last) or not _fit(q, tables, held):
@@ -281,7 +280,9 @@ def _no_native_attention(attention: Any) -> str:
     return "head_dim is odd" if attention.head_dim % 2 else ""
 
 
-def _plain_layer(cache: Any, cache_position: Tensor | None, attention: Any, sizes: tuple[int, int, int]) -> Any:
+def _plain_layer(
+    cache: Any, cache_position: Tensor | None, attention: Any, sizes: tuple[int, int, int], visible: Visibility, S: int
+) -> Any:
     """The cache layer whose buffers the kernel may write to; NEW without a cache, None where torch must attend."""
     if _no_native_attention(attention):
         return None
@@ -291,7 +292,7 @@ def _plain_layer(cache: Any, cache_position: Tensor | None, attention: Any, size
     if placed or type(cache).update is not Cache.update:
         return None
     held = cache.layer_for(attention.layer_idx, sizes)
-    return held if type(held) in (CacheLayer, WindowLayer) else None
+    return held if writable(held, visible, S) else None
 
 
 def _says(visible: Any, last: int) -> bool:

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gemmakit.pytorch.cache.core import Cache, CacheLayer
+from gemmakit.pytorch.cache.core import Cache
 from gemmakit.pytorch.cache.paged import PagedCache
-from gemmakit.pytorch.cache.window import WindowLayer
-from gemmakit.pytorch.fused.reference import FusedLayer
+from gemmakit.pytorch.fused.reference import FusedLayer, writable
 from gemmakit.pytorch.fused.weights import misfit, weight_of
 from gemmakit.pytorch.kernels import Decision
 from gemmakit.pytorch.kernels.reference import ACTIVATION_OF
@@ -152,7 +151,7 @@ class TritonLayer(FusedLayer):
         """
         attention, room = self.parts.self_attn, None
         if available(self.device) and _takes(q, tables, visible, attention):
-            room = _room(q, k, cache, cache_position, attention)
+            room = _room(q, k, cache, cache_position, attention, visible)
         if room is not None:
             with suppress(Refused):
                 return launch.attend(
@@ -162,8 +161,8 @@ class TritonLayer(FusedLayer):
                     k_norm=attention.k_norm and _norm(attention.k_norm, k.dtype),
                 )  # fmt: skip
             if cache is not None and room.places is None:
-                held = cache.layers[attention.layer_idx]
-                held.crop(int(held.length) - q.shape[1])  # torch claims the places once more
+                layer = cache.layers[attention.layer_idx]
+                layer.crop(int(layer.length) - k.shape[1])  # torch claims the places once more
         return super().attend(q, k, v, tables, visible, cache, cache_position)
 
 
@@ -202,7 +201,9 @@ def _takes(q: Tensor, tables: tuple[Tensor, Tensor], visible: Any, attention: An
     return mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1 and mask.stride(3) == 1)
 
 
-def _room(q: Tensor, k: Tensor, cache: Any, cache_position: Tensor | None, attention: Any) -> Room | None:
+def _room(
+    q: Tensor, k: Tensor, cache: Any, cache_position: Tensor | None, attention: Any, visible: Visibility
+) -> Room | None:
     """Room for the new keys where the kernel may write; None where torch must append."""
     (B, S, width), H = k.shape, attention.head_dim
     sizes = (B, width // H, H)
@@ -214,7 +215,7 @@ def _room(q: Tensor, k: Tensor, cache: Any, cache_position: Tensor | None, atten
     if type(cache).update is not Cache.update:
         return None
     held = cache.layer_for(attention.layer_idx, sizes)
-    if type(held) not in (CacheLayer, WindowLayer) or not held.fits(q):
+    if not writable(held, visible, S) or not held.fits(q):
         return None
     if cache_position is not None and cache.max_cache_len is not None:
         keys, values = held.claim_at(sizes, cache_position, k)

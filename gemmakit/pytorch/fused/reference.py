@@ -8,6 +8,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from gemmakit.pytorch.cache import Cache
+from gemmakit.pytorch.cache.core import CacheLayer
+from gemmakit.pytorch.cache.window import WindowLayer
 from gemmakit.pytorch.kernels import Decision
 from gemmakit.pytorch.layers import LayerParts, RotaryTables, through
 from gemmakit.pytorch.masks import Visibility
@@ -15,6 +17,13 @@ from gemmakit.pytorch.shapes import Float, Int
 
 # A step of more rows (B * S) is matrix work, which the modules do best, but for forms that say otherwise.
 MAX_ROWS = 8
+
+
+def writable(held: CacheLayer, visible: Visibility, S: int) -> bool:
+    """Whether a kernel may write S positions to what `claim` gives of this layer, and finds there all that is seen."""
+    if type(held) is not WindowLayer:
+        return type(held) is CacheLayer
+    return held.held >= (int(held.length) if visible.last is None else visible.last - S)
 
 
 class FusedLayer:

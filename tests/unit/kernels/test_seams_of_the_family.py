@@ -12,6 +12,7 @@ import gemmakit
 from gemmakit.family import KINDS
 from gemmakit.pytorch.attention import GemmaAttention
 from gemmakit.pytorch.cache import DynamicCache, StaticCache
+from gemmakit.pytorch.cache.window import WindowCache, WindowLayer
 from gemmakit.pytorch.fused import fused_layer, layers_plan
 from gemmakit.pytorch.fused.reference import MAX_ROWS
 from gemmakit.pytorch.kernels import cpu
@@ -102,26 +103,45 @@ def test_a_projection_is_normed_before_it_is_added(threads, dtype, weights, B, S
 @torch.no_grad()
 def test_cached_steps_of_every_member_equal_the_modules(member, dtype, context, padded, modules_only):
     model = model_of(member).to(dtype)
-    for (B, S), static in itertools.product(((1, 1), (1, 3), (2, 1), (2, 3), (5, 1)), (False, True)):
+    kinds = ("dynamic", "static", "window")
+    for (B, S), kind in itertools.product(((1, 1), (1, 3), (2, 1), (2, 3), (5, 1)), kinds):
         ids, mask = prompts(B, context + 3 * S), None
         if padded:
             mask = torch.ones_like(ids)
             mask[0, : min(5, context)] = 0
 
-        def run(B=B, S=S, static=static, ids=ids, mask=mask):
-            cache = StaticCache(model.config, B, 100, dtype=dtype) if static else DynamicCache()
-            return steps(model, ids, mask, S, cache)
+        def run(B=B, S=S, kind=kind, ids=ids, mask=mask):
+            if kind == "static":
+                return steps(model, ids, mask, S, StaticCache(model.config, B, 100, dtype=dtype))
+            return steps(model, ids, mask, S, DynamicCache() if kind == "dynamic" else WindowCache(model.config))
 
-        assert far(run(), modules_only(run)) <= FAR[dtype], (B, S, static)
+        assert far(run(), modules_only(run)) <= FAR[dtype], (B, S, kind)
 
 
 @everyone
 @torch.no_grad()
-def test_a_step_of_every_member_runs_native_and_says_so(member, never_by_torch):
+def test_a_cache_that_forgets_moves_its_keys_as_often_as_it_must(member, never_by_torch, modules_only):
+    """A buffer is full after about 80 tokens; then what is kept goes to its beginning."""
+    model, ids = model_of(member), prompts(2, 200)
+    expected = modules_only(lambda: model(ids).logits)
+    cache = WindowCache(model.config)
+    model(ids[:, :20], past_key_values=cache)
+    never_by_torch()
+    got = [model(ids[:, i : i + 2], past_key_values=cache).logits for i in range(20, 150, 2)]
+    cache.crop(130)
+    got[55:] = [model(ids[:, i : i + 2], past_key_values=cache).logits for i in range(130, 200, 2)]
+    assert any(layer.forgotten for layer in cache.layers if isinstance(layer, WindowLayer))
+    assert far(torch.cat(got, 1), expected[:, 20:]) <= FAR[torch.float32]
+
+
+@everyone
+@pytest.mark.parametrize("kind", [DynamicCache, WindowCache])
+@torch.no_grad()
+def test_a_step_of_every_member_runs_native_and_says_so(member, kind, never_by_torch):
     model, ids = model_of(member), prompts(2, 30)
     expected = f"native {cpu.instruction_set()}, without gradients, up to {MAX_ROWS} rows"
     assert str(layers_plan(model.model.layers)) == expected
-    cache = DynamicCache()
+    cache = kind(config=model.config)
     model(ids[:, :20], past_key_values=cache)
     never_by_torch()
     for i in range(20, 30):

@@ -15,6 +15,7 @@ import gemmakit
 from gemmakit.family import KINDS
 from gemmakit.pytorch.cache import DynamicCache, StaticCache, WindowCache
 from gemmakit.pytorch.cache.paged import PagedCache, Span
+from gemmakit.pytorch.cache.window import WindowCache
 from gemmakit.pytorch.fused import cuda, decide
 from gemmakit.pytorch.fused.weights import weight_of
 from gemmakit.pytorch.kernels import linear, linear_packed, linear_plan, triton
@@ -96,10 +97,10 @@ def test_every_member_of_the_family_equals_its_modules(both, started, member, dt
     model, ids = member_of(member).to(dtype), prompts(2, 3 * WINDOW)
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
-    for padding in (None, mask):
-        modules, fused = both(model, lambda m=padding: steps(model, ids, DynamicCache(), mask=m))
+    for padding, cache in ((None, DynamicCache), (mask, DynamicCache), (mask, lambda: WindowCache(model.config))):
+        modules, fused = both(model, lambda m=padding, c=cache: steps(model, ids, c(), mask=m))
         assert far(fused, modules) < TOLERANCE[dtype]
-    assert started.count("attend") == 2 * 2 * len(model.model.layers), "attention went through torch"
+    assert started.count("attend") == 3 * 2 * len(model.model.layers), "attention went through torch"
 
 
 def test_layers_that_forget_attend_through_the_kernel(both, started):
