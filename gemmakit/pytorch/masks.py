@@ -82,6 +82,8 @@ class Visibility(NamedTuple):
     segments: lengths of the documents of the one row that there is, each to be attended to by itself, causally; None
         where the row is one document.
     last: of the keys only the last so many are seen by any query, and the above speak of those alone; None for all.
+    reach: where the queries' places are on the device: of the keys up to the newest query only the last so many are
+        seen by any, though the mask speaks of all; None for all, or unknown.
     rule: all of it in terms, where the kernel asked for no mask; mask, causal and blind then say nothing.
     """
 
@@ -91,6 +93,7 @@ class Visibility(NamedTuple):
     rule: Rule | None = None
     segments: tuple[int, ...] | None = None
     last: int | None = None
+    reach: int | None = None
 
 
 # Documents this long are better attended to one by one than all together under a mask.
@@ -155,7 +158,8 @@ def visibility(
         written = (torch.arange(keys, device=device) <= past[-1]).expand(batch, -1)  # type: ignore[index]
         padding = written if padding is None else written & padding.to(device)
     rule = Rule(causal, past, queries, keys, padding, documents, device, window)
-    return rule.masked()._replace(last=last) if dense else Visibility(None, rule=rule, last=last)
+    reach = None if places_known or window is None else queries + window - 1
+    return rule.masked()._replace(last=last, reach=reach) if dense else Visibility(None, rule=rule, last=last)
 
 
 def _given(mask: Shaped[Tensor, "_ _ _ _"], batch: int, queries: int, keys: int, narrow: bool) -> Visibility:

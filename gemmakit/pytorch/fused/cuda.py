@@ -156,7 +156,7 @@ class TritonLayer(FusedLayer):
             with suppress(Refused):
                 return launch.attend(
                     q, k, v, tables, room, attention.head_dim, attention.scaling, visible.mask, visible.blind,
-                    visible.causal, last=visible.last, softcap=attention.softcap,
+                    visible.causal, last=visible.last, reach=visible.reach, softcap=attention.softcap,
                     q_norm=attention.q_norm and _norm(attention.q_norm, q.dtype),
                     k_norm=attention.k_norm and _norm(attention.k_norm, k.dtype),
                 )  # fmt: skip

@@ -196,6 +196,19 @@ def test_a_window_reads_the_last_keys_alone(held, last, placed):
     assert (y - expected).abs().max() <= 2e-6
 
 
+@pytest.mark.parametrize("held", [3, 40, 200])
+def test_a_window_whose_mask_speaks_of_all_keys_reads_no_more_of_them(held):
+    """Where places are known to the device alone, the mask is as wide as the buffer."""
+    S, window = 2, 24
+    t, place = torch.arange(held + S + 5), torch.arange(held, held + S)[:, None]
+    mask = (t <= place) & (t > place - window)
+    case = Case(2, S, 4, 2, 64, held, torch.float32)
+    expected = case.expected(mask[None])
+    case.keys[:, :, : max(held + 1 - window, 0)] = case.values[:, :, : max(held + 1 - window, 0)] = torch.nan
+    y = case.run(placed=True, reach=S + window - 1, mask=mask[None, None])
+    assert (y - expected).abs().max() <= 2e-6
+
+
 @pytest.mark.parametrize("placed", [False, True])
 def test_several_positions_of_a_window_see_what_their_mask_says(placed):
     """The columns of the mask are the keys that some query sees: S - 1 more than the window."""

@@ -146,7 +146,7 @@ def test_every_gate_of_both_models(model, form, rows, capability, tmp_path):
 
 POINTERS = {"mask_ptr": "*i8", "blind_ptr": "*i8", "places_ptr": "*i64", "table_ptr": "*i64",
             "partial_ptr": "*fp32", "top_ptr": "*fp32", "total_ptr": "*fp32"}  # fmt: skip
-PLAIN = dict(Q_NORM=False, K_NORM=False, CAPPED=False)
+PLAIN = dict(Q_NORM=False, K_NORM=False, CAPPED=False, WHOLE_MASK=False)
 
 
 def check_attention(S, N, K, page, capability, tmp_path, H=256, **more):

@@ -150,7 +150,7 @@ def attend(
     S: tl.constexpr, N: tl.constexpr, K: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, BR: tl.constexpr,
     BT: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, MASK: tl.constexpr, BLIND: tl.constexpr,
     CAUSAL: tl.constexpr, PLACED: tl.constexpr, PAGE: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
-    CAPPED: tl.constexpr,
+    CAPPED: tl.constexpr, WHOLE_MASK: tl.constexpr,
 ):  # fmt: skip
     """q (B, S, N, H), k and v (B, S, K, H), not rotated; cos, sin (B or 1, S, H); q_norm, k_norm (H,).
 
@@ -158,8 +158,8 @@ def attend(
     keys, values: (B, K, capacity, H), or with PAGE (pages, PAGE, K, H) and a table (B, P) of pages. The places of the
     new keys begin at `start`, at *places (PLACED), or at lengths[b] - S (PAGE). last: of the keys, the new ones among
     them, only the last so many are seen. scale, softcap: times log2(e). mask: int8, true where a query may look, its
-    first column the first key that is seen; without it all do, or with CAUSAL no new key that comes later. HP: H
-    padded.
+    first column the first key that is seen, or with WHOLE_MASK the first of all; without a mask all are seen, or with
+    CAUSAL no new key that comes later. HP: H padded.
     Writes out (B, S, N, H), or for each split its unnormalised part, greatest score and sum.
     """
     b, kv, split = tl.program_id(0) // K, tl.program_id(0) % K, tl.program_id(1)
@@ -177,7 +177,7 @@ def attend(
     row = ((b * S + s) * N + kv * G + r // S)[:, None]
     cos, sin = angles(cos_ptr, table, real), angles(sin_ptr, table, real)
     q = turned(q_ptr, row * H, cos, sin, h, real, q_norm_ptr, q_eps, H, Q_NORM)
-    mask_at = b * mask_row + s[:, None] * mask_query - hidden
+    mask_at = b * mask_row + s[:, None] * mask_query - (0 if WHOLE_MASK else hidden)
 
     top = tl.full((BR,), float("-inf"), tl.float32)
     total = tl.zeros((BR,), tl.float32)

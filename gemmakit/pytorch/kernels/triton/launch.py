@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from gemmakit.pytorch.kernels.ids import WeightFormat
 from gemmakit.pytorch.kernels.packed import FORMATS, PackedWeight
 from gemmakit.pytorch.kernels.triton import MAX_ROWS, interpreted, starting, tuning
 
+T = TypeVar("T")
 MAX_HEAD_DIM = 256
 UNLIMITED = 2**31 - 1  # keys that are seen, where all are
 # A program of the norm keeps a row in its registers, of its backward three rows and the sums: longer ones would spill,
@@ -166,7 +167,7 @@ def project(
     return ys
 
 
-def _or(t: Tensor | None, other: Tensor) -> Tensor:
+def _or(t: T | None, other: T) -> T:
     return other if t is None else t
 
 
@@ -245,6 +246,7 @@ def attend(
     causal: bool = False,
     *,
     last: int | None = None,
+    reach: int | None = None,
     softcap: float | None = None,
     q_norm: Norm | None = None,
     k_norm: Norm | None = None,
@@ -254,7 +256,8 @@ def attend(
     k, v: (B, S, K * H), S at most 16. tables: cos and sin (B or 1, 1, S, H). The S new places follow each other.
     mask: bool (B or 1, 1, S or 1, T); blind: bool (B or 1, 1, S or 1, 1), queries that get zeros. causal: without a
     mask, whether a new position sees no later one. last: of all keys only the last so many are seen, and the mask's
-    columns are theirs. softcap: scores times scale are capped, softcap * tanh(s / softcap). q_norm, k_norm: of a head.
+    columns are theirs; reach: the same with a mask of all keys. softcap: scores times scale are capped,
+    softcap * tanh(s / softcap). q_norm, k_norm: of a head.
     """
     (B, S, width), H = q.shape, head_dim
     N, K = width // H, k.shape[2] // H
@@ -262,7 +265,7 @@ def attend(
     out, paged = torch.empty_like(q), room.table is not None
     fixed = attention_constants(constants(q.device), S, N, K, H, q.element_size(), paged)
     tile = fixed["BT"]
-    last = UNLIMITED if last is None else last
+    last = _or(last, _or(reach, UNLIMITED))
     # Of the keys there are, not of those seen: a window that is passed makes no other kernel, and idle programs end.
     parts = tuning.splits(constants(q.device).attention_programs, B * K, tile, max(room.most, 1))
     partial = q.new_empty(B * S * N * parts * (H + 2) if parts > 1 else 0, dtype=torch.float32)
@@ -280,7 +283,7 @@ def attend(
         S * H if cos.shape[0] > 1 else 0, *room.keys.stride()[:2],
         0 if room.table is None else room.table.stride(0), *_steps(mask), *_steps(blind),
         MASK=mask is not None, CAUSAL=causal and mask is None, CAPPED=softcap is not None,
-        Q_NORM=q_norm is not None, K_NORM=k_norm is not None, **fixed, **flags,
+        WHOLE_MASK=reach is not None, Q_NORM=q_norm is not None, K_NORM=k_norm is not None, **fixed, **flags,
     )  # fmt: skip
     if parts > 1:
         shared = {name: fixed[name] for name in ("S", "N", "H", "HP", "BT")}
