@@ -15,7 +15,6 @@ import gemmakit
 from gemmakit.family import KINDS
 from gemmakit.pytorch.cache import DynamicCache, StaticCache, WindowCache
 from gemmakit.pytorch.cache.paged import PagedCache, Span
-from gemmakit.pytorch.cache.window import WindowCache
 from gemmakit.pytorch.fused import cuda, decide
 from gemmakit.pytorch.fused.weights import weight_of
 from gemmakit.pytorch.kernels import linear, linear_packed, linear_plan, triton
