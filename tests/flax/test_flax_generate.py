@@ -11,7 +11,7 @@ import gemmakit
 from gemmakit.errors import GenerationConfigError, InputError, NumericalError, PromptTooLong, TokenOutOfRange
 from gemmakit.flax import FlaxGemmaForCausalLM
 from gemmakit.flax.decode import step
-from gemmakit.flax.decode.prompt import bucket
+from gemmakit.flax.decode.prompt import bucket, refuse_unsupported
 
 EOS = [5, 17, 29, 41, 53, 65, 77, 89]
 
@@ -350,3 +350,8 @@ WORDS = (
     "3 + 4 =",
     "Once upon a time,",
 )
+
+
+def test_the_settings_of_gemma_3s_files_are_taken():
+    sampled = dict(do_sample=True, top_k=64, top_p=0.95, eos_token_id=[1, 106], bos_token_id=2, pad_token_id=0)
+    refuse_unsupported(gemmakit.GenerationConfig.from_dict({**sampled, "cache_implementation": "hybrid"}))

@@ -123,7 +123,7 @@ def refuse_unsupported(config: GenerationConfig) -> None:
             "set do_sample=True or num_beams."
         )
     allowed = {
-        "cache_implementation": (None, "static", "dynamic"),
+        "cache_implementation": (None, "static", "dynamic", "hybrid"),  # files of Gemma 3 ask for the last
         "output_scores": (False, *(True,) * (config.num_beams > 1)),
     }
     for field in fields(config):
