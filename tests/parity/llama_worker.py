@@ -18,8 +18,8 @@ def continuation(model, ids, count):
     tokens, gaps = [], []
     for _ in range(count):
         model.eval(ids if not tokens else tokens[-1:])
-        logits = np.array(model._ctx.get_logits_ith(-1)[: model.n_vocab()])
-        second, first = np.sort(logits)[-2:]
+        logits = np.ctypeslib.as_array(model._ctx.get_logits_ith(-1), (model.n_vocab(),))
+        second, first = np.partition(logits, -2)[-2:]
         gaps.append(float(first - second))
         tokens.append(int(logits.argmax()))
     return tokens, gaps
