@@ -56,6 +56,7 @@ _HOME = {
     "AutoModelForCausalLM": "gemmakit.auto",
     "AutoModelForSequenceClassification": "gemmakit.auto",
     "AutoModelForTokenClassification": "gemmakit.auto",
+    "EmbeddingModel": "gemmakit.pipelines",
     "pipeline": "gemmakit.pipelines",
     "Pipeline": "gemmakit.pipelines",
     "TextGenerationPipeline": "gemmakit.pipelines",
@@ -155,6 +156,7 @@ if TYPE_CHECKING:
         TokenClassifierOutput,
     )
     from gemmakit.pipelines import (
+        EmbeddingModel,
         Pipeline,
         TextClassificationPipeline,
         TextGenerationPipeline,

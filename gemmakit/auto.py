@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 import importlib
-import json
 import os
 from pathlib import Path
 from typing import Any, ClassVar
 
 from gemmakit.checkpoint.readahead import read_ahead, weights_at
 from gemmakit.config import GemmaConfig
-from gemmakit.errors import InputError
+from gemmakit.errors import CheckpointError, InputError
 from gemmakit.family import TEXT_OF, kind_of
+from gemmakit.files import read_json_object
 from gemmakit.hub import HubOptions, find_file, refuse_code
 
 Name = str | os.PathLike[str]
@@ -103,6 +103,13 @@ class AutoModelForCausalLM(_AutoModel):
 
     _role = "causal_lm"
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Name, **kwargs: Any) -> Any:
+        """As the others. Raises InputError for a model whose tokens see what follows them and which has no head."""
+        if "gguf_file" not in kwargs and Path(pretrained_model_name_or_path).is_dir():
+            _refuse_encoder(pretrained_model_name_or_path, HubOptions.take({**kwargs}))
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
 
 class AutoModelForSequenceClassification(_AutoModel):
     """`GemmaForSequenceClassification`: one label or number a text."""
@@ -116,12 +123,25 @@ class AutoModelForTokenClassification(_AutoModel):
     _role = "token_classification"
 
 
-def _check_model_type(name: Name, hub: HubOptions) -> None:
+def _refuse_encoder(name: Name, hub: HubOptions) -> None:
+    stored = _stored(name, hub)
+    made = stored.get("architectures") or []
+    if stored.get("use_bidirectional_attention") and made and not str(made[0]).endswith("ForCausalLM"):
+        raise InputError(
+            f"{str(name)!r} is a {made[0]} whose tokens see those after them: it cannot generate. "
+            "Use EmbeddingModel for vectors, or AutoModel for hidden states."
+        )
+
+
+def _stored(name: Name, hub: HubOptions) -> dict[str, Any]:
+    """What config.json says; nothing where there is none, or a damaged one, which is for the model to refuse."""
     path = find_file(name, "config.json", hub, optional=True)
-    if path is None:
-        return
     try:
-        kind = json.loads(path.read_text(encoding="utf-8")).get("model_type", "gemma")
-    except (ValueError, AttributeError, RecursionError):
-        return  # a damaged config.json is the model's business, not the vocabulary's
+        return {} if path is None else read_json_object(path)
+    except CheckpointError:
+        return {}
+
+
+def _check_model_type(name: Name, hub: HubOptions) -> None:
+    kind = _stored(name, hub).get("model_type", "gemma")
     kind_of(TEXT_OF.get(kind, kind) if isinstance(kind, str) else kind)

@@ -15,13 +15,22 @@ from gemmakit.errors import CheckpointError
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises CheckpointError when it holds anything else."""
+    return cast("dict[str, Any]", _read_json(path, dict, "an object"))
+
+
+def read_json_list(path: Path) -> list[Any]:
+    """The array in a JSON file. Raises CheckpointError when it holds anything else."""
+    return cast("list[Any]", _read_json(path, list, "an array"))
+
+
+def _read_json(path: Path, kind: type, called: str) -> Any:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}). Download or export it again.") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(values).__name__}; it must be an object.")
-    return cast("dict[str, Any]", values)
+    if not isinstance(values, kind):
+        raise CheckpointError(f"{path} holds a JSON {type(values).__name__}; it must be {called}.")
+    return values
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from gemmakit.errors import InputError
 from gemmakit.hub import HubOptions, demo_model
 from gemmakit.pipelines.base import Pipeline, is_flax
 from gemmakit.pipelines.classification import TextClassificationPipeline, TokenClassificationPipeline
+from gemmakit.pipelines.embedding import EmbeddingModel
 from gemmakit.pipelines.generation import DEFAULT_NEW_TOKENS, TextGenerationPipeline
 from gemmakit.pytorch.placement import parse_device
 
@@ -22,6 +23,7 @@ __all__ = [
     "ALIASES",
     "DEFAULT_NEW_TOKENS",
     "TASKS",
+    "EmbeddingModel",
     "Pipeline",
     "TextClassificationPipeline",
     "TextGenerationPipeline",
