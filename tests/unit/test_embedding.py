@@ -41,7 +41,7 @@ def test_truncated_vectors_are_the_first_numbers_with_length_one(model):
         short, whole[:, :7] / np.linalg.norm(whole[:, :7], axis=1, keepdims=True), atol=CLOSE
     )  # fmt: skip
     for wrong in (0, 25, True):
-        with pytest.raises(InputError, match="truncate_dim is .*at most 24"):
+        with pytest.raises(InputError, match=r"truncate_dim is .*at most 24"):
             model.encode("x", truncate_dim=wrong)
 
 
