@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import functools
 import json
 import os
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import KW_ONLY, dataclass, field, fields, replace
+from dataclasses import KW_ONLY, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar, cast, overload
+from typing import Annotated, Any, TypeVar
 
 from gemmakit.checks import FLAG, OneOf, Real, Whole, check, check_fields
 from gemmakit.dtypes import dtype_name
@@ -20,97 +19,31 @@ from gemmakit.family import (
     FULL_ATTENTION,
     LAYER_TYPES,
     OPTIONAL,
+    PRESETS,
     SLIDING_ATTENTION,
-    TEXT_OF,
     Kind,
     LayerSpec,
     kept_heads,
     kind_of,
     member_class,
     members,
+    pruned_heads,
+    set_layer_types,
+    text_part,
 )
 from gemmakit.files import read_json_object, write_text
 from gemmakit.gguf import config_values, read_gguf_header
 from gemmakit.hub import HubOptions, find_file, find_gguf
 from gemmakit.rotary import changed_ropes, check_rope, merged_rope, merged_ropes, without_theta
+from gemmakit.spellings import Spelling, refuse_misspelled
 
 # "gelu" is absent on purpose: in Gemma configurations it means the tanh form (see _activation).
 ACTIVATIONS = ("gelu_pytorch_tanh", "gelu_erf", "relu", "silu")
-
-_GEMMA3 = dict(vocab_size=262208, sliding_window=1024, rope_scaling={"rope_type": "linear", "factor": 8.0})
-_GEMMA3_SMALL = dict(vocab_size=262144, sliding_window=512, max_position_embeddings=32768, num_attention_heads=4,
-                     num_key_value_heads=1)  # fmt: skip
-
-# Sizes by name, each with its model_type. Source: arXiv:2403.08295, 2408.00118, 2503.19786, 2509.20354; the released
-# config.json files.
-PRESETS: dict[str, dict[str, Any]] = {
-    "2b": dict(model_type="gemma", hidden_size=2048, intermediate_size=16384, num_hidden_layers=18,
-               num_attention_heads=8, num_key_value_heads=1),
-    "7b": dict(model_type="gemma", hidden_size=3072, intermediate_size=24576, num_hidden_layers=28,
-               num_attention_heads=16, num_key_value_heads=16),
-    "gemma2-2b": dict(model_type="gemma2"),
-    "gemma2-9b": dict(model_type="gemma2", hidden_size=3584, intermediate_size=14336, num_hidden_layers=42,
-                      num_attention_heads=16, num_key_value_heads=8),
-    "gemma2-27b": dict(model_type="gemma2", hidden_size=4608, intermediate_size=36864, num_hidden_layers=46,
-                       num_attention_heads=32, num_key_value_heads=16, head_dim=128, query_pre_attn_scalar=144),
-    "gemma3-270m": dict(model_type="gemma3_text", **_GEMMA3_SMALL, hidden_size=640, intermediate_size=2048,
-                        num_hidden_layers=18),
-    "gemma3-1b": dict(model_type="gemma3_text", **_GEMMA3_SMALL, hidden_size=1152, intermediate_size=6912,
-                      num_hidden_layers=26),
-    "gemma3-4b": dict(model_type="gemma3_text", **_GEMMA3, hidden_size=2560, intermediate_size=10240,
-                      num_hidden_layers=34),
-    "gemma3-12b": dict(model_type="gemma3_text", **_GEMMA3, hidden_size=3840, intermediate_size=15360,
-                       num_hidden_layers=48, num_attention_heads=16, num_key_value_heads=8),
-    "gemma3-27b": dict(model_type="gemma3_text", **_GEMMA3, hidden_size=5376, intermediate_size=21504,
-                       num_hidden_layers=62, num_attention_heads=32, num_key_value_heads=16, head_dim=128,
-                       query_pre_attn_scalar=168),
-    "embeddinggemma-300m": dict(model_type="gemma3_text", vocab_size=262144, sliding_window=512, hidden_size=768,
-                                intermediate_size=1152, num_hidden_layers=24, num_attention_heads=3,
-                                num_key_value_heads=1, max_position_embeddings=2048, use_bidirectional_attention=True),
-}  # fmt: skip
-
-# Names that other libraries use for the same thing, and what Gemma calls it.
-_OTHER_NAMES = {
-    "n_layer": "num_hidden_layers", "n_layers": "num_hidden_layers", "num_layers": "num_hidden_layers",
-    "n_head": "num_attention_heads", "n_heads": "num_attention_heads", "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads", "n_kv_heads": "num_key_value_heads",
-    "d_model": "hidden_size", "n_embd": "hidden_size", "embed_dim": "hidden_size",
-    "d_ff": "intermediate_size", "ffn_dim": "intermediate_size", "mlp_dim": "intermediate_size",
-    "max_seq_len": "max_position_embeddings", "n_ctx": "max_position_embeddings",
-    "n_positions": "max_position_embeddings", "max_position_embedding": "max_position_embeddings",
-    "rms_eps": "rms_norm_eps", "layer_norm_eps": "rms_norm_eps", "norm_eps": "rms_norm_eps",
-    "rope_base": "rope_theta", "theta": "rope_theta", "activation": "hidden_act", "n_vocab": "vocab_size",
-    "tie_embeddings": "tie_word_embeddings",
-}  # fmt: skip
 
 T = TypeVar("T")
 _WIDTH = Whole(1, 2**24)
 _HEADS = Whole(1, 2**16)
 _ABOVE_ZERO = Real(0.0, above=True)
-
-
-class _Spelling(Generic[T]):
-    """A second name of what a field holds: `read` finds it there, `write` says what an assignment changes.
-
-    While a configuration is made, the field may come after it: what is given is kept for __post_init__.
-    """
-
-    def __init__(self, read: Callable[[GemmaConfig], T], write: Callable[[GemmaConfig, Any], dict[str, Any]]):
-        self.read, self.write = read, write
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.given = f"_{name}"
-
-    @overload
-    def __get__(self, config: None, owner: Any = None) -> None: ...
-    @overload
-    def __get__(self, config: GemmaConfig, owner: Any = None) -> T: ...
-    def __get__(self, config: GemmaConfig | None, owner: Any = None) -> T | None:
-        return None if config is None else self.read(config)
-
-    def __set__(self, config: GemmaConfig, value: Any) -> None:
-        made = "extra" in vars(config)
-        vars(config).update(self.write(config, value) if made else {self.given: value})
 
 
 def _keeps_unknown(cls: type[T]) -> type[T]:
@@ -123,7 +56,7 @@ def _keeps_unknown(cls: type[T]) -> type[T]:
             raise ConfigError(f"{cls.__name__} is not made with another model_type: use GemmaConfig.from_dict.")
         values = {**self.kind.defaults, **dict(zip(_FIELDS, args, strict=False)), **values}
         unknown = {name: values.pop(name) for name in [*values] if name not in _FIELDS}
-        _refuse_misspelled(unknown)
+        refuse_misspelled(unknown, _FIELDS)
         plain(self, **values)
         self.extra = copy.deepcopy(unknown)
 
@@ -193,7 +126,7 @@ class GemmaConfig:
     eos_token_id: int | list[int] | None = 1
     bos_token_id: int | None = 2
     tie_word_embeddings: Annotated[bool, FLAG] = True
-    rope_theta: _Spelling[float] = _Spelling(
+    rope_theta: Spelling[float] = Spelling(
         lambda c: c.rope(FULL_ATTENTION)["rope_theta"],
         lambda c, value: c._with_rope(FULL_ATTENTION, {**c.rope(FULL_ATTENTION), "rope_theta": value}),
     )
@@ -201,15 +134,15 @@ class GemmaConfig:
     attention_dropout: Annotated[float, Real(0.0, 1.0, below=True)] = 0.0
     _: KW_ONLY
     rope_parameters: dict[str, Any] = field(default_factory=dict[str, Any])
-    rope_scaling: _Spelling[dict[str, Any] | None] = _Spelling(
+    rope_scaling: Spelling[dict[str, Any] | None] = Spelling(
         lambda c: without_theta(c.rope(FULL_ATTENTION)),
         lambda c, value: c._with_rope(FULL_ATTENTION, merged_rope(c.rope_theta, None, value)),
     )
-    rope_local_base_freq: _Spelling[float | None] = _Spelling(
+    rope_local_base_freq: Spelling[float | None] = Spelling(
         lambda c: c.rope(SLIDING_ATTENTION)["rope_theta"] if c.kind.rope_bases else None,
         lambda c, value: c._with_rope(SLIDING_ATTENTION, {**c.rope(SLIDING_ATTENTION), "rope_theta": value}),
     )
-    hidden_activation: _Spelling[str | Callable[[Any], Any]] = _Spelling(
+    hidden_activation: Spelling[str | Callable[[Any], Any]] = Spelling(
         lambda c: c.hidden_act, lambda c, value: {"hidden_act": _activation(value)}
     )
     use_bidirectional_attention: bool | None = None
@@ -219,7 +152,7 @@ class GemmaConfig:
     attn_logit_softcapping: Annotated[float | None, _ABOVE_ZERO] = None
     final_logit_softcapping: Annotated[float | None, _ABOVE_ZERO] = None
     pruned_heads: dict[int, list[int]] = field(default_factory=dict[int, "list[int]"])
-    num_labels: _Spelling[int] = _Spelling(lambda c: len(c.id2label), lambda c, value: _labels(value, {}, {}))
+    num_labels: Spelling[int] = Spelling(lambda c: len(c.id2label), lambda c, value: _labels(value, {}, {}))
     id2label: dict[int, str] = field(default_factory=dict[int, str])
     label2id: dict[str, int] = field(default_factory=dict[str, int])
     problem_type: str | None = None
@@ -229,7 +162,9 @@ class GemmaConfig:
     return_dict: bool = True
     attn_implementation: str = "sdpa"
     dtype: str | None = None
-    torch_dtype: _Spelling[str | None] = _Spelling(lambda c: c.dtype, lambda c, value: {"dtype": _dtype_name(value)})
+    torch_dtype: Spelling[str | None] = Spelling(
+        lambda c: c.dtype, lambda c, value: {"dtype": value and dtype_name(value)}
+    )
     architectures: list[str] | None = None
     name_or_path: str = field(default="", init=False)
     extra: dict[str, Any] = field(default_factory=dict[str, Any], init=False)
@@ -251,10 +186,11 @@ class GemmaConfig:
         self.rope_parameters = merged_ropes(self.kind.rope_bases, self.rope_parameters, *ropes)
         if self.layer_types is None and "layer_types" in self.kind.defaults:
             self.layer_types = self.kind.layer_types(self.num_hidden_layers)
-        self.pruned_heads = _pruned_heads(self.pruned_heads)
+        self.pruned_heads = pruned_heads(self.pruned_heads)
         vars(self).update(_labels(given["num_labels"], self.id2label, self.label2id))
         self.attn_implementation = self.attn_implementation or "sdpa"
-        self.dtype = _dtype_name(given["torch_dtype"] if self.dtype is None else self.dtype)
+        dtype = given["torch_dtype"] if self.dtype is None else self.dtype
+        self.dtype = None if dtype is None else dtype_name(dtype)
         self.validate()
 
     def __getattr__(self, name: str) -> Any:
@@ -392,8 +328,10 @@ class GemmaConfig:
         Of a checkpoint that reads images or sound too, the text part. Unknown keys are kept as data, whatever they are
         called.
         """
-        _refuse_misspelled(k for k in overrides if k not in values and k not in _FIELDS and not k.startswith("_"))
-        values = _text_part(values)
+        refuse_misspelled(
+            (k for k in overrides if k not in values and k not in _FIELDS and not k.startswith("_")), _FIELDS
+        )
+        values = text_part(values)
         model_type = values.pop("model_type", cls.model_type)
         kind = kind_of(model_type)
         cls = member_class(cls, model_type)
@@ -469,7 +407,8 @@ class GemmaConfig:
 
     def to_json_string(self) -> str:
         """`to_dict` as indented JSON, with sorted keys and a line end."""
-        return json.dumps(self.to_dict(), indent=2, sort_keys=True, default=_plain) + "\n"
+        plain = lambda value: value.item() if hasattr(value, "item") else str(value)  # noqa: E731  a number of numpy
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True, default=plain) + "\n"
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write config.json into `directory`, replacing an older one at once."""
@@ -477,7 +416,7 @@ class GemmaConfig:
 
     def update(self, values: dict[str, Any]) -> None:
         """Change fields in place. Raises ConfigError for an impossible value or a misspelt name."""
-        _refuse_misspelled(k for k in values if k not in _FIELDS and k not in self.extra)
+        refuse_misspelled((k for k in values if k not in _FIELDS and k not in self.extra), _FIELDS)
         for name, value in values.items():
             setattr(self, "hidden_activation" if name == "hidden_act" else name, value)
         self.validate()
@@ -494,7 +433,7 @@ _ROPE_SPELLINGS = ("rope_parameters", "rope_theta", "rope_scaling", "rope_local_
 _NULLS = ("pad_token_id", "eos_token_id", "bos_token_id", *OPTIONAL)
 
 _FIELDS = [f.name for f in fields(GemmaConfig) if f.init]
-_SPELLINGS = [name for name in _FIELDS if isinstance(vars(GemmaConfig).get(name), _Spelling)]
+_SPELLINGS = [name for name in _FIELDS if isinstance(vars(GemmaConfig).get(name), Spelling)]
 # Of a call, not of the model: config.json does not hold them.
 _OF_A_CALL = ("output_attentions", "output_hidden_states", "return_dict", "attn_implementation")
 _STORED = [name for name in _FIELDS if name not in (*_SPELLINGS, *_OF_A_CALL)]
@@ -535,36 +474,9 @@ def _labels(num: int | None, id2label: dict[Any, str], label2id: dict[str, int])
     return {"id2label": names, "label2id": label2id or {label: i for i, label in names.items()}}
 
 
-def _pruned_heads(stored: Any) -> dict[int, list[int]]:
-    try:
-        return {int(layer): sorted({*map(int, heads)}) for layer, heads in (stored or {}).items() if len(heads)}
-    except (AttributeError, TypeError, ValueError) as e:
-        raise ConfigError(f"pruned_heads is {stored!r}; it must be {{layer: [query heads]}}.") from e
-
-
 def _head_dim(hidden_size: Any, heads: Any) -> int:
     whole = isinstance(hidden_size, int) and isinstance(heads, int) and heads > 0
     return hidden_size // heads if whole else 1  # validate() names the field that is wrong
-
-
-def _text_part(values: dict[str, Any]) -> dict[str, Any]:
-    """Of a checkpoint of text beside images or sound, the settings of the text. Raises ConfigError if it has none."""
-    own = TEXT_OF.get(values.get("model_type"))  # type: ignore[arg-type]
-    if own is None:
-        return dict(values)
-    text = values.get("text_config")
-    if not isinstance(text, dict):
-        raise ConfigError(
-            f"model_type is {values['model_type']!r} and there is no text_config: gemmakit runs the text part of such "
-            "a checkpoint, and this one has none."
-        )
-    around = {k: values[k] for k in _AROUND_TEXT if values.get(k) is not None}
-    return {**cast("dict[str, Any]", text), **around, "model_type": text.get("model_type", own)}
-
-
-# What a checkpoint of text and more says of both; for its text too, this is what counts.
-_AROUND_TEXT = ("eos_token_id", "bos_token_id", "pad_token_id", "tie_word_embeddings", "torch_dtype", "dtype",
-                "quantization_config")  # fmt: skip
 
 
 def _merged(kind: Kind, values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
@@ -578,38 +490,8 @@ def _merged(kind: Kind, values: dict[str, Any], overrides: dict[str, Any]) -> di
     for name, other in (("hidden_act", "hidden_activation"), ("torch_dtype", "dtype")):
         if name in overrides and other not in overrides:
             values.pop(other, None)
-    _set_layer_types(kind, values, {**kind.defaults, **values, **overrides}.get("num_hidden_layers"))
+    set_layer_types(kind, values, {**kind.defaults, **values, **overrides}.get("num_hidden_layers"))
     return {**values, **overrides, "rope_parameters": changed_ropes(kind.rope_bases, old, *given)}
-
-
-def _set_layer_types(kind: Kind, values: dict[str, Any], layers: Any) -> None:
-    """What so many layers attend to: the first that a file lists; older files say the pattern instead."""
-    types, pattern = values.get("layer_types"), values.get("sliding_window_pattern")
-    if not isinstance(layers, int) or "layer_types" not in kind.defaults:
-        return
-    if isinstance(types, list):
-        values["layer_types"] = types[:layers] if layers <= len(cast("list[Any]", types)) else None
-    elif isinstance(pattern, int) and pattern > 0:
-        values["layer_types"] = replace(kind, pattern=pattern).layer_types(layers)
-
-
-def _refuse_misspelled(names: Iterable[str]) -> None:
-    for name in names:
-        meant = _OTHER_NAMES.get(name)
-        if meant is None:
-            close = difflib.get_close_matches(name, _FIELDS, n=1, cutoff=0.85)
-            meant = close[0] if close else None
-        if meant is not None:
-            raise ConfigError(f"GemmaConfig has no field {name!r}: did you mean {meant!r}?")
-
-
-def _dtype_name(dtype: Any) -> str | None:
-    return None if dtype is None else dtype_name(dtype)
-
-
-def _plain(value: Any) -> Any:
-    """JSON for a number of numpy, and the name of anything else."""
-    return value.item() if hasattr(value, "item") else str(value)
 
 
 globals().update(members(GemmaConfig))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, TypeVar, cast
 
 from gemmakit.errors import ConfigError
 
@@ -174,6 +174,38 @@ KINDS: dict[str, Kind] = {
 # Checkpoints of text beside images or sound: the member that their `text_config` is.
 TEXT_OF = {"gemma3": "gemma3_text"}
 
+_GEMMA3 = dict(vocab_size=262208, sliding_window=1024, rope_scaling={"rope_type": "linear", "factor": 8.0})
+_GEMMA3_SMALL = dict(vocab_size=262144, sliding_window=512, max_position_embeddings=32768, num_attention_heads=4,
+                     num_key_value_heads=1)  # fmt: skip
+
+# Sizes by name, each with its model_type. Source: arXiv:2403.08295, 2408.00118, 2503.19786, 2509.20354; the released
+# config.json files.
+PRESETS: dict[str, dict[str, Any]] = {
+    "2b": dict(model_type="gemma", hidden_size=2048, intermediate_size=16384, num_hidden_layers=18,
+               num_attention_heads=8, num_key_value_heads=1),
+    "7b": dict(model_type="gemma", hidden_size=3072, intermediate_size=24576, num_hidden_layers=28,
+               num_attention_heads=16, num_key_value_heads=16),
+    "gemma2-2b": dict(model_type="gemma2"),
+    "gemma2-9b": dict(model_type="gemma2", hidden_size=3584, intermediate_size=14336, num_hidden_layers=42,
+                      num_attention_heads=16, num_key_value_heads=8),
+    "gemma2-27b": dict(model_type="gemma2", hidden_size=4608, intermediate_size=36864, num_hidden_layers=46,
+                       num_attention_heads=32, num_key_value_heads=16, head_dim=128, query_pre_attn_scalar=144),
+    "gemma3-270m": dict(model_type="gemma3_text", **_GEMMA3_SMALL, hidden_size=640, intermediate_size=2048,
+                        num_hidden_layers=18),
+    "gemma3-1b": dict(model_type="gemma3_text", **_GEMMA3_SMALL, hidden_size=1152, intermediate_size=6912,
+                      num_hidden_layers=26),
+    "gemma3-4b": dict(model_type="gemma3_text", **_GEMMA3, hidden_size=2560, intermediate_size=10240,
+                      num_hidden_layers=34),
+    "gemma3-12b": dict(model_type="gemma3_text", **_GEMMA3, hidden_size=3840, intermediate_size=15360,
+                       num_hidden_layers=48, num_attention_heads=16, num_key_value_heads=8),
+    "gemma3-27b": dict(model_type="gemma3_text", **_GEMMA3, hidden_size=5376, intermediate_size=21504,
+                       num_hidden_layers=62, num_attention_heads=32, num_key_value_heads=16, head_dim=128,
+                       query_pre_attn_scalar=168),
+    "embeddinggemma-300m": dict(model_type="gemma3_text", vocab_size=262144, sliding_window=512, hidden_size=768,
+                                intermediate_size=1152, num_hidden_layers=24, num_attention_heads=3,
+                                num_key_value_heads=1, max_position_embeddings=2048, use_bidirectional_attention=True),
+}  # fmt: skip
+
 
 def kind_of(model_type: object) -> Kind:
     """The member a config.json's `model_type` names. Raises ConfigError for what gemmakit does not run."""
@@ -228,6 +260,45 @@ def member_class(cls: type[T], model_type: str) -> type[T]:
             "Auto class."
         )
     return getattr(importlib.import_module(cls.__module__), right)
+
+
+def text_part(values: dict[str, Any]) -> dict[str, Any]:
+    """Of a checkpoint of text beside images or sound, the settings of the text. Raises ConfigError if it has none."""
+    own = TEXT_OF.get(values.get("model_type"))  # type: ignore[arg-type]
+    if own is None:
+        return dict(values)
+    text = values.get("text_config")
+    if not isinstance(text, dict):
+        raise ConfigError(
+            f"model_type is {values['model_type']!r} and there is no text_config: gemmakit runs the text part of such "
+            "a checkpoint, and this one has none."
+        )
+    around = {k: values[k] for k in _AROUND_TEXT if values.get(k) is not None}
+    return {**cast("dict[str, Any]", text), **around, "model_type": text.get("model_type", own)}
+
+
+# What a checkpoint of text and more says of both; for its text too, this is what counts.
+_AROUND_TEXT = ("eos_token_id", "bos_token_id", "pad_token_id", "tie_word_embeddings", "torch_dtype", "dtype",
+                "quantization_config")  # fmt: skip
+
+
+def set_layer_types(kind: Kind, values: dict[str, Any], layers: Any) -> None:
+    """What so many layers attend to: the first that a file lists; older files say the pattern instead."""
+    types, pattern = values.get("layer_types"), values.get("sliding_window_pattern")
+    if not isinstance(layers, int) or "layer_types" not in kind.defaults:
+        return
+    if isinstance(types, list):
+        values["layer_types"] = types[:layers] if layers <= len(cast("list[Any]", types)) else None
+    elif isinstance(pattern, int) and pattern > 0:
+        values["layer_types"] = replace(kind, pattern=pattern).layer_types(layers)
+
+
+def pruned_heads(stored: Any) -> dict[int, list[int]]:
+    """What a configuration says is gone, {layer: query heads}; JSON's keys are text. Raises ConfigError."""
+    try:
+        return {int(layer): sorted({*map(int, heads)}) for layer, heads in (stored or {}).items() if len(heads)}
+    except (AttributeError, TypeError, ValueError) as e:
+        raise ConfigError(f"pruned_heads is {stored!r}; it must be {{layer: [query heads]}}.") from e
 
 
 def kept_heads(layer: int, heads: int, kv_heads: int, gone: Collection[int]) -> tuple[list[int], list[int]]:

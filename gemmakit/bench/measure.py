@@ -17,9 +17,10 @@ from gemmakit.bench import STARTED
 from gemmakit.bench.timing import Work, anonymous_bytes, decode_key, filled, memory, prompt_ids, rates, seconds
 from gemmakit.checkpoint.layout import tensor_shapes
 from gemmakit.checkpoint.memory import free_memory_bytes
-from gemmakit.config import PRESETS, GemmaConfig
+from gemmakit.config import GemmaConfig
 from gemmakit.dtypes import dtype_name
 from gemmakit.errors import InputError
+from gemmakit.family import PRESETS
 from gemmakit.hub import demo_model
 from gemmakit.pytorch.cache import DynamicCache
 from gemmakit.pytorch.heads import GemmaForCausalLM

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from gemmakit.checkpoint.checkpoint import Checkpoint
-from gemmakit.config import PRESETS, GemmaConfig
+from gemmakit.config import GemmaConfig
 from gemmakit.errors import CheckpointError
-from gemmakit.family import kind_of, role_of
+from gemmakit.family import PRESETS, kind_of, role_of
 
 PREFIX = "model."
 # Heads that another class of this family may or may not have.

@@ -24,8 +24,9 @@ from gemmakit.checkpoint.layout import (
     warn_of_copies,
 )
 from gemmakit.checkpoint.save import same_content
-from gemmakit.config import PRESETS, GemmaConfig
+from gemmakit.config import GemmaConfig
 from gemmakit.errors import CheckpointError, InputError
+from gemmakit.family import PRESETS
 from gemmakit.files import replacing
 from gemmakit.generation import GenerationConfig
 from gemmakit.gguf import config_values, read_gguf_header

@@ -9,7 +9,7 @@ from pathlib import Path
 from gemmakit import GemmaConfig
 from gemmakit.checkpoint.inspect import memory
 from gemmakit.checkpoint.layout import tensor_shapes
-from gemmakit.config import PRESETS
+from gemmakit.family import PRESETS
 
 PAGE = Path(__file__).parents[2] / "docs" / "which-gemma.md"
 GB = 1e9

@@ -6,7 +6,7 @@ import pytest
 import transformers
 
 import gemmakit
-from gemmakit.config import PRESETS
+from gemmakit.family import PRESETS
 
 FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",

@@ -9,9 +9,8 @@ import torch
 import gemmakit
 from gemmakit import GemmaConfig
 from gemmakit.checkpoint.layout import tensor_shapes
-from gemmakit.config import PRESETS
 from gemmakit.errors import ConfigError
-from gemmakit.family import FULL_ATTENTION, KINDS, OPTIONAL, SLIDING_ATTENTION, kind_of, role_of
+from gemmakit.family import FULL_ATTENTION, KINDS, OPTIONAL, PRESETS, SLIDING_ATTENTION, kind_of, role_of
 
 
 def test_a_layer_says_its_shape_and_scale():
