@@ -32,7 +32,8 @@ from gemmakit.family import (
     text_part,
 )
 from gemmakit.files import read_json_object, write_text
-from gemmakit.gguf import config_values, read_gguf_header
+from gemmakit.gguf import read_gguf_header
+from gemmakit.gguf_settings import config_values
 from gemmakit.hub import HubOptions, find_file, find_gguf
 from gemmakit.rotary import changed_ropes, check_rope, merged_rope, merged_ropes, without_theta
 from gemmakit.spellings import Spelling, refuse_misspelled

@@ -1,11 +1,12 @@
-"""GGUF files without their numbers: the header, read with limits of its own; what it says of a model and its words.
+"""GGUF files without their numbers: the header, read with limits of its own.
 
 Layout, all little-endian: "GGUF", uint32 version, uint64 tensors, uint64 pairs; then each pair (key, uint32 type,
 value) and each tensor (name, uint32 dimensions, uint64 each of them, innermost first, uint32 type, uint64 offset);
 then, from the next multiple of general.alignment, the tensors' bytes. A string is a uint64 length and UTF-8.
 Source: ggml's docs/gguf.md, ggml.h, and llama.cpp's gguf-py constants.
 
-Data only, without torch and numpy: the tensors themselves are `gemmakit.checkpoint.formats.gguf`'s.
+Data only, without torch and numpy: what it says of a model is `gemmakit.gguf_settings`', the tensors themselves are
+`gemmakit.checkpoint.formats.gguf`'s.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import struct
 from array import array
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise, starmap
 from math import prod
@@ -23,7 +24,7 @@ from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 from gemmakit.errors import CheckpointError
-from gemmakit.family import FULL_ATTENTION, KINDS, SLIDING_ATTENTION, Kind
+from gemmakit.family import KINDS, Kind
 
 # general.architecture -> model_type
 ARCHITECTURES = {kind.gguf_architecture: name for name, kind in KINDS.items() if kind.gguf_architecture}
@@ -341,230 +342,3 @@ def show(value: Any) -> str:
     """`value` for a message: one short line of ASCII, whatever the file said."""
     text = ascii(value) if isinstance(value, (str, int, float)) else f"a {type(value).__name__}"
     return text if len(text) <= 120 else text[:120] + "..."
-
-
-# -- what it says of a model -------------------------------------------------------------------------------------------
-
-WORDS = "tokenizer.ggml."
-EMBEDDING, HEAD = "token_embd.weight", "output.weight"
-
-# Of the keys about a model -> config.json; None where the file may do without, and GemmaConfig then derives it
-REQUIRED = {
-    "context_length": "max_position_embeddings",
-    "embedding_length": "hidden_size",
-    "block_count": "num_hidden_layers",
-    "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads",
-}
-DERIVED = {"attention.head_count_kv": "num_key_value_heads", "attention.key_length": "head_dim"}
-_UNDERSTOOD = {
-    *REQUIRED, *DERIVED, "attention.value_length", "attention.layer_norm_rms_epsilon", "attention.causal",
-    "rope.dimension_count", "rope.freq_base", "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear",
-    "vocab_size", "attention.sliding_window", "attention.sliding_window_pattern", "attn_logit_softcapping",
-    "final_logit_softcapping", "rope.freq_base_swa",
-}  # fmt: skip
-# Layers of the members' 27B: llama.cpp scales their scores by the width of a head that all heads would share.
-SHARED_SCALE = {"gemma2": 46, "gemma3_text": 62}
-
-
-def config_values(header: GgufHeader) -> dict[str, Any]:
-    """What config.json would hold, from a GGUF's metadata and the shapes of its tensors.
-
-    dtype is that of the matrices, and bfloat16 if any is quantized. Keys about the model that mean nothing to
-    GemmaConfig are kept under "gguf". Raises CheckpointError: no Gemma, settings missing, of the wrong type, or of a
-    kind that Gemma does not have.
-    """
-    model_type, prefix = header.require_gemma(), header.prefix
-    vocabulary, width = _embedding_shape(header)
-    values: dict[str, Any] = {name: _whole(header, key) for key, name in REQUIRED.items()}
-    values.update({name: _whole(header, key, required=False) for key, name in DERIVED.items()})
-    if values["hidden_size"] != width:
-        raise _contradiction(header, "embedding_length", values["hidden_size"], f"{EMBEDDING} has rows of {width}")
-    _check_equal(header, values)
-    _check_layers(header, values)
-    epsilon = header.get(f"{prefix}attention.layer_norm_rms_epsilon", float)
-    if epsilon is None:
-        raise _missing(header, "attention.layer_norm_rms_epsilon")
-    others = {k: v for k, v in header.metadata.items() if k.startswith(prefix) and k[len(prefix) :] not in _UNDERSTOOD}
-    kept = {key: list(value) if isinstance(value, Texts) else value for key, value in others.items()}
-    return {
-        "model_type": model_type,
-        **values,
-        **_attention(header, values),
-        # Stored in 32 bits: 1e-6 comes back as 9.999999974752427e-07.
-        "rms_norm_eps": float(f"{epsilon:.7g}"),
-        "vocab_size": vocabulary,
-        "rope_parameters": _rope(header),
-        "tie_word_embeddings": HEAD not in header.tensors,
-        "use_bidirectional_attention": None if header.get(f"{prefix}attention.causal", bool, True) else True,
-        "architectures": [header.kind.classes["causal_lm"]],
-        "dtype": matrices_dtype(header),
-        **_tokens(header),
-        **({"gguf": kept} if kept else {}),
-    }
-
-
-def matrices_dtype(header: GgufHeader) -> str:
-    """The dtype that a model of these matrices computes in: theirs, or bfloat16 if any of them is quantized."""
-    kinds = {tensor.kind.name for tensor in header.tensors.values() if len(tensor.shape) > 1}
-    if not kinds <= PLAIN.keys():
-        return "bfloat16"
-    return PLAIN[kinds.pop()] if len(kinds) == 1 else "float32"
-
-
-def _embedding_shape(header: GgufHeader) -> tuple[int, int]:
-    embedding = header.tensors.get(EMBEDDING)
-    if embedding is None or len(embedding.shape) != 2:
-        raise CheckpointError(f"{header.path} has no matrix {EMBEDDING}, so it is no whole model. Download it again.")
-    rows, width = embedding.shape
-    declared = header.get(f"{header.prefix}vocab_size", int, rows)
-    if declared != rows:
-        raise _contradiction(header, "vocab_size", declared, f"{EMBEDDING} has {rows} rows")
-    return rows, width
-
-
-def _whole(header: GgufHeader, key: str, required: bool = True) -> int | None:
-    """A whole number; an array of one number a layer serves if they are all the same."""
-    value = header.metadata.get(header.prefix + key)
-    if isinstance(value, list) and value and all(item == value[0] for item in value):
-        value = value[0]
-    if value is None and required:
-        raise _missing(header, key)
-    if value is not None and type(value) is not int:
-        raise CheckpointError(
-            f"{header.path}: {header.prefix}{key} is {show(value)}; one whole number for all layers is needed."
-        )
-    return value
-
-
-def _check_equal(header: GgufHeader, values: Mapping[str, Any]) -> None:
-    """Gemma's heads have one width, which is rotated whole."""
-    width = values["head_dim"] or values["hidden_size"] // max(1, values["num_attention_heads"])
-    for key in ("attention.value_length", "rope.dimension_count"):
-        found = _whole(header, key, required=False)
-        if found is not None and found != width:
-            raise _contradiction(header, key, found, f"heads have {width} numbers, all of them rotated")
-
-
-def _check_layers(header: GgufHeader, values: Mapping[str, Any]) -> None:
-    """The sizes are those of the tensors, before a model of them is made: a number alone could ask for any memory."""
-    layers = sum(name.startswith("blk.") and name.endswith(".attn_norm.weight") for name in header.tensors)
-    if values["num_hidden_layers"] != layers:
-        raise _contradiction(header, "block_count", values["num_hidden_layers"], f"the file holds {layers} layers")
-    heads, width = values["num_attention_heads"], values["hidden_size"]
-    head_dim = values["head_dim"] or width // max(1, heads)
-    groups = heads if values["num_key_value_heads"] is None else values["num_key_value_heads"]
-    for part, keys, rows in (
-        ("attn_q", "attention.head_count and key_length", heads * head_dim),
-        ("attn_k", "attention.head_count_kv and key_length", groups * head_dim),
-        ("ffn_gate", "feed_forward_length", values["intermediate_size"]),
-    ):
-        tensor = header.tensors.get(f"blk.0.{part}.weight")
-        if tensor is not None and tensor.shape != (rows, width):
-            raise _contradiction(header, keys, rows, f"blk.0.{part}.weight has the shape {tensor.shape}")
-
-
-def _attention(header: GgufHeader, values: Mapping[str, Any]) -> dict[str, Any]:
-    """What Gemma 2 and 3 say of attention: windows, caps, the scale of scores; nothing of Gemma 1."""
-    kind, prefix, layers = header.kind, header.prefix, values["num_hidden_layers"]
-    if kind.pattern == 1:
-        return {}
-    found: dict[str, Any] = {}
-    for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
-        value = header.get(f"{prefix}{cap}", float)
-        if value is not None:
-            found[cap] = value or None
-    heads, head_dim = values["num_attention_heads"], values["head_dim"]
-    shared = layers == SHARED_SCALE[header.require_gemma()]
-    found["query_pre_attn_scalar"] = values["hidden_size"] // heads if shared or head_dim is None else head_dim
-    window = _whole(header, "attention.sliding_window", required=False)
-    if window is not None and window > 0:
-        return {**found, "sliding_window": window, "layer_types": _layer_types(header, layers)}
-    if window is None and not kind.rope_bases:
-        return {**found, "layer_types": _layer_types(header, layers)}  # Gemma 2's window is understood
-    return {**found, "layer_types": [FULL_ATTENTION] * layers}
-
-
-def _layer_types(header: GgufHeader, layers: int) -> list[str]:
-    """By the pattern: each n-th layer sees everything, or a list of which have a window; by default the member's n."""
-    pattern = header.metadata.get(f"{header.prefix}attention.sliding_window_pattern", header.kind.pattern)
-    if type(pattern) is int and pattern > 0:
-        pattern = [(layer + 1) % pattern != 0 for layer in range(layers)]
-    if not isinstance(pattern, list) or len(pattern) != layers:
-        raise _contradiction(header, "attention.sliding_window_pattern", pattern, f"there are {layers} layers")
-    return [SLIDING_ATTENTION if windowed else FULL_ATTENTION for windowed in pattern]
-
-
-def _rope(header: GgufHeader) -> dict[str, Any]:
-    """The rotary table, or where window layers have their own, both."""
-    prefix = header.prefix
-    theta = header.get(f"{prefix}rope.freq_base", float, 10000.0)
-    kind = header.get(f"{prefix}rope.scaling.type", str, "linear")
-    factor = header.get(f"{prefix}rope.scaling.factor", float, header.get(f"{prefix}rope.scale_linear", float, 1.0))
-    if kind not in ("none", "linear"):
-        raise CheckpointError(
-            f"{header.path}: {prefix}rope.scaling.type is {show(kind)}; of a GGUF, gemmakit reads 'none' and 'linear'. "
-            "Load the model from its safetensors files, where the settings are whole."
-        )
-    table: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
-    if kind == "linear" and factor not in (0.0, 1.0):
-        table = {"rope_type": "linear", "rope_theta": theta, "factor": factor}
-    if not header.kind.rope_bases:
-        return table
-    local = header.get(f"{prefix}rope.freq_base_swa", float, header.kind.rope_bases[SLIDING_ATTENTION])
-    return {SLIDING_ATTENTION: {"rope_type": "default", "rope_theta": local}, FULL_ATTENTION: table}
-
-
-def _tokens(header: GgufHeader) -> dict[str, Any]:
-    """The special ids that are declared; a turn's end ends a sequence too, as llama.cpp has it."""
-    ids = special_ids(header)
-    out: dict[str, Any] = {f"{name}_token_id": ids[name] for name in ("bos", "eos", "pad") if name in ids}
-    if "eot" in ids and ids["eot"] != ids.get("eos"):
-        out["eos_token_id"] = [ids["eos"], ids["eot"]] if "eos" in ids else ids["eot"]
-    return out
-
-
-def _missing(header: GgufHeader, key: str) -> CheckpointError:
-    return CheckpointError(
-        f"{header.path} lacks {header.prefix}{key}, so the model's shape is not known. Convert it again."
-    )
-
-
-def _contradiction(header: GgufHeader, key: str, value: Any, other: str) -> CheckpointError:
-    return CheckpointError(f"{header.path}: {header.prefix}{key} is {show(value)}, but {other}. Convert it again.")
-
-
-# -- and of its words --------------------------------------------------------------------------------------------------
-
-# our name for a special id -> GGUF's
-SPECIAL_IDS = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown", "mask": "mask", "eot": "eot"}
-TEMPLATE = "tokenizer.chat_template"
-
-
-class Entry(NamedTuple):
-    """A piece; `type` as in SentencePiece: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte."""
-
-    text: str
-    score: float
-    type: int
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """What a GGUF says of a tokenizer of SentencePiece's kind. `entries[i]` has id i.
-
-    special: ids of bos, eos, pad, unk, mask and eot (the end of a turn), as far as there are any.
-    templates: chat templates by name, the usual one as "default".
-    """
-
-    entries: list[Entry]
-    special: dict[str, int] = field(default_factory=dict)
-    add_bos: bool = True
-    add_eos: bool = False
-    templates: dict[str, str] = field(default_factory=dict)
-
-
-def special_ids(header: GgufHeader) -> dict[str, int]:
-    """The ids of bos, eos, pad, unk, mask and eot (the end of a turn), as far as they are declared."""
-    found = {name: header.get(f"{WORDS}{theirs}_token_id", int) for name, theirs in SPECIAL_IDS.items()}
-    return {name: index for name, index in found.items() if index is not None}

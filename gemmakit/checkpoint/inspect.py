@@ -18,7 +18,8 @@ from gemmakit.checkpoint.layout import architecture_of, differences, released_si
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import CheckpointError, GemmakitError
 from gemmakit.generation import GenerationConfig
-from gemmakit.gguf import config_values, read_gguf_header
+from gemmakit.gguf import read_gguf_header
+from gemmakit.gguf_settings import config_values
 from gemmakit.quantization import WeightOnlyConfig, stored_parts
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"

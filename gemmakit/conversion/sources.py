@@ -29,7 +29,8 @@ from gemmakit.errors import CheckpointError, InputError
 from gemmakit.family import PRESETS
 from gemmakit.files import replacing
 from gemmakit.generation import GenerationConfig
-from gemmakit.gguf import config_values, read_gguf_header
+from gemmakit.gguf import read_gguf_header
+from gemmakit.gguf_settings import config_values
 from gemmakit.hub import DEFAULT, HubOptions, Name, check_relative, find_file, local_directory, packaged_model
 from gemmakit.text import GemmaTokenizer, GemmaTokenizerFast
 from gemmakit.text.files import ADDED, CONFIG, JSON, MODEL, SPECIALS, TEMPLATE

@@ -21,7 +21,8 @@ from gemmakit.dtypes import dtype_name
 from gemmakit.errors import InputError, NotEnoughMemory
 from gemmakit.family import KINDS, member_class
 from gemmakit.generation import GenerationConfig
-from gemmakit.gguf import matrices_dtype, read_gguf_header
+from gemmakit.gguf import read_gguf_header
+from gemmakit.gguf_settings import matrices_dtype
 from gemmakit.hub import HubOptions, find_gguf, push_saved, refuse_code
 from gemmakit.pytorch.attention import implementation
 from gemmakit.pytorch.methods import ModelMethods, assign

@@ -13,18 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from gemmakit.errors import CheckpointError, TokenizerError
-from gemmakit.gguf import (
-    SPECIAL_IDS,
-    TEMPLATE,
-    WORDS,
-    Entry,
-    GgufHeader,
-    Texts,
-    Vocabulary,
-    read_gguf_header,
-    show,
-    special_ids,
-)
+from gemmakit.gguf import GgufHeader, Texts, read_gguf_header, show
+from gemmakit.gguf_settings import SPECIAL_IDS, TEMPLATE, WORDS, Entry, Vocabulary, special_ids
 from gemmakit.text.vocabulary import SPACE, AddedToken
 from gemmakit.text.vocabulary_files import (
     CONTROL,

@@ -19,16 +19,8 @@ from typing import Any
 from gemmakit.checkpoint.arrays import BITS, TensorInfo, numpy_dtype, to_jax
 from gemmakit.errors import CheckpointError, MissingDependency
 from gemmakit.family import KINDS
-from gemmakit.gguf import (
-    EMBEDDING,
-    HEAD,
-    MAGIC,
-    PLAIN,
-    GgufHeader,
-    GgufTensor,
-    matrices_dtype,
-    read_gguf_header,
-)
+from gemmakit.gguf import MAGIC, PLAIN, GgufHeader, GgufTensor, read_gguf_header
+from gemmakit.gguf_settings import EMBEDDING, HEAD, matrices_dtype
 
 # The blocks that are read as numbers.
 DECODED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")

@@ -19,17 +19,15 @@ from gemmakit.checkpoint.save import require_disk, saving_into, sync_directory, 
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import ConfigError, InputError
 from gemmakit.family import FULL_ATTENTION, SLIDING_ATTENTION
-from gemmakit.gguf import (
+from gemmakit.gguf import PLAIN, TYPES, BlockType
+from gemmakit.gguf_settings import (
     DERIVED,
     EMBEDDING,
-    PLAIN,
     REQUIRED,
     SHARED_SCALE,
     SPECIAL_IDS,
     TEMPLATE,
-    TYPES,
     WORDS,
-    BlockType,
     Entry,
     Vocabulary,
 )

@@ -27,7 +27,8 @@ from killing import kill_at
 from gemmakit import GemmaConfig
 from gemmakit.checkpoint.layout import tensor_shapes
 from gemmakit.checkpoint.formats.gguf_writing import write_gguf
-from gemmakit.gguf import Entry, Vocabulary, read_gguf_header
+from gemmakit.gguf import read_gguf_header
+from gemmakit.gguf_settings import Entry, Vocabulary
 
 folder = sys.argv[1]
 path = os.path.join(folder, "x.gguf")

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from gemmakit import AutoTokenizer, GemmaTokenizer, GemmaTokenizerFast, demo_model
 from gemmakit.checkpoint.formats.gguf_writing import write_gguf
 from gemmakit.errors import CheckpointError, GemmakitError, TemplateError, TokenizerError
-from gemmakit.gguf import Entry, read_gguf_header
+from gemmakit.gguf import read_gguf_header
+from gemmakit.gguf_settings import Entry
 from gemmakit.text.gguf import model_of, read_vocabulary, vocabulary_of
 from gemmakit.text.vocabulary_files import CONTROL, UNUSED, USER_DEFINED, ModelFile
 
