@@ -20,7 +20,7 @@ from gemmakit.text import GemmaTokenizerFast
 ROOT = Path(__file__).parents[2]
 FILE = Path(__file__).with_name("reference.json")
 HELD_OUT = ROOT / "benchmarks" / "data" / "held_out.txt"
-NEW_TOKENS, WINDOW, WINDOWS, LONG = 40, 512, 8, 2000
+NEW_TOKENS, WINDOW, LONG = 40, 512, 2000
 PROMPTS = (
     "The capital of France is",
     "Water boils at a temperature of",
@@ -46,9 +46,9 @@ PROMPTS = (
 
 
 def windows(tokenizer: GemmaTokenizerFast) -> list[list[int]]:
-    """The beginning of the held-out text, WINDOWS pieces of WINDOW ids, each with a <bos> before it."""
+    """The held-out text in pieces of WINDOW ids, a <bos> before each; what is left at its end is left out."""
     ids, step = tokenizer(HELD_OUT.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"], WINDOW - 1
-    return [[tokenizer.bos_token_id, *ids[i : i + step]] for i in range(0, WINDOWS * step, step)]
+    return [[tokenizer.bos_token_id, *ids[i : i + step]] for i in range(0, len(ids) - step + 1, step)]
 
 
 def long_prompt(tokenizer: GemmaTokenizerFast) -> list[int]:
