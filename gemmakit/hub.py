@@ -177,6 +177,10 @@ def find_file(name_or_path: Name, filename: str, hub: HubOptions = DEFAULT, *, o
     directory = local_directory(name_or_path)
     if directory is not None:
         return _find_local(directory, filename, optional)
+    if str(name_or_path) in PACKAGES:  # nothing of it is on the Hub
+        if optional:
+            return None
+        raise CheckpointError(f"{name_or_path} is one GGUF file, which says all there is: it has no {filename}.")
     try:
         return _download(str(name_or_path), filename, hub)
     except Exception as error:

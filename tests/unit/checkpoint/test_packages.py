@@ -55,3 +55,10 @@ def test_a_folder_of_that_name_and_any_other_name_are_what_they_were(package, tm
     (tmp_path / "tiny-test").mkdir()
     assert hub.packaged_model("tiny-test") is None
     assert hub.packaged_model("google/gemma-2b") is None
+
+
+def test_nothing_else_of_a_packages_model_is_looked_for_on_the_hub(package, monkeypatch):
+    monkeypatch.setattr(hub, "_download", lambda *_: pytest.fail("the Hub was asked"))
+    assert hub.find_file("tiny-test", "generation_config.json", optional=True) is None
+    with pytest.raises(CheckpointError, match=r"tiny-test is one GGUF file.* it has no config\.json"):
+        hub.find_file("tiny-test", "config.json")
