@@ -39,7 +39,7 @@ CODES = {
     WeightFormat.INT8_GROUPS: "*i8",
     WeightFormat.INT4: "*i32",
 }
-NUMBERS = dict.fromkeys(("eps", "q_eps", "k_eps", "scale", "softcap"), "fp32") | dict.fromkeys(
+NUMBERS = dict.fromkeys(("eps", "q_eps", "k_eps", "gain", "scale", "softcap"), "fp32") | dict.fromkeys(
     ("rows", "start", "last"), "i32"
 )
 

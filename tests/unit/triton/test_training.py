@@ -49,7 +49,8 @@ def check(kernel, constants, capability, element, tmp_path, singles=0, **numbers
 
 def check_norm(D, capability, element, tmp_path):
     constants = launch.norm_constants(D)
-    check(rowwise.norm, constants, capability, element, tmp_path, singles=1)
+    for residual in (False, True):
+        check(rowwise.norm, constants | dict(RESIDUAL=residual), capability, element, tmp_path, singles=1)
     for wanted in (True, False):
         check(rowwise.norm_back, constants | dict(FOR_WEIGHT=wanted), capability, element, tmp_path, singles=1)
 
