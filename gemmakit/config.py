@@ -35,7 +35,7 @@ from gemmakit.files import read_json_object, write_text
 from gemmakit.gguf import read_gguf_header
 from gemmakit.gguf_settings import config_values
 from gemmakit.hub import HubOptions, find_file, find_gguf
-from gemmakit.rotary import changed_ropes, check_rope, merged_rope, merged_ropes, without_theta
+from gemmakit.rotary import changed_ropes, check_rope, merged_rope, merged_ropes, refuse_local, without_theta
 from gemmakit.spellings import Spelling, refuse_misspelled
 
 # "gelu" is absent on purpose: in Gemma configurations it means the tanh form (see _activation).
@@ -266,6 +266,8 @@ class GemmaConfig:
 
     def _with_rope(self, name: str, rope: dict[str, Any]) -> dict[str, Any]:
         """The field rope_parameters with another table of that name."""
+        if name == SLIDING_ATTENTION and not self.kind.rope_bases:
+            refuse_local(rope["rope_theta"])
         return {"rope_parameters": {**self.rope_parameters, name: rope} if self.kind.rope_bases else rope}
 
     # -- validation ------------------------------------------------------------------------------------------------

@@ -72,8 +72,7 @@ def merged_ropes(
     theta and scaling are those of full layers, local_theta that of window layers.
     """
     if not bases:
-        if local_theta is not None:
-            raise ConfigError(f"rope_local_base_freq is {local_theta}, but one table serves all layers of this model.")
+        refuse_local(local_theta)
         return merged_rope(theta, parameters, scaling)
     apart = _apart(bases, parameters)
     thetas = {FULL_ATTENTION: theta, SLIDING_ATTENTION: local_theta}
@@ -96,7 +95,14 @@ def changed_ropes(
         apart = _apart(bases, parameters)
         own = {FULL_ATTENTION: (theta, scaling), SLIDING_ATTENTION: (local_theta, None)}
         return {name: _changed_rope(old[name], apart.get(name), *own.get(name, (None, None))) for name in bases}
+    refuse_local(local_theta)
     return _changed_rope(old, parameters, theta, scaling)
+
+
+def refuse_local(theta: float | None) -> None:
+    """ConfigError where window layers are given a base of their own and have no table of their own."""
+    if theta is not None:
+        raise ConfigError(f"rope_local_base_freq is {theta}, but one table serves all layers of this model.")
 
 
 def _changed_rope(

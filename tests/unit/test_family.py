@@ -148,3 +148,15 @@ def test_fewer_layers_are_the_first_of_a_files_layers():
     assert GemmaConfig.from_dict(stored, num_hidden_layers=6).layer_types == stored["layer_types"][:6]
     older = {"model_type": "gemma3_text", "num_hidden_layers": 4, "sliding_window_pattern": 2}
     assert GemmaConfig.from_dict(older).layer_types == ["sliding_attention", "full_attention"] * 2
+
+
+def test_a_base_for_windows_is_refused_wherever_one_table_serves_all_layers():
+    config = GemmaConfig()
+    with pytest.raises(ConfigError, match="one table serves all layers"):
+        GemmaConfig.from_dict(config.to_dict(), rope_local_base_freq=5e3)
+    with pytest.raises(ConfigError, match=r"rope_local_base_freq is 5000\.0"):
+        config.rope_local_base_freq = 5e3
+    assert config == GemmaConfig()
+    gemma3 = gemmakit.Gemma3TextConfig()
+    gemma3.rope_local_base_freq = 5e3
+    assert (gemma3.rope(SLIDING_ATTENTION)["rope_theta"], gemma3.rope_theta) == (5e3, 1e6)

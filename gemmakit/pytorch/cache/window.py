@@ -1,7 +1,7 @@
 """A growing cache whose window layers keep their newest positions alone.
 
-A layer that sees W keys needs no older ones: at 128k tokens Gemma 3 4B then holds 2.7 GB of keys and values instead of
-17. Axis letters: B batch, K kv heads, T positions held, S new ones, H head_dim.
+A layer that sees W keys needs no older ones: at 128k tokens Gemma 3 4B then holds under 2.75 GiB of keys and values
+instead of 17. Axis letters: B batch, K kv heads, T positions held, S new ones, H head_dim.
 """
 
 from __future__ import annotations
