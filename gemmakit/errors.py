@@ -6,6 +6,7 @@ GemmakitError
 │   ├── GenerationConfigError                 a generation setting is out of its range
 │   ├── TokenOutOfRange                       a token id that the vocabulary does not have
 │   └── PromptTooLong                         prompt + new tokens over the context or the cache
+├── QueueFull              (RuntimeError)     an engine that takes no more requests for now
 ├── NumericalError         (ArithmeticError)  NaN or infinity where a number is needed
 ├── TokenizerError         (ValueError)       a vocabulary file or a text that cannot be tokenized
 │   └── TemplateError                         a chat template that is malformed or refused
@@ -43,6 +44,10 @@ class TokenOutOfRange(InputError):
 
 class PromptTooLong(InputError):
     """The prompt and the tokens asked for do not fit the context or the cache."""
+
+
+class QueueFull(GemmakitError, RuntimeError):
+    """An engine has as many requests waiting as it may; the same request can be added later."""
 
 
 class NumericalError(GemmakitError, ArithmeticError):

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import ConfigError, InputError, MissingDependency
 from gemmakit.pytorch.cache.core import Cache
+from gemmakit.pytorch.cache.paged import PagedCache
 from gemmakit.pytorch.kernels.reference import rotate
 from gemmakit.pytorch.layers import GemmaRMSNorm, Linear, RotaryTables
-from gemmakit.pytorch.masks import Rule, Visibility
+from gemmakit.pytorch.masks import Rule, Visibility, visibility
 from gemmakit.pytorch.shapes import Bool, Float, Int
 
 
@@ -262,6 +263,33 @@ def _blocks(rule: Rule, batch: int) -> Any:
     return create_block_mask(seen, batch, None, rule.queries, rule.keys, device=str(rule.device))
 
 
+def by_spans(
+    attend: Attend, q: Float[Tensor, "1 N S H"], cache: PagedCache, layer_idx: int, **told: Any
+) -> Float[Tensor, "1 N S H"]:
+    """The queries of a packed pass, those of each span over what its pages hold by now."""
+    where, window = cache.placement, cache.windows[layer_idx]
+    assert where is not None
+    out, at = [], 0
+    for row, span in enumerate(where.spans):
+        count = span.end - span.start
+        visible = visibility(
+            None,
+            batch=1,
+            queries=count,
+            keys=span.end,
+            past=span.start,
+            causal=True,
+            position_ids=None,
+            device=q.device,
+            window=window,
+            dense=attend not in (flash, flex),
+        )
+        k, v = cache.read(layer_idx, row, span.end, visible.last or span.end)
+        out.append(attend(q[:, :, at : at + count], k, v, visible, **told)[0])
+        at += count
+    return torch.cat(out, dim=2)
+
+
 IMPLEMENTATIONS: dict[str, Attend] = {
     "eager": eager,
     "sdpa": sdpa,
@@ -344,12 +372,16 @@ class GemmaAttention(nn.Module):
         k = k if self.k_norm is None else self.k_norm(k)
         cos, sin = position_embeddings
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        # The fused kernels keep no weights, so whoever asks for them gets the written-out form for this call.
+        attend = eager if output_attentions else IMPLEMENTATIONS[self.config.attn_implementation or "sdpa"]
+        dropout = self.attention_dropout if self.training else 0.0
+        told: dict[str, Any] = {"scale": self.scaling, "dropout": dropout, "softcap": self.softcap}
+        if isinstance(past_key_values, PagedCache) and past_key_values.packed:
+            past_key_values.write(k, v, self.layer_idx)
+            return by_spans(attend, q, past_key_values, self.layer_idx, **told).transpose(1, 2).reshape(B, S, -1), None
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx, {"cache_position": cache_position})
         if visible.last is not None:
             k, v = k[:, :, -visible.last :], v[:, :, -visible.last :]
-        # The fused kernels keep no weights, so whoever asks for them gets the written-out form for this call.
-        attend = eager if output_attentions else IMPLEMENTATIONS[self.config.attn_implementation or "sdpa"]
-        dropout = self.attention_dropout if self.training else 0.0
-        out, weights = attend(q, k, v, visible, scale=self.scaling, dropout=dropout, softcap=self.softcap)
+        out, weights = attend(q, k, v, visible, **told)
         return out.transpose(1, 2).reshape(B, S, -1), weights

@@ -165,29 +165,22 @@ class GemmaModel(GemmaPreTrainedModel):
         B, S, _ = inputs_embeds.shape
         device = inputs_embeds.device
         past, keys = (0, S) if cache is None else cache.span(S, cache_position)
-        packed = cache is None or cache.packs or (past_key_values is None and past == 0)
-        documents = position_ids if packed else None
-        # A window that all keys fit into hides nothing.
-        one = not isinstance(attention_mask, Mapping)
-        hiding = {w: None if w is None or (one and keys <= w) else w for w in self.windows}
-        made = {
-            window: visibility(
-                _mask_of(attention_mask, window),
+        causal = not config.use_bidirectional_attention if is_causal is None else is_causal
+        if cache is not None and cache.packed:
+            visible = dict.fromkeys(self.windows, Visibility(None, causal=True))
+        else:
+            documents = cache is None or cache.packs or (past_key_values is None and past == 0)
+            visible = self._visible(
+                attention_mask,
+                output_attentions,
                 batch=B,
                 queries=S,
                 keys=keys,
                 past=past,
-                causal=not config.use_bidirectional_attention if is_causal is None else is_causal,
-                window=window,
-                position_ids=documents,
+                causal=causal,
+                position_ids=position_ids if documents else None,
                 device=device,
-                dense=output_attentions or config.attn_implementation not in MASKLESS,
-                segmented=not output_attentions and config.attn_implementation in SEGMENTED,
-                whole=output_attentions,
             )
-            for window in dict.fromkeys(hiding.values())
-        }
-        visible = {window: made[hides] for window, hides in hiding.items()}
         if position_ids is None:
             position_ids = (torch.arange(past, past + S, device=device) if isinstance(past, int) else past)[None]
         dtype = inputs_embeds.dtype
@@ -215,6 +208,28 @@ class GemmaModel(GemmaPreTrainedModel):
             attentions=tuple(all_weights) if output_attentions else None,
         )
         return out if return_dict else out.to_tuple()
+
+    def _visible(
+        self, mask: Tensor | Mapping[str, Tensor] | None, weights: bool, *, keys: int, **told: Any
+    ) -> dict[int | None, Visibility]:
+        """By each window of the layers, who sees whom. weights: whether attention weights are asked for."""
+        attn = self.config.attn_implementation
+        # A window that all keys fit into hides nothing.
+        one = not isinstance(mask, Mapping)
+        hiding = {w: None if w is None or (one and keys <= w) else w for w in self.windows}
+        made = {
+            window: visibility(
+                _mask_of(mask, window),
+                keys=keys,
+                window=window,
+                dense=weights or attn not in MASKLESS,
+                segmented=not weights and attn in SEGMENTED,
+                whole=weights,
+                **told,
+            )
+            for window in dict.fromkeys(hiding.values())
+        }
+        return {window: made[hides] for window, hides in hiding.items()}
 
     def _embed(self, input_ids: Int[Tensor, "B S"] | None) -> Float[Tensor, "B S D"]:
         if input_ids is None:

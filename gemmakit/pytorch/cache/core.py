@@ -193,6 +193,7 @@ class Cache:
 
     max_cache_len: int | None = None
     spare: int | None = None  # of the newest tokens so many can be taken back; None for all
+    packed = False  # whether the next pass is one row of many sequences' tokens, of which the cache says who sees whom
     packs = False  # whether what it is given are documents laid end to end, told apart by their positions
 
     def __init__(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, NoReturn
 
 import torch
@@ -40,6 +41,9 @@ class Placement:
     behind them. lengths: (B,) int64, tokens a row has with the new ones. past: tokens before the new ones, if all rows
     have the same. keys: T, the positions that are read, at most P * page_size. window: of them a query sees the newest
     so many; None for all.
+
+    In a packed pass the new tokens of B rows, any number of each, lie end to end in one row of S. spans: these rows.
+    starts: (B + 1,) int64, where the new tokens of each begin among the S, and S; None in a pass that is not packed.
     """
 
     places: Int[Tensor, " BS"]
@@ -48,12 +52,18 @@ class Placement:
     past: int
     keys: int
     window: int | None = None
+    spans: Sequence[Span] = ()
+    starts: Int[Tensor, " B+1"] | None = None
     derived: dict[int, Placement] = field(default_factory=dict["int", "Placement"], init=False, repr=False)
 
     @property
-    def positions(self) -> Int[Tensor, "B 1"]:
-        """(B, 1): the position of the one new token of each row."""
-        return self.lengths[:, None] - 1
+    def positions(self) -> Int[Tensor, "B S"]:
+        """(B, 1): the position of the one new token of each row; in a packed pass (1, S), those of all its tokens."""
+        if self.starts is None:
+            return self.lengths[:, None] - 1
+        counts = self.starts.diff()
+        first = (self.lengths - counts - self.starts[:-1]).repeat_interleave(counts, output_size=len(self.places))
+        return (first + torch.arange(len(self.places), device=first.device))[None]
 
     @property
     def mask(self) -> Bool[Tensor, "B 1 1 T"]:
@@ -66,7 +76,7 @@ class Placement:
         """The same for a layer with a window, as if the pages that it hides from all new tokens were not there."""
         B, P = self.table.shape
         reach = 0 if window is None else window + len(self.places) // B - 1
-        if window is None or self.keys <= reach:
+        if window is None or self.keys <= reach or self.starts is not None:
             return self
         if window not in self.derived:
             # No length is read: a step that is recorded works this out anew each time.
@@ -125,11 +135,14 @@ class PagedCache(Cache):
 
     # -- for the engine --------------------------------------------------------------------------------------------
 
-    def place(self, spans: Sequence[Span]) -> Placement:
-        """Set what the next forward pass is about: several rows of one new token each, or one row of any number."""
+    def place(self, spans: Sequence[Span], packed: bool = False) -> Placement:
+        """Set what the next forward pass is about: several rows of one new token each, or one row of any number; or,
+        packed, several of any number as one row.
+        """
         size, device = self.page_size, self.storage[0].device
-        if len(spans) > 1 and any(span.end - span.start != 1 for span in spans):
-            raise InputError("rows of several new tokens are run one at a time.")
+        counts = [span.end - span.start for span in spans]
+        if not packed and len(spans) > 1 and any(count != 1 for count in counts):
+            raise InputError("rows of several new tokens are run one at a time, or packed.")
         held = [span.pages[: -(-span.end // size)] for span in spans]
         width = max(len(pages) for pages in held)
         table = [[*pages, *[NULL_PAGE] * (width - len(pages))] for pages in held]
@@ -138,8 +151,10 @@ class PagedCache(Cache):
             places=sent(places, device),
             table=sent(table, device),
             lengths=sent([span.end for span in spans], device),
-            past=spans[0].start,
-            keys=spans[0].end if len(spans) == 1 else width * size,
+            past=0 if packed else spans[0].start,
+            keys=sum(counts) if packed else spans[0].end if len(spans) == 1 else width * size,
+            spans=tuple(spans),
+            starts=sent([0, *accumulate(counts)], device) if packed else None,
         )
         return self.placement
 
@@ -160,6 +175,10 @@ class PagedCache(Cache):
         where = self.placement
         return None if where is None else where.within(self.windows[layer_idx], self.page_size)
 
+    @property
+    def packed(self) -> bool:
+        return self.placement is not None and self.placement.starts is not None
+
     # -- for the model ---------------------------------------------------------------------------------------------
 
     def update(
@@ -170,14 +189,29 @@ class PagedCache(Cache):
         cache_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Float[Tensor, "B K T H"], Float[Tensor, "B K T H"]]:
         """Append (B, K, S, H) to the rows' pages; give their keys and values, (B, K, T, H), those of no row zero."""
-        where = self._placed(key_states)
-        new = torch.stack((key_states, value_states)).detach().transpose(2, 3).flatten(1, 2)  # (2, B * S, K, H)
-        store = self.storage[layer_idx]
-        places = where.places.to(store.device)
-        store.flatten(1, 2).index_copy_(1, places, new.to(store.dtype))
+        where, store = self.write(key_states, value_states, layer_idx), self.storage[layer_idx]
         if where.keys == key_states.shape[2]:  # all there is to see is new
             return key_states, value_states
         return self._gather(store, where.within(self.windows[layer_idx], self.page_size))
+
+    def write(
+        self, key_states: Float[Tensor, "B K S H"], value_states: Float[Tensor, "B K S H"], layer_idx: int
+    ) -> Placement:
+        """Append to the rows' pages, and read nothing."""
+        where, store = self._placed(key_states), self.storage[layer_idx]
+        new = torch.stack((key_states, value_states)).detach().transpose(2, 3).flatten(1, 2)  # (2, B * S, K, H)
+        store.flatten(1, 2).index_copy_(1, where.places.to(store.device), new.to(store.dtype))
+        return where
+
+    def read(
+        self, layer_idx: int, row: int, end: int, last: int
+    ) -> tuple[Float[Tensor, "1 K T H"], Float[Tensor, "1 K T H"]]:
+        """Of a placed row's first `end` tokens the last T = `last`: their keys and values, copied together."""
+        where, store, size = self._required(), self.storage[layer_idx], self.page_size
+        first = (end - last) // size
+        pages = where.table[row, first : -(-end // size)].to(store.device)
+        rows = store.index_select(1, pages).flatten(1, 2)[:, None, : end - first * size][:, :, -last:]
+        return rows[0].transpose(1, 2), rows[1].transpose(1, 2)
 
     def span(self, queries: int, cache_position: Tensor | None = None) -> tuple[int, int]:
         """Tokens before the first query and keys it sees; with rows of different lengths the mask tells the rest."""
@@ -226,9 +260,10 @@ class PagedCache(Cache):
     def _placed(self, k: Tensor) -> Placement:
         where = self._required()
         B, S = k.shape[0], k.shape[2]
-        if (len(where.table), len(where.places)) != (B, B * S):
+        rows = 1 if self.packed else len(where.table)
+        if (rows, len(where.places)) != (B, B * S):
             raise InputError(
-                f"this call has {B} rows of {S} tokens, but {len(where.table)} rows with {len(where.places)} tokens in "
+                f"this call has {B} rows of {S} tokens, but {rows} rows with {len(where.places)} tokens in "
                 "all were placed: call place() before each forward pass."
             )
         return where

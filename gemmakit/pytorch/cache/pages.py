@@ -12,14 +12,15 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 NULL_PAGE = 0  # stands where a sequence has no page; nobody's, and always zero
-_ROOT = 0
+# A place in the tree of prefixes: its number or, at a root, the salt of those who share what grows there.
+Node = int | str
 
 
 class Prefix(NamedTuple):
     """Full pages that hold the first tokens of a sequence, and the place in the tree of prefixes where they end."""
 
     pages: tuple[int, ...] = ()
-    node: int = _ROOT
+    node: Node = ""
 
 
 NO_PREFIX = Prefix()
@@ -31,7 +32,7 @@ class Holding:
 
     pages: list[int] = field(default_factory=list)
     known: int = 0
-    node: int = _ROOT
+    node: Node = ""
 
 
 class PagePool:
@@ -49,9 +50,9 @@ class PagePool:
         self._idle: OrderedDict[int, None] = OrderedDict((page, None) for page in range(1, pages + 1))
         # A prefix is named by the number of its parent and the tokens of its last page. Numbers are never used again
         # and tokens are compared whole, so two prefixes cannot be mistaken for each other, as two hashes could.
-        self._tree: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}
-        self._names: dict[int, tuple[int, tuple[int, ...]]] = {}
-        self._last_node = _ROOT
+        self._tree: dict[tuple[Node, tuple[int, ...]], tuple[int, int]] = {}
+        self._names: dict[int, tuple[Node, tuple[int, ...]]] = {}
+        self._last_node = 0
         self.fresh: list[int] = []  # handed out and not yet cleared; who owns the memory empties it
 
     @property
@@ -62,9 +63,10 @@ class PagePool:
         """Pages for so many tokens."""
         return -(-tokens // self.page_size)
 
-    def find(self, tokens: Sequence[int]) -> Prefix:
-        """The longest known prefix of `tokens`, in whole pages; at least one token is left to be computed."""
-        pages, node = [], _ROOT
+    def find(self, tokens: Sequence[int], salt: str = "") -> Prefix:
+        """The longest known prefix under this salt, in whole pages; at least one token is left to be computed."""
+        pages: list[int] = []
+        node: Node = salt
         for i in range((len(tokens) - 1) // self.page_size if self.share else 0):
             entry = self._tree.get((node, self._content(tokens, i)))
             if entry is None:
@@ -113,7 +115,7 @@ class PagePool:
             if self._holders[page] == 0:
                 self._idle[page] = None
                 self._idle.move_to_end(page, last=page in self._names)
-        holding.known, holding.node = 0, _ROOT
+        holding.known, holding.node = 0, ""
 
     def _content(self, tokens: Sequence[int], i: int) -> tuple[int, ...]:
         return tuple(tokens[i * self.page_size : (i + 1) * self.page_size])

@@ -211,7 +211,7 @@ def _room(
         keys, values = k.new_empty(2, B, sizes[1], S, H)
         return Room(keys, values)
     if type(cache) is PagedCache:
-        return _pages(q, cache, attention.layer_idx)
+        return None if cache.packed else _pages(q, cache, attention.layer_idx)
     if type(cache).update is not Cache.update:
         return None
     held = cache.layer_for(attention.layer_idx, sizes)

@@ -289,7 +289,7 @@ def test_releasing_a_page_twice_is_noticed():
     pages = list(held.pages)
     pool.remember(held, [1, 2])
     pool.release(held)
-    assert (held.pages, held.known, held.node) == ([], 0, 0)
+    assert (held.pages, held.known, held.node) == ([], 0, "")
     pool.release(held)  # empty by now
     held.pages = pages
     with pytest.raises(AssertionError, match="nobody holds it"):

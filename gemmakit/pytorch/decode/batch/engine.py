@@ -6,19 +6,22 @@ This is what a server drives. Source: arXiv:2309.06180 (paged memory); schedulin
 
 from __future__ import annotations
 
+import heapq
+import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gemmakit.checks import Whole, check
-from gemmakit.errors import InputError, NumericalError
+from gemmakit.errors import InputError, NumericalError, QueueFull
 from gemmakit.pytorch.cache.paged import PagedCache, Span, bytes_per_token, sent
 from gemmakit.pytorch.cache.pages import PagePool
 from gemmakit.pytorch.decode.batch.capture import BatchCapture
+from gemmakit.pytorch.decode.batch.events import EngineStats, Event
 from gemmakit.pytorch.decode.batch.requests import Request, Row, choose_tokens, prepare_row
 from gemmakit.pytorch.decode.batch.scheduler import Part, Scheduler
 from gemmakit.pytorch.decode.protocols import CausalLM
@@ -26,19 +29,7 @@ from gemmakit.pytorch.decode.sampling import NO_TOKEN
 from gemmakit.pytorch.decode.step import forward
 from gemmakit.pytorch.decode.stream import HostCopy
 
-
-@dataclass(frozen=True)
-class Event:
-    """A request got a token, or ended, or both.
-
-    finish_reason: "eos", "stop" (a stop string or criterion), "length" (of tokens or time), "cancelled", "error"; None
-    while it goes on. token: None where it ended without a new one. error: what went wrong, for "error".
-    """
-
-    id: int
-    token: int | None
-    finish_reason: str | None = None
-    error: Exception | None = None
+OPTIONAL = ("cache_tokens", "cache_bytes", "max_waiting", "max_waiting_tokens")
 
 
 @dataclass
@@ -106,6 +97,9 @@ class BatchEngine:
         overlap: start a step before the tokens of the last one are read, so that an accelerator never waits for the
             host; by default on accelerators. A request that ends is then run for one token in vain.
         cuda_graphs: replay decoding passes that come often, where the device can.
+        max_waiting, max_waiting_tokens: answers that may wait, beside those for which there is room to run, and the
+            prompt tokens of all that wait; None for no limit. One that finds nobody waiting may have any length.
+        batch_invariant: give each request the same bits whatever else runs; by default on the CPU.
 
     Raises:
         InputError: a size that is no whole number above 0. NotEnoughMemory: the cache does not fit.
@@ -123,9 +117,13 @@ class BatchEngine:
         share_prefixes: bool = True,
         overlap: bool | None = None,
         cuda_graphs: bool = True,
+        max_waiting: int | None = None,
+        max_waiting_tokens: int | None = None,
+        batch_invariant: bool | None = None,
     ):
         sizes = {"max_batch_size": max_batch_size, "page_size": page_size, "prefill_tokens": prefill_tokens}
-        check_sizes(**sizes, cache_tokens=cache_tokens, cache_bytes=cache_bytes)
+        limits = {"max_waiting": max_waiting, "max_waiting_tokens": max_waiting_tokens}
+        check_sizes(**sizes, **limits, cache_tokens=cache_tokens, cache_bytes=cache_bytes)
         if cache_tokens is None and cache_bytes is None:
             cache_tokens = max(1024 * max_batch_size, model.config.max_position_embeddings)
         dtype = model.dtype
@@ -134,6 +132,8 @@ class BatchEngine:
         self.model = model
         self.cache = PagedCache(model.config, pages, page_size, dtype, devices)
         self.scheduler = Scheduler(PagePool(pages, page_size, share_prefixes), max_batch_size, prefill_tokens)
+        self._max_waiting, self._max_waiting_tokens = max_waiting, max_waiting_tokens
+        self._deadlines: list[tuple[float, int]] = []
         self._rows: dict[int, Row] = {}
         self._next_id = 0
         self._overlap = devices[0].type != "cpu" if overlap is None else overlap
@@ -160,15 +160,19 @@ class BatchEngine:
 
         Raises:
             PromptTooLong: it could not even run alone. InputError, GenerationConfigError, TokenOutOfRange: prompt or
-            settings out of range. Nothing is queued then.
+            settings out of range. QueueFull: too many wait. Nothing is queued then.
         """
         request = request if isinstance(request, Request) else Request(request)
+        prompt = request.prompt
+        self._check_queue(prompt.numel() if isinstance(prompt, Tensor) else len(prompt))
         return self.queue(prepare_row(self.model, request, self._next_id))
 
     def queue(self, row: Row) -> int:
         """As add, for a request that is checked already; its number must be above those before."""
         self.scheduler.add(row.sequence)
         self._rows[row.id] = row
+        if row.deadline is not None:
+            heapq.heappush(self._deadlines, (row.added + row.deadline, row.id))
         self._next_id = row.id + 1
         if self._captured is not None:
             self._captured.look()
@@ -180,8 +184,15 @@ class BatchEngine:
         if row is None:
             return False
         self.scheduler.remove(row.sequence)
-        self._events.append(Event(id, None, "cancelled"))
+        self._events.append(Event(id, None, "cancelled", usage=row.usage))
         return True
+
+    def stats(self) -> EngineStats:
+        """How the engine stands now; cheap."""
+        now, pool = self.scheduler, self.scheduler.pool
+        used = 1 - pool.idle / pool.pages
+        counts = now.prefix_queries, now.prefix_hits, now.preemptions
+        return EngineStats(len(now.running), len(now.waiting), used, *counts)
 
     @torch.no_grad()
     def step(self) -> list[Event]:
@@ -190,6 +201,7 @@ class BatchEngine:
         What a request's own processors and criteria raise, and scores with no finite number, end that request with an
         "error". Anything else (a KeyboardInterrupt, memory) is raised and leaves everything as it was: step again.
         """
+        self._expire()
         # Outcomes of a step that was interrupted are settled first.
         if not self._outcomes:
             self._launch()
@@ -200,6 +212,31 @@ class BatchEngine:
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
+    def _check_queue(self, tokens: int) -> None:
+        """Raises QueueFull if a prompt of so many tokens would make too many wait."""
+        waiting, free = self.scheduler.waiting, self.scheduler.max_batch_size - len(self.scheduler.running)
+        if self._max_waiting is not None and len(waiting) >= self._max_waiting + free:
+            raise QueueFull(
+                f"{len(waiting)} requests wait, and max_waiting is {self._max_waiting}: add it again later."
+            )
+        if self._max_waiting_tokens is not None and waiting:
+            held = sum(len(sequence.tokens) for sequence in waiting)
+            if held + tokens > self._max_waiting_tokens:
+                raise QueueFull(
+                    f"prompts of {held} tokens wait, this one has {tokens}, and max_waiting_tokens is "
+                    f"{self._max_waiting_tokens}: add it again later."
+                )
+
+    def _expire(self) -> None:
+        """End what has waited past its deadline."""
+        while self._deadlines and self._deadlines[0][0] <= time.monotonic():
+            _, id = heapq.heappop(self._deadlines)
+            row = self._rows.get(id)
+            if row is not None and row.started is None:
+                del self._rows[id]
+                self.scheduler.remove(row.sequence)
+                self._events.append(Event(id, None, "timeout", usage=row.usage))
+
     def _launch(self) -> None:
         """Start a step unless one is under way, and where possible the one after it; then read the first."""
         if self._flight is not None and not any(part.sequence.id in self._rows for part in self._flight.parts):
@@ -208,6 +245,9 @@ class BatchEngine:
             if not self.scheduler.has_work:
                 return
             step = self.scheduler.plan()
+            for part in (*step.prefill, *step.decode):
+                row = self._rows[part.sequence.id]
+                row.started = row.started or time.monotonic()
             self._flight = self._start(step.prefill, step.decode)
         if self._overlap and self._next is None:
             self._next = self._start_ahead(self._flight)
@@ -298,8 +338,11 @@ class BatchEngine:
         if event is None or event.error is None:
             self.scheduler.advance(outcome.part, outcome.token)
         if event is not None:
-            self._events.append(event)
-            if event.finish_reason is not None:
+            if event.token is not None and row.spoke is None:
+                row.spoke = time.monotonic()
+            ended = event.finish_reason is not None
+            self._events.append(replace(event, usage=row.usage) if ended else event)
+            if ended:
                 del self._rows[row.id]
                 self.scheduler.remove(row.sequence)
 
@@ -338,10 +381,10 @@ def _pages(page_size: int, cache_tokens: int | None, cache_bytes: int | None, to
     return pages
 
 
-def check_sizes(*, cache_tokens: int | None = None, cache_bytes: int | None = None, **sizes: Any) -> None:
-    if cache_tokens is not None and cache_bytes is not None:
+def check_sizes(**sizes: Any) -> None:
+    """Raises InputError for one that is no whole number above 0; those in OPTIONAL may be None."""
+    if sizes.get("cache_tokens") is not None and sizes.get("cache_bytes") is not None:
         raise InputError("cache_tokens and cache_bytes both say how large the cache is: give one of them.")
-    optional = {"cache_tokens": cache_tokens, "cache_bytes": cache_bytes}
-    sizes.update({name: size for name, size in optional.items() if size is not None})
     for name, size in sizes.items():
-        check(name, size, Whole(1), InputError)
+        if size is not None or name not in OPTIONAL:
+            check(name, size, Whole(1), InputError)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from gemmakit.errors import InputError
 from gemmakit.generation import GenerationConfig
-from gemmakit.pytorch.decode.batch.engine import BatchEngine, Event, check_sizes
+from gemmakit.pytorch.decode.batch.engine import BatchEngine, check_sizes
+from gemmakit.pytorch.decode.batch.events import Event
 from gemmakit.pytorch.decode.batch.requests import Request, Row, prepare_row
 from gemmakit.pytorch.decode.protocols import CausalLM
 

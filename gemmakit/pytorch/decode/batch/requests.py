@@ -5,25 +5,30 @@ Axis letters: R rows, V vocabulary.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from gemmakit.checks import is_whole
+from gemmakit.checks import Real, Whole, check_fields, is_whole
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError, PromptTooLong, TokenOutOfRange
 from gemmakit.generation import GenerationConfig
 from gemmakit.pytorch.cache.paged import sent
 from gemmakit.pytorch.decode import processors, stopping
 from gemmakit.pytorch.decode.batch import scheduler
+from gemmakit.pytorch.decode.batch.events import Usage
 from gemmakit.pytorch.decode.healing import heal
 from gemmakit.pytorch.decode.prompt import prepare
 from gemmakit.pytorch.decode.protocols import CausalLM
 from gemmakit.pytorch.decode.sampling import Exponential, Pick, greedy, row_generators, sampler
 from gemmakit.pytorch.decode.step import Step
+
+MAX_ANSWERS = 128
+MAX_LOGPROBS = 20
 
 
 @dataclass(frozen=True)
@@ -31,8 +36,15 @@ class Request:
     """What one caller wants.
 
     prompt: token ids, a list or a tensor (P,) or (1, P); empty starts from <bos>. generation_config: instead of the
-    model's own settings; settings: any of its fields, for this request; max_time counts from when it is added. The rest
-    as for generate(); processors and criteria see this request alone, ids (1, n) and scores (1, V).
+    model's own settings; settings: any of its fields, for this request; max_time counts from when it is added.
+    tokenizer: for the text in events and for what is about text. Processors and criteria see this request alone, ids
+    (1, n) and scores (1, V).
+
+    n: answers; of a sampled request with a seed, answer i draws from (seed, i). best_of: answers that are made, of
+    which the n with the highest mean log probability are told, when all have ended. logprobs: how many of the likeliest
+    tokens are told beside each token, 0 to 20, from the softmax of the model's own logits; None tells none, not even
+    the token's own. prompt_logprobs: the same for the prompt's tokens; with max_new_tokens=0 these are all there is.
+    cache_salt: prefixes are shared among requests of one salt only. deadline: seconds it may wait before it runs.
     """
 
     prompt: Sequence[int] | Tensor
@@ -41,6 +53,20 @@ class Request:
     tokenizer: stopping.Decoder | None = None
     logits_processor: Iterable[processors.Processor] = ()
     stopping_criteria: Iterable[stopping.Criterion] = ()
+    n: Annotated[int, Whole(1, MAX_ANSWERS)] = 1
+    best_of: Annotated[int | None, Whole(1, MAX_ANSWERS)] = None
+    logprobs: Annotated[int | None, Whole(0, MAX_LOGPROBS)] = None
+    prompt_logprobs: Annotated[int | None, Whole(0, MAX_LOGPROBS)] = None
+    cache_salt: str = ""
+    deadline: Annotated[float | None, Real(0)] = None
+
+    def check(self) -> None:
+        """Raises InputError for a field out of range."""
+        check_fields(self, InputError)
+        if self.best_of is not None and self.best_of < self.n:
+            raise InputError(f"best_of is {self.best_of}, but n is {self.n}: give a best_of of at least n.")
+        if not isinstance(self.cache_salt, str):
+            raise InputError(f"cache_salt is a {type(self.cache_salt).__name__}; it is a string.")
 
 
 @dataclass(eq=False)
@@ -48,7 +74,8 @@ class Row:
     """A request at work: its place in the schedule and everything its next token depends on.
 
     step: with an eos for the host alone. ids: (1, limit), the tokens once more, on the device, for processors and
-    criteria that read them; or None.
+    criteria that read them; or None. added, started, spoke: when it was added, first ran, gave its first token, by
+    the monotonic clock.
     """
 
     sequence: scheduler.Sequence
@@ -56,6 +83,10 @@ class Row:
     step: Step
     generator: torch.Generator | None
     ids: Tensor | None
+    deadline: float | None = None
+    added: float = field(default_factory=time.monotonic)
+    started: float | None = None
+    spoke: float | None = None
 
     @property
     def id(self) -> int:
@@ -68,6 +99,13 @@ class Row:
     @property
     def by_scores(self) -> bool:
         return all(isinstance(processor, processors.ScoresOnly) for processor in self.step.processors)
+
+    @property
+    def usage(self) -> Usage:
+        now, tokens = time.monotonic(), len(self.sequence.tokens) - self.prompt_length
+        queued = (now if self.started is None else self.started) - self.added
+        first = None if self.spoke is None else self.spoke - self.added
+        return Usage(self.prompt_length, self.sequence.cached or 0, tokens, queued, first, now - self.added)
 
     def process(self, scores: Tensor) -> Tensor:
         """scores: (1, V) -> (1, V) after this request's processors."""
@@ -95,6 +133,7 @@ def prepare_row(model: CausalLM, request: Request, number: int) -> Row:
 
     Raises InputError, GenerationConfigError, TokenOutOfRange; PromptTooLong if the context is too short.
     """
+    request.check()
     config = (request.generation_config or model.generation_config).updated(**request.settings)
     config.validate(model.config.vocab_size)
     refuse_unbatched(model.config, config)
@@ -118,7 +157,7 @@ def prepare_row(model: CausalLM, request: Request, number: int) -> Row:
         tokenizer=request.tokenizer,
     )
     row = Row(
-        sequence=scheduler.Sequence(number, ids[0].tolist(), length + new),
+        sequence=scheduler.Sequence(number, ids[0].tolist(), length + new, salt=request.cache_salt),
         prompt_length=length,
         step=Step(
             processors=tuple(processors.build(context)),
@@ -127,6 +166,7 @@ def prepare_row(model: CausalLM, request: Request, number: int) -> Row:
         ),
         generator=_generator(config, ids) if config.do_sample else None,
         ids=None,
+        deadline=request.deadline,
     )
     if row.step.criteria or not row.by_scores:
         row.ids = torch.nn.functional.pad(ids, (0, new))

@@ -21,14 +21,17 @@ class Sequence:
     """One request as the scheduler sees it.
 
     tokens: the prompt and what has come since. limit: tokens there may be at most. computed: how many of the tokens
-    have their keys in the pages of `holding`.
+    have their keys in the pages of `holding`. salt: prefixes are shared within one only. cached: how many tokens of
+    the prompt were found computed when it first ran; None before.
     """
 
     id: int
     tokens: list[int]
     limit: int
     computed: int = 0
+    salt: str = ""
     holding: Holding = field(default_factory=Holding)
+    cached: int | None = None
 
     @property
     def pending(self) -> int:
@@ -75,7 +78,7 @@ class Scheduler:
         self.pool, self.max_batch_size, self.prefill_tokens = pool, max_batch_size, prefill_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self.preemptions = 0
+        self.preemptions = self.prefix_queries = self.prefix_hits = 0
 
     @property
     def has_work(self) -> bool:
@@ -163,7 +166,7 @@ class Scheduler:
     def _admit(self) -> bool:
         """Let the first of the waiting run, if there are pages for its tokens and the next one."""
         sequence = self.waiting[0]
-        prefix = self.pool.find(sequence.tokens)
+        prefix = self.pool.find(sequence.tokens, sequence.salt)
         # The last token is never run. A page for the next one spares a sequence being sent back at its first step.
         stored = min(len(sequence.tokens) + 1, sequence.limit - 1)
         holding = self.pool.hold(self.pool.needed(stored), prefix)
@@ -172,6 +175,10 @@ class Scheduler:
         self.waiting.popleft()
         sequence.holding = holding
         sequence.computed = len(prefix.pages) * self.pool.page_size
+        if sequence.cached is None:
+            sequence.cached = sequence.computed
+            self.prefix_queries += len(sequence.tokens)
+            self.prefix_hits += sequence.computed
         self.running.append(sequence)
         return True
 
