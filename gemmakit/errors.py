@@ -14,6 +14,7 @@ GemmakitError
 │   ├── UnsafeFile                            a file that could run code or leave its folder
 │   └── HubError                              the Hub: offline, gated, missing, interrupted
 ├── NotEnoughMemory        (MemoryError)      found before the allocation where it can be known
+├── BatchStopped           (RuntimeError)     a batch file that cannot go on now; what is done is kept
 └── MissingDependency      (ImportError)      an extra that is not installed
 
 Each message says what happened, the values, the limit and the remedy, in one paragraph; the command line prints it so.
@@ -76,6 +77,10 @@ class HubError(CheckpointError):
 
 class NotEnoughMemory(GemmakitError, MemoryError):
     """An allocation that would not fit; gives needed and free bytes."""
+
+
+class BatchStopped(GemmakitError, RuntimeError):
+    """A batch file whose work cannot go on now: says why, what is kept, and how to go on."""
 
 
 class MissingDependency(GemmakitError, ImportError):
