@@ -29,10 +29,10 @@ def loss(model, ids):
     """Logits of all tokens are kept only here: they are large."""
     model.reset()
     model.eval(ids)
-    logits = np.array(model.scores[: len(ids) - 1], np.float64)
-    logits -= logits.max(axis=1, keepdims=True)
-    chosen = logits[np.arange(len(ids) - 1), ids[1:]]
-    return float((np.log(np.exp(logits).sum(axis=1)) - chosen).sum())
+    total = 0.0
+    for logits, token in zip(model.scores, ids[1:], strict=False):  # a row at a time: exp in float32, its sum not
+        total += float(logits.max()) - float(logits[token]) + np.log(np.exp(logits - logits.max()).sum(dtype=float))
+    return float(total)
 
 
 def main():

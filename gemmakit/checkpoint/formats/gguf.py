@@ -1,7 +1,7 @@
 """GGUF, the format of llama.cpp: a file as named arrays under the released checkpoint's names.
 
 Matrices of F32, F16 and BF16 are views of the mapped file. Blocks become numbers when they are asked for, a few rows at
-a time, by the codecs of the package gguf; or they stay codes and scales in gemmakit's own layout of int4 and int8
+a time (gguf_blocks.py); or they stay codes and scales in gemmakit's own layout of int4 and int8
 (`gemmakit.pytorch.kernels.packed`), which is theirs exactly. Source of the names and keys: llama.cpp's gguf-py.
 """
 
@@ -17,28 +17,16 @@ from types import MappingProxyType
 from typing import Any
 
 from gemmakit.checkpoint.arrays import BITS, TensorInfo, numpy_dtype, to_jax
-from gemmakit.errors import CheckpointError, MissingDependency
+from gemmakit.errors import CheckpointError
 from gemmakit.family import KINDS
 from gemmakit.gguf import MAGIC, PLAIN, GgufHeader, GgufTensor, read_gguf_header
 from gemmakit.gguf_settings import EMBEDDING, HEAD, matrices_dtype
 
 # The blocks that are read as numbers.
 DECODED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
-_CHUNK_ELEMENTS = 1 << 20
 BLOCK = 32
 # The blocks that gemmakit's own layout holds, and their bits.
 _BITS = {"Q4_0": 4, "Q8_0": 8}
-
-
-def gguf_package() -> Any:
-    """The package gguf: its codecs and its writer."""
-    try:
-        import gguf
-    except ImportError as error:
-        raise MissingDependency(
-            "GGUF's quantized blocks and the writing of GGUF files need the package gguf: `pip install 'gguf>=0.18'`."
-        ) from error
-    return gguf
 
 
 # -- names -------------------------------------------------------------------------------------------------------------
@@ -171,6 +159,8 @@ class GgufFile:
         """Every block as numbers, rounded once to the dtype; beside the result it takes a few MB."""
         import numpy as np
 
+        from gemmakit.checkpoint.formats import gguf_blocks
+
         out: Any
         as_array: Any
         if framework == "pt":
@@ -179,10 +169,10 @@ class GgufFile:
             out, as_array = torch.empty(prod(held.shape), dtype=getattr(torch, self.dtype)), torch.from_numpy
         else:
             out, as_array = np.empty(prod(held.shape), numpy_dtype(name, self.dtype)), np.asarray
-        gguf, kind, blocks = gguf_package(), held.kind, self._blocks(held)
-        for begin in range(0, len(blocks), _CHUNK_ELEMENTS // kind.block):
-            piece = blocks[begin : begin + _CHUNK_ELEMENTS // kind.block]
-            numbers = gguf.dequantize(piece.reshape(1, -1), gguf.GGMLQuantizationType(kind.number)).reshape(-1)
+        kind, blocks = held.kind, self._blocks(held)
+        step = gguf_blocks.CHUNK_ELEMENTS // kind.block
+        for begin in range(0, len(blocks), step):
+            numbers = gguf_blocks.dequantize(blocks[begin : begin + step], kind.name)
             at = begin * kind.block
             out[at : at + numbers.size] = as_array(numbers)
         return out.reshape(held.shape)

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from gemmakit.checkpoint.arrays import describe, made
-from gemmakit.checkpoint.formats.gguf import BLOCK, gguf_name, gguf_package, is_norm
+from gemmakit.checkpoint.formats.gguf import BLOCK, gguf_name, is_norm
 from gemmakit.checkpoint.layout import tensor_shapes
 from gemmakit.checkpoint.save import require_disk, saving_into, sync_directory, write
 from gemmakit.config import GemmaConfig
-from gemmakit.errors import ConfigError, InputError
+from gemmakit.errors import ConfigError, InputError, MissingDependency
 from gemmakit.family import FULL_ATTENTION, SLIDING_ATTENTION
 from gemmakit.gguf import PLAIN, TYPES, BlockType
 from gemmakit.gguf_settings import (
@@ -111,9 +111,18 @@ def write_gguf(
 # -- the file ----------------------------------------------------------------------------------------------------------
 
 
+def _gguf_package() -> Any:
+    """The package gguf: its writer, and how it rounds to blocks."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise MissingDependency("Writing GGUF files needs the package gguf: `pip install 'gguf>=0.18'`.") from error
+    return gguf
+
+
 def _header(scratch: Path, metadata: Mapping[str, Any], items: Iterable[_Item]) -> bytes:
     """The file up to its first tensor. gguf's writer makes it; tensors it would want whole, so it gets none."""
-    gguf = gguf_package()
+    gguf = _gguf_package()
     types = gguf.GGUFValueType
     kinds = {list: types.ARRAY, str: types.STRING, bool: types.BOOL, int: types.UINT32, float: types.FLOAT32}
     writer = gguf.GGUFWriter(scratch, metadata["general.architecture"])  # which is its first key
@@ -166,6 +175,7 @@ def _model_keys(config: GemmaConfig, kind: str, name: str) -> dict[str, Any]:
         f"rope_type={local['rope_type']!r} in window layers": local is not rope and local["rope_type"] != "default",
         "use_bidirectional_attention=True": bool(config.use_bidirectional_attention),
         f"scores scaled by {config.layer(0).scale:g}": config.layer(0).scale != _their_scale(config),
+        "no layer with a window": config.kind.pattern > 1 and not config.kind.rope_bases and not any(_windows(config)),
         "attn_logit_softcapping=None": config.kind.capped and not config.attn_logit_softcapping,
         "final_logit_softcapping=None": config.kind.capped and not config.final_logit_softcapping,
     }
@@ -198,15 +208,18 @@ def _their_scale(config: GemmaConfig) -> float:
     return (config.hidden_size // config.num_attention_heads if shared else config.head_dim) ** -0.5
 
 
+def _windows(config: GemmaConfig) -> list[int | None]:
+    return [config.layer(i).window for i in range(config.num_hidden_layers)]
+
+
 def _attention_keys(config: GemmaConfig, local: dict[str, Any]) -> dict[str, Any]:
     """Windows and which layers have one, their rotary table, caps; nothing of Gemma 1."""
     if config.kind.pattern == 1:
         return {}
-    layers = [config.layer(i).window for i in range(config.num_hidden_layers)]
-    keys: dict[str, Any] = {
-        "attention.sliding_window": next((window for window in layers if window), config.sliding_window),
-        "attention.sliding_window_pattern": [window is not None for window in layers],
-    }
+    windows = _windows(config)
+    keys: dict[str, Any] = {"attention.sliding_window": next(filter(None, windows), 0)}
+    if any(windows):  # llama.cpp stops where a pattern has no window at all
+        keys["attention.sliding_window_pattern"] = [window is not None for window in windows]
     if config.kind.rope_bases:
         keys["rope.freq_base_swa"] = float(local["rope_theta"])
     caps = {name: getattr(config, name) for name in ("attn_logit_softcapping", "final_logit_softcapping")}
@@ -302,7 +315,7 @@ def _bytes(key: str, piece: Any, kind: str) -> Any:
         _refuse_too_large(key, numbers, kind)
     if kind == "F16":
         return numbers.astype(np.float16).data
-    gguf = gguf_package()
+    gguf = _gguf_package()
     with np.errstate(all="ignore"):  # a step that has no finite inverse is zero in 16 bits, whatever its codes
         return gguf.quantize(numbers.reshape(1, -1), gguf.GGMLQuantizationType[kind]).data
 

@@ -9,7 +9,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, quants
 from gguf_models import CONFIG, vocabulary
 
 from gemmakit import GemmaConfig
-from gemmakit.checkpoint.formats import gguf
+from gemmakit.checkpoint.formats import gguf, gguf_blocks
 from gemmakit.checkpoint.formats.gguf_writing import write_gguf
 from gemmakit.checkpoint.layout import tensor_shapes
 from gemmakit.gguf import TYPES
@@ -36,7 +36,7 @@ def test_any_bytes_mean_the_numbers_of_llama_cpp_s_reference(kind, chunk, tmp_pa
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    monkeypatch.setattr(gguf, "_CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(gguf_blocks, "CHUNK_ELEMENTS", chunk)
     file = gguf.GgufFile(tmp_path / "x.gguf")
     with np.errstate(all="ignore"):
         expected = quants.dequantize(raw, number)
