@@ -40,14 +40,19 @@ class TextGenerationPipeline(Pipeline):
         return isinstance(inputs, str) or _is_chat(inputs)
 
     def encode(
-        self, prompt: str | Sequence[Message], *, prefix: str = "", continue_final_message: bool | None = None
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        prefix: str = "",
+        continue_final_message: bool | None = None,
+        tools: Sequence[Any] | None = None,
     ) -> list[int]:
-        """The ids of a text or a chat, with exactly one <bos>."""
+        """The ids of a text or a chat, with exactly one <bos>. tools: what a chat's answer may call."""
         if isinstance(prompt, str):
             return list(self.tokenizer(prefix + prompt)["input_ids"])
         goes_on = _goes_on(prompt, continue_final_message)
         rendered = self.tokenizer.apply_chat_template(
-            list(prompt), add_generation_prompt=not goes_on, continue_final_message=goes_on
+            list(prompt), tools=tools, add_generation_prompt=not goes_on, continue_final_message=goes_on
         )
         return list(rendered["input_ids"])
 

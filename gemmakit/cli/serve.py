@@ -1,0 +1,95 @@
+"""gemmakit serve: a model behind the API that every client knows."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+import gemmakit
+from gemmakit.cli import options as o
+from gemmakit.cli.shell import note
+from gemmakit.errors import InputError, MissingDependency
+
+KEY_VARIABLE = "GEMMAKIT_API_KEY"
+
+
+def serve(
+    model: Annotated[str | None, Argument(help="Folder or Hub id; if left out, the demo model.")] = None,
+    host: Annotated[str, Option(metavar="NAME", help="Where to listen; only this machine if left out.")] = "127.0.0.1",
+    port: Annotated[int, Option(metavar="N", min=0, max=65535, help="0: any free one.")] = 8000,
+    api_key: Annotated[
+        list[str] | None,
+        Option(metavar="KEY", help=f"Asked of every request; may be repeated. Or in {KEY_VARIABLE}, commas between."),
+    ] = None,
+    served_model_name: Annotated[
+        list[str] | None, Option(metavar="NAME", help="What clients may call the model; may be repeated.")
+    ] = None,
+    device: o.Device = "auto",
+    dtype: o.Dtype = "auto",
+    revision: o.Revision = None,
+    max_batch_size: Annotated[int, Option(metavar="N", min=1, help="Answers that are generated side by side.")] = 8,
+    max_waiting: Annotated[int, Option(metavar="N", min=1, help="Requests that may wait; then 429.")] = 256,
+    cache_bytes: Annotated[int | None, Option(metavar="N", min=1, help="Memory for keys and values.")] = None,
+    context: Annotated[
+        int | None, Option(metavar="N", min=1, help="Tokens of a prompt and its answer; the model's if left out.")
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None, Option(metavar="NAME", help="A name this server goes by; * for any. May be repeated.")
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None, Option(metavar="URL", help="A site whose pages may ask; * for any. May be repeated.")
+    ] = None,
+    drain_seconds: Annotated[float, Option(metavar="S", min=0, help="For running answers, once told to end.")] = 30.0,
+    log_format: Annotated[str, Option(metavar="KIND", help="text or json: one line a request.")] = "text",
+) -> int:
+    """Serve a model over HTTP: OpenAI's API (chat, completions, models) and more.
+
+    Any OpenAI client works with base_url http://127.0.0.1:8000/v1. Ctrl-C lets running answers end, a second one does
+    not.
+    """
+    if log_format not in ("text", "json"):
+        raise InputError(f"--log-format is {log_format!r}; it must be text or json.")
+    try:
+        from gemmakit.serve.loading import Loading
+        from gemmakit.serve.server import listen, run
+        from gemmakit.serve.settings import ServeSettings
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("gemmakit"):
+            raise
+        raise MissingDependency(f"serving needs the package {error.name}: pip install 'gemmakit[serve]'.") from None
+    settings = ServeSettings(
+        api_keys=(*(api_key or ()), *_keys_of(os.environ.get(KEY_VARIABLE, ""))),
+        allowed_hosts=(host, *(allowed_host or ())),
+        cors_origins=tuple(cors_origin or ()),
+        drain_s=drain_seconds,
+        log_format=log_format,
+    )
+    socket = listen(host, port, settings.stall_s)
+    shown = f"[{host}]" if ":" in host else host
+    note(f"loading {model or 'the demo model'}")
+    loading = Loading(
+        str(model or gemmakit.demo_model()),
+        tuple(served_model_name or (_name(model),)),
+        dict(device_map=device, dtype=dtype, revision=revision),
+        context,
+        dict(max_batch_size=max_batch_size, max_waiting=max_waiting, cache_bytes=cache_bytes),
+    )
+
+    def ready() -> None:
+        note(f"serving {loading.names[0]} on http://{shown}:{socket.getsockname()[1]}")
+
+    return run(settings, socket, loading, ready)
+
+
+def _keys_of(text: str) -> list[str]:
+    return [key.strip() for key in text.split(",") if key.strip()]
+
+
+def _name(model: str | None) -> str:
+    """What a model is called where nobody says: its id on the Hub, or its folder's name."""
+    if model is None:
+        return "gemmakit-demo"
+    return Path(model).resolve().name if Path(model).exists() else model

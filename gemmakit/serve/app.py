@@ -1,0 +1,37 @@
+"""The application: routes, and around them who may ask, and how much."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
+
+from gemmakit import __version__
+from gemmakit.serve.refusals import TYPES, ErrorBody, answer_errors
+from gemmakit.serve.routes import chat, completions, status
+from gemmakit.serve.service import Service
+from gemmakit.serve.trust import Bodies, Keys, Origins
+
+ROUTERS = (chat.router, completions.router, status.router)
+ERRORS: dict[int | str, dict[str, Any]] = {code: {"model": ErrorBody} for code in TYPES if code != 405}
+
+
+def create_app(service: Service) -> FastAPI:
+    """The server of one model, as an ASGI application. Its answers are 503 until `service.open` was called."""
+    # Its own pages of documentation load scripts from other sites; /openapi.json is there.
+    app = FastAPI(title="gemmakit", version=__version__, docs_url=None, redoc_url=None, responses=ERRORS)
+    app.state.service = service
+    answer_errors(app)
+    for router in ROUTERS:
+        app.include_router(router)
+    settings = service.settings
+    # The last is the outermost.
+    app.add_middleware(Bodies, settings=settings)
+    app.add_middleware(Keys, settings=settings)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["*"], allow_headers=["*"]
+        )
+    app.add_middleware(Origins, settings=settings)
+    return app

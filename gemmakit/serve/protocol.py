@@ -1,0 +1,163 @@
+"""What clients send, as data: OpenAI's fields and ours, each once, with its range.
+
+A field that is not here is accepted and counted. One that is here and cannot be honoured is refused by name.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+MAX_STOPS, MAX_CHOICES, MAX_TOP = 4, 128, 20
+MAX_MESSAGES, MAX_PROMPTS, MAX_TOOLS = 4096, 256, 128
+
+
+class Body(BaseModel):
+    """A JSON object whose types are taken at their word: "1" is no number."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    @property
+    def unknown(self) -> list[str]:
+        """The names of the fields that nobody here reads."""
+        return list(self.model_extra or ())
+
+
+def _number(low: float, high: float) -> Any:
+    return Field(ge=low, le=high, allow_inf_nan=False)
+
+
+Share = Annotated[float, _number(0, 1)]
+Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
+NewTokens = Annotated[int, Field(ge=1, le=2**31 - 1)]
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+StopText = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+Stops = StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)]
+Name = Annotated[str, StringConstraints(max_length=512)]
+
+
+class StreamOptions(Body):
+    include_usage: bool = False
+
+
+class JsonSchema(Body):
+    name: Name = "answer"
+    schema_: dict[str, Any] | bool | None = Field(None, alias="schema")
+    strict: bool | None = None
+    description: str | None = None
+
+
+class ResponseFormat(Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class Sampling(Body):
+    """How an answer is drawn. What is not given is the model's own way."""
+
+    temperature: Annotated[float, _number(0, 2)] | None = None
+    top_p: Share | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
+    min_p: Share | None = None
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | None = None
+    frequency_penalty: Annotated[float, _number(-2, 2)] | None = None
+    presence_penalty: Annotated[float, _number(-2, 2)] | None = None
+    logit_bias: Annotated[dict[str, Annotated[float, _number(-100, 100)]], Field(max_length=1024)] | None = None
+    min_tokens: Count | None = None
+    ignore_eos: bool = False
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
+    regex: Annotated[str, StringConstraints(min_length=1, max_length=2**16)] | None = None
+    grammar: Annotated[str, StringConstraints(min_length=1, max_length=2**16)] | None = None
+    json_schema: dict[str, Any] | bool | Annotated[str, StringConstraints(min_length=1)] | None = None
+    cache_salt: Name | None = None
+
+
+class Generating(Sampling):
+    """What chat and completions share beside."""
+
+    model: Name | None = None
+    stop: Stops | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    user: str | None = None
+
+
+Tokens = Annotated[list[TokenId], Field(min_length=1)]
+Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+TokenLists = Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS)]
+
+
+class CompletionRequest(Generating):
+    prompt: str | Tokens | Texts | TokenLists
+    max_tokens: Count | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = None
+    echo: bool | None = False
+    suffix: str | None = None
+
+
+class Function(Body):
+    name: Annotated[str, StringConstraints(pattern=r"^[\w.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Body):
+    type: Literal["function"]
+    function: Function
+
+
+class CalledFunction(Body):
+    name: Name
+    arguments: str
+
+
+class ToolCall(Body):
+    id: Name | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class Part(Body):
+    type: Name
+    text: str | None = None
+
+
+class Message(Body):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[Part] | None = None
+    name: Name | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
+    tool_call_id: Name | None = None
+
+
+class NamedFunction(Body):
+    name: Name
+
+
+class NamedTool(Body):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class ChatRequest(Generating):
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_tokens: NewTokens | None = None
+    max_completion_tokens: NewTokens | None = None
+    logprobs: bool | None = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    # Known, and not to be had: refused unless they ask for what there is anyway.
+    functions: list[Any] | None = None
+    function_call: Any = None
+    audio: Any = None
+    modalities: list[str] | None = None
+    web_search_options: Any = None
+    reasoning_effort: str | None = None

@@ -1,0 +1,123 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from gemmakit.pytorch.decode.batch import Event
+from gemmakit.serve.generation import Answers, Choice, make_request
+from gemmakit.serve.protocol import ChatRequest, Message
+from gemmakit.serve.refusals import Refusal
+from gemmakit.serve.served import NEVER, ServedModel
+from gemmakit.serve.service import salt_of, service_of
+from gemmakit.serve.stream import DONE, EventStream, line, while_there
+
+router = APIRouter(tags=["openai"])
+
+
+@router.post("/v1/chat/completions")
+async def chat_completions(body: ChatRequest, request: Request) -> Response:
+    """Answer a conversation."""
+    service = service_of(request)
+    served = service.ready(body.model)
+    service.count_unknown(body)
+    _refuse(body)
+    prompt = await served.aside(served.encode_chat, [_plain(message) for message in body.messages])
+    wanted = make_request(
+        served,
+        body,
+        prompt,
+        max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
+        salt=salt_of(request),
+        deadline=service.settings.queue_s,
+        stop=body.stop,
+        response_format=body.response_format,
+        chat=True,
+        n=body.n or 1,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+    )
+    answers = await service.answers(request, [wanted])
+    head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": body.model or served.name}
+    if body.stream:
+        usage = body.stream_options is not None and body.stream_options.include_usage
+        return EventStream(_chunks(served, answers, head, usage), answers, service.settings.heartbeat_s)
+    choices = await while_there(request, answers, answers.finish())
+    told = [_choice(served, choice) for choice in choices]
+    return JSONResponse({**head, "object": "chat.completion", "choices": told, "usage": answers.usage})
+
+
+def _refuse(body: ChatRequest) -> None:
+    """Raises Refusal for what is known, changes the answer, and is not to be had."""
+    if body.top_logprobs and not body.logprobs:
+        raise Refusal(400, "top_logprobs needs logprobs: true.", param="top_logprobs")
+    if body.stream_options is not None and not body.stream:
+        raise Refusal(400, "stream_options needs stream: true.", param="stream_options")
+    text_alone = body.modalities in (None, ["text"])
+    absent = {
+        "functions": (body.functions, "use tools"),
+        "function_call": (body.function_call, "use tool_choice"),
+        "audio": (body.audio, "gemmakit writes text"),
+        "modalities": (None if text_alone else body.modalities, "gemmakit writes text"),
+        "web_search_options": (body.web_search_options, "gemmakit opens no addresses"),
+    }
+    for name, (value, remedy) in absent.items():
+        if value:
+            raise Refusal(400, f"{name} cannot be honoured: {remedy}.", param=name, code="unsupported")
+
+
+def _plain(message: Message) -> dict[str, Any]:
+    found = message.model_dump(include={"role", "content", "name"}, exclude_none=True)
+    return {**found, "role": "system"} if message.role == "developer" else found
+
+
+async def _chunks(served: ServedModel, answers: Answers, head: dict[str, Any], usage: bool) -> AsyncIterator[str]:
+    """The stream's events: the role first, an empty delta with the reason last, then the usage if it is asked for."""
+    head = {**head, "object": "chat.completion.chunk"}
+    if usage:
+        head["usage"] = None
+
+    def chunk(index: int, delta: dict[str, Any], **more: Any) -> str:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **more}
+        return line({**head, "choices": [choice]})
+
+    for choice in answers.choices:
+        yield chunk(choice.index, {"role": "assistant", "content": ""})
+    async for choice, event in answers:
+        scores = _scores(served, [event])
+        if event.text or scores:
+            yield chunk(choice.index, {"content": event.text}, logprobs=scores)
+        if choice.finish_reason is not None:
+            yield chunk(choice.index, {}, finish_reason=choice.finish_reason)
+    if usage:
+        yield line({**head, "choices": [], "usage": answers.usage})
+    yield DONE
+
+
+def _choice(served: ServedModel, choice: Choice) -> dict[str, Any]:
+    return {
+        "index": choice.index,
+        "message": {"role": "assistant", "content": choice.text, "refusal": None},
+        "logprobs": _scores(served, choice.events),
+        "finish_reason": choice.finish_reason,
+    }
+
+
+def _scores(served: ServedModel, events: list[Event]) -> dict[str, Any] | None:
+    """Log probabilities as a chat has them; None where they were not asked for."""
+
+    def score(token: int, logprob: float) -> dict[str, Any]:
+        text, data = served.token_text(token), list(served.token_bytes(token))
+        return {"token": text, "logprob": max(logprob, NEVER), "bytes": data}
+
+    content = [
+        {**score(e.token, e.logprob), "top_logprobs": [score(*each) for each in e.top_logprobs]}
+        for e in events
+        if e.token is not None and e.logprob is not None
+    ]
+    return {"content": content, "refusal": None} if content else None

@@ -1,0 +1,47 @@
+"""What the server is and how it does: models, health, version."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+
+from gemmakit import __version__
+from gemmakit.serve.served import ServedModel
+from gemmakit.serve.service import service_of
+
+router = APIRouter(tags=["status"])
+
+
+@router.get("/health", responses={503: {"description": "loading, draining or failed"}})
+async def health(request: Request) -> JSONResponse:
+    """200 once requests are answered."""
+    state = service_of(request).state
+    return JSONResponse({"status": state}, 200 if state == "ready" else 503)
+
+
+@router.get("/version")
+async def version() -> dict[str, str]:
+    return {"version": __version__}
+
+
+@router.get("/v1/models")
+async def models(request: Request) -> dict[str, Any]:
+    served = service_of(request).ready()
+    return {"object": "list", "data": [_card(served, name) for name in served.names]}
+
+
+@router.get("/v1/models/{name:path}")
+async def model(name: str, request: Request) -> dict[str, Any]:
+    return _card(service_of(request).ready(name), name)
+
+
+def _card(served: ServedModel, name: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": served.created,
+        "owned_by": "gemmakit",
+        "max_model_len": served.context,
+    }

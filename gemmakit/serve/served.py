@@ -1,0 +1,86 @@
+"""A model as a server has it: its names, its prompts as ids, its tokens as text."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from gemmakit.pipelines import EmbeddingModel, TextGenerationPipeline
+from gemmakit.pytorch.decode.token_bytes import token_table
+from gemmakit.serve.refusals import Refusal
+
+T = TypeVar("T")
+# Texts become ids beside the event loop, so that a long one holds nobody up.
+READERS = 2
+# OpenAI's word for a probability of zero, which JSON has no number for.
+NEVER = -9999.0
+
+
+class ServedModel:
+    """names: what clients may call it; the first is what it calls itself.
+
+    pipe: for a model that generates; embedder: for one that embeds. One of them is there.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        pipe: TextGenerationPipeline | None = None,
+        embedder: EmbeddingModel | None = None,
+        room: int | None = None,
+    ):
+        self.names, self._pipe, self.embedder = tuple(names), pipe, embedder
+        self.created = int(time.time())
+        self.tokenizer: Any = embedder.tokenizer if pipe is None and embedder is not None else pipe and pipe.tokenizer
+        config = (embedder if pipe is None else pipe).model.config  # type: ignore[union-attr]
+        self.vocabulary: int = config.vocab_size
+        self.context: int = min(config.max_position_embeddings, room or config.max_position_embeddings)
+        self._readers = ThreadPoolExecutor(READERS, "gemmakit-reader")
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
+    def pipe(self) -> TextGenerationPipeline:
+        """Raises Refusal for a model that does not generate."""
+        if self._pipe is None:
+            raise Refusal(400, "this model gives embeddings, not texts: use /v1/embeddings.")
+        return self._pipe
+
+    def check_name(self, name: str | None) -> None:
+        """Raises Refusal for a name that is not this model's; none means it."""
+        if name is not None and name not in self.names:
+            known = ", ".join(self.names)
+            raise Refusal(404, f"there is no model {name!r:.200} here; there is {known}.", code="model_not_found")
+
+    async def aside(self, function: Callable[..., T], *arguments: Any, **named: Any) -> T:
+        """Run what takes long in another thread."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._readers, lambda: function(*arguments, **named))
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> list[int]:
+        """The ids of a conversation; an answer of the assistant's at its end is gone on with."""
+        return self.pipe.encode(messages, tools=tools)
+
+    def encode_prompt(self, prompt: str | Sequence[int]) -> list[int]:
+        """The ids of a text, with its <bos>; ids as they are. Raises TokenOutOfRange when the engine is given them."""
+        return self.pipe.encode(prompt) if isinstance(prompt, str) else list(prompt)
+
+    def is_special(self, token: int) -> bool:
+        """Whether a token adds nothing to a text."""
+        return token in token_table(self.tokenizer, self.vocabulary)[1]
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token adds to a text; a special one its name."""
+        return token_table(self.tokenizer, self.vocabulary)[0][token]
+
+    def token_text(self, token: int) -> str:
+        """A token by itself, as OpenAI writes it: one that is part of a character by its bytes."""
+        try:
+            return self.token_bytes(token).decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.token_bytes(token))

@@ -1,0 +1,31 @@
+"""What a server allows and how long it waits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """How a server is met from outside.
+
+    api_keys: any of them opens every route but /health; none: no key is asked. allowed_hosts: names a request may be
+    addressed to beside the loopback ones, "*" for any. cors_origins: pages of other origins that may ask.
+    max_body_bytes: of a request, but for the routes in max_upload_bytes. body_s: for a body to arrive.
+    buffered_events: tokens that wait for a slow reader before its request is dropped. heartbeat_s: silence of a stream
+    until a comment is sent. queue_s: how long a request may wait for the engine. compile_s: for a schema, an expression
+    or a grammar. drain_s: for running answers once the server is told to end. stall_s: for a reader that takes nothing.
+    """
+
+    api_keys: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    max_body_bytes: int = 4 * 2**20
+    body_s: float = 30.0
+    stall_s: float = 60.0
+    heartbeat_s: float = 15.0
+    queue_s: float | None = 300.0
+    compile_s: float = 5.0
+    drain_s: float = 30.0
+    buffered_events: int = 4096
+    log_format: str = "text"
