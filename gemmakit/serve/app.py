@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from gemmakit import __version__
+from gemmakit.serve.access_log import AccessLog
 from gemmakit.serve.refusals import TYPES, ErrorBody, answer_errors
 from gemmakit.serve.routes import chat, completions, status
 from gemmakit.serve.service import Service
@@ -34,4 +35,5 @@ def create_app(service: Service) -> FastAPI:
             CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["*"], allow_headers=["*"]
         )
     app.add_middleware(Origins, settings=settings)
+    app.add_middleware(AccessLog, log_format=settings.log_format)
     return app

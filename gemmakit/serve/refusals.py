@@ -6,11 +6,11 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
-from starlette.exceptions import HTTPException
+from starlette.exceptions import HTTPException as RoutingException
 
 from gemmakit.errors import GemmakitError, InputError, PromptTooLong, TokenizerError
 
@@ -41,8 +41,11 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
-class Refusal(Exception):
-    """An answer that is an error. param: the field at fault; code: for programs."""
+class Refusal(HTTPException):
+    """An answer that is an error. param: the field at fault; code: for programs.
+
+    FastAPI lets its own kind of exception through, also from under the reading of a body.
+    """
 
     def __init__(
         self,
@@ -53,17 +56,18 @@ class Refusal(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ):
-        super().__init__(message)
-        self.status, self.param, self.code, self.headers = status, param, code, headers
+        super().__init__(status, message, dict(headers or {}))
+        self.param, self.code = param, code
 
     @property
     def body(self) -> dict[str, Any]:
-        kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
+        status = self.status_code
+        kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+        error = {"message": self.detail, "type": kind, "param": self.param, "code": self.code}
         return {"type": "error", "error": error}  # the outer type is what Anthropic's clients look for
 
     def response(self) -> JSONResponse:
-        return JSONResponse(self.body, self.status, headers=self.headers)
+        return JSONResponse(self.body, self.status_code, headers=self.headers)
 
 
 def refusal_of(error: BaseException) -> Refusal:
@@ -95,7 +99,7 @@ def answer_errors(app: FastAPI) -> None:
 
     async def refused(request: Request, error: Exception) -> JSONResponse:
         refusal = refusal_of(error)
-        if refusal.status == 500:
+        if refusal.status_code == 500:
             log.error("%s failed", request.url.path, exc_info=error)
         return refusal.response()
 
@@ -109,4 +113,4 @@ def answer_errors(app: FastAPI) -> None:
     for kind in (Refusal, GemmakitError, Exception):
         app.add_exception_handler(kind, refused)
     app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(RoutingException, http)

@@ -14,6 +14,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from gemmakit.errors import InputError
+from gemmakit.serve.access_log import write_to_stderr
 from gemmakit.serve.app import create_app
 from gemmakit.serve.loading import Loading
 from gemmakit.serve.service import Service
@@ -114,6 +115,7 @@ class Server(uvicorn.Server):
 
 def run(settings: ServeSettings, listening: socket.socket, loading: Loading, ready: Callable[[], None]) -> int:
     """Serve until told to end; the exit code. Raises what loading raises. ready: called once requests are answered."""
+    write_to_stderr()
     service = Service(settings)
 
     def load() -> None:

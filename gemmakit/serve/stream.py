@@ -97,7 +97,7 @@ class EventStream(Response):
 
     def _note(self, scope: Scope, tasks: Sequence[asyncio.Future[Any]]) -> None:
         if not tasks[0].done():
-            scope["state"]["ended"] = "left" if tasks[1].done() else "slow reader"
+            scope.setdefault("state", {})["ended"] = "left" if tasks[1].done() else "slow reader"
 
 
 async def _end(*tasks: asyncio.Future[Any]) -> None:

@@ -14,7 +14,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gemmakit.serve.refusals import Refusal
 from gemmakit.serve.settings import ServeSettings
 
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 OPEN = ("/health",)
 
 
@@ -28,43 +27,30 @@ class Origins:
 
     def __init__(self, app: ASGIApp, settings: ServeSettings):
         self.app = app
-        self.hosts = {*LOOPBACK, *(host.lower().strip("[]") for host in settings.allowed_hosts)}
-        self.numbers = any(not _is_loopback(host) for host in settings.allowed_hosts)
+        self.hosts = {"localhost", *(host.lower() for host in settings.allowed_hosts)}
         self.origins = {origin.lower().rstrip("/") for origin in settings.cors_origins}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and (refusal := self._refusal(Headers(scope=scope))) is not None:
-            await refusal.response()(scope, receive, send)
-        elif scope["type"] != "websocket":
-            await self.app(scope, receive, send)
+        refusal = self._refusal(Headers(scope=scope)) if scope["type"] == "http" else None
+        await (self.app if refusal is None else refusal.response())(scope, receive, send)
 
     def _refusal(self, headers: Headers) -> Refusal | None:
         hosts, origins = headers.getlist("host"), headers.getlist("origin")
-        if len(hosts) != 1 or not self._may_be(_name(f"//{hosts[0]}")):
+        if len(hosts) != 1 or not self._is_ours(hosts[0]):
             return Refusal(403, "this server does not go by that name: allow it with --allowed-host.", code="host")
-        same = [origin for origin in origins if urlsplit_or_none(origin) == hosts[0].lower()]
-        if len(origins) > 1 or (origins and not same and not {*self.origins, "*"} & {origins[0].lower(), *self._any()}):
+        if len(origins) > 1 or not all(self._may_ask(origin.lower(), hosts[0].lower()) for origin in origins):
             return Refusal(403, "pages of that origin may not ask: allow it with --cors-origin.", code="origin")
         return None
 
-    def _any(self) -> set[str]:
-        return {"*"} if "*" in self.origins else set()
+    def _is_ours(self, host: str) -> bool:
+        name = _name_of(f"//{host}")
+        return name is not None and ("*" in self.hosts or name in self.hosts or _is_number(name))
 
-    def _may_be(self, name: str | None) -> bool:
-        if name is None:
-            return False
-        return name in self.hosts or "*" in self.hosts or (self.numbers and _is_number(name))
-
-
-def urlsplit_or_none(origin: str) -> str | None:
-    """The host and port of an origin; None for what is none, like "null"."""
-    try:
-        return urlsplit(origin).netloc.lower() or None
-    except ValueError:
-        return None
+    def _may_ask(self, origin: str, host: str) -> bool:
+        return origin in (f"http://{host}", f"https://{host}") or not self.origins.isdisjoint((origin, "*"))
 
 
-def _name(url: str) -> str | None:
+def _name_of(url: str) -> str | None:
     try:
         return urlsplit(url).hostname
     except ValueError:
@@ -77,10 +63,6 @@ def _is_number(name: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _is_loopback(name: str) -> bool:
-    return name in LOOPBACK
 
 
 class Keys:
