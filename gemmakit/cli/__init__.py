@@ -10,6 +10,7 @@ VERBS = {
     "run": "Continue a text or answer a question, streaming as it goes",
     "chat": "Talk with a model in the terminal",
     "serve": "Answer any OpenAI client over HTTP",
+    "batch": "Answer a file of requests, whatever interrupts it",
     "convert": "Turn a checkpoint of any origin into safetensors, msgpack or GGUF",
     "doctor": "Say what this machine can run, or whether a checkpoint is whole",
     "bench": "Measure speed, as a share of what the machine can do",

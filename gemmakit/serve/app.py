@@ -18,15 +18,20 @@ ROUTERS = (chat.router, completions.router, status.router)
 ERRORS: dict[int | str, dict[str, Any]] = {code: {"model": ErrorBody} for code in TYPES if code != 405}
 
 
-def create_app(service: Service) -> FastAPI:
-    """The server of one model, as an ASGI application. Its answers are 503 until `service.open` was called."""
+def bare_app(service: Service) -> FastAPI:
+    """The routes of one model alone, for who is inside already. 503 until `service.open` was called."""
     # Its own pages of documentation load scripts from other sites; /openapi.json is there.
     app = FastAPI(title="gemmakit", version=__version__, docs_url=None, redoc_url=None, responses=ERRORS)
     app.state.service = service
     answer_errors(app)
     for router in ROUTERS:
         app.include_router(router)
-    settings = service.settings
+    return app
+
+
+def create_app(service: Service) -> FastAPI:
+    """The server of one model, as an ASGI application: its routes, and around them who may ask."""
+    app, settings = bare_app(service), service.settings
     # The last is the outermost.
     app.add_middleware(Bodies, settings=settings)
     app.add_middleware(Keys, settings=settings)

@@ -105,7 +105,6 @@ class Run:
     answers: int = 0
     failures: int = 0
     tokens: int = 0
-    generated: Callable[[], int] | None = None
     _failed: Appended | None = None
     _synced: float = field(default_factory=time.monotonic)
 
@@ -143,10 +142,7 @@ class Run:
         for file in (self.output, self._failed):
             if file is not None:
                 file.sync()
-        made = {"done": self.done, "tokens": self.tokens}
-        if self.generated is not None:
-            made["generated_tokens"] = self.generated()
-        self.journal.append(dump_line(made))
+        self.journal.append(dump_line({"done": self.done, "tokens": self.tokens}))
         self.journal.sync()
         self._synced = time.monotonic()
 
@@ -238,12 +234,14 @@ async def settled(answer: Answer, row: Row) -> tuple[int, Mapping[str, Any]]:
 
 def _begin(journal: Path, output: Path, errors: Path, header: Mapping[str, Any], resume: bool) -> None:
     """Write the journal's first line, or see that it is the one of this very batch."""
-    there = [p for p in (output, errors, journal) if p.exists()]
+    if not output.parent.is_dir():
+        raise InputError(f"{output}: there is no folder {output.parent}.")
+    there = [p for p in (output, errors) if p.exists() and p.stat().st_size]
     if there and not resume:
         raise InputError(f"{there[0]} exists: name another output, or go on with --resume.")
-    if not journal.exists():
-        if there:
-            raise InputError(f"--resume: {there[0]} has no journal {journal}, so what it was made with is not known.")
+    if there and not journal.exists():
+        raise InputError(f"--resume: {there[0]} has no journal {journal}, so what it was made with is not known.")
+    if not there:  # whatever was begun came to nothing
         try:
             write_text(journal, json.dumps(header, ensure_ascii=False) + "\n")
         except OSError as error:

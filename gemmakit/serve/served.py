@@ -51,6 +51,11 @@ class ServedModel:
             raise Refusal(400, "this model gives embeddings, not texts: use /v1/embeddings.")
         return self._pipe
 
+    @property
+    def draws(self) -> bool:
+        """Whether an answer whose settings say nothing is drawn, and not the likeliest."""
+        return self._pipe is not None and bool(self._pipe.model.generation_config.do_sample)
+
     def check_name(self, name: str | None) -> None:
         """Raises Refusal for a name that is not this model's; none means it."""
         if name is not None and name not in self.names:

@@ -237,3 +237,15 @@ def test_a_full_disk_is_one_error_and_the_batch_goes_on_when_there_is_room(files
     assert 0 < len(records(out)) < 196
     assert finish(source, out, resume=True).done == 200
     assert len({r["custom_id"] for r in records(out)}) == len(records(out)) == 196
+
+
+def test_what_was_begun_and_came_to_nothing_is_begun_anew(files):
+    source, out = files
+    open_run(source, out, {"model": "damaged"}).close()
+    assert finish(source, out).done == 200
+
+
+def test_a_folder_that_is_not_there_is_named(files):
+    source, out = files
+    with pytest.raises(InputError, match="there is no folder"):
+        open_run(source, out.parent / "no" / "out.jsonl", MADE_WITH)
