@@ -139,7 +139,10 @@ class Checkpoint:
 
 # Where models of text and images have their text -> where a model of text has it; and what only images need.
 _TEXT = {"language_model.model.": "model.", "language_model.lm_head.": "lm_head.", "model.language_model.": "model."}
-_IMAGES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+_IMAGES = (
+    "vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.",
+    *google.IMAGES, *orbax.IMAGES,
+)  # fmt: skip
 
 
 def text_name(name: str) -> str | None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from gemmakit.checkpoint.checkpoint import Checkpoint
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import CheckpointError
-from gemmakit.family import PRESETS, kind_of, role_of
+from gemmakit.family import KINDS, PRESETS, Kind, kind_of, role_of
 
 PREFIX = "model."
 # Heads that another class of this family may or may not have.
@@ -61,10 +61,10 @@ def _layer(config: GemmaConfig, index: int) -> dict[str, Shape]:
         "KH": config.num_key_value_heads * spec.head_dim,
         "H": spec.head_dim,
     }
-    first, *others = [f"{name}.weight" for name in kind.norms if name]
-    heads = [f"self_attn.{part}_norm.weight" for part in "qk" if getattr(kind, f"{part}_norm")]
+    first, *others = _norms(kind)
     biases = {f"{name.removesuffix('weight')}bias": (axis,) for name, (axis, _) in ATTENTION.items()}
-    names = {first: ("D",), **ATTENTION, **dict.fromkeys(heads, ("H",)), **dict.fromkeys(others, ("D",)), **MLP}
+    norms = {**dict.fromkeys(_head_norms(kind), ("H",)), **dict.fromkeys(others, ("D",))}
+    names = {first: ("D",), **ATTENTION, **norms, **MLP}
     names |= biases if config.attention_bias else {}
     return {name: tuple(axes[a] for a in shape) for name, shape in names.items()}
 
@@ -213,10 +213,29 @@ def listed(names: list[str]) -> str:
 
 
 def released_size(shapes: Mapping[str, Shape]) -> str | None:
-    """ "2b" or "7b" where the embedding is as wide as that model's; whether the rest fits is `differences`' to say."""
+    """ "2b", "gemma3-4b": the released size of which this is by its norms and the width of its embedding.
+
+    Whether the rest fits is `differences`' to say.
+    """
     width = shapes.get(PREFIX + EMBEDDING, ())[-1:]
-    first = {size: preset for size, preset in PRESETS.items() if preset["model_type"] == "gemma"}
-    return next((size for size, preset in first.items() if width == (preset["hidden_size"],)), None)
+    member = _member(shapes)
+    sizes = [size for size, preset in PRESETS.items() if preset["model_type"] == member]
+    return next((size for size in sizes if width == (GemmaConfig.preset(size).hidden_size,)), None)
+
+
+def _member(shapes: Mapping[str, Shape]) -> str:
+    """The model_type, by the norms of the first layer."""
+    layer = f"{PREFIX}layers.0."
+    found = {name.removeprefix(layer) for name in shapes if name.startswith(layer) and name.endswith("norm.weight")}
+    return next((name for name, kind in KINDS.items() if found == {*_norms(kind), *_head_norms(kind)}), "gemma")
+
+
+def _norms(kind: Kind) -> list[str]:
+    return [f"{name}.weight" for name in kind.norms if name]
+
+
+def _head_norms(kind: Kind) -> list[str]:
+    return [f"self_attn.{part}_norm.weight" for part in "qk" if getattr(kind, f"{part}_norm")]
 
 
 def config_from_shapes(shapes: Mapping[str, Shape], where: str) -> GemmaConfig:
@@ -226,7 +245,9 @@ def config_from_shapes(shapes: Mapping[str, Shape], where: str) -> GemmaConfig:
     """
     size = released_size(shapes)
     if size is not None:
-        return GemmaConfig.preset(size, vocab_size=shapes[PREFIX + EMBEDDING][0], architectures=["GemmaForCausalLM"])
+        classes = kind_of(PRESETS[size]["model_type"]).classes
+        rows = shapes[PREFIX + EMBEDDING][0]
+        return GemmaConfig.preset(size, vocab_size=rows, architectures=[classes["causal_lm"]])
     embedding = "x".join(map(str, shapes.get(PREFIX + EMBEDDING, ()))) or "no"
     raise CheckpointError(
         f"{where} comes without a config.json, and with {embedding} embedding it is no released Gemma. "

@@ -4,9 +4,13 @@ import jax
 import numpy as np
 import pytest
 import torch
+from flax_tools import MEMBERS, WINDOW, apart, as_torch, batch, make_torch
+from tiny_shapes import SHAPES
 
 import gemmakit
 from gemmakit import FlaxGemmaForCausalLM, GemmaForCausalLM
+from gemmakit.checkpoint.formats.gguf_writing import write_gguf
+from gemmakit.text.gguf import vocabulary_of
 
 IDS = [[2, 500, 900, 1200, 77]]
 
@@ -20,3 +24,19 @@ def test_a_flax_model_of_a_gguf_file_computes_what_pytorch_s_does(tmp_path, kind
     theirs = GemmaForCausalLM.from_pretrained(tmp_path / "x.gguf", dtype=torch.float32)
     found, expected = np.asarray(exact(np.array(IDS)).logits), theirs(torch.tensor(IDS)).logits.detach().numpy()
     assert abs(found - expected).max() < 1e-5 * abs(expected).max()
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+def test_a_gguf_of_a_later_member_gives_pytorch_s_logits_past_several_windows(tmp_path, name, kind):
+    sizes = {**SHAPES["gqa"], **MEMBERS[name], "hidden_size": 64, "vocab_size": 2048}
+    model = make_torch(**{**sizes, "query_pre_attn_scalar": sizes["head_dim"]})
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    vocabulary = vocabulary_of(gemmakit.GemmaTokenizer.from_pretrained(gemmakit.demo_model()))
+    path = write_gguf(tmp_path / "x.gguf", model.config, tensors, vocabulary, kind)
+    ours = FlaxGemmaForCausalLM.from_pretrained(path, param_dtype="float32")
+    theirs = gemmakit.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    ids, _ = batch("none", width=4 * WINDOW)
+    assert type(ours).__name__ == {"gemma2": "FlaxGemma2ForCausalLM", "gemma3": "FlaxGemma3ForCausalLM"}[name]
+    with torch.no_grad():
+        assert apart(ours(ids).logits, theirs(as_torch(ids)).logits) < 1e-5

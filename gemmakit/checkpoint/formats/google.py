@@ -2,7 +2,8 @@
 
 That one is `{"model_state_dict": {...}}` with q, k and v in one matrix.
 
-Source of the names: google/gemma_pytorch, and the conversion script that the documents of Gemma name.
+Source of the names: google/gemma_pytorch, of Gemma 1, 2 and 3, and the conversion script that the documents of Gemma
+name.
 """
 
 from __future__ import annotations
@@ -20,17 +21,25 @@ from gemmakit.errors import CheckpointError, NotEnoughMemory, UnsafeFile
 
 SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")
 STATE = "model_state_dict"
-EMBEDDER = "embedder.weight"
+# Of a model of text, and of one that sees images too.
+EMBEDDERS = ("embedder.weight", "text_token_embedder.weight")
 QKV = "self_attn.qkv_proj.weight"
 # name there -> name here; the embedder is the tied head too, which is stored once
-NAMES = {EMBEDDER: "model.embed_tokens.weight", "model.norm.weight": "model.norm.weight"}
-# names within a layer that are the same there and here
-SAME_IN_LAYER = (
-    "self_attn.o_proj.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight",
-    "input_layernorm.weight", "post_attention_layernorm.weight",
-)  # fmt: skip
-# The rotary table, which every model computes.
-DROPPED = ("freqs_cis",)
+NAMES = {**dict.fromkeys(EMBEDDERS, "model.embed_tokens.weight"), "model.norm.weight": "model.norm.weight"}
+# The same within a layer.
+IN_LAYER = {
+    **{name: name for name in (
+        "self_attn.o_proj.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight",
+        "input_layernorm.weight", "post_attention_layernorm.weight", "pre_feedforward_layernorm.weight",
+        "post_feedforward_layernorm.weight",
+    )},
+    "self_attn.query_norm.weight": "self_attn.q_norm.weight",
+    "self_attn.key_norm.weight": "self_attn.k_norm.weight",
+}  # fmt: skip
+# The rotary tables, which every model computes.
+DROPPED = ("freqs_cis", "local_freqs_cis", "global_freqs_cis")
+# What only images need begins so.
+IMAGES = ("siglip_vision_model.", "mm_soft_embedding_norm.", "mm_input_projection.")
 _LAYER = re.compile(r"(?:model\.)?layers\.(\d{1,4})\.(.+)")
 
 
@@ -107,7 +116,7 @@ def _first_line(error: Exception) -> str:
 
 def is_google(names: Mapping[str, Any]) -> bool:
     """Whether these are Google's names for tensors."""
-    return EMBEDDER in names or any(name.endswith(QKV) for name in names)
+    return any(name in EMBEDDERS or name.endswith(QKV) for name in names)
 
 
 def sniff(path: Path) -> bool:
@@ -161,12 +170,14 @@ def _parts(path: Path, name: str, tensor: Any, held: Mapping[str, Any]) -> dict[
     """What one tensor of the file becomes."""
     if name in NAMES:
         return {NAMES[name]: tensor}
+    if name.startswith(IMAGES):
+        return {name: tensor}
     layer = _LAYER.fullmatch(name)
-    if layer is None or layer[2] not in (*SAME_IN_LAYER, QKV):
+    if layer is None or layer[2] not in (*IN_LAYER, QKV):
         advice = " It is quantized: convert the checkpoint it was made from." if "scaler" in name else ""
         raise CheckpointError(f"{path} holds {name!r}, which no Gemma of Google's PyTorch releases has.{advice}")
     if layer[2] != QKV:
-        return {f"model.layers.{layer[1]}.{layer[2]}": tensor}
+        return {f"model.layers.{layer[1]}.{IN_LAYER[layer[2]]}": tensor}
     return _split(path, name, tensor, held.get(name.replace("qkv_proj", "o_proj")), f"model.layers.{layer[1]}")
 
 

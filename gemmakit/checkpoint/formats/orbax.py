@@ -1,4 +1,4 @@
-"""Orbax folders as google-deepmind/gemma writes them for Gemma 1, as arrays in the PyTorch layout.
+"""Orbax folders as google-deepmind/gemma writes them for Gemma 1, 2 and 3, as arrays in the PyTorch layout.
 
 Axis letters: D hidden, F mlp, N heads, K kv heads, H head_dim, V vocabulary.
 """
@@ -17,6 +17,7 @@ from typing import Any
 from gemmakit.checkpoint.arrays import BITS, TensorInfo, to_jax
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import CheckpointError, MissingDependency
+from gemmakit.family import PRESETS, kind_of
 
 MARKS = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt", "checkpoint")
 # Google's tables are padded to a multiple of 128 rows; the released vocabulary has 256000 ids.
@@ -66,10 +67,14 @@ TABLE: dict[str, tuple[tuple[str, Rearrange], ...]] = {
     "mlp.gate_proj.weight": (("mlp/gating_einsum", _part(0, _turned)), ("mlp/gating_einsum/w", _part(0, _turned))),
     "mlp.up_proj.weight": (("mlp/gating_einsum", _part(1, _turned)), ("mlp/gating_einsum/w", _part(1, _turned))),
     "mlp.down_proj.weight": (("mlp/linear", _turned), ("mlp/linear/w", _turned)),
-    "input_layernorm.weight": (("pre_attention_norm/scale", _same),),
-    "post_attention_layernorm.weight": (("pre_ffw_norm/scale", _same),),
+    "self_attn.q_norm.weight": (("attn/_query_norm/scale", _same),),
+    "self_attn.k_norm.weight": (("attn/_key_norm/scale", _same),),
 }
+# Norms by their place in a layer, as in `family.Norms`; their names here are the member's.
+NORMS = ("pre_attention_norm/scale", "post_attention_norm/scale", "pre_ffw_norm/scale", "post_ffw_norm/scale")
 OUTSIDE = {"embedder/input_embedding": "model.embed_tokens.weight", "final_norm/scale": "model.norm.weight"}
+# What only images need begins so, with the keys joined by dots.
+IMAGES = ("vision_encoder.", "embedder.mm_")
 _LAYER = re.compile(r"layer_(\d+)/(.+)")
 
 
@@ -127,8 +132,19 @@ class OrbaxFile:
     def close(self) -> None:
         """Nothing is kept open."""
 
+    @property
+    def model_type(self) -> str:
+        """Which Gemma, by the norms of its first layer; no Gemma 1 has others than two."""
+        if "layer_0/attn/_query_norm/scale" in self._held:
+            return "gemma3_text"
+        return "gemma2" if f"layer_0/{NORMS[1]}" in self._held else "gemma"
+
     def config(self) -> GemmaConfig:
-        """The configuration, which comes with no Orbax checkpoint: from the shapes. Raises CheckpointError."""
+        """The configuration, which comes with no Orbax checkpoint: from the shapes.
+
+        Of Gemma 2 and 3 shapes do not tell windows, caps and tables, so it is that of the released size of these.
+        Raises CheckpointError.
+        """
         held = {name: stored.shape for name, stored in self._held.items()}
         layers = {name.split("/")[0] for name in held if name.startswith("layer_")}
         try:
@@ -138,20 +154,32 @@ class OrbaxFile:
             linear = held.get("layer_0/mlp/linear") or held["layer_0/mlp/linear/w"]
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"{self.path} holds no Gemma: it has {', '.join(sorted(held)[:4])}, ...") from error
-        return GemmaConfig(
-            vocab_size=self._rows(rows),
+        shape: dict[str, Any] = dict(
             hidden_size=hidden,
             intermediate_size=linear[0],
             num_hidden_layers=len(layers),
             num_attention_heads=heads,
             num_key_value_heads=heads if kv is None else kv[1],
             head_dim=head_dim,
-            architectures=["GemmaForCausalLM"],
         )
+        kind = kind_of(self.model_type)
+        more: dict[str, Any] = dict(vocab_size=self._rows(rows), architectures=[kind.classes["causal_lm"]])
+        if self.model_type == "gemma":
+            return GemmaConfig(**shape, **more)
+        released = (GemmaConfig.preset(size, **more) for size, preset in PRESETS.items()
+                    if preset["model_type"] == self.model_type)  # fmt: skip
+        found = next((c for c in released if all(getattr(c, name) == value for name, value in shape.items())), None)
+        if found is None:
+            raise CheckpointError(
+                f"{self.path} holds a {kind.title} of no released size, and an Orbax folder does not say its window: "
+                "name its config.json, config= or --config."
+            )
+        return found
 
     def _named(self) -> dict[str, tuple[str, Rearrange]]:
         """name here -> (name there, how it becomes ours); a name there that nothing claims is kept as it is."""
         places: dict[str, tuple[str, Rearrange]] = {}
+        norms = {there: here for there, here in zip(NORMS, kind_of(self.model_type).norms, strict=True) if here}
         for source in self._held:
             layer = _LAYER.fullmatch(source)
             found: list[tuple[str, Rearrange]] = [(OUTSIDE[source], _same)] if source in OUTSIDE else []
@@ -162,6 +190,8 @@ class OrbaxFile:
                     for there, change in sources
                     if there == layer[2]
                 ]
+                if layer[2] in norms:
+                    found = [(f"model.layers.{layer[1]}.{norms[layer[2]]}.weight", _same)]
             for name, change in found or [(source.replace("/", "."), _same)]:
                 if name in places:
                     raise CheckpointError(f"{self.path}: {places[name][0]!r} and {source!r} are both {name!r}.")

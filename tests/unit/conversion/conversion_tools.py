@@ -13,8 +13,10 @@ import gemmakit
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "pytorch"))
 
-from tiny_gemma import tiny
+from tiny_gemma import away_from_zero, tiny
 
+# Of google-deepmind/gemma, in the order of `family.Norms`.
+NORMS = ("pre_attention_norm", "post_attention_norm", "pre_ffw_norm", "post_ffw_norm")
 # K = 1, 1 < K < N, K = N; N * H != D throughout.
 HEADS = {"mqa": 1, "gqa": 2, "mha": 4}
 DTYPES = ("float32", "bfloat16", "float16")
@@ -22,6 +24,15 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def make(kind=gemmakit.GemmaForCausalLM, heads="gqa", dtype="float32", **changes):
     return tiny(kind=kind, num_key_value_heads=HEADS[heads], **changes).to(getattr(torch, dtype))
+
+
+def make_member(model_type):
+    """A tiny Gemma 2 or 3."""
+    config = gemmakit.AutoConfig.for_model(
+        model_type, vocab_size=130, hidden_size=40, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=12, max_position_embeddings=64, sliding_window=4,
+    )  # fmt: skip
+    return away_from_zero(gemmakit.AutoModelForCausalLM.from_config(config)).eval()
 
 
 def google_state(model):
@@ -32,7 +43,8 @@ def google_state(model):
             k, v = (state[name.replace("q_proj", f"{p}_proj")] for p in "kv")
             out[name.replace("q_proj", "qkv_proj")] = torch.cat([tensor, k, v])
         elif not name.endswith(("k_proj.weight", "v_proj.weight")):
-            out["embedder.weight" if name == "model.embed_tokens.weight" else name] = tensor
+            theirs = name.replace(".q_norm.", ".query_norm.").replace(".k_norm.", ".key_norm.")
+            out["embedder.weight" if name == "model.embed_tokens.weight" else theirs] = tensor
     return {**out, "freqs_cis": torch.polar(torch.ones(4, 3), torch.ones(4, 3))}
 
 
@@ -45,7 +57,7 @@ def write_google(model, folder, **changes):
     return folder / "model.ckpt"
 
 
-def write_orbax(model, folder):
+def write_orbax(model, folder, **more):
     """The folder that google-deepmind/gemma writes for a model with fewer kv heads than heads; needs orbax."""
     ocp = pytest.importorskip("orbax.checkpoint")
     c, w = model.config, {name: tensor.numpy() for name, tensor in model.state_dict().items()}
@@ -66,9 +78,12 @@ def write_orbax(model, folder):
                      "attn_vec_einsum": {"w": out}},
             "mlp": {"gating_einsum": np.stack([layer[f"mlp.{p}_proj"].T for p in ("gate", "up")]),
                     "linear": layer["mlp.down_proj"].T.copy()},
-            "pre_attention_norm": {"scale": layer["input_layernorm"]},
-            "pre_ffw_norm": {"scale": layer["post_attention_layernorm"]},
+            **{name: {"scale": layer[ours]} for name, ours in zip(NORMS, c.kind.norms, strict=True) if ours},
         }  # fmt: skip
+        for part, name in (("q", "_query_norm"), ("k", "_key_norm")):
+            if f"self_attn.{part}_norm" in layer:
+                tree[f"layer_{i}"]["attn"][name] = {"scale": layer[f"self_attn.{part}_norm"]}
+    tree.update(more)
     ocp.PyTreeCheckpointer().save(folder.absolute(), tree)
     return folder
 

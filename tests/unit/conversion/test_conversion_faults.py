@@ -126,15 +126,16 @@ def hollow_release(size, layers=None):
     config = gemmakit.GemmaConfig.preset(size, **({} if layers is None else {"num_hidden_layers": layers}))
     D, F, N, K, H = (config.hidden_size, config.intermediate_size, config.num_attention_heads,
                      config.num_key_value_heads, config.head_dim)  # fmt: skip
-    shapes = {"embedder.weight": (256000, D), "model.norm.weight": (D,), "freqs_cis": (4, 2)}
+    shapes = {"embedder.weight": (config.vocab_size, D), "model.norm.weight": (D,), "freqs_cis": (4, 2)}
     for i in range(config.num_hidden_layers):
         at = f"model.layers.{i}"
         shapes |= {
             f"{at}.self_attn.qkv_proj.weight": ((N + 2 * K) * H, D), f"{at}.self_attn.o_proj.weight": (D, N * H),
             f"{at}.mlp.gate_proj.weight": (F, D), f"{at}.mlp.up_proj.weight": (F, D),
-            f"{at}.mlp.down_proj.weight": (D, F), f"{at}.input_layernorm.weight": (D,),
-            f"{at}.post_attention_layernorm.weight": (D,),
+            f"{at}.mlp.down_proj.weight": (D, F), **{f"{at}.{norm}.weight": (D,) for norm in config.kind.norms if norm},
         }  # fmt: skip
+        if config.kind.q_norm:
+            shapes |= {f"{at}.self_attn.{part}_norm.weight": (H,) for part in ("query", "key")}
     number = torch.zeros((), dtype=torch.bfloat16)
     return {"model_state_dict": {name: number.expand(shape) for name, shape in shapes.items()}}
 
@@ -153,6 +154,17 @@ def test_the_released_sizes_are_known_without_a_config_and_checked_against_what_
     refused(InputError, f"is a {size} model", tmp_path / "model.ckpt", tmp_path / "out", model_size=other)
     torch.save(hollow_release(size.lower(), layers=5), tmp_path / "model.ckpt")
     refused(CheckpointError, r"lacks model\.layers\.5", tmp_path / "model.ckpt", tmp_path / "out", model_size=size)
+
+
+@pytest.mark.parametrize("size", ["gemma2-9b", "gemma3-270m", "gemma3-4b"])
+def test_released_sizes_of_later_members_are_known_by_norms_and_width(tmp_path, size):
+    from gemmakit.conversion.sources import open_source
+
+    torch.save(hollow_release(size), tmp_path / "model.ckpt")
+    found = open_source(tmp_path / "model.ckpt").config
+    preset = gemmakit.GemmaConfig.preset(size)
+    assert [found.layer(i) for i in range(8)] == [preset.layer(i) for i in range(8)]
+    assert (found.model_type, found.num_hidden_layers) == (preset.model_type, preset.num_hidden_layers)
 
 
 # -- msgpack -----------------------------------------------------------------------------------------------------------

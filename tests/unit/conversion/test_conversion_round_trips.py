@@ -5,10 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from conversion_tools import DTYPES, HEADS, assert_same_bits, make, state_of, write_google, write_orbax
+from conversion_tools import DTYPES, HEADS, assert_same_bits, make, make_member, state_of, write_google, write_orbax
 
 import gemmakit
 from gemmakit import convert_checkpoint
+from gemmakit.checkpoint.inspect import inspect
+from gemmakit.errors import CheckpointError
 
 HEADED = (gemmakit.GemmaForSequenceClassification, gemmakit.GemmaForTokenClassification, gemmakit.GemmaModel)
 
@@ -21,6 +23,32 @@ def test_googles_ckpt_becomes_the_model_it_was_made_from(tmp_path, heads, dtype)
     assert [path.name for path in written] == ["model.safetensors"]
     assert_same_bits(state_of(tmp_path / "out"), model.state_dict())
     assert gemmakit.GemmaConfig.from_pretrained(tmp_path / "out").dtype == dtype
+
+
+LATER = ("gemma2", "gemma3_text")
+# Beside Gemma 3's text, what it sees images with.
+TOWER = {"siglip_vision_model.norm.weight": torch.ones(3), "mm_input_projection.weight": torch.ones(3, 2)}
+
+
+@pytest.mark.parametrize("member", LATER)
+def test_googles_ckpt_of_later_members_becomes_the_model_it_was_made_from(tmp_path, member):
+    model = make_member(member)
+    tables = {"local_freqs_cis": torch.ones(4, 3), "global_freqs_cis": torch.ones(4, 3)}
+    convert_checkpoint(write_google(model, tmp_path / "google", **tables), tmp_path / "out")
+    assert_same_bits(state_of(tmp_path / "out"), model.state_dict())
+    ids = torch.arange(9)[None]
+    opened = gemmakit.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(opened) is type(model)
+    assert torch.equal(opened(ids).logits, model(ids).logits)
+
+
+def test_googles_ckpt_of_text_and_images_gives_its_text_and_says_so(tmp_path):
+    model = make_member("gemma3_text")
+    named = {"embedder.weight": None, "text_token_embedder.weight": model.model.embed_tokens.weight.detach()}
+    path = write_google(model, tmp_path / "google", **named, **TOWER)
+    convert_checkpoint(path, tmp_path / "out")
+    assert_same_bits(state_of(tmp_path / "out"), model.state_dict())
+    assert f"{len(TOWER)} tensors that only images need are left out" in inspect(path).notes
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -268,3 +296,23 @@ def test_orbax_becomes_the_model_it_was_made_from(tmp_path, heads):
     convert_checkpoint(folder, tmp_path / "out")
     assert_same_bits(state_of(tmp_path / "out"), model.state_dict())
     assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("member", LATER)
+def test_orbax_of_later_members_becomes_the_model_and_asks_for_the_configuration_that_it_lacks(tmp_path, member):
+    """Norms by their place, of heads too; what only images need is left out. Shapes do not tell a window."""
+    model = make_member(member)
+    tower = {"vision_encoder": {"norm": {"scale": np.ones(3, np.float32)}}} if member == "gemma3_text" else {}
+    folder = write_orbax(model, tmp_path / "in", **tower)
+    convert_checkpoint(folder, tmp_path / "out", config=model.config)
+    assert_same_bits(state_of(tmp_path / "out"), model.state_dict())
+    with pytest.raises(CheckpointError, match=r"Gemma \d of no released size.*--config"):
+        convert_checkpoint(folder, tmp_path / "guessed")
+
+
+@pytest.mark.parametrize("member", LATER)
+def test_later_members_go_through_msgpack(tmp_path, member):
+    model = make_member(member)
+    model.save_pretrained(tmp_path / "a")
+    convert_checkpoint(tmp_path / "a", tmp_path / "b", to="msgpack")
+    assert_same_bits(state_of(tmp_path / "b"), model.state_dict())
