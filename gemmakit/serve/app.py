@@ -10,11 +10,19 @@ from fastapi.middleware.cors import CORSMiddleware
 from gemmakit import __version__
 from gemmakit.serve.access_log import AccessLog
 from gemmakit.serve.refusals import TYPES, ErrorBody, answer_errors
-from gemmakit.serve.routes import chat, completions, status
+from gemmakit.serve.routes import chat, completions, embeddings, messages, responses, status, tokens
 from gemmakit.serve.service import Service
 from gemmakit.serve.trust import Bodies, Keys, Origins
 
-ROUTERS = (chat.router, completions.router, status.router)
+ROUTERS = (
+    chat.router,
+    completions.router,
+    responses.router,
+    messages.router,
+    embeddings.router,
+    tokens.router,
+    status.router,
+)
 ERRORS: dict[int | str, dict[str, Any]] = {code: {"model": ErrorBody} for code in TYPES if code != 405}
 
 

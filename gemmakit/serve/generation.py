@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gemmakit.pytorch.decode.batch import Event, Request, Usage
+from gemmakit.serve.conversation import Call, Reader
 from gemmakit.serve.protocol import ResponseFormat, Sampling
 from gemmakit.serve.refusals import Refusal, refusal_of
 from gemmakit.serve.served import ServedModel
@@ -120,10 +121,12 @@ def _ends(served: ServedModel, body: Sampling, chat: bool) -> dict[str, Any]:
 
 @dataclass
 class Choice:
-    """One answer as far as it is known."""
+    """One answer as far as it is known. fresh: what the last event added to `parts`."""
 
     index: int
-    pieces: list[str] = field(default_factory=list[str])
+    reader: Reader
+    parts: list[str | Call] = field(default_factory=list[str | Call])
+    fresh: list[str | Call] = field(default_factory=list[str | Call])
     events: list[Event] = field(default_factory=list[Event])
     finish_reason: str | None = None
     usage: Usage | None = None
@@ -131,14 +134,20 @@ class Choice:
 
     @property
     def text(self) -> str:
-        return "".join(self.pieces)
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+    @property
+    def calls(self) -> list[Call]:
+        return [part for part in self.parts if isinstance(part, Call)]
 
     def add(self, event: Event) -> None:
-        if event.text:
-            self.pieces.append(event.text)
+        ended = event.finish_reason
+        self.fresh = self.reader.push(event.text, ended is not None)
+        self.parts += self.fresh
         self.events.append(event)
-        if event.finish_reason is not None:
-            self.finish_reason = REASONS.get(event.finish_reason, event.finish_reason)
+        if ended is not None:
+            reason = REASONS.get(ended, ended)
+            self.finish_reason = "tool_calls" if reason == "stop" and self.calls else reason
             self.usage = event.usage
 
 
@@ -147,12 +156,17 @@ REASONS = {"eos": "stop"}
 
 
 class Answers:
-    """The answers to one HTTP request, n to each of its prompts: to be iterated, and to be left at any time."""
+    """The answers to one HTTP request, n to each of its prompts: to be iterated, and to be left at any time.
 
-    def __init__(self, worker: Worker, requests: Sequence[Request], buffered: int):
+    tools: whether calls are looked for in them; parallel: whether more than one.
+    """
+
+    def __init__(
+        self, worker: Worker, requests: Sequence[Request], buffered: int, tools: bool = False, parallel: bool = True
+    ):
         self.worker, self.outbox = worker, Outbox(buffered)
         self.jobs = [Job(request, self.outbox, place) for place, request in enumerate(requests)]
-        self.choices = [Choice(i) for i in range(sum(request.n for request in requests))]
+        self.choices = [Choice(i, Reader(tools, parallel)) for i in range(sum(request.n for request in requests))]
         self._open = len(self.choices)
 
     async def start(self) -> None:

@@ -161,3 +161,134 @@ class ChatRequest(Generating):
     modalities: list[str] | None = None
     web_search_options: Any = None
     reasoning_effort: str | None = None
+
+
+# -- OpenAI's Responses ------------------------------------------------------------------------------------------------
+
+
+class InputItem(Body):
+    """A message, a call that was made, or what came of one; which, its type says."""
+
+    type: Literal["message", "function_call", "function_call_output"] = "message"
+    role: Literal["system", "developer", "user", "assistant"] | None = None
+    content: str | list[Part] | None = None
+    call_id: Name | None = None
+    name: Name | None = None
+    arguments: str | None = None
+    output: str | list[Part] | None = None
+
+
+class FlatTool(Function):
+    type: Literal["function"]
+
+
+class FlatNamedTool(NamedFunction):
+    type: Literal["function"]
+
+
+class TextFormat(JsonSchema):
+    type: Literal["text", "json_object", "json_schema"] = "text"
+
+
+class TextOptions(Body):
+    format: TextFormat | None = None
+
+
+class ResponsesRequest(Sampling):
+    model: Name | None = None
+    input: str | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES)]
+    instructions: str | None = None
+    max_output_tokens: NewTokens | None = None
+    stream: bool | None = False
+    stop: Stops | None = None
+    text: TextOptions | None = None
+    tools: Annotated[list[FlatTool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | FlatNamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = None
+    metadata: dict[str, str] | None = None
+    # Known, and not to be had.
+    previous_response_id: str | None = None
+    conversation: Any = None
+    background: bool | None = None
+    prompt: Any = None
+
+
+# -- Anthropic's Messages ----------------------------------------------------------------------------------------------
+
+
+class Block(Body):
+    """A piece of a message: text, a call, or what came of one."""
+
+    type: Name
+    text: str | None = None
+    id: Name | None = None
+    name: Name | None = None
+    input: dict[str, Any] | None = None
+    tool_use_id: Name | None = None
+    content: str | list[Part] | None = None
+
+
+class Turn(Body):
+    role: Literal["user", "assistant"]
+    content: str | list[Block]
+
+
+class AnthropicTool(Body):
+    name: Annotated[str, StringConstraints(pattern=r"^[\w.-]{1,64}$")]
+    description: str | None = None
+    input_schema: dict[str, Any]
+    type: Literal["custom"] | None = None
+
+
+class AnthropicChoice(Body):
+    type: Literal["auto", "any", "tool", "none"]
+    name: Name | None = None
+    disable_parallel_tool_use: bool = False
+
+
+class CountRequest(Body):
+    model: Name | None = None
+    messages: Annotated[list[Turn], Field(min_length=1, max_length=MAX_MESSAGES)]
+    system: str | list[Part] | None = None
+    tools: Annotated[list[AnthropicTool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: AnthropicChoice | None = None
+
+
+class MessagesRequest(CountRequest, Sampling):
+    max_tokens: NewTokens
+    stop_sequences: Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
+    stream: bool | None = False
+
+
+# -- the rest ----------------------------------------------------------------------------------------------------------
+
+
+class EmbeddingsRequest(Body):
+    model: Name | None = None
+    input: str | Tokens | Texts | TokenLists
+    dimensions: Annotated[int, Field(ge=1, le=2**20)] | None = None
+    encoding_format: Literal["float", "base64"] | None = "float"
+    pooling: Literal["mean"] | None = None
+    prompt_name: Name | None = None
+
+
+class TokenizeRequest(Body):
+    """A text, or messages as a chat would have them."""
+
+    model: Name | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    add_special_tokens: bool = True
+
+
+class DetokenizeRequest(Body):
+    model: Name | None = None
+    tokens: list[TokenId]
+
+
+class TemplateRequest(Body):
+    model: Name | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None

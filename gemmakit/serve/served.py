@@ -6,11 +6,13 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import Any, TypeVar
 
 from gemmakit.pipelines import EmbeddingModel, TextGenerationPipeline
 from gemmakit.pytorch.decode.token_bytes import token_table
 from gemmakit.serve.refusals import Refusal
+from gemmakit.text.sandbox import names_in
 
 T = TypeVar("T")
 # Texts become ids beside the event loop, so that a long one holds nobody up.
@@ -61,6 +63,19 @@ class ServedModel:
         if name is not None and name not in self.names:
             known = ", ".join(self.names)
             raise Refusal(404, f"there is no model {name!r:.200} here; there is {known}.", code="model_not_found")
+
+    @cached_property
+    def _template(self) -> str:
+        return self.tokenizer.get_chat_template(tools=[])
+
+    @cached_property
+    def has_tools(self) -> bool:
+        """Whether the chat template has a word for tools."""
+        return "tools" in names_in(self._template)
+
+    @property
+    def has_developer(self) -> bool:
+        return "developer" in self._template
 
     async def aside(self, function: Callable[..., T], *arguments: Any, **named: Any) -> T:
         """Run what takes long in another thread."""

@@ -12,8 +12,9 @@ from starlette.datastructures import State
 
 from gemmakit.errors import QueueFull
 from gemmakit.pytorch.decode import batch
-from gemmakit.serve.generation import Answers
-from gemmakit.serve.protocol import Body
+from gemmakit.serve.conversation import ToolChoice, plain_messages, told_tools
+from gemmakit.serve.generation import Answers, make_request
+from gemmakit.serve.protocol import Body, Message, Sampling, Tool
 from gemmakit.serve.refusals import Refusal
 from gemmakit.serve.served import ServedModel
 from gemmakit.serve.settings import ServeSettings
@@ -59,9 +60,9 @@ class Service:
             known = name in self.unknown_fields or len(self.unknown_fields) < MAX_NAMES
             self.unknown_fields[name[:64] if known else "(others)"] += 1
 
-    async def answers(self, request: Request, requests: Sequence[batch.Request]) -> Answers:
-        """Hand requests to the engine. Raises Refusal, and what `BatchEngine.add` raises."""
-        answers = Answers(cast(Worker, self.worker), requests, self.settings.buffered_events)
+    async def answers(self, request: Request, requests: Sequence[batch.Request], **reading: Any) -> Answers:
+        """Hand requests to the engine. Raises Refusal, and what `BatchEngine.add` raises. reading: of Answers."""
+        answers = Answers(cast(Worker, self.worker), requests, self.settings.buffered_events, **reading)
         try:
             await answers.start()
         except QueueFull as error:
@@ -69,12 +70,43 @@ class Service:
         request.state.answers = answers  # for the line in the log
         return answers
 
+    async def chat(
+        self,
+        request: Request,
+        body: Sampling,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Tool] | None = None,
+        tool_choice: ToolChoice = None,
+        parallel: bool = True,
+        **wanted: Any,
+    ) -> Answers:
+        """The answers to a conversation. wanted: as in make_request."""
+        prompt, told = await self.prompt(messages, tools, tool_choice)
+        asked = self.make(request, body, prompt, chat=True, **wanted)
+        return await self.answers(request, [asked], tools=told is not None, parallel=parallel)
+
+    async def prompt(
+        self, messages: Sequence[Message], tools: Sequence[Tool] | None, tool_choice: ToolChoice = None
+    ) -> tuple[list[int], list[dict[str, Any]] | None]:
+        """The ids of a conversation, and what they tell the model of tools, if anything."""
+        served = self.ready()
+        told = told_tools(tools, tool_choice, served.has_tools)
+        plain = plain_messages(messages, served.has_developer)
+        return await served.aside(served.encode_chat, plain, told), told
+
+    def make(self, request: Request, body: Sampling, prompt: list[int], **wanted: Any) -> batch.Request:
+        """As make_request, with what the connection says: whose prefixes it shares, how long it may wait."""
+        return make_request(
+            self.ready(), body, prompt, salt=_salt_of(request), deadline=self.settings.queue_s, **wanted
+        )
+
 
 def service_of(request: Request) -> Service:
     return cast(State, request.app.state).service
 
 
-def salt_of(request: Request) -> str:
+def _salt_of(request: Request) -> str:
     """Prefixes are shared among those who ask with the same key."""
     key: Any = getattr(request.state, "api_key", None)
     return "" if key is None else f"key {hashlib.sha256(key.encode()).hexdigest()}"

@@ -11,11 +11,12 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from gemmakit.pytorch.decode.batch import Event
-from gemmakit.serve.generation import Answers, Choice, make_request
-from gemmakit.serve.protocol import ChatRequest, Message
+from gemmakit.serve.conversation import Call
+from gemmakit.serve.generation import Answers, Choice
+from gemmakit.serve.protocol import ChatRequest
 from gemmakit.serve.refusals import Refusal
 from gemmakit.serve.served import NEVER, ServedModel
-from gemmakit.serve.service import salt_of, service_of
+from gemmakit.serve.service import service_of
 from gemmakit.serve.stream import DONE, EventStream, line, while_there
 
 router = APIRouter(tags=["openai"])
@@ -28,21 +29,19 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
     served = service.ready(body.model)
     service.count_unknown(body)
     _refuse(body)
-    prompt = await served.aside(served.encode_chat, [_plain(message) for message in body.messages])
-    wanted = make_request(
-        served,
+    answers = await service.chat(
+        request,
         body,
-        prompt,
+        body.messages,
+        tools=body.tools,
+        tool_choice=body.tool_choice,
+        parallel=body.parallel_tool_calls is not False,
         max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
-        salt=salt_of(request),
-        deadline=service.settings.queue_s,
         stop=body.stop,
         response_format=body.response_format,
-        chat=True,
         n=body.n or 1,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
-    answers = await service.answers(request, [wanted])
     head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": body.model or served.name}
     if body.stream:
         usage = body.stream_options is not None and body.stream_options.include_usage
@@ -71,11 +70,6 @@ def _refuse(body: ChatRequest) -> None:
             raise Refusal(400, f"{name} cannot be honoured: {remedy}.", param=name, code="unsupported")
 
 
-def _plain(message: Message) -> dict[str, Any]:
-    found = message.model_dump(include={"role", "content", "name"}, exclude_none=True)
-    return {**found, "role": "system"} if message.role == "developer" else found
-
-
 async def _chunks(served: ServedModel, answers: Answers, head: dict[str, Any], usage: bool) -> AsyncIterator[str]:
     """The stream's events: the role first, an empty delta with the reason last, then the usage if it is asked for."""
     head = {**head, "object": "chat.completion.chunk"}
@@ -89,9 +83,14 @@ async def _chunks(served: ServedModel, answers: Answers, head: dict[str, Any], u
     for choice in answers.choices:
         yield chunk(choice.index, {"role": "assistant", "content": ""})
     async for choice, event in answers:
-        scores = _scores(served, [event])
-        if event.text or scores:
-            yield chunk(choice.index, {"content": event.text}, logprobs=scores)
+        scores, called = _scores(served, [event]), len(choice.calls)
+        text = "".join(part for part in choice.fresh if isinstance(part, str))
+        new = [part for part in choice.fresh if isinstance(part, Call)]
+        if text or scores:
+            yield chunk(choice.index, {"content": text}, logprobs=scores)
+        if new:
+            calls = [{"index": i, **_call(call)} for i, call in enumerate(new, called - len(new))]
+            yield chunk(choice.index, {"tool_calls": calls})
         if choice.finish_reason is not None:
             yield chunk(choice.index, {}, finish_reason=choice.finish_reason)
     if usage:
@@ -100,12 +99,20 @@ async def _chunks(served: ServedModel, answers: Answers, head: dict[str, Any], u
 
 
 def _choice(served: ServedModel, choice: Choice) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+    if choice.calls:
+        message |= {"content": choice.text or None, "tool_calls": [_call(call) for call in choice.calls]}
     return {
         "index": choice.index,
-        "message": {"role": "assistant", "content": choice.text, "refusal": None},
+        "message": message,
         "logprobs": _scores(served, choice.events),
         "finish_reason": choice.finish_reason,
     }
+
+
+def _call(call: Call) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.json_arguments}
+    return {"id": call.id, "type": "function", "function": function}
 
 
 def _scores(served: ServedModel, events: list[Event]) -> dict[str, Any] | None:

@@ -11,11 +11,11 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from gemmakit.pytorch.decode.batch import Event, PromptLogprob
-from gemmakit.serve.generation import Answers, Choice, make_request
+from gemmakit.serve.generation import Answers, Choice
 from gemmakit.serve.protocol import CompletionRequest
 from gemmakit.serve.refusals import Refusal
 from gemmakit.serve.served import NEVER, ServedModel
-from gemmakit.serve.service import salt_of, service_of
+from gemmakit.serve.service import service_of
 from gemmakit.serve.stream import DONE, EventStream, line, while_there
 
 router = APIRouter(tags=["openai"])
@@ -32,13 +32,11 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     _refuse(body)
     prompts = [await served.aside(served.encode_prompt, each) for each in _prompts(body.prompt)]
     wanted = [
-        make_request(
-            served,
+        service.make(
+            request,
             body,
             prompt,
             max_tokens=DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens,
-            salt=salt_of(request),
-            deadline=service.settings.queue_s,
             stop=body.stop,
             response_format=body.response_format,
             n=body.n or 1,
