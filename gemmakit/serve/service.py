@@ -18,6 +18,7 @@ from gemmakit.serve.protocol import Body, Message, Sampling, Tool
 from gemmakit.serve.refusals import Refusal
 from gemmakit.serve.served import ServedModel
 from gemmakit.serve.settings import ServeSettings
+from gemmakit.serve.shapes import Shapes
 from gemmakit.serve.worker import Worker
 
 # Names of unknown fields that are counted each by itself; a client can make up any number.
@@ -33,6 +34,7 @@ class Service:
         self.model: ServedModel | None = None
         self.worker: Worker | None = None
         self.draining = False
+        self.shapes = Shapes(self.settings.compile_s)
         self.unknown_fields: Counter[str] = Counter()
 
     def open(self, model: ServedModel, worker: Worker) -> None:
@@ -62,6 +64,8 @@ class Service:
 
     async def answers(self, request: Request, requests: Sequence[batch.Request], **reading: Any) -> Answers:
         """Hand requests to the engine. Raises Refusal, and what `BatchEngine.add` raises. reading: of Answers."""
+        for asked in requests:
+            await self.shapes.check(self.ready(), asked.settings)
         answers = Answers(cast(Worker, self.worker), requests, self.settings.buffered_events, **reading)
         try:
             await answers.start()

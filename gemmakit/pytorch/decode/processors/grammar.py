@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +20,9 @@ from gemmakit.pytorch.decode.token_bytes import Tokenizer, token_table
 SETTINGS = ("json_schema", "regex", "grammar")
 # Space between the parts of a JSON text. Bounded: a model that is unsure would write blanks for ever.
 _BLANK = r"[\x20\x0A\x0D\x09]{1,32}"
-_engines: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
+# A server is asked for the same shape many times over; each takes from milliseconds to a second to make ready.
+_KEPT_SHAPES = 64
+_engines: WeakKeyDictionary[Any, dict[Any, _Engine]] = WeakKeyDictionary()
 
 
 def grammar_constraint(
@@ -39,10 +42,7 @@ def grammar_constraint(
         raise InputError(f"{name} needs a token to end with: set eos_token_id.")
     library = _library()
     engine = _engine(library, tokenizer, vocabulary, config.eos_token_ids[0])
-    matcher = library.LLMatcher(engine, _grammar(library, name, getattr(config, name)), log_level=0)
-    if matcher.is_error():
-        raise GenerationConfigError(f"{name} cannot be followed: {_said(matcher)}")
-    return GrammarConstraint(matcher, config.eos_token_ids, prompt_length)
+    return GrammarConstraint(engine.matcher(library, name, getattr(config, name)), config.eos_token_ids, prompt_length)
 
 
 def _library() -> Any:
@@ -83,8 +83,29 @@ class _Words:
         return self.encode(text, add_special_tokens=False)
 
 
-def _engine(library: Any, tokenizer: Tokenizer, vocabulary: int, eos: int) -> Any:
-    """The vocabulary as llguidance's prefix tree; about a second for Gemma's, so it is kept beside the tokenizer."""
+@dataclass
+class _Engine:
+    """A vocabulary as llguidance's prefix tree, and the shapes that were made ready for it last, each at its start."""
+
+    tree: Any
+    shapes: OrderedDict[str, Any] = field(default_factory=OrderedDict[str, Any])
+
+    def matcher(self, library: Any, name: str, value: Any) -> Any:
+        """Nobody may move it: it is copied. Raises GenerationConfigError."""
+        grammar = _grammar(library, name, value)
+        found = self.shapes.get(grammar)
+        if found is None:
+            found = library.LLMatcher(self.tree, grammar, log_level=0)
+            if found.is_error():
+                raise GenerationConfigError(f"{name} cannot be followed: {_said(found)}")
+            self.shapes[grammar] = found
+            while len(self.shapes) > _KEPT_SHAPES:
+                self.shapes.popitem(last=False)
+        return found
+
+
+def _engine(library: Any, tokenizer: Tokenizer, vocabulary: int, eos: int) -> _Engine:
+    """The engine of a vocabulary; about a second for Gemma's, so it is kept beside the tokenizer."""
     table, special = token_table(tokenizer, vocabulary)
     kept = _engines.setdefault(tokenizer, {})
     key = (vocabulary, eos, id(table))  # the table is another one when tokens were added
@@ -92,7 +113,7 @@ def _engine(library: Any, tokenizer: Tokenizer, vocabulary: int, eos: int) -> An
         specials = sorted(i for i in special | {eos} if i < vocabulary)
         words = _Words(table, specials, eos, tokenizer.encode)
         kept.clear()
-        kept[key] = library.LLTokenizer(library.TokenizerWrapper(words), n_vocab=vocabulary)
+        kept[key] = _Engine(library.LLTokenizer(library.TokenizerWrapper(words), n_vocab=vocabulary))
     return kept[key]
 
 
@@ -146,6 +167,9 @@ class GrammarConstraint:
             allowed[list(self.eos)] = True
             return allowed
         allowed = _bits(row.matcher.compute_bitmask())[:vocabulary]
+        if row.matcher.is_error():
+            said = f"the grammar cannot be followed after {len(tokens)} new tokens: {_said(row.matcher)}"
+            raise InputError(f"{said:.300}. Make it simpler.")
         if bool(allowed[self.eos[0]]):  # the grammar knows one eos of several
             allowed[list(self.eos)] = True
         return allowed
