@@ -26,10 +26,19 @@ ROUTERS = (
 ERRORS: dict[int | str, dict[str, Any]] = {code: {"model": ErrorBody} for code in TYPES if code != 405}
 
 
+class App(FastAPI):
+    def openapi(self) -> dict[str, Any]:
+        """The document, without FastAPI's own 422 for what is 400 here."""
+        document = super().openapi()
+        for operation in (one for path in document["paths"].values() for one in path.values()):
+            operation["responses"].pop("422", None)
+        return document
+
+
 def bare_app(service: Service) -> FastAPI:
     """The routes of one model alone, for who is inside already. 503 until `service.open` was called."""
     # Its own pages of documentation load scripts from other sites; /openapi.json is there.
-    app = FastAPI(title="gemmakit", version=__version__, docs_url=None, redoc_url=None, responses=ERRORS)
+    app = App(title="gemmakit", version=__version__, docs_url=None, redoc_url=None, responses=ERRORS)
     app.state.service = service
     answer_errors(app)
     for router in ROUTERS:

@@ -15,6 +15,8 @@ from gemmakit.serve.generation import Answers
 from gemmakit.serve.refusals import Refusal, refusal_of
 
 T = TypeVar("T")
+# What a document says of a route whose answers may be streamed.
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 DONE = "data: [DONE]\n\n"
 
 

@@ -29,7 +29,9 @@ def test_every_file_of_the_page_is_there(file):
 @pytest.mark.parametrize(("name", "file"), sorted(set(NAMED)))
 def test_every_function_of_the_page_is_in_its_file(name, file):
     source, last = (ROOT / file).read_text(), name.rpartition(".")[2]
-    assert re.search(rf"^\s*(def|class) {last}\b|^extern .*\b{last}\b", source, re.MULTILINE), f"no {name} in {file}"
+    assert re.search(rf"^\s*(async )?(def|class) {last}\b|^extern .*\b{last}\b", source, re.MULTILINE), (
+        f"no {name} in {file}"
+    )
 
 
 def test_the_page_names_enough_to_be_worth_looking_up():

@@ -119,6 +119,11 @@ def test_message_errors_are_anthropics(claude):
         claude.messages.create(model="claude", max_tokens=5, messages=[{"role": "user", "content": TEXT}])
 
 
+def test_a_message_without_blocks_is_an_empty_text(server: Running):
+    said = server.post("/v1/messages", max_tokens=3, messages=[{"role": "user", "content": []}])
+    assert said.status_code == 200, said.text
+
+
 # -- tools -------------------------------------------------------------------------------------------------------------
 
 

@@ -134,3 +134,12 @@ def test_log_is_one_line_a_request_without_texts(serve, caplog, kind: str):
     assert "34 + 58" not in "".join(lines)
     if kind == "json":
         assert json.loads(lines[1])["completion_tokens"] == 4 and json.loads(lines[1])["finish_reason"] == "length"
+
+
+def test_the_document_says_which_statuses_there_are(server: Running):
+    paths = httpx.get(f"{server.url}/openapi.json").json()["paths"]
+    for operations in paths.values():
+        for operation in operations.values():
+            assert {"200", "400", "401", "403", "413", "429", "500", "503"} <= set(operation["responses"])
+            assert "422" not in operation["responses"]
+    assert "text/event-stream" in paths["/v1/messages"]["post"]["responses"]["200"]["content"]

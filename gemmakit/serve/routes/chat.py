@@ -17,12 +17,12 @@ from gemmakit.serve.protocol import ChatRequest
 from gemmakit.serve.refusals import Refusal
 from gemmakit.serve.served import NEVER, ServedModel
 from gemmakit.serve.service import service_of
-from gemmakit.serve.stream import DONE, EventStream, line, while_there
+from gemmakit.serve.stream import DONE, STREAMED, EventStream, line, while_there
 
 router = APIRouter(tags=["openai"])
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", responses=STREAMED)
 async def chat_completions(body: ChatRequest, request: Request) -> Response:
     """Answer a conversation."""
     service = service_of(request)

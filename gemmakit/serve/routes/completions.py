@@ -16,14 +16,14 @@ from gemmakit.serve.protocol import CompletionRequest
 from gemmakit.serve.refusals import Refusal
 from gemmakit.serve.served import NEVER, ServedModel
 from gemmakit.serve.service import service_of
-from gemmakit.serve.stream import DONE, EventStream, line, while_there
+from gemmakit.serve.stream import DONE, STREAMED, EventStream, line, while_there
 
 router = APIRouter(tags=["openai"])
 # OpenAI's default of this route.
 DEFAULT_TOKENS = 16
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", responses=STREAMED)
 async def completions(body: CompletionRequest, request: Request) -> Response:
     """Continue texts or ids."""
     service = service_of(request)

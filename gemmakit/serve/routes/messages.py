@@ -29,13 +29,13 @@ from gemmakit.serve.protocol import (
 from gemmakit.serve.refusals import Refusal
 from gemmakit.serve.served import ServedModel
 from gemmakit.serve.service import service_of
-from gemmakit.serve.stream import EventStream, line, while_there
+from gemmakit.serve.stream import STREAMED, EventStream, line, while_there
 
 router = APIRouter(tags=["anthropic"])
 REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
-@router.post("/v1/messages")
+@router.post("/v1/messages", responses=STREAMED)
 async def messages(body: MessagesRequest, request: Request) -> Response:
     """Answer a conversation."""
     service = service_of(request)
@@ -104,8 +104,8 @@ def _turn(turn: Turn, place: int) -> list[Message]:
         elif block.type not in ("thinking", "redacted_thinking"):  # what a model thought is not said again
             said_ = f"messages[{place}] holds a block of type {block.type!r:.80}, but gemmakit reads text only."
             raise Refusal(400, said_, param=f"messages[{place}].content")
-    if said or calls:
-        found.append(Message(role=turn.role, content=said or None, tool_calls=calls or None))
+    if said or calls or not found:
+        found.append(Message(role=turn.role, content=said or "", tool_calls=calls or None))
     return found
 
 

@@ -26,14 +26,14 @@ from gemmakit.serve.protocol import (
 )
 from gemmakit.serve.refusals import Refusal, refusal_of
 from gemmakit.serve.service import service_of
-from gemmakit.serve.stream import EventStream, line, while_there
+from gemmakit.serve.stream import STREAMED, EventStream, line, while_there
 
 router = APIRouter(tags=["openai"])
 # Parts of a message that are text, whoever said it.
 TEXTS = ("text", "input_text", "output_text")
 
 
-@router.post("/v1/responses")
+@router.post("/v1/responses", responses=STREAMED)
 async def responses(body: ResponsesRequest, request: Request) -> Response:
     """Answer a conversation."""
     service = service_of(request)
