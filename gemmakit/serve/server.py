@@ -17,6 +17,7 @@ from gemmakit.errors import InputError
 from gemmakit.serve.access_log import write_to_stderr
 from gemmakit.serve.app import create_app
 from gemmakit.serve.loading import Loading
+from gemmakit.serve.patience import PatientProtocol
 from gemmakit.serve.service import Service
 from gemmakit.serve.settings import ServeSettings
 
@@ -61,7 +62,8 @@ class Server(uvicorn.Server):
             lifespan="on",
             timeout_graceful_shutdown=2,
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-            http="h11",
+            http=PatientProtocol,
+            ws="none",
         )
         super().__init__(settings)
         # What it would say of a failing route is in our own log, and of an end in haste nobody wants to know.

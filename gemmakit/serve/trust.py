@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gemmakit.serve.refusals import Refusal
 from gemmakit.serve.settings import ServeSettings
 
-OPEN = ("/health",)
+OPEN, PAGE = ("/health",), "/"
 
 
 class Origins:
@@ -68,7 +68,8 @@ def _is_number(name: str) -> bool:
 class Keys:
     """Asks for a key, in `Authorization: Bearer` or `x-api-key`, on every route but /health.
 
-    Every key is compared whole, whatever the others said, so that time tells nothing of them.
+    Every key is compared whole, whatever the others said, so that time tells nothing of them. Who opens the page has
+    nowhere to put a key yet: it is sent all the same, as a 401, and asks for one itself.
     """
 
     def __init__(self, app: ASGIApp, settings: ServeSettings):
@@ -80,12 +81,22 @@ class Keys:
             return
         given = _given(Headers(scope=scope))
         if given is None or not sum(hmac.compare_digest(given, key) for key in self.keys):
+            if scope["path"] == PAGE and scope["method"] == "GET":
+                await self.app(scope, receive, _as_401(send))
+                return
             said = "the key is missing or wrong: send Authorization: Bearer KEY, once."
             refusal = Refusal(401, said, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
             await refusal.response()(scope, receive, send)
             return
         scope.setdefault("state", {})["api_key"] = given.decode("latin-1")
         await self.app(scope, receive, send)
+
+
+def _as_401(send: Send) -> Send:
+    async def sending(message: Message) -> None:
+        await send({**message, "status": 401} if message["type"] == "http.response.start" else message)
+
+    return sending
 
 
 def _given(headers: Headers) -> bytes | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import socket
@@ -91,6 +92,7 @@ def test_every_route_but_health_asks_for_the_key(locked: Running, path: str, hea
     said = httpx.request("POST" if "chat" in path else "GET", f"{locked.url}{path}", headers=headers)
     assert said.status_code == 401
     assert said.json()["error"]["type"] == "authentication_error"
+    assert httpx.get(f"{locked.url}/", headers=headers).status_code == 401
 
 
 @pytest.mark.parametrize("headers", [{"Authorization": "Bearer second-key"}, {"x-api-key": "first-key"}])
@@ -117,6 +119,19 @@ def test_a_body_that_does_not_arrive_is_given_up(serve):
     with socket.create_connection((host, int(port)), timeout=10) as made:
         made.sendall(HEAD + b"Content-Length: 9\r\n\r\n{")
         assert made.recv(100).split()[1] == b"408"
+
+
+def test_a_head_that_does_not_arrive_is_given_up(server: Running, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("gemmakit.serve.patience.HEAD_S", 0.3)
+    host, port = server.url.removeprefix("http://").split(":")
+    for begun in (b"", b"GET /health HTTP/1.1\r\nHost: lo", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET"):
+        with socket.create_connection((host, int(port)), timeout=5) as made:
+            made.sendall(begun)
+            said = b""
+            with contextlib.suppress(ConnectionResetError):
+                while data := made.recv(65536):
+                    said += data
+            assert said.count(b"HTTP/1.1 200") == begun.count(b"\r\n\r\n")
 
 
 @pytest.mark.parametrize("kind", ["text", "json"])
