@@ -126,6 +126,8 @@ def run(settings: ServeSettings, listening: socket.socket, loading: Loading, rea
 
     server = Server(create_app(service), service, load)
     server.run([listening])
+    if service.worker is not None:
+        service.worker.close(LAST_WORDS_S)
     if server.failure is None:
         return 0
     if service.worker is None:  # it never opened

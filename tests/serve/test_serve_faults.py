@@ -204,20 +204,23 @@ def test_who_leaves_frees_its_pages_whatever_it_waited_for(stream: bool):
         assert server.post("/v1/completions", prompt="x", max_tokens=2).status_code == 200
 
 
-def test_a_hundred_who_leave_at_random_moments_leave_nothing_behind(server: Running):
-    whole = free_pages(server)
+def test_a_hundred_who_leave_at_random_moments_leave_nothing_behind():
+    """Queued, in a prompt of many parts, while tokens come."""
+    with serving(max_batch_size=4, prefill_tokens=16, cache_tokens=1024) as server:
+        whole = free_pages(server)
 
-    def visit(place: int) -> None:
-        made = begin(server, **LONG)
-        time.sleep((place * 7919 % 100) / 400)
-        made.close()
+        def visit(place: int) -> None:
+            long = {"prompt": [2, *range(300 + place, 400 + place)], "max_tokens": 300}
+            made = begin(server, **{**LONG, **(long if place % 2 else {}), "stream": place % 3 > 0})
+            time.sleep((place * 7919 % 100) / 400)
+            made.close()
 
-    with ThreadPoolExecutor(16) as pool:
-        list(pool.map(visit, range(100)))
-    begun = time.monotonic()
-    assert server.post("/v1/completions", prompt="x", max_tokens=2).status_code == 200
-    assert time.monotonic() - begun < 5
-    assert wait_for(lambda: not server.service.worker.busy) and free_pages(server) == whole
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(visit, range(100)))
+        begun = time.monotonic()
+        assert server.post("/v1/completions", prompt="x", max_tokens=2).status_code == 200
+        assert time.monotonic() - begun < 5
+        assert wait_for(lambda: not server.service.worker.busy) and free_pages(server) == whole
 
 
 def test_a_reader_that_never_reads_is_dropped_and_others_go_on():
