@@ -89,7 +89,8 @@ def _keys_of(text: str) -> list[str]:
 
 
 def _name(model: str | None) -> str:
-    """What a model is called where nobody says: its id on the Hub, or its folder's name."""
+    """What a model is called where nobody says: its id on the Hub, or its folder's or file's name."""
     if model is None:
         return "gemmakit-demo"
-    return Path(model).resolve().name if Path(model).exists() else model
+    path = Path(model)
+    return path.stem if path.is_file() else path.resolve().name if path.exists() else model
