@@ -54,14 +54,53 @@ class Token(NamedTuple):
 
 def events(tokens: Generator[Token], tokenizer: Tokenizer | None, skip_special_tokens: bool) -> Generator[StreamEvent]:
     """The tokens with their text. With `skip_special_tokens` a token that ends its row has none, whichever it is."""
-    decoder = None if tokenizer is None else _decoder(tokenizer, {"skip_special_tokens": skip_special_tokens})
+    answer = None if tokenizer is None else AnswerText(tokenizer, skip_special_tokens)
     with closing(tokens):
         for token, reason, scores in tokens:
-            text = ""
-            if decoder is not None:
-                text = "" if reason == "eos" and skip_special_tokens else decoder.push([token])
-                text += "" if reason is None else decoder.finish()
-            yield StreamEvent(token, text, reason, scores)
+            yield StreamEvent(token, "" if answer is None else answer.push(token, reason), reason, scores)
+
+
+class AnswerText:
+    """The text of one answer, as far as it is certain: never half a character, and cut before the first stop string.
+
+    before: the end of the prompt, where a stop string may begin. stopped: whether one was found; nothing is told then.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, skip_special_tokens: bool = True, stops: Sequence[str] = (), before: str = ""
+    ):
+        self._decoder = _decoder(tokenizer, {"skip_special_tokens": skip_special_tokens})
+        self._skip, self._stops = skip_special_tokens, tuple(stops)
+        self._text, self._told = before, len(before)  # what may still be part of a stop string, and how much is told
+        self.stopped = False
+
+    def push(self, token: int, reason: str | None) -> str:
+        """What a token makes certain; with a reason it is the last one."""
+        text = "" if reason == "eos" and self._skip else self._decoder.push([token])
+        return self._certain(text) if reason is None else self._certain(text) + self.finish()
+
+    def finish(self) -> str:
+        """What was held back."""
+        return self._certain(self._decoder.finish(), ended=True)
+
+    def _certain(self, text: str, ended: bool = False) -> str:
+        if not self._stops or self.stopped:
+            return "" if self.stopped else text
+        self._text += text
+        found = [self._text.find(stop, max(0, self._told - len(stop) + 1)) for stop in self._stops]
+        first = min((at for at in found if at >= 0), default=None)
+        self.stopped = first is not None
+        end = first if first is not None else len(self._text) - (0 if ended else self._open())
+        told = max(end, self._told)
+        piece, gone = self._text[self._told : told], max(0, told - max(map(len, self._stops)) + 1)
+        self._text, self._told = self._text[gone:], told - gone
+        return piece
+
+    def _open(self) -> int:
+        """Characters at the end that may begin a stop string."""
+        most = min(len(self._text), max(map(len, self._stops)) - 1)
+        starts = (n for n in range(most, 0, -1) if any(stop.startswith(self._text[-n:]) for stop in self._stops))
+        return next(starts, 0)
 
 
 class BaseStreamer:

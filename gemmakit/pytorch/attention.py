@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from gemmakit.pytorch.masks import Rule, Visibility, visibility
 from gemmakit.pytorch.shapes import Bool, Float, Int
 
 
+@runtime_checkable
 class Attend(Protocol):
     def __call__(
         self,

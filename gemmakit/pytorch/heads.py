@@ -126,7 +126,7 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
             cap = self.config.final_logit_softcapping
             logits, loss = None, chunked_loss(self.lm_head, hidden, targets, loss_chunk_size, num_items_in_batch, cap)
         else:
-            logits = capped(self.lm_head(hidden), self.config.final_logit_softcapping)
+            logits = self.compute_logits(hidden)
             loss = None if targets is None else causal_loss(logits, targets, num_items_in_batch)
         result = CausalLMOutputWithPast(
             loss=loss,
@@ -136,6 +136,10 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
             attentions=out.attentions,
         )
         return result if return_dict else result.to_tuple()
+
+    def compute_logits(self, hidden_states: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
+        """The head alone, on what the decoder gave."""
+        return capped(self.lm_head(hidden_states), self.config.final_logit_softcapping)
 
     def prepare_inputs_for_generation(
         self,

@@ -32,6 +32,10 @@ class CausalLM(Protocol):
 
     def modules(self) -> Iterator[nn.Module]: ...
 
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
+        """Of what the decoder gave, (..., D) -> (..., V)."""
+        ...
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """A pass: input_ids or inputs_embeds, attention_mask, position_ids, past_key_values, use_cache,
         output_attentions, output_hidden_states, return_dict, logits_to_keep -> CausalLMOutputWithPast."""

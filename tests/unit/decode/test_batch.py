@@ -289,7 +289,7 @@ class Letters:
     def encode(self, text, **_):
         return [ord(c) - 0x100 for c in text]
 
-    def decode(self, ids):
+    def decode(self, ids, **_):
         return "".join(chr(0x100 + i) for i in ids)
 
 

@@ -78,8 +78,8 @@ def test_draws_are_those_of_each_request_alone(settings):
 def test_a_step_is_started_before_the_tokens_of_the_last_one_are_read(mode, monkeypatch):
     log, first = [], engine.BatchEngine._start
     monkeypatch.setattr(engine.BatchEngine, "_start", lambda *a: (log.append("start"), first(*a))[1])
-    read = engine._Started.read
-    monkeypatch.setattr(engine._Started, "read", lambda self: (log.append("read"), read(self))[1])
+    read = engine.Started.read
+    monkeypatch.setattr(engine.Started, "read", lambda self: (log.append("read"), read(self))[1])
     generate_batch(model, [PROMPTS[0], PROMPTS[3]], max_new_tokens=6, eos_token_id=None)
     if mode == "captured":
         assert log == ["start", "read"] * 6

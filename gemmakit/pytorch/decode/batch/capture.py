@@ -17,7 +17,8 @@ from torch import Tensor
 from gemmakit.pytorch.cache.paged import PagedCache, Placement, Span, sent
 from gemmakit.pytorch.cache.pages import NULL_PAGE
 from gemmakit.pytorch.decode import capture
-from gemmakit.pytorch.decode.batch.requests import Row, shared_chain
+from gemmakit.pytorch.decode.batch.choose import shared_chain
+from gemmakit.pytorch.decode.batch.requests import Row
 from gemmakit.pytorch.decode.processors import Processor
 from gemmakit.pytorch.decode.protocols import CausalLM
 from gemmakit.pytorch.decode.sampling import greedy, sampler
@@ -122,8 +123,8 @@ class BatchCapture:
         if self._why or self._capture is None or len(spans) > MAX_ROWS:
             return None
         chain, sampled = shared_chain(rows), rows[0].generator is not None
-        if any((row.generator is not None) != sampled or row.step.criteria for row in rows):
-            chain = None  # criteria read scores, and those of the pass are gone with it
+        if any((row.generator is not None) != sampled or row.reads_scores for row in rows):
+            chain = None  # the scores of the pass are gone with it
         pages = max(MIN_PAGES, capture.rounded(max(-(-span.end // self.cache.page_size) for span in spans)))
         key = (1 << (len(spans) - 1).bit_length(), pages, chain, sampled and chain is not None)
         self._uses[key] += 1

@@ -10,7 +10,7 @@ import heapq
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,65 +18,18 @@ from torch import Tensor
 
 from gemmakit.checks import Whole, check
 from gemmakit.errors import InputError, NumericalError, QueueFull
-from gemmakit.pytorch.cache.paged import PagedCache, Span, bytes_per_token, sent
+from gemmakit.pytorch.cache.paged import PagedCache, bytes_per_token
 from gemmakit.pytorch.cache.pages import PagePool
 from gemmakit.pytorch.decode.batch.capture import BatchCapture
+from gemmakit.pytorch.decode.batch.choose import likeliest
 from gemmakit.pytorch.decode.batch.events import EngineStats, Event
-from gemmakit.pytorch.decode.batch.requests import Request, Row, choose_tokens, prepare_row
-from gemmakit.pytorch.decode.batch.scheduler import Part, Scheduler
+from gemmakit.pytorch.decode.batch.requests import Request, Row, prepare_rows
+from gemmakit.pytorch.decode.batch.runner import Outcome, Runner, Started
+from gemmakit.pytorch.decode.batch.scheduler import Scheduler, Step
 from gemmakit.pytorch.decode.protocols import CausalLM
 from gemmakit.pytorch.decode.sampling import NO_TOKEN
-from gemmakit.pytorch.decode.step import forward
-from gemmakit.pytorch.decode.stream import HostCopy
 
 OPTIONAL = ("cache_tokens", "cache_bytes", "max_waiting", "max_waiting_tokens")
-
-
-@dataclass
-class _Outcome:
-    """What a pass gave a part: its token and the scores (1, V) behind it, or an error; nothing for an inner part."""
-
-    part: Part
-    token: int | None = None
-    scores: Tensor | None = None
-    error: Exception | None = None
-
-
-@dataclass
-class _Choice:
-    """The next tokens of some parts, on the device and on their way to the host."""
-
-    parts: Sequence[Part]
-    tokens: Tensor
-    copy: HostCopy
-    scores: Tensor | None
-    errors: dict[int, Exception]
-
-
-@dataclass
-class _Started:
-    """A step that was started: everything that ran, and what was chosen."""
-
-    parts: tuple[Part, ...]
-    choices: list[_Choice]
-
-    @property
-    def tokens(self) -> Tensor:
-        return self.choices[0].tokens if len(self.choices) == 1 else torch.cat([c.tokens for c in self.choices])
-
-    @property
-    def order(self) -> dict[int, int]:
-        """Where in `tokens` a sequence's is."""
-        return {part.sequence.id: i for i, part in enumerate(part for c in self.choices for part in c.parts)}
-
-    def read(self) -> deque[_Outcome]:
-        """Waits for the tokens."""
-        found: dict[int, _Outcome] = {}
-        for choice in self.choices:
-            for i, (part, token) in enumerate(zip(choice.parts, choice.copy.read(), strict=True)):
-                scores = None if choice.scores is None else choice.scores[i : i + 1]
-                found[part.sequence.id] = _Outcome(part, token, scores, choice.errors.get(i))
-        return deque(found.get(part.sequence.id, _Outcome(part)) for part in self.parts)
 
 
 class BatchEngine:
@@ -134,13 +87,15 @@ class BatchEngine:
         self.scheduler = Scheduler(PagePool(pages, page_size, share_prefixes), max_batch_size, prefill_tokens)
         self._max_waiting, self._max_waiting_tokens = max_waiting, max_waiting_tokens
         self._deadlines: list[tuple[float, int]] = []
-        self._rows: dict[int, Row] = {}
-        self._next_id = 0
+        self._rows: dict[int, Row] = {}  # by the number of their sequence
+        self._requests: dict[int, list[Row]] = {}  # those that have not ended
+        self._next_id = self._next_sequence = 0
         self._overlap = devices[0].type != "cpu" if overlap is None else overlap
         self._captured = BatchCapture(model, self.cache) if cuda_graphs else None
-        self._flight: _Started | None = None
-        self._next: _Started | None = None  # what was started before the tokens of the flight were read
-        self._outcomes: deque[_Outcome] = deque()
+        self._runner = Runner(model, self.cache, self._rows, self._captured)
+        self._flight: Started | None = None
+        self._next: Started | None = None  # what was started before the tokens of the flight were read
+        self._outcomes: deque[Outcome] = deque()
         self._events: list[Event] = []
 
     # -- the caller's side -----------------------------------------------------------------------------------------
@@ -165,27 +120,32 @@ class BatchEngine:
         request = request if isinstance(request, Request) else Request(request)
         prompt = request.prompt
         self._check_queue(prompt.numel() if isinstance(prompt, Tensor) else len(prompt))
-        return self.queue(prepare_row(self.model, request, self._next_id))
+        return self.queue(prepare_rows(self.model, request, self._next_id))
 
-    def queue(self, row: Row) -> int:
+    def queue(self, rows: Sequence[Row]) -> int:
         """As add, for a request that is checked already; its number must be above those before."""
-        self.scheduler.add(row.sequence)
-        self._rows[row.id] = row
-        if row.deadline is not None:
-            heapq.heappush(self._deadlines, (row.added + row.deadline, row.id))
-        self._next_id = row.id + 1
+        id = rows[0].id
+        self.scheduler.check(rows[0].prompt_length, rows[0].sequence.limit - rows[0].prompt_length)
+        for row in rows:
+            row.sequence.id = self._next_sequence
+            self._next_sequence += 1
+            self.scheduler.add(row.sequence)
+            self._rows[row.sequence.id] = row
+            if row.request.deadline is not None:
+                heapq.heappush(self._deadlines, (row.added + row.request.deadline, row.sequence.id))
+        self._requests[id], self._next_id = list(rows), id + 1
         if self._captured is not None:
             self._captured.look()
-        return row.id
+        return id
 
     def cancel(self, id: int) -> bool:
-        """End a request; its pages are free at once, and the next step() tells. False if it is not there (any more)."""
-        row = self._rows.pop(id, None)
-        if row is None:
-            return False
-        self.scheduler.remove(row.sequence)
-        self._events.append(Event(id, None, "cancelled", usage=row.usage))
-        return True
+        """End a request; its pages are free at once, and the next step() tells of each answer. False if it is not there
+        (any more).
+        """
+        rows = list(self._requests.get(id, ()))
+        for row in rows:
+            self._tell(row, Event(id, None, "cancelled"))
+        return bool(rows)
 
     def stats(self) -> EngineStats:
         """How the engine stands now; cheap."""
@@ -229,13 +189,15 @@ class BatchEngine:
 
     def _expire(self) -> None:
         """End what has waited past its deadline."""
-        while self._deadlines and self._deadlines[0][0] <= time.monotonic():
-            _, id = heapq.heappop(self._deadlines)
+        while self._deadlines:
+            due, id = self._deadlines[0]
             row = self._rows.get(id)
-            if row is not None and row.started is None:
-                del self._rows[id]
-                self.scheduler.remove(row.sequence)
-                self._events.append(Event(id, None, "timeout", usage=row.usage))
+            waits = row is not None and row.started is None
+            if waits and due > time.monotonic():
+                return
+            heapq.heappop(self._deadlines)
+            if row is not None and waits:
+                self._tell(row, Event(row.id, None, "timeout"))
 
     def _launch(self) -> None:
         """Start a step unless one is under way, and where possible the one after it; then read the first."""
@@ -244,88 +206,27 @@ class BatchEngine:
         if self._flight is None:
             if not self.scheduler.has_work:
                 return
-            step = self.scheduler.plan()
-            for part in (*step.prefill, *step.decode):
-                row = self._rows[part.sequence.id]
-                row.started = row.started or time.monotonic()
-            self._flight = self._start(step.prefill, step.decode)
+            self._flight = self._start(self.scheduler.plan())
         if self._overlap and self._next is None:
             self._next = self._start_ahead(self._flight)
         self._outcomes = self._flight.read()
         self._flight, self._next = self._next, None
 
-    def _start_ahead(self, flight: _Started) -> _Started | None:
+    def _start_ahead(self, flight: Started) -> Started | None:
         """The step after `flight`, whose tokens the host does not know yet."""
         if any(row.ids is not None for part in flight.parts if (row := self._rows.get(part.sequence.id)) is not None):
             return None  # processors and criteria of its own are shown each token before the next is chosen
         step = self.scheduler.ahead(flight.parts)
-        return None if step is None else self._start((), step.decode, flight)
+        return None if step is None else self._start(step, flight)
 
-    def _start(self, prefill: Sequence[Part], decode: Sequence[Part], before: _Started | None = None) -> _Started:
-        """One step on the device. Nothing but pages is taken until it is settled."""
+    def _start(self, step: Step, before: Started | None = None) -> Started:
         fresh = self.scheduler.pool.fresh
         self.cache.clear(fresh)
         fresh.clear()
-        ran: list[tuple[Sequence[Part], Tensor]] = [((part,), self._forward((part,))) for part in prefill]
-        choices: list[_Choice] = []
-        if decode:
-            static = self._replayed(decode, before)
-            if isinstance(static, _Choice):
-                choices.append(static)
-            else:
-                ran.append((decode, self._forward(decode, before) if static is None else static))
-        if any(part.last for parts, _ in ran for part in parts):
-            choices.insert(0, self._choose(ran))
-        return _Started((*prefill, *decode), choices)
-
-    def _choose(self, ran: Sequence[tuple[Sequence[Part], Tensor]]) -> _Choice:
-        """The next tokens of the parts that are the last of their prompts."""
-        parts = [part for group, _ in ran for part in group]
-        logits = torch.cat([logits for _, logits in ran]) if len(ran) > 1 else ran[0][1]
-        picking = [i for i, part in enumerate(parts) if part.last]
-        rows = [self._rows[parts[i].sequence.id] for i in picking]
-        if len(picking) < len(parts):
-            logits = logits[sent(picking, logits.device)]
-        tokens, scores, errors = choose_tokens(rows, logits)
-        return _Choice([parts[i] for i in picking], tokens, HostCopy(tokens), scores, errors)
-
-    def _replayed(self, parts: Sequence[Part], before: _Started | None) -> _Choice | Tensor | None:
-        """What the recorded pass gives: tokens, or logits where rows choose apart; None where there is no such pass."""
-        if self._captured is None or not all(part.last for part in parts):
-            return None
-        rows = [self._rows[part.sequence.id] for part in parts]
-        ids, tokens = self._inputs(parts, before)
-        static = self._captured.loaded(rows, _spans(parts), ids, tokens)
-        if static is None:
-            return None
-        static.run(rows)
-        if static.chosen_by is None:
-            assert static.logits is not None
-            return static.logits[: len(rows)]
-        tokens = static.tokens[: len(rows)]
-        return _Choice(parts, tokens, HostCopy(tokens), None, {})
-
-    @staticmethod
-    def _inputs(parts: Sequence[Part], before: _Started | None) -> tuple[list[int], Tensor | None]:
-        """The one token of each part; or its place among those that are still on the device, and these."""
-        if before is None:
-            return [part.sequence.tokens[part.start] for part in parts], None
-        order = before.order
-        return [order[part.sequence.id] for part in parts], before.tokens
-
-    def _forward(self, parts: Sequence[Part], before: _Started | None = None) -> Tensor:
-        """One pass over one part of any length, or several of one token each. Logits (R, V) of their last tokens."""
-        where = self.cache.place(_spans(parts))
-        several = len(parts) > 1
-        if before is None:
-            ids = [part.sequence.tokens[part.start : part.end] for part in parts]
-            given = sent(ids, self.model.device)
-        else:
-            places, tokens = self._inputs(parts, before)
-            assert tokens is not None
-            given = tokens[sent(places, tokens.device)].clamp_min(0)[:, None]
-        mask, positions = (self.cache.masks(), where.positions) if several else (None, None)
-        return forward(self.model, given, self.cache, mask, positions).logits[:, -1]
+        for part in (*step.prefill, *step.decode):
+            row = self._rows[part.sequence.id]
+            row.started = time.monotonic() if row.started is None else row.started
+        return self._runner.start(step.prefill, step.decode, before)
 
     def _settle(self) -> None:
         """Write the next outcome down."""
@@ -335,36 +236,55 @@ class BatchEngine:
         self._outcomes.popleft()  # only now: a criterion may be interrupted
         if row is None:  # cancelled meanwhile
             return
+        if row.prompt_logprobs is not None:
+            row.prompt_logprobs += outcome.prompt_logprobs
+            row.sequence.whole = len(row.prompt_logprobs) < row.prompt_length
         if event is None or event.error is None:
             self.scheduler.advance(outcome.part, outcome.token)
         if event is not None:
-            if event.token is not None and row.spoke is None:
-                row.spoke = time.monotonic()
-            ended = event.finish_reason is not None
-            self._events.append(replace(event, usage=row.usage) if ended else event)
-            if ended:
-                del self._rows[row.id]
-                self.scheduler.remove(row.sequence)
+            self._tell(row, event)
 
-    def _judge(self, row: Row, outcome: _Outcome) -> Event:
-        token, error, reason = outcome.token, outcome.error, None
+    def _judge(self, row: Row, outcome: Outcome) -> Event:
+        token, error, reason, text = outcome.token, outcome.error, None, ""
         assert token is not None
         if error is None and token == NO_TOKEN:
-            step = len(row.sequence.tokens) - row.prompt_length + 1
             error = NumericalError(
-                f"request {row.id}, step {step}: no token has a finite score (NaN or infinity in the weights or "
-                "logits, or every token forbidden). Check weights and processors, or use float32."
+                f"request {row.id}, step {row.new_tokens + 1}: no token has a finite score (NaN or infinity in the "
+                "weights or logits, or every token forbidden). Check weights and processors, or use float32."
             )
         if error is None:
             try:
-                reason = row.ends(token, outcome.scores)
+                reason, text = row.ends(token, outcome.scores)
             except Exception as e:
                 error = e
-        return Event(row.id, token, reason) if error is None else Event(row.id, None, "error", error)
+        if error is not None:
+            return Event(row.id, None, "error", error)
+        if row.silent:
+            return Event(row.id, None, "length")
+        if outcome.logprobs is None:
+            return Event(row.id, token, reason, text=text)
+        logprob, top = likeliest(outcome.logprobs, token, row.logprobs or 0)
+        return Event(row.id, token, reason, text=text, logprob=logprob, top_logprobs=top)
 
+    def _tell(self, row: Row, event: Event) -> None:
+        """Give an event of a row to the caller; a row that has ended is forgotten."""
+        if event.token is not None and row.spoke is None:
+            row.spoke = time.monotonic()
+        if row.prompt_logprobs is not None and len(row.prompt_logprobs) == row.prompt_length:
+            event = replace(event, prompt_logprobs=row.prompt_logprobs)
+            row.prompt_logprobs = None
+        self._events += row.told(event)
+        if event.finish_reason is not None:
+            self._forget(row)
 
-def _spans(parts: Sequence[Part]) -> list[Span]:
-    return [Span(part.sequence.holding.pages, part.start, part.end) for part in parts]
+    def _forget(self, row: Row) -> None:
+        """Its pages are free at once."""
+        del self._rows[row.sequence.id]
+        self.scheduler.remove(row.sequence)
+        siblings = self._requests[row.id]
+        siblings.remove(row)
+        if not siblings:
+            del self._requests[row.id]
 
 
 def _pages(page_size: int, cache_tokens: int | None, cache_bytes: int | None, token_bytes: int) -> int:

@@ -13,7 +13,7 @@ from gemmakit.errors import InputError
 from gemmakit.generation import GenerationConfig
 from gemmakit.pytorch.decode.batch.engine import BatchEngine, check_sizes
 from gemmakit.pytorch.decode.batch.events import Event
-from gemmakit.pytorch.decode.batch.requests import Request, Row, prepare_row
+from gemmakit.pytorch.decode.batch.requests import Request, Row, prepare_rows
 from gemmakit.pytorch.decode.protocols import CausalLM
 
 # (place of the prompt, token, why it ended or None) -> False cancels the prompt
@@ -115,7 +115,10 @@ def generate_batch(
 
 def _prepared(model: CausalLM, request: Request, place: int, on_error: str) -> Row | InputError:
     try:
-        return prepare_row(model, request, place)
+        rows = prepare_rows(model, request, place)
+        if len(rows) > 1:
+            raise InputError(f"n and best_of ask for {len(rows)} answers, and a result is one: give it several times.")
+        return rows[0]
     except InputError as e:
         return _refused(e, place, on_error)
 
@@ -123,7 +126,7 @@ def _prepared(model: CausalLM, request: Request, place: int, on_error: str) -> R
 def _queued(engine: BatchEngine, row: Row, on_error: str) -> InputError | None:
     """None, or why the engine will never have room for it."""
     try:
-        engine.queue(row)
+        engine.queue([row])
         return None
     except InputError as e:
         return _refused(e, row.id, on_error)

@@ -1,10 +1,8 @@
-"""One request of a batch: its prompt and settings, checked; and how its next token is chosen among its neighbours'.
-
-Axis letters: R rows, V vocabulary.
-"""
+"""One request of a batch: its prompt and settings, checked, and its answers at work. Axis letter: V vocabulary."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,15 +15,15 @@ from gemmakit.checks import Real, Whole, check_fields, is_whole
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError, PromptTooLong, TokenOutOfRange
 from gemmakit.generation import GenerationConfig
-from gemmakit.pytorch.cache.paged import sent
 from gemmakit.pytorch.decode import processors, stopping
 from gemmakit.pytorch.decode.batch import scheduler
-from gemmakit.pytorch.decode.batch.events import Usage
+from gemmakit.pytorch.decode.batch.events import Event, PromptLogprob, Usage
 from gemmakit.pytorch.decode.healing import heal
 from gemmakit.pytorch.decode.prompt import prepare
 from gemmakit.pytorch.decode.protocols import CausalLM
-from gemmakit.pytorch.decode.sampling import Exponential, Pick, greedy, row_generators, sampler
+from gemmakit.pytorch.decode.sampling import row_generators
 from gemmakit.pytorch.decode.step import Step
+from gemmakit.streamers import AnswerText
 
 MAX_ANSWERS = 128
 MAX_LOGPROBS = 20
@@ -70,27 +68,63 @@ class Request:
 
 
 @dataclass(eq=False)
-class Row:
-    """A request at work: its place in the schedule and everything its next token depends on.
+class Group:
+    """The answers of a request of which the best are told, once all have ended."""
 
-    step: with an eos for the host alone. ids: (1, limit), the tokens once more, on the device, for processors and
-    criteria that read them; or None. added, started, spoke: when it was added, first ran, gave its first token, by
-    the monotonic clock.
+    wanted: int
+    open: int
+    ended: list[tuple[float, list[Event]]] = field(default_factory=list)
+
+    def close(self, events: list[Event], mean: float) -> list[Event]:
+        """Take an answer that has ended; what is told, once it is the last. mean: of its log probabilities."""
+        self.ended.append((mean, events))
+        self.open -= 1
+        if self.open:
+            return []
+        best = sorted(self.ended, key=lambda pair: pair[0], reverse=True)[: self.wanted]
+        return [replace(event, index=i) for i, (_, events) in enumerate(best) for event in events]
+
+
+@dataclass(eq=False)
+class Row:
+    """One answer at work: its place in the schedule and everything its next token depends on.
+
+    id, index: of its request, and which of the answers to it. step: with an eos for the host alone. ids: (1, limit),
+    the tokens once more, on the device, for processors and criteria that read them; or None. added, started, spoke:
+    when it was added, first ran, gave its first token, by the monotonic clock. prompt_logprobs: those found so far.
+    silent: whether only these are wanted. group, held, total: with best_of, its answers, the events of this one, and
+    the sum of its log probabilities.
     """
 
+    id: int
+    index: int
+    request: Request
     sequence: scheduler.Sequence
-    prompt_length: int
     step: Step
     generator: torch.Generator | None
     ids: Tensor | None
-    deadline: float | None = None
+    text: AnswerText | None = None
+    group: Group | None = None
+    prompt_logprobs: list[PromptLogprob | None] | None = None
+    silent: bool = False
     added: float = field(default_factory=time.monotonic)
     started: float | None = None
     spoke: float | None = None
+    held: list[Event] = field(default_factory=list)
+    total: float = 0.0
 
     @property
-    def id(self) -> int:
-        return self.sequence.id
+    def prompt_length(self) -> int:
+        return self.sequence.prompt_length
+
+    @property
+    def new_tokens(self) -> int:
+        return 0 if self.silent else len(self.sequence.tokens) - self.prompt_length
+
+    @property
+    def logprobs(self) -> int | None:
+        """How many of the likeliest tokens are looked up beside each token; None if not even its own is."""
+        return 0 if self.request.logprobs is None and self.group is not None else self.request.logprobs
 
     @property
     def chain(self) -> tuple[processors.Processor, ...]:
@@ -101,22 +135,28 @@ class Row:
         return all(isinstance(processor, processors.ScoresOnly) for processor in self.step.processors)
 
     @property
+    def reads_scores(self) -> bool:
+        """Whether a step's scores or logits are looked at after its token was chosen."""
+        return bool(self.step.criteria) or self.logprobs is not None
+
+    @property
     def usage(self) -> Usage:
-        now, tokens = time.monotonic(), len(self.sequence.tokens) - self.prompt_length
+        now = time.monotonic()
         queued = (now if self.started is None else self.started) - self.added
         first = None if self.spoke is None else self.spoke - self.added
-        return Usage(self.prompt_length, self.sequence.cached or 0, tokens, queued, first, now - self.added)
+        cached = self.sequence.cached or 0
+        return Usage(self.prompt_length, cached, self.new_tokens, queued, first, now - self.added)
 
     def process(self, scores: Tensor) -> Tensor:
         """scores: (1, V) -> (1, V) after this request's processors."""
-        assert self.ids is not None
-        out = self.step.process(self.ids[:, : len(self.sequence.tokens)], scores)
+        ids = _no_ids(scores) if self.ids is None else self.ids[:, : len(self.sequence.tokens)]
+        out = self.step.process(ids, scores)
         if out.shape != scores.shape:
             raise InputError(f"a logits processor gave {tuple(out.shape)} for scores {tuple(scores.shape)}.")
         return out.to(scores)
 
-    def ends(self, token: int, scores: Tensor | None) -> str | None:
-        """Why the row ends with `token`: "eos", "stop", "length"; or None.
+    def ends(self, token: int, scores: Tensor | None) -> tuple[str | None, str]:
+        """Why the answer ends with `token`, "eos", "stop", "length" or None, and what becomes certain of its text.
 
         scores: (1, V), those it was picked from; only rows without criteria may have none.
         """
@@ -124,17 +164,43 @@ class Row:
         if self.ids is not None:
             self.ids[0, count - 1] = token
         reason = self.step.reason(token, None if self.ids is None else self.ids[:, :count], scores)
-        return "length" if reason is None and count >= self.sequence.limit else reason
+        reason = "length" if reason is None and count >= self.sequence.limit else reason
+        if self.text is None:
+            return reason, ""
+        text = self.text.push(token, reason)
+        return "stop" if self.text.stopped and reason in (None, "length") else reason, text
+
+    def unscored(self, part: scheduler.Part) -> range:
+        """The places in a part whose next tokens are the prompt's and still to be scored."""
+        found = self.prompt_logprobs
+        if found is None:
+            return range(0)
+        return range(max(part.start, len(found) - 1), min(part.end, self.prompt_length - 1))
+
+    def told(self, event: Event) -> list[Event]:
+        """What the caller is told of an event of this answer, now or, with best_of, when all of them have ended."""
+        ended = event.finish_reason is not None
+        event = replace(event, index=self.index, usage=self.usage if ended else None)
+        if self.group is None:
+            return [event]
+        self.total += event.logprob or 0.0
+        self.held.append(event if self.request.logprobs is not None else replace(event, logprob=None))
+        if not ended:
+            return []
+        sound = event.error is None and event.finish_reason != "timeout"
+        return self.group.close(self.held, self.total / max(1, self.new_tokens) if sound else -math.inf)
 
 
 @torch.no_grad()
-def prepare_row(model: CausalLM, request: Request, number: int) -> Row:
-    """Check a request and make its row.
+def prepare_rows(model: CausalLM, request: Request, number: int) -> list[Row]:
+    """Check a request and make the rows of its answers, not yet numbered in the schedule.
 
     Raises InputError, GenerationConfigError, TokenOutOfRange; PromptTooLong if the context is too short.
     """
     request.check()
-    config = (request.generation_config or model.generation_config).updated(**request.settings)
+    silent = request.prompt_logprobs is not None and request.settings.get("max_new_tokens") == 0
+    own = {**request.settings, "max_new_tokens": 1} if silent else request.settings
+    config = (request.generation_config or model.generation_config).updated(**own)
     config.validate(model.config.vocab_size)
     refuse_unbatched(model.config, config)
     vocabulary = model.config.vocab_size
@@ -145,66 +211,65 @@ def prepare_row(model: CausalLM, request: Request, number: int) -> Row:
         heal(model, prompt, request.tokenizer)
     if prompt.mask is not None:
         prompt = replace(prompt, ids=prompt.ids[prompt.mask][None], mask=None)
-    ids, length = prompt.ids, prompt.ids.shape[1]
-    _check_rope(model.config, length + new)
+    total = prompt.ids.shape[1] + new
+    _check_rope(model.config, total)
     context = processors.Context(
         config,
         prompt,
-        length + new,
+        total,
         vocabulary,
         custom=tuple(request.logits_processor),
         model=model,
         tokenizer=request.tokenizer,
     )
+    criteria = stopping.build(config, request.tokenizer, tuple(request.stopping_criteria), vocabulary)
+    count = request.best_of or request.n
+    group = Group(request.n, count) if count > request.n else None
+    generators = _generators(config, prompt.ids, count) if config.do_sample else [None] * count
+    rows = [_row(request, number, i, context, criteria, generator) for i, generator in enumerate(generators)]
+    for row in rows:
+        row.group, row.silent = group, silent
+        row.sequence.like = rows[0].sequence if row.index else None
+    if request.prompt_logprobs is not None:
+        rows[0].prompt_logprobs, rows[0].sequence.whole = [None], True
+    return rows
+
+
+def _row(
+    request: Request,
+    number: int,
+    index: int,
+    context: processors.Context,
+    criteria: list[stopping.Criterion],
+    generator: torch.Generator | None,
+) -> Row:
+    config, ids = context.config, context.prompt.ids
     row = Row(
-        sequence=scheduler.Sequence(number, ids[0].tolist(), length + new, salt=request.cache_salt),
-        prompt_length=length,
+        id=number,
+        index=index,
+        request=request,
+        sequence=scheduler.Sequence(-1, ids[0].tolist(), context.total, salt=request.cache_salt),
         step=Step(
-            processors=tuple(processors.build(context)),
+            processors=tuple(processors.build(context)),  # an answer's own, for some remember how far it has come
             eos_ids=config.eos_token_ids,
-            criteria=stopping.build(config, request.tokenizer, tuple(request.stopping_criteria), vocabulary),
+            criteria=criteria,
         ),
-        generator=_generator(config, ids) if config.do_sample else None,
+        generator=generator,
         ids=None,
-        deadline=request.deadline,
+        text=_text(config, request.tokenizer, ids[0].tolist()),
     )
     if row.step.criteria or not row.by_scores:
-        row.ids = torch.nn.functional.pad(ids, (0, new))
+        row.ids = torch.nn.functional.pad(ids, (0, context.total - ids.shape[1]))
     return row
 
 
-def choose_tokens(rows: Sequence[Row], logits: Tensor) -> tuple[Tensor, Tensor, dict[int, Exception]]:
-    """The next token of each row (NO_TOKEN where there is none), the scores it comes from, and what went wrong.
-
-    logits: (R, V); tokens: int64 (R,), on the device, for which nobody has waited; scores: float32 (R, V), after each
-    row's processors. A processor that raises costs its own row only: the exception is given under the row's place.
-    """
-    chain = shared_chain(rows)
-    if chain is not None:
-        return *Step(chain, _picker(rows)).choose(_no_ids(logits), logits), {}
-    lines, errors = list(logits.float().split(1)), {}
-    together: dict[tuple[Any, ...], list[int]] = {}
-    for i, row in enumerate(rows):
-        if row.by_scores:
-            together.setdefault(row.chain, []).append(i)
-            continue
-        try:
-            lines[i] = row.process(lines[i])
-        except Exception as e:
-            errors[i] = e
-    for chain, places in together.items():
-        if chain:
-            group = torch.cat([lines[i] for i in places])
-            for i, line in zip(places, Step(chain).process(_no_ids(group), group).split(1), strict=True):
-                lines[i] = line
-    scores = torch.cat(lines)
-    return _picker(rows)(scores), scores, errors
-
-
-def shared_chain(rows: Sequence[Row]) -> tuple[processors.Processor, ...] | None:
-    """The processors of all rows, if they are the same and read the scores alone."""
-    first = rows[0].chain
-    return first if all(row.by_scores and row.chain == first for row in rows) else None
+def _text(config: GenerationConfig, tokenizer: Any, prompt: list[int]) -> AnswerText | None:
+    if not hasattr(tokenizer, "decode"):
+        return None
+    stops = config.stop_texts
+    reach = max(map(len, stops), default=1) - 1
+    before = tokenizer.decode(prompt[-reach:], skip_special_tokens=True)[-reach:] if reach else ""
+    return AnswerText(tokenizer, stops=stops, before=before)
 
 
 def _no_ids(scores: Tensor) -> Tensor:
@@ -217,9 +282,7 @@ def refuse_unbatched(model: GemmaConfig, config: GenerationConfig) -> None:
     wanted = {
         "use_bidirectional_attention": bool(model.use_bidirectional_attention),
         f"the strategy {mode}": mode not in ("greedy_search", "sample"),
-        "num_return_sequences above 1 (add the prompt several times, each with its own seed)": (
-            config.num_return_sequences > 1
-        ),
+        "num_return_sequences above 1 (see n of a Request)": (config.num_return_sequences > 1),
         "guidance_scale": config.guidance_scale not in (None, 1),
         "return_dict_in_generate": config.return_dict_in_generate,
     }
@@ -261,24 +324,8 @@ def _tensor(prompt: Any, vocab_size: int) -> Tensor:
     return prompt
 
 
-def _generator(config: GenerationConfig, ids: Tensor) -> torch.Generator:
-    """The request's own source of chance: from (seed, prompt), or seeded by torch's, so that no neighbour matters."""
+def _generators(config: GenerationConfig, ids: Tensor, count: int) -> list[torch.Generator]:
+    """Each answer's own source of chance: from (seed, answer), or seeded by torch's, so that no neighbour matters."""
     if config.seed is not None:
-        return row_generators(config.seed, [ids[0].tolist()], ids.device)[0]
-    return torch.Generator(ids.device).manual_seed(int(torch.randint(2**63 - 1, ())))
-
-
-def _picker(rows: Sequence[Row]) -> Pick:
-    """Draws where a row is sampled, takes the best where not."""
-    sampled = [i for i, row in enumerate(rows) if row.generator is not None]
-    if not sampled:
-        return greedy
-    draw = sampler(Exponential([row.generator for row in rows if row.generator is not None]))
-    if len(sampled) == len(rows):
-        return draw
-
-    def pick(scores: Tensor) -> Tensor:
-        at = sent(sampled, scores.device)
-        return greedy(scores).index_copy(0, at, draw(scores[at]))
-
-    return pick
+        return row_generators(config.seed, [ids[0].tolist()] * count, ids.device)
+    return [torch.Generator(ids.device).manual_seed(int(torch.randint(2**63 - 1, ()))) for _ in range(count)]

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from gemmakit.errors import InputError, PromptTooLong
-from gemmakit.pytorch.cache.pages import Holding, PagePool
+from gemmakit.pytorch.cache.pages import Holding, PagePool, Prefix
 
 
 @dataclass(eq=False)
@@ -21,8 +21,9 @@ class Sequence:
     """One request as the scheduler sees it.
 
     tokens: the prompt and what has come since. limit: tokens there may be at most. computed: how many of the tokens
-    have their keys in the pages of `holding`. salt: prefixes are shared within one only. cached: how many tokens of
-    the prompt were found computed when it first ran; None before.
+    have their keys in the pages of `holding`. salt: prefixes are shared within one only. whole: run all of the prompt,
+    whatever is known of it. like: another of the same prompt; while that one runs it, this one waits for its pages.
+    cached: how many tokens of the prompt were found computed when it first ran; None before.
     """
 
     id: int
@@ -30,13 +31,24 @@ class Sequence:
     limit: int
     computed: int = 0
     salt: str = ""
+    whole: bool = False
+    like: Sequence | None = field(default=None, repr=False)
     holding: Holding = field(default_factory=Holding)
     cached: int | None = None
+    prompt_length: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.prompt_length = len(self.tokens)
 
     @property
     def pending(self) -> int:
         """Tokens to run before the next one can be picked; at least 1."""
         return len(self.tokens) - self.computed
+
+    @property
+    def runs_prompt(self) -> bool:
+        """Whether it is running its prompt, which others may then share."""
+        return bool(self.holding.pages) and len(self.tokens) == self.prompt_length
 
     @property
     def full(self) -> bool:
@@ -55,7 +67,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Step:
-    """What to run: prompt parts of several tokens, each a pass of its own; and rows of one token, a pass together."""
+    """What to run: parts of several tokens, and of one."""
 
     prefill: tuple[Part, ...]
     decode: tuple[Part, ...]
@@ -166,7 +178,9 @@ class Scheduler:
     def _admit(self) -> bool:
         """Let the first of the waiting run, if there are pages for its tokens and the next one."""
         sequence = self.waiting[0]
-        prefix = self.pool.find(sequence.tokens, sequence.salt)
+        if self.pool.share and sequence.like is not None and sequence.like.runs_prompt:
+            return False
+        prefix = Prefix((), sequence.salt) if sequence.whole else self.pool.find(sequence.tokens, sequence.salt)
         # The last token is never run. A page for the next one spares a sequence being sent back at its first step.
         stored = min(len(sequence.tokens) + 1, sequence.limit - 1)
         holding = self.pool.hold(self.pool.needed(stored), prefix)

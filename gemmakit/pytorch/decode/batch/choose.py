@@ -1,0 +1,91 @@
+"""How the next tokens of rows that stand side by side are chosen, each as if it were alone.
+
+Axis letters: R rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemmakit.pytorch.cache.paged import sent
+from gemmakit.pytorch.decode import processors
+from gemmakit.pytorch.decode.batch.events import TopLogprobs
+from gemmakit.pytorch.decode.batch.requests import Row
+from gemmakit.pytorch.decode.sampling import Exponential, Pick, greedy, sampler
+from gemmakit.pytorch.decode.step import Step
+
+
+def choose_tokens(
+    rows: Sequence[Row], logits: Tensor, apart: bool = False
+) -> tuple[Tensor, Tensor, dict[int, Exception]]:
+    """The next token of each row (NO_TOKEN where there is none), the scores it comes from, and what went wrong.
+
+    logits: (R, V); tokens: int64 (R,), on the device, for which nobody has waited; scores: float32 (R, V), after each
+    row's processors. A processor that raises costs its own row only: the exception is given under the row's place.
+    apart: compute every row by itself, so that not even its rounding can depend on the others.
+    """
+    chain = None if apart else shared_chain(rows)
+    if chain is not None:
+        return *Step(chain, _picker(rows)).choose(_no_ids(logits), logits), {}
+    lines, errors = [line.float() for line in logits.split(1)], {}
+    together: dict[tuple[Any, ...], list[int]] = {}
+    for i, row in enumerate(rows):
+        if row.by_scores and not apart:
+            together.setdefault(row.chain, []).append(i)
+            continue
+        try:
+            lines[i] = row.process(lines[i].clone())  # memory of its own, for processors that write to it
+        except Exception as e:
+            errors[i] = e
+    for chain, places in together.items():
+        if chain:
+            group = torch.cat([lines[i] for i in places])
+            for i, line in zip(places, Step(chain).process(_no_ids(group), group).split(1), strict=True):
+                lines[i] = line
+    scores = torch.cat(lines)
+    if apart:  # only now: a processor that is interrupted must not find some rows drawn
+        return torch.cat([_picker([row])(line) for row, line in zip(rows, lines, strict=True)]), scores, errors
+    return _picker(rows)(scores), scores, errors
+
+
+def logprobs_of(logits: Tensor) -> Tensor:
+    """float32 (1, V): the log probabilities of one row of logits (V,), in memory of its own."""
+    return logits[None].float().log_softmax(-1)
+
+
+def likeliest(logprobs: Tensor, token: int, count: int) -> tuple[float, TopLogprobs]:
+    """The log probability of a token, and the `count` best tokens with theirs. logprobs: (1, V)."""
+    if not count:
+        return float(logprobs[0, token]), ()
+    best = logprobs[0].topk(min(count, logprobs.shape[1]))
+    return float(logprobs[0, token]), tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+
+
+def shared_chain(rows: Sequence[Row]) -> tuple[processors.Processor, ...] | None:
+    """The processors of all rows, if they are the same and read the scores alone."""
+    first = rows[0].chain
+    return first if all(row.by_scores and row.chain == first for row in rows) else None
+
+
+def _no_ids(scores: Tensor) -> Tensor:
+    return torch.empty((len(scores), 0), dtype=torch.long, device=scores.device)
+
+
+def _picker(rows: Sequence[Row]) -> Pick:
+    """Draws where a row is sampled, takes the best where not."""
+    sampled = [i for i, row in enumerate(rows) if row.generator is not None]
+    if not sampled:
+        return greedy
+    draw = sampler(Exponential([row.generator for row in rows if row.generator is not None]))
+    if len(sampled) == len(rows):
+        return draw
+
+    def pick(scores: Tensor) -> Tensor:
+        at = sent(sampled, scores.device)
+        return greedy(scores).index_copy(0, at, draw(scores[at]))
+
+    return pick
