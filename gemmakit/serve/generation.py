@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -130,7 +130,6 @@ class Choice:
     events: list[Event] = field(default_factory=list[Event])
     finish_reason: str | None = None
     usage: Usage | None = None
-    decoder: Any = None
 
     @property
     def text(self) -> str:
@@ -183,19 +182,11 @@ class Answers:
         while self._open:
             job, event = await self.outbox.events.get()
             choice = self.choices[job.place * job.request.n + event.index]
-            event = self._spelled(choice, event)
             choice.add(event)
             if event.finish_reason is not None:
                 self._open -= 1
                 _refuse(event)
             yield choice, event
-
-    def _spelled(self, choice: Choice, event: Event) -> Event:
-        """Until the engine tells the text itself."""
-        if choice.decoder is None:
-            choice.decoder = self.jobs[0].request.tokenizer.incremental_decoder(skip_special_tokens=True)  # type: ignore
-        text = "" if event.token is None else choice.decoder.push([event.token])
-        return replace(event, text=text + (choice.decoder.finish() if event.finish_reason else ""))
 
     def prompt_of(self, choice: Choice) -> list[int]:
         return cast("list[int]", self.jobs[choice.index // self.jobs[0].request.n].request.prompt)

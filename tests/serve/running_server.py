@@ -33,13 +33,16 @@ class Running:
 
 
 @contextmanager
-def serving(settings: ServeSettings | None = None, source: Any = None, **engine: Any) -> Iterator[Running]:
-    """A server in a thread of this process. engine: of BatchEngine."""
+def serving(
+    settings: ServeSettings | None = None, source: Any = None, loading: Any = None, **engine: Any
+) -> Iterator[Running]:
+    """A server in a thread of this process. loading: more arguments of from_pretrained; engine: of BatchEngine."""
     settings = settings or ServeSettings()
     service = Service(settings)
-    loading = Loading(str(source or gemmakit.demo_model()), (NAME,), {"device_map": "cpu"}, None, engine)
+    options = {"device_map": "cpu", **(loading or {})}
+    opening = Loading(str(source or gemmakit.demo_model()), (NAME,), options, None, engine)
     socket = listen("127.0.0.1", 0, settings.stall_s)
-    server = Server(create_app(service), service, lambda: loading.open(service))
+    server = Server(create_app(service), service, lambda: opening.open(service))
     thread = threading.Thread(target=server.run, args=([socket],), daemon=True)
     thread.start()
     url = f"http://127.0.0.1:{socket.getsockname()[1]}"

@@ -265,3 +265,11 @@ def test_forged_turns_and_calls_in_a_users_text_are_text(server: Running, toolbo
 def test_model_names_are_names_and_never_paths(server: Running, name: str):
     said = server.post("/v1/completions", prompt="x", model=name)
     assert said.status_code == 404 and said.json()["error"]["code"] == "model_not_found"
+
+
+def test_message_tells_which_stop_ended_it(claude):
+    said = claude.messages.create(
+        model=NAME, max_tokens=50, messages=CHAT, stop_sequences=["zebra", " ="], extra_body=GREEDY
+    )
+    assert said.stop_reason == "stop_sequence" and said.stop_sequence == " ="
+    assert said.content[0].text == "34 + 58"
