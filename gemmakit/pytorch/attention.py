@@ -18,6 +18,7 @@ from gemmakit.config import GemmaConfig
 from gemmakit.errors import ConfigError, InputError, MissingDependency
 from gemmakit.pytorch.cache.core import Cache
 from gemmakit.pytorch.cache.paged import PagedCache
+from gemmakit.pytorch.kernels import is_batch_invariant
 from gemmakit.pytorch.kernels.reference import rotate
 from gemmakit.pytorch.layers import GemmaRMSNorm, Linear, RotaryTables
 from gemmakit.pytorch.masks import Rule, Visibility, visibility
@@ -267,26 +268,32 @@ def _blocks(rule: Rule, batch: int) -> Any:
 def by_spans(
     attend: Attend, q: Float[Tensor, "1 N S H"], cache: PagedCache, layer_idx: int, **told: Any
 ) -> Float[Tensor, "1 N S H"]:
-    """The queries of a packed pass, those of each span over what its pages hold by now."""
+    """The queries of a packed pass, those of each span over what its pages hold by now.
+
+    Under `batch_invariant` each query alone: every token by the one form that a decoding step has.
+    """
     where, window = cache.placement, cache.windows[layer_idx]
     assert where is not None
+    parts = [(row, span.start, span.end) for row, span in enumerate(where.spans)]
+    if is_batch_invariant():
+        parts = [(row, place, place + 1) for row, start, end in parts for place in range(start, end)]
     out, at = [], 0
-    for row, span in enumerate(where.spans):
-        count = span.end - span.start
+    for row, start, end in parts:
+        count = end - start
         visible = visibility(
             None,
             batch=1,
             queries=count,
-            keys=span.end,
-            past=span.start,
+            keys=end,
+            past=start,
             causal=True,
             position_ids=None,
             device=q.device,
             window=window,
             dense=attend not in (flash, flex),
         )
-        k, v = cache.read(layer_idx, row, span.end, visible.last or span.end)
-        out.append(attend(q[:, :, at : at + count], k, v, visible, **told)[0])
+        k, v = cache.read(layer_idx, row, end, visible.last or end)
+        out.append(attend(q[:, :, at : at + count].clone(), k, v, visible, **told)[0])
         at += count
     return torch.cat(out, dim=2)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gemmakit.config import GemmaConfig
 from gemmakit.family import FULL_ATTENTION, LayerSpec, Norms
-from gemmakit.pytorch.kernels import linear
+from gemmakit.pytorch.kernels import is_batch_invariant, linear, one_by_one
 from gemmakit.pytorch.kernels.ids import Activation
 from gemmakit.pytorch.kernels.reference import ACTIVATION_OF, ACTIVATIONS
 from gemmakit.pytorch.kernels.training import fuses, gated, rms_norm
@@ -118,7 +118,9 @@ class GemmaMLP(nn.Module):
     def forward(self, x: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows D"]:
         if fuses(x) and self.act_fn in ACTIVATION_OF:
             return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), ACTIVATION_OF[self.act_fn]))
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        gate = self.gate_proj(x)
+        gate = one_by_one(self.act_fn, gate) if is_batch_invariant() else self.act_fn(gate)
+        return self.down_proj(gate * self.up_proj(x))
 
 
 class LayerNorms(NamedTuple):

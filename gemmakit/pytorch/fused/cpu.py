@@ -1,7 +1,7 @@
 """A decoder layer on the CPU: five native calls, which read each weight once for all rows.
 
 More rows than eight go through the same calls, a norm and a gate apart, where all weights are codes that are multiplied
-in bytes; attention goes through torch then.
+in bytes, or results must not depend on the number of rows; attention goes through torch then.
 
 Everything that a call needs and that stays the same is put together once a layer: pointers into the modules' own
 tensors, nothing else. Axis letters: B batch, S positions, D hidden, F mlp, N heads, K kv heads, H head_dim, T keys.
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gemmakit.pytorch.cache.core import Cache
 from gemmakit.pytorch.fused.reference import MAX_ROWS, FusedLayer, writable
 from gemmakit.pytorch.fused.weights import misfit, weight_of
-from gemmakit.pytorch.kernels import Decision, PackedWeight, cpu
+from gemmakit.pytorch.kernels import Decision, PackedWeight, cpu, is_batch_invariant, one_by_one
 from gemmakit.pytorch.kernels.linear import takes_bytes
 from gemmakit.pytorch.kernels.reference import ACTIVATION_OF
 from gemmakit.pytorch.layers import LayerNorms, LayerParts, RotaryTables
@@ -67,16 +67,25 @@ class Stack:
     """Projections that share their input, as one native call takes them."""
 
     def __init__(self, *modules: nn.Module):
-        matrices = [cpu.matrix(weight_of(m), m.bias) for m in modules]  # type: ignore[arg-type]
-        self.matrices = (cpu.Matrix * len(matrices))(*matrices)
-        self.count = len(matrices)
-        self.outs = [m.out for m in matrices]
+        weights = [(weight_of(m), m.bias) for m in modules]
+        self.fastest = _matrices([cpu.matrix(weight, bias) for weight, bias in weights])  # type: ignore[arg-type]
+        self.invariant = _matrices([cpu.matrix(w, b, getattr(w, "activation_bits", 0)) for w, b in weights])  # type: ignore[arg-type]
+        self.count = len(weights)
+        self.outs = [m.out for m in self.fastest]
         self.pointers = ctypes.c_void_p * self.count
         self.small = sum(t.nbytes for m in modules for t in (*m.parameters(), *m.buffers())) < ALONE
 
     @property
+    def matrices(self) -> ctypes.Array[cpu.Matrix]:
+        return self.invariant if is_batch_invariant() else self.fastest
+
+    @property
     def threads(self) -> int:
         return 1 if self.small else torch.get_num_threads()
+
+
+def _matrices(matrices: list[cpu.Matrix]) -> ctypes.Array[cpu.Matrix]:
+    return (cpu.Matrix * len(matrices))(*matrices)
 
 
 class NativeLayer(FusedLayer):
@@ -98,13 +107,19 @@ class NativeLayer(FusedLayer):
         act = ACTIVATION_OF.get(parts.act_fn)
         self.act = act if act in cpu.ACTIVATIONS else None
         weights = [weight_of(module) for _, module in parts.projections()]
-        self.any_rows = all(isinstance(weight, PackedWeight) and takes_bytes(weight) for weight in weights)
+        self.bytes = all(isinstance(weight, PackedWeight) and takes_bytes(weight) for weight in weights)
         self.decision = self._decision()
+
+    @property
+    def any_rows(self) -> bool:
+        return self.bytes or is_batch_invariant()
 
     def _decision(self) -> Decision:
         why = _no_native_attention(self.parts.self_attn)
         attention = f", attention by torch ({why})" if why else ""
-        beyond = "; beyond that too, in products of bytes" if self.any_rows else ""
+        if is_batch_invariant():
+            return Decision(f"{cpu.decision()}{attention}, without gradients, any number of rows alike")
+        beyond = "; beyond that too, in products of bytes" if self.bytes else ""
         return Decision(f"{cpu.decision()}{attention}, without gradients, up to {MAX_ROWS} rows{beyond}")
 
     def norm_qkv(
@@ -126,7 +141,10 @@ class NativeLayer(FusedLayer):
         B, S, _ = x.shape
         if act is None or B * S > cpu.MAX_ROWS:
             gate, up = self._norm_project(x, norm, stack)
-            return self.parts.act_fn(gate) * up if act is None else self._gated(act, gate, up)
+            if act is not None:
+                return self._gated(act, gate, up)
+            function = self.parts.act_fn
+            return (one_by_one(function, gate) if is_batch_invariant() else function(gate)) * up
         x, y = x.contiguous(), x.new_empty(B, S, stack.outs[0])
         failed = self.library.gemmakit_norm_gate_up(
             stack.matrices, self.format, x.data_ptr(), B * S, norm, act, y.data_ptr(), stack.threads

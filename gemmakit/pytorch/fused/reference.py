@@ -34,10 +34,14 @@ class FusedLayer:
     """
 
     decision = Decision("modules")
-    any_rows = True  # whether it takes more than MAX_ROWS
 
     def __init__(self, parts: LayerParts):
         self.parts = parts
+
+    @property
+    def any_rows(self) -> bool:
+        """Whether it takes more than MAX_ROWS."""
+        return True
 
     def __call__(
         self,

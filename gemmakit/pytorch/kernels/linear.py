@@ -8,7 +8,9 @@ native one, on a GPU Triton's. On the CPU many rows go through panels in float32
 With a packed weight, the native kernel computes with the codes as they lie and with x rounded to 16 bits in blocks of
 32 (cpu/inputs.h bounds the error). More rows than eight are multiplied in bytes, with x rounded to 8 bits in blocks of
 32, where the processor is fast at that, gradients are off and the weight's `activation_bits` are 8; else with panels of
-the weight, expanded in turn. Axis letters: M rows, O outputs, I inputs.
+the weight, expanded in turn. Under `batch_invariant` the number of rows decides nothing: x meets codes in
+`activation_bits`, by the native kernels, or a row at a time through torch where there are none.
+Axis letters: M rows, O outputs, I inputs.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from gemmakit.pytorch.kernels import cpu, triton
 from gemmakit.pytorch.kernels.cpu import MAX_ROWS
 from gemmakit.pytorch.kernels.decision import Decision
 from gemmakit.pytorch.kernels.ids import WeightFormat
+from gemmakit.pytorch.kernels.invariance import is_batch_invariant, one_by_one
 from gemmakit.pytorch.kernels.packed import PackedWeight
 from gemmakit.pytorch.kernels.panels import multiply, multiply_back, product_dtype
 from gemmakit.pytorch.kernels.triton import launch
@@ -50,14 +53,16 @@ def linear(
         weight.dtype in cpu.FORMATS
         and not torch.is_grad_enabled()
         and weight.device.type == "cpu"
-        and weight.numel() >= MIN_WEIGHT
+        and (weight.numel() >= MIN_WEIGHT or is_batch_invariant())
         and x.dtype == weight.dtype
         and not torch.compiler.is_compiling()  # before the row count, on which a compiled graph would depend
-        and (x.numel() <= MAX_ROWS * weight.shape[1] or product_dtype(x.dtype) != x.dtype)
+        and (x.numel() <= MAX_ROWS * weight.shape[1] or product_dtype(x.dtype) != x.dtype or is_batch_invariant())
         and weight.is_contiguous()
         and cpu.library() is not None
     ):
         return torch.ops.gemmakit.linear_rows(x, weight, bias)
+    if is_batch_invariant():
+        return one_by_one(lambda row: F.linear(row, weight, bias), x)
     return F.linear(x, weight, bias)
 
 
@@ -104,8 +109,12 @@ def _plain_plan(weight: Tensor) -> Decision:
     elif device.type != "cpu":
         return Decision(f"torch on {device.type}")
     torch_ = f"torch on {device.type}" if device.type in GPU else "torch"
+    if device.type == "cpu" and is_batch_invariant() and (cpu.library() is None or weight.dtype not in known):
+        torch_ += ", a row at a time"
     if weight.dtype not in known:
         return Decision(torch_, f"{dtype_name(weight.dtype)} has no {kernel} kernel")
+    if device.type == "cpu" and is_batch_invariant():
+        return Decision(torch_, cpu.decision().why) if cpu.library() is None else cpu.decision()
     if weight.numel() < MIN_WEIGHT:
         few = f"{weight.numel():,} weights"
         return Decision(torch_, f"{few} are few" if device.type in GPU else f"{few} fit the caches")
@@ -124,11 +133,13 @@ def _packed_plan(packed: PackedWeight) -> Decision:
         return Decision(f"Triton {kind}, up to {launch.constants(device).dequantize_above} rows; beyond that expanded")
     if device.type != "cpu":
         return Decision(f"torch on {device.type}, {kind} expanded")
+    one = ", a row at a time" if is_batch_invariant() else ""
     if cpu.library() is None:
-        return Decision(f"torch, {kind} expanded", cpu.decision().why)
+        return Decision(f"torch, {kind} expanded{one}", cpu.decision().why)
     if not cpu.reads(packed):
-        return Decision(f"torch, {kind} expanded", f"no kernel reads scales of {dtype_name(packed.scale.dtype)}")
+        return Decision(f"torch, {kind} expanded{one}", f"no kernel reads scales of {dtype_name(packed.scale.dtype)}")
     many = "; beyond 8 rows activations in 8 bits" if takes_bytes(packed) else ""
+    many = f"; activations in {packed.activation_bits} bits" if is_batch_invariant() else many
     return Decision(f"native {cpu.instruction_set()} {kind}{many}")
 
 
@@ -150,6 +161,8 @@ def _linear_rows(
     if x.numel() == 0:
         return x.new_empty(shape)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
+    if is_batch_invariant():
+        return _native(flat, weight, bias).view(shape)
     # Emulated products lose to a second reading of the weight.
     few = len(flat) <= (MAX_ROWS if product_dtype(x.dtype) == x.dtype else 2 * MAX_ROWS)
     return (few_rows if few else multiply)(flat, weight, bias).view(shape)
@@ -168,7 +181,8 @@ def _native(
     x: Float[Tensor, "M I"], weight: Float[Tensor, "O I"] | PackedWeight, bias: Float[Tensor, " O"] | None
 ) -> Float[Tensor, "M O"]:
     bias = None if bias is None else bias.to(x.dtype).contiguous()
-    return cpu.project(x, [cpu.matrix(weight, bias)])[0]
+    bits = weight.activation_bits if isinstance(weight, PackedWeight) and is_batch_invariant() else 0
+    return cpu.project(x, [cpu.matrix(weight, bias, bits)])[0]
 
 
 # Torch operators rather than bare calls, so that dispatch modes, fake tensors and profilers see them.
@@ -221,10 +235,12 @@ def _packed_on_cpu(
     if cpu.library() is None:
         _warn_once()
     elif x.dtype in cpu.FORMATS and cpu.reads(packed):
-        if len(x) <= MAX_ROWS or takes_bytes(packed):
+        if len(x) <= MAX_ROWS or takes_bytes(packed) or is_batch_invariant():
             return _native(x, packed, bias)
         if len(x) <= FEW_ROWS[packed.bits]:
             return few_rows(x, packed, bias)
+    if is_batch_invariant():
+        return one_by_one(lambda row: multiply(row, packed, bias), x)
     return multiply(x, packed, bias)
 
 

@@ -32,6 +32,7 @@ class Matrix(ctypes.Structure):
     _fields_ = (
         ("format", ctypes.c_int32),
         ("group", ctypes.c_int32),
+        ("activation_bits", ctypes.c_int32),
         ("out", _LONG),
         ("in_", _LONG),
         ("codes", _POINTER),
@@ -127,19 +128,26 @@ def reads(weight: Tensor | PackedWeight) -> bool:
     return known and all(t.device.type == "cpu" and t.is_contiguous() for t in weight.tensors)
 
 
-def matrix(weight: Tensor | PackedWeight, bias: Tensor | None = None) -> Matrix:
-    """What the kernels know of a weight (O, I) and its bias (O,): contiguous tensors on the CPU, bias in x's dtype."""
+def matrix(weight: Tensor | PackedWeight, bias: Tensor | None = None, activation_bits: int = 0) -> Matrix:
+    """What the kernels know of a weight (O, I) and its bias (O,): contiguous tensors on the CPU, bias in x's dtype.
+
+    activation_bits: to which x is rounded against codes, for any number of rows: 16 or 8; or 0 for 16 up to MAX_ROWS
+    and 8 beyond, where the processor is fast at that.
+    """
     bias_at = None if bias is None else bias.data_ptr()
     O, I = weight.shape
     if isinstance(weight, Tensor):
-        return Matrix(FORMATS[weight.dtype], 0, O, I, weight.data_ptr(), None, None, bias_at)
+        return Matrix(FORMATS[weight.dtype], 0, 0, O, I, weight.data_ptr(), None, None, bias_at)
     zero_at = None if weight.zero is None else weight.zero.data_ptr()
     group = min(weight.group_size, 2**31 - 1)
-    return Matrix(weight.format, group, O, I, weight.codes.data_ptr(), weight.scale.data_ptr(), zero_at, bias_at)
+    at = weight.codes.data_ptr(), weight.scale.data_ptr(), zero_at, bias_at
+    return Matrix(weight.format, group, activation_bits, O, I, *at)
 
 
 def multiplies_bytes(packed: PackedWeight) -> bool:
-    """Whether `project` takes more than MAX_ROWS rows by this weight: this processor is fast at products of bytes."""
+    """Whether this processor is fast at products of bytes by this weight, so that `project` takes any number of rows
+    without being told their activation_bits.
+    """
     found = library()
     if found is None:
         return False
@@ -149,7 +157,8 @@ def multiplies_bytes(packed: PackedWeight) -> bool:
 def project(x: Tensor, matrices: Sequence[Matrix], residual: Tensor | None = None) -> list[Tensor]:
     """x (..., I), contiguous -> each matrix's (..., O) in x's dtype; to a single one residual is added.
 
-    Up to MAX_ROWS rows; any number for weights of which `multiplies_bytes` is true, with x rounded to 8 bits.
+    Any number of rows; but against codes whose activation_bits are 0 up to MAX_ROWS, or those of which
+    `multiplies_bytes` is true.
     """
     found = library()
     assert found is not None
@@ -165,7 +174,7 @@ def project(x: Tensor, matrices: Sequence[Matrix], residual: Tensor | None = Non
         None if residual is None else residual.data_ptr(),
         torch.get_num_threads(),
     )
-    assert not failed, f"project takes 1 to {MAX_ROWS} rows of 1 to 16 weights' common input, got {tuple(x.shape)}"
+    assert not failed, f"project takes rows of 1 to 16 weights' common input, got {tuple(x.shape)}"
     return ys
 
 

@@ -8,7 +8,8 @@
 namespace {
 
 // dot4: lane j plus four codes times four inputs. FLIP: what codes of 8 bits are moved up by, for the sign that the
-// instruction wants; without one, three instructions do it for codes of 4 bits, where no 16-bit sum can overflow.
+// instruction wants. NARROW: without an instruction for all of that, a block is summed in 16 bits, two inputs a lane, and
+// codes of 8 bits are two of 4, so that no sum can overflow: 16 products of 15 * 127.
 // OUTPUTS: sums that the registers hold beside the running ones, of TOKENS vectors at most.
 #if defined(__AVX512F__)
 constexpr int OUTPUTS = 12, TOKENS = 3;
@@ -34,31 +35,27 @@ inline V gather(const float* p, int64_t next) {
 #endif
 
 #if defined(__AVX512VNNI__)
-constexpr bool DOT4 = true;
+constexpr bool DOT4 = true, NARROW = false;
 constexpr int FLIP = 128;
 inline I dot4(I acc, I codes, I x) { return _mm512_dpbusd_epi32(acc, codes, x); }
 #elif defined(__AVX512F__)
-constexpr bool DOT4 = false;
+constexpr bool DOT4 = false, NARROW = true;
 constexpr int FLIP = 128;
-inline I dot4(I acc, I codes, I x) {
-  return _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(codes, x), _mm512_set1_epi16(1)));
-}
+inline I dot4(I acc, I codes, I x) { return _mm512_add_epi16(acc, _mm512_maddubs_epi16(codes, x)); }
 #elif defined(__AVXVNNI__)
-constexpr bool DOT4 = true;
+constexpr bool DOT4 = true, NARROW = false;
 constexpr int FLIP = 128;
 inline I dot4(I acc, I codes, I x) { return _mm256_dpbusd_avx_epi32(acc, codes, x); }
 #elif defined(__AVX2__)
-constexpr bool DOT4 = false;
+constexpr bool DOT4 = false, NARROW = true;
 constexpr int FLIP = 128;
-inline I dot4(I acc, I codes, I x) {
-  return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, x), _mm256_set1_epi16(1)));
-}
+inline I dot4(I acc, I codes, I x) { return _mm256_add_epi16(acc, _mm256_maddubs_epi16(codes, x)); }
 #elif defined(__ARM_FEATURE_DOTPROD)
-constexpr bool DOT4 = true;
+constexpr bool DOT4 = true, NARROW = false;
 constexpr int FLIP = 0;
 inline I dot4(I acc, I codes, I x) { return vdotq_s32(acc, vreinterpretq_s8_s32(codes), vreinterpretq_s8_s32(x)); }
 #else
-constexpr bool DOT4 = false;
+constexpr bool DOT4 = false, NARROW = false;
 constexpr int FLIP = 0;
 inline I dot4(I acc, I codes, I x) {
   int8x16_t a = vreinterpretq_s8_s32(codes), b = vreinterpretq_s8_s32(x);
@@ -66,6 +63,18 @@ inline I dot4(I acc, I codes, I x) {
   return vaddq_s32(acc, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
 }
 #endif
+
+// Codes of which a weight's are made here.
+template <int FORMAT>
+constexpr int PARTS = NARROW && FORMAT != INT4 ? 2 : 1;
+
+// The sum of a block, more `first`.
+template <int FORMAT>
+INLINE I block_sum(I first, const I* parts) {
+  if constexpr (!NARROW) return parts[0];
+  if constexpr (PARTS<FORMAT> == 2) first = madd(first, parts[1], splat4(16 << 16 | 16));
+  return madd(first, parts[0], splat4(1 << 16 | 1));
+}
 
 constexpr int STEPS = BLOCK / 4;  // of four inputs in a block
 // A piece of a weight: so many rows and blocks that it stays in the first cache beside the tiles that meet it.
@@ -101,13 +110,18 @@ void fill_tile(const void* x, int64_t in, int64_t tile, int tokens, const Tiles&
 }
 
 // Up to DEPTH blocks of up to OUTS weight rows, a byte a code, with each block's scale and scale * zero.
+template <int FORMAT>
 struct Piece {
-  alignas(64) uint8_t codes[OUTS][DEPTH * BLOCK];
+  alignas(64) uint8_t codes[OUTS][PARTS<FORMAT>][DEPTH * BLOCK];
   float scale[OUTS][DEPTH], offset[OUTS][DEPTH];
 };
 
+// Codes of 8 bits, moved up; in parts of 4 bits, the lower first.
 inline void flip(const uint8_t* codes, int64_t n, uint8_t* to) {
-  for (int64_t i = 0; i < n; i++) to[i] = codes[i] ^ FLIP;
+  if (!NARROW)
+    for (int64_t i = 0; i < n; i++) to[i] = codes[i] ^ FLIP;
+  else
+    for (int64_t i = 0; i < n; i++) to[i] = codes[i] & 15, to[DEPTH * BLOCK + i] = (codes[i] ^ FLIP) >> 4;
 }
 
 // `count` blocks of a weight row as bytes; what is read next in the row is asked for.
@@ -123,13 +137,13 @@ inline void fill_codes(const Matrix& w, int64_t row, int64_t block, int64_t coun
   }
   int64_t n = count * BLOCK, left = w.in - block * BLOCK;
   flip(codes, n < left ? n : left, to);
-  if (n > left) std::memset(to + left, 0, n - left);
+  for (int p = 0; p < PARTS<FORMAT> && n > left; p++) std::memset(to + p * DEPTH * BLOCK + left, 0, n - left);
 }
 
 template <int FORMAT, int GROUP>
-void fill_piece(const Matrix& w, int64_t from, int64_t rows, int64_t block, int64_t count, Piece& piece) {
+void fill_piece(const Matrix& w, int64_t from, int64_t rows, int64_t block, int64_t count, Piece<FORMAT>& piece) {
   for (int64_t r = 0; r < rows; r++) {
-    fill_codes<FORMAT>(w, from + r, block, count, piece.codes[r]);
+    fill_codes<FORMAT>(w, from + r, block, count, piece.codes[r][0]);
     if (FORMAT == INT8_ROWS) continue;
     Groups g = groups(w, from + r);
     Scales s = count == L ? scales<GROUP>(g, block) : gathered(g, block);
@@ -140,35 +154,38 @@ void fill_piece(const Matrix& w, int64_t from, int64_t rows, int64_t block, int6
 
 // sums (R, L * T tokens), next apart, += R rows of a piece against T tiles of x, over `count` blocks from `block` on.
 template <int FORMAT, int T, int R>
-INLINE void multiply_tile(const Piece& piece, int64_t row, const Tiles& x, int64_t tile, int64_t block, int64_t count,
-                          float* sums, int64_t next) {
+INLINE void multiply_tile(const Piece<FORMAT>& piece, int64_t row, const Tiles& x, int64_t tile, int64_t block,
+                          int64_t count, float* sums, int64_t next) {
   V total[R][T];
   UNROLL for (int r = 0; r < R; r++)
     UNROLL for (int t = 0; t < T; t++) total[r][t] = load(sums + r * next + t * L);
   const int8_t* q[T];
   for (int t = 0; t < T; t++) q[t] = x.inputs(tile + t, block);
   for (int64_t b = 0; b < count; b++) {
-    I acc[R][T];
+    constexpr int P = PARTS<FORMAT>;
+    I acc[R][T][P], first[T];
     UNROLL for (int t = 0; t < T; t++) {
-      I first = FORMAT == INT4 || !FLIP ? none() : load_bytes(x.back + x.scales(tile + t, block + b));
-      UNROLL for (int r = 0; r < R; r++) acc[r][t] = first;
+      first[t] = FORMAT == INT4 || !FLIP ? none() : load_bytes(x.back + x.scales(tile + t, block + b));
+      UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int p = 0; p < P; p++) acc[r][t][p] = NARROW ? none() : first[t];
     }
     UNROLL for (int i = 0; i < STEPS; i++) {
       I inputs[T];
       UNROLL for (int t = 0; t < T; t++) inputs[t] = load_bytes(q[t] + (b * STEPS + i) * 4 * L);
-      UNROLL for (int r = 0; r < R; r++) {
-        int32_t four;
-        std::memcpy(&four, piece.codes[row + r] + b * BLOCK + 4 * i, 4);
-        I codes = splat4(four);
-        UNROLL for (int t = 0; t < T; t++) acc[r][t] = dot4(acc[r][t], codes, inputs[t]);
-      }
+      UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int p = 0; p < P; p++) {
+          int32_t four;
+          std::memcpy(&four, piece.codes[row + r][p] + b * BLOCK + 4 * i, 4);
+          I codes = splat4(four);
+          UNROLL for (int t = 0; t < T; t++) acc[r][t][p] = dot4(acc[r][t][p], codes, inputs[t]);
+        }
     }
     UNROLL for (int t = 0; t < T; t++) {
       int64_t at_scale = x.scales(tile + t, block + b);
       V scale = load(x.scale + at_scale), minus = load(x.minus + at_scale);
       UNROLL for (int r = 0; r < R; r++) {
         V by = FORMAT == INT8_ROWS ? scale : mul(scale, splat(piece.scale[row + r][b]));
-        total[r][t] = fma(to_float(acc[r][t]), by, total[r][t]);
+        total[r][t] = fma(to_float(block_sum<FORMAT>(first[t], acc[r][t])), by, total[r][t]);
         if (FORMAT == INT4) total[r][t] = fma(splat(piece.offset[row + r][b]), minus, total[r][t]);
       }
     }
@@ -179,8 +196,8 @@ INLINE void multiply_tile(const Piece& piece, int64_t row, const Tiles& x, int64
 
 // All rows of a piece against T tiles.
 template <int FORMAT, int T>
-void multiply_tiles(const Piece& piece, int64_t rows, const Tiles& x, int64_t tile, int64_t block, int64_t count,
-                    float* sums, int64_t next) {
+void multiply_tiles(const Piece<FORMAT>& piece, int64_t rows, const Tiles& x, int64_t tile, int64_t block,
+                    int64_t count, float* sums, int64_t next) {
   constexpr int R = OUTPUTS / T;
   int64_t r = 0;
   for (; r + R <= rows; r += R) multiply_tile<FORMAT, T, R>(piece, r, x, tile, block, count, sums + r * next, next);

@@ -32,6 +32,15 @@ struct Inputs {
   const float* minus = nullptr;     // (M, blocks), minus the block's sum of scale * q
   int64_t blocks = 0;               // of x, filled up with zeros to a whole number of L
   int64_t pairs_next = 0, next = 0, q_next = 0;  // from row to row of pairs, of wide, of q and planes
+
+  // The rows from m on.
+  Inputs from(int64_t m) const {
+    Inputs x = *this;
+    x.pairs += pairs ? m * pairs_next : 0, x.wide += wide ? m * next : 0;
+    x.q += q ? m * q_next : 0, x.planes += planes ? m * q_next : 0, x.flips += flips ? m * blocks : 0;
+    x.scale += scale ? m * blocks : 0, x.minus += minus ? m * blocks : 0;
+    return x;
+  }
 };
 
 // Rows a power of two apart would meet in the same few places of a cache.
@@ -133,10 +142,11 @@ INLINE void prefetch(const void* row, int64_t at, int64_t row_bytes, int rows) {
 }
 
 template <int F>
-void prepare_wide(const void* x, int64_t in, int rows, Inputs& made) {
-  made.next = in + APART;
-  float* room = scratch<float, 0>(rows * made.next);
-  for (int m = 0; m < rows; m++) widen_all<F>(at<F>(x, m * in), room + m * made.next, in);
+void prepare_wide(const void* x, int64_t in, int rows, int threads, Inputs& made) {
+  int64_t next = made.next = in + APART;
+  float* room = scratch<float, 0>(rows * next);
+#pragma omp parallel for num_threads(threads) if (rows > MAX_ROWS)
+  for (int m = 0; m < rows; m++) widen_all<F>(at<F>(x, m * in), room + m * next, in);
   made.wide = room;
 }
 
@@ -151,13 +161,14 @@ inline void prepare_pairs(const void* x, int64_t in, int rows, Inputs& made) {
 }
 
 template <int F>
-void prepare_packed(const void* x, int64_t in, int rows, bool bytes, bool nibbles, Inputs& made) {
+void prepare_packed(const void* x, int64_t in, int rows, bool bytes, bool nibbles, int threads, Inputs& made) {
   int64_t blocks = made.blocks = (in + BLOCK * L - 1) / (BLOCK * L) * L;
   int64_t next = made.q_next = blocks * BLOCK + APART;
   int16_t* q = bytes || HALVED ? scratch<int16_t, 0>(rows * next) : nullptr;
   int16_t* planes = nibbles && !HALVED ? scratch<int16_t, 1>(rows * next) : nullptr;
   int32_t* flips = HALVED ? scratch<int32_t, 0>(rows * blocks) : nullptr;
   float *scale = scratch<float, 1>(rows * blocks), *minus = scratch<float, 2>(rows * blocks);
+#pragma omp parallel for num_threads(threads) if (rows > MAX_ROWS)
   for (int m = 0; m < rows; m++)
     quantize<F>(at<F>(x, m * in), in, blocks, q ? q + m * next : q, planes ? planes + m * next : planes,
                 flips ? flips + m * blocks : flips, scale + m * blocks, minus + m * blocks);
@@ -165,7 +176,7 @@ void prepare_packed(const void* x, int64_t in, int rows, bool bytes, bool nibble
 }
 
 template <int F>
-void prepare(const Matrix* w, int count, const void* x, int rows, Inputs& made) {
+void prepare(const Matrix* w, int count, const void* x, int rows, int threads, Inputs& made) {
   bool pairs = false, wide = false, bytes = false, nibbles = false;
   for (int i = 0; i < count; i++) {
     bool paired = false;
@@ -178,8 +189,8 @@ void prepare(const Matrix* w, int count, const void* x, int rows, Inputs& made) 
     nibbles |= w[i].format == INT4;
   }
   if (pairs) prepare_pairs(x, w->in, rows, made);
-  if (wide) prepare_wide<F>(x, w->in, rows, made);
-  if (bytes || nibbles) prepare_packed<F>(x, w->in, rows, bytes, nibbles, made);
+  if (wide) prepare_wide<F>(x, w->in, rows, threads, made);
+  if (bytes || nibbles) prepare_packed<F>(x, w->in, rows, bytes, nibbles, threads, made);
 }
 
 }  // namespace

@@ -27,6 +27,7 @@ constexpr int MAX_ROWS = 8;
 struct Matrix {
   int32_t format;
   int32_t group;      // inputs that share a scale: a multiple of 32, or at least `in`; only for groups
+  int32_t activation_bits;  // of x against codes, in blocks of 32: 16 or 8, or 0 for 16 up to 8 rows and 8 beyond
   int64_t out, in;
   const void* codes;  // the numbers themselves where format is BF16, F16 or F32
   const void* scale;
@@ -62,10 +63,10 @@ struct Attention {
 // Every kernel, as DO(name, parameters, arguments). All give 0, or 1 where the arguments are outside what they take.
 //
 // gemmakit_project: y[i] (rows, m[i].out) = x (rows, in) @ m[i]^T + bias, rounded to x_format (BF16, F16 or F32), for
-//   `count` matrices that share x, in one parallel region. Where residual is not null (count 1, rows * out, in
-//   x_format), it is added to the rounded product and the sum is rounded. Sums are float32. Up to 8 rows; more, in
-//   products of bytes with x rounded to 8 bits in blocks of 32, for whole numbers (INT8_ROWS, INT8_GROUPS, INT4) where
-//   the processor is fast at them: 1 elsewhere, also when x is null, which asks only that.
+//   `count` matrices that share x. Where residual is not null (count 1, rows * out, in x_format), it is added to the
+//   rounded product and the sum is rounded. Sums are float32, and those of a row do not depend on the other rows, how
+//   many there are, or the threads; but codes whose activation_bits are 0 are multiplied otherwise beyond 8 rows, where
+//   the processor is fast at products of bytes: 1 elsewhere, also when x is null, which asks only that.
 // gemmakit_expand: rows from..to of m as a dense panel y (to - from, in) of y_format, each number rounded once.
 // gemmakit_rms_norm: y (rows, width) = the norm of x; where residual is not null, their sum, rounded once more. y may be
 //   x. gemmakit_gated: y = act(gate) * up, n numbers, act rounded before the product; 1 for GELU_ERF.

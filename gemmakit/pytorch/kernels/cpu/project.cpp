@@ -1,4 +1,6 @@
-// y = x @ W^T + bias for 1 to 8 rows of x and one or several weights in any format; more rows are project_bytes.cpp's.
+// y = x @ W^T + bias for any rows of x and one or several weights in any format; products of bytes are project_bytes.cpp's.
+//
+// A piece of a weight is read once and stays in a cache while all rows of x meet it, a few at a time.
 
 #include <utility>
 
@@ -8,6 +10,7 @@
 namespace {
 
 constexpr int64_t PIECE_ROWS = 512;  // at most
+constexpr int MOST_ROWS = 256;       // of x that are prepared at a time
 
 using Sums = void (*)(const Matrix&, const Inputs&, int64_t from, int64_t to, float* sums);
 
@@ -85,36 +88,60 @@ struct Pieces {
 
 // Bias, rounding and residual, as the modules do it one after the other.
 template <int F>
-void finish(const Matrix& w, const Piece& piece, const float* sums, int rows, void* y, const void* residual) {
+void finish(const Matrix& w, const Piece& piece, const float* sums, int row, int rows, void* y, const void* residual) {
   for (int64_t o = piece.from; o < piece.to; o++) {
     float b = w.bias ? number<F>(w.bias, o) : 0.0f;
     for (int m = 0; m < rows; m++) {
-      int64_t to = m * w.out + o;
+      int64_t to = (row + m) * w.out + o;
       put<F>(y, to, sums[(o - piece.from) * rows + m] + b);
       if (residual) put<F>(y, to, number<F>(y, to) + number<F>(residual, to));
     }
   }
 }
 
+// Up to MOST_ROWS rows of x, from row `done` of y on.
 template <int F>
-int run(const Matrix* w, int count, const void* x, int rows, void* const* y, const void* residual, int threads) {
+void multiply(const Matrix* w, int count, const void* x, int done, int rows, void* const* y, const void* residual,
+              int threads) {
   Inputs inputs;
-  prepare<F>(w, count, x, rows, inputs);
+  prepare<F>(w, count, x, rows, threads, inputs);
   Pieces pieces(w, count, threads);
-  Sums sums_by[16];
-  for (int i = 0; i < count; i++) {
-    sums_by[i] = sums_of(w[i], rows, std::make_integer_sequence<int, MAX_ROWS>());
-    if (!sums_by[i]) return 1;
-  }
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (pieces.total > 1)
   for (int64_t p = 0; p < pieces.total; p++) {
     float sums[PIECE_ROWS * MAX_ROWS];
     Piece piece = pieces[p];
-    sums_by[piece.matrix](w[piece.matrix], inputs, piece.from, piece.to, sums);
-    finish<F>(w[piece.matrix], piece, sums, rows, y[piece.matrix], residual);
+    const Matrix& own = w[piece.matrix];
+    for (int m = 0; m < rows; m += MAX_ROWS) {
+      int some = rows - m < MAX_ROWS ? rows - m : MAX_ROWS;
+      sums_of(own, some, std::make_integer_sequence<int, MAX_ROWS>())(own, inputs.from(m), piece.from, piece.to, sums);
+      finish<F>(own, piece, sums, done + m, some, y[piece.matrix], residual);
+    }
   }
+}
+
+template <int F>
+int run(const Matrix* w, int count, const void* x, int rows, void* const* y, const void* residual, int threads) {
+  for (int done = 0; done < rows; done += MOST_ROWS)
+    multiply<F>(w, count, at<F>(x, done * w->in), done, rows - done < MOST_ROWS ? rows - done : MOST_ROWS, y, residual,
+                threads);
   return 0;
 }
+
+// The matrices that are (not) multiplied in bytes, and their results.
+struct Share {
+  Matrix w[16];
+  void* y[16];
+  int count = 0;
+
+  Share(const Matrix* m, int all, void* const* to, int rows, bool bytes) {
+    for (int i = 0; i < all; i++) {
+      bool own = m[i].format >= INT8_ROWS && (m[i].activation_bits ? m[i].activation_bits == 8 : rows > MAX_ROWS);
+      if (own != bytes) continue;
+      w[count] = m[i];
+      y[count++] = to ? to[i] : nullptr;
+    }
+  }
+};
 
 }  // namespace
 
@@ -123,11 +150,15 @@ extern "C" int NATIVE(gemmakit_project)(const Matrix* m, int count, int x_format
   if (m->in < 1 || rows < 1 || count < 1 || count > 16 || (residual && count > 1)) return 1;
   for (int i = 1; i < count; i++)
     if (m[i].in != m[0].in) return 1;
-  if (rows > MAX_ROWS) return NATIVE(project_bytes)(m, count, x_format, x, rows, y, residual, threads);
+  for (int i = 0; i < count; i++)
+    if (m[i].format < BF16 || m[i].format > INT4) return 1;
+  Share bytes(m, count, y, rows, true), own(m, count, y, rows, false);
+  if (bytes.count && NATIVE(project_bytes)(bytes.w, bytes.count, x_format, x, rows, bytes.y, residual, threads)) return 1;
+  if (!own.count || !x) return 0;
   switch (x_format) {
-    case BF16: return run<BF16>(m, count, x, rows, y, residual, threads);
-    case F16: return run<F16>(m, count, x, rows, y, residual, threads);
-    case F32: return run<F32>(m, count, x, rows, y, residual, threads);
+    case BF16: return run<BF16>(own.w, own.count, x, rows, own.y, residual, threads);
+    case F16: return run<F16>(own.w, own.count, x, rows, own.y, residual, threads);
+    case F32: return run<F32>(own.w, own.count, x, rows, own.y, residual, threads);
   }
   return 1;
 }

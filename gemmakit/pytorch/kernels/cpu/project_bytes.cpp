@@ -1,4 +1,4 @@
-// y = x @ W^T + bias for many rows of x and one or several weights in 8 or 4 bits, in products of bytes.
+// y = x @ W^T + bias for rows of x and one or several weights in 8 or 4 bits, in products of bytes.
 //
 // x is rounded to 8 bits in blocks of 32 inputs of a token. A piece of the weight's rows, a few blocks of them at a
 // time, is laid out as bytes in the first cache, where all tokens meet it; sums of a block are exact, blocks are summed in
@@ -11,7 +11,7 @@ namespace {
 constexpr int64_t MOST_TOKENS = 1024;  // whose sums with a piece stay in the second cache, and x in the third
 
 template <int FORMAT>
-void fill(const Matrix& w, int64_t from, int64_t rows, int64_t block, int64_t count, Piece& piece) {
+void fill(const Matrix& w, int64_t from, int64_t rows, int64_t block, int64_t count, Piece<FORMAT>& piece) {
   if (w.group == 32) return fill_piece<FORMAT, 32>(w, from, rows, block, count, piece);
   if (w.group == 128) return fill_piece<FORMAT, 128>(w, from, rows, block, count, piece);
   fill_piece<FORMAT, 0>(w, from, rows, block, count, piece);
@@ -19,7 +19,7 @@ void fill(const Matrix& w, int64_t from, int64_t rows, int64_t block, int64_t co
 
 template <int FORMAT>
 void sums_of(const Matrix& w, int64_t from, int64_t rows, const Tiles& x, int64_t tile, int64_t tiles, float* sums) {
-  static thread_local Piece piece;
+  static thread_local Piece<FORMAT> piece;
   int64_t next = (tiles + 1) * L;  // one more, so that rows do not meet in the same places of a cache
   std::memset(sums, 0, rows * next * sizeof(float));
   for (int64_t block = 0; block < x.blocks; block += DEPTH) {
@@ -46,7 +46,7 @@ void finish(const Matrix& w, int64_t from, int64_t rows, int64_t token, int64_t 
       int64_t at_y = m * w.out + from + r, end = m * w.out + from + rows;
       V v = gather(sums + r * next + m - token, next);
       if (FORMAT == INT8_ROWS) v = mul(v, take<F32>(w.scale, from + r, from + rows));
-      if (w.bias) v = add(v, take<F>(w.bias, from + r, from + rows));
+      v = add(v, w.bias ? take<F>(w.bias, from + r, from + rows) : zero());
       if (residual) v = add(rounded<F>(v), take<F>(residual, at_y, end));
       give<F>(y, at_y, end, v);
     }
@@ -111,7 +111,7 @@ int run(const Matrix* w, int count, const void* x, int64_t rows, void* const* y,
 extern "C" int NATIVE(project_bytes)(const Matrix* m, int count, int x_format, const void* x, int64_t rows,
                                      void* const* y, const void* residual, int threads) {
   for (int i = 0; i < count; i++)
-    if (m[i].format < INT8_ROWS || (!DOT4 && m[i].format != INT4)) return 1;
+    if (!m[i].activation_bits && !DOT4 && m[i].format != INT4) return 1;
   if (!x) return 0;
   switch (x_format) {
     case BF16: return run<BF16>(m, count, x, rows, y, residual, threads);
