@@ -52,10 +52,12 @@ class BatchEngine:
         cuda_graphs: replay decoding passes that come often, where the device can.
         max_waiting, max_waiting_tokens: answers that may wait, beside those for which there is room to run, and the
             prompt tokens of all that wait; None for no limit. One that finds nobody waiting may have any length.
-        batch_invariant: give each request the same bits whatever else runs; by default on the CPU.
+        batch_invariant: give each request the same bits whatever else runs; by default on the CPU, where a model's
+            modules are this package's own.
 
     Raises:
-        InputError: a size that is no whole number above 0. NotEnoughMemory: the cache does not fit.
+        InputError: a size that is no whole number above 0, or batch_invariant where it cannot be had. NotEnoughMemory:
+            the cache does not fit.
     """
 
     def __init__(
@@ -93,6 +95,9 @@ class BatchEngine:
         self._overlap = devices[0].type != "cpu" if overlap is None else overlap
         self._captured = BatchCapture(model, self.cache) if cuda_graphs else None
         self._runner = Runner(model, self.cache, self._rows, self._captured)
+        if batch_invariant and devices[0].type != "cpu":
+            raise InputError("batch_invariant is True, but only the CPU's kernels hold it: leave it out.")
+        self._runner.invariant = batch_invariant is not False and devices[0].type == "cpu"
         self._flight: Started | None = None
         self._next: Started | None = None  # what was started before the tokens of the flight were read
         self._outcomes: deque[Outcome] = deque()

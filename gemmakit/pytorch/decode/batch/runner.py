@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -22,6 +23,7 @@ from gemmakit.pytorch.decode.batch.scheduler import Part
 from gemmakit.pytorch.decode.protocols import CausalLM
 from gemmakit.pytorch.decode.step import forward
 from gemmakit.pytorch.decode.stream import HostCopy
+from gemmakit.pytorch.kernels import batch_invariant
 
 # Prompt positions whose logits are held at a time: of 262,144 tokens 64 MiB.
 SCORED = 64
@@ -94,8 +96,14 @@ class Runner:
         self.model, self.cache, self.rows, self.captured = model, cache, rows, captured
         self.apart = False
         self._on_cpu = model.device.type == "cpu"
+        self.invariant = False
 
     def start(self, prefill: Sequence[Part], decode: Sequence[Part], before: Started | None = None) -> Started:
+        """As _start; where `invariant`, so that a token's results are its own, whatever else is in the pass."""
+        with batch_invariant() if self.invariant else nullcontext():
+            return self._start(prefill, decode, before)
+
+    def _start(self, prefill: Sequence[Part], decode: Sequence[Part], before: Started | None = None) -> Started:
         """before: the step whose tokens the decoding rows go on with, which the host does not know yet."""
         choices: list[_Choice] = []
         ran: list[tuple[Sequence[Part], Tensor]] = []

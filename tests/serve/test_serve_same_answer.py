@@ -1,16 +1,13 @@
-"""The same answer whatever else runs: over HTTP, to the bit, tokens and log probabilities.
-
-PYTHONPATH=tests/serve python tests/serve/clients/same_answer.py [--weights bf16 int8 int4] [--count 200] [--orders 3]
-"""
+"""The same answer whatever else runs: over HTTP, to the bit, tokens and log probabilities."""
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import random
 from typing import Any
 
 import httpx
+import pytest
 from running_server import Running, serving
 
 import gemmakit
@@ -91,17 +88,14 @@ def check(server: Running, count: int, orders: int) -> None:
     assert stats.prefix_hits > 0
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--weights", choices=WEIGHTS, nargs="*", default=list(WEIGHTS))
-    parser.add_argument("--count", type=int, default=200)
-    parser.add_argument("--orders", type=int, default=3)
-    arguments = parser.parse_args()
-    for weights in arguments.weights:
-        # Room for few tokens, so that some are sent back; prompts in several parts.
-        with serving(loading=WEIGHTS[weights], max_batch_size=8, cache_tokens=1024, prefill_tokens=48) as server:
-            check(server, arguments.count, arguments.orders)
-        print(f"{weights}: {arguments.count} answers in {arguments.orders} orders are those of the requests alone")
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_an_answer_is_that_of_the_request_alone(weights: str):
+    with serving(loading=WEIGHTS[weights], max_batch_size=6, cache_tokens=1024, prefill_tokens=48) as server:
+        check(server, 16, 1)
 
 
-main()
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_two_hundred_answers_in_three_orders_are_those_of_the_requests_alone(weights: str):
+    with serving(loading=WEIGHTS[weights], max_batch_size=8, cache_tokens=1024, prefill_tokens=48) as server:
+        check(server, 200, 3)
