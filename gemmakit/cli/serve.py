@@ -36,6 +36,14 @@ def serve(
     context: Annotated[
         int | None, Option(metavar="N", min=1, help="Tokens of a prompt and its answer; the model's if left out.")
     ] = None,
+    batch_invariant: Annotated[
+        bool | None,
+        Option(
+            "--batch-invariant/--no-batch-invariant",
+            help="The same bits whatever else runs, which the CPU gives if left out; or long prompts of 8-bit weights "
+            "sooner.",
+        ),
+    ] = None,
     allowed_host: Annotated[
         list[str] | None, Option(metavar="NAME", help="A name this server goes by; * for any. May be repeated.")
     ] = None,
@@ -75,7 +83,12 @@ def serve(
         tuple(served_model_name or (_name(model),)),
         dict(device_map=device, dtype=dtype, revision=revision),
         context,
-        dict(max_batch_size=max_batch_size, max_waiting=max_waiting, cache_bytes=cache_bytes),
+        dict(
+            max_batch_size=max_batch_size,
+            max_waiting=max_waiting,
+            cache_bytes=cache_bytes,
+            batch_invariant=batch_invariant,
+        ),
     )
 
     def ready() -> None:
