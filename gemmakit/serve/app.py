@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from gemmakit import __version__
+from gemmakit.serve import page
 from gemmakit.serve.access_log import AccessLog
 from gemmakit.serve.refusals import TYPES, ErrorBody, answer_errors
 from gemmakit.serve.routes import chat, completions, embeddings, messages, responses, status, tokens
@@ -22,6 +23,7 @@ ROUTERS = (
     embeddings.router,
     tokens.router,
     status.router,
+    page.router,
 )
 ERRORS: dict[int | str, dict[str, Any]] = {code: {"model": ErrorBody} for code in TYPES if code != 405}
 
