@@ -14,6 +14,7 @@ GemmakitError
 │   ├── UnsafeFile                            a file that could run code or leave its folder
 │   └── HubError                              the Hub: offline, gated, missing, interrupted
 ├── NotEnoughMemory        (MemoryError)      found before the allocation where it can be known
+├── ServerError            (RuntimeError)     a server that does not answer, or refuses
 ├── BatchStopped           (RuntimeError)     a batch file that cannot go on now; what is done is kept
 └── MissingDependency      (ImportError)      an extra that is not installed
 
@@ -77,6 +78,10 @@ class HubError(CheckpointError):
 
 class NotEnoughMemory(GemmakitError, MemoryError):
     """An allocation that would not fit; gives needed and free bytes."""
+
+
+class ServerError(GemmakitError, RuntimeError):
+    """A server that was asked does not answer, refuses, or ends in the middle."""
 
 
 class BatchStopped(GemmakitError, RuntimeError):

@@ -5,31 +5,34 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from gemmakit.pipelines import TextGenerationPipeline
+if TYPE_CHECKING:
+    from gemmakit.pipelines import TextGenerationPipeline
 
 Write = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of a prompt. finish_reason: "stop" (an end token or a stop text), "length", "interrupted"."""
+    """What came of a prompt. finish_reason: "stop" (an end token or a stop text), "length", "interrupted".
+
+    new_tokens: how many, the ending one included; ids: which, where the model ran in this process.
+    """
 
     text: str
     finish_reason: str
     prompt_tokens: int
-    ids: list[int]  # new tokens, the ending one included
+    new_tokens: int
     first_s: float  # until the first token
     rest_s: float  # from the first token to the last
+    ids: list[int] = field(default_factory=list[int])
 
     @property
     def tokens_per_s(self) -> float:
         """Rate after the first token, which also pays for reading the prompt; of all of it where there is but one."""
-        new = len(self.ids)
+        new = self.new_tokens
         if new > 1 and self.rest_s > 0:
             return (new - 1) / self.rest_s
         return new / self.first_s if self.first_s > 0 else 0.0
@@ -39,7 +42,7 @@ class Answer:
         """One line of numbers."""
         return (
             f"{self.prompt_tokens} prompt tokens, first new one after {self.first_s * 1000:.0f} ms; "
-            f"{len(self.ids)} new tokens at {self.tokens_per_s:.1f} tokens/s ({self.finish_reason})"
+            f"{self.new_tokens} new tokens at {self.tokens_per_s:.1f} tokens/s ({self.finish_reason})"
         )
 
     def record(self, prompt: str) -> dict[str, Any]:
@@ -48,7 +51,7 @@ class Answer:
             "generated_text": self.text,
             "finish_reason": self.finish_reason,
             "prompt_tokens": self.prompt_tokens,
-            "new_tokens": len(self.ids),
+            "new_tokens": self.new_tokens,
             "tokens_per_s": round(self.tokens_per_s, 1),
         }
 
@@ -58,6 +61,8 @@ def answer(pipe: TextGenerationPipeline, prompt: str | Sequence[int], write: Wri
 
     Without max_new_tokens: 256, or what the context has left. Settings and errors are those of `generate`.
     """
+    import torch  # not by whoever asks a server
+
     ids = pipe.encode(prompt) if isinstance(prompt, str) else list(prompt)
     room = pipe.room(len(ids), pipe.model.generation_config, settings)
     limit = {} if room is None else {"max_new_tokens": room}
@@ -80,9 +85,10 @@ def answer(pipe: TextGenerationPipeline, prompt: str | Sequence[int], write: Wri
         text="".join(texts),
         finish_reason="stop" if reason == "eos" else reason or "length",
         prompt_tokens=len(ids),
-        ids=new,
+        new_tokens=len(new),
         first_s=first - start,
         rest_s=last - first,
+        ids=new,
     )
 
 

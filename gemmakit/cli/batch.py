@@ -25,7 +25,6 @@ from gemmakit.serve.batch_format import Row
 from gemmakit.serve.batch_runner import Run, open_run, run_batch
 
 SPEAK_EVERY_S = 10.0
-DEFAULT_NEW_TOKENS = 256  # of a short row that names no number, as of gemmakit run
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 MAX_SEED = 2**31
 
@@ -104,7 +103,7 @@ def _body(row: Row, drawn: bool, max_new_tokens: int | None, seed: int) -> dict[
     body = {**row.body, "model": "gemmakit"}
     if row.url == "/v1/embeddings":
         return body
-    limit = max_new_tokens or (DEFAULT_NEW_TOKENS if row.short else None)
+    limit = max_new_tokens or (o.DEFAULT_NEW_TOKENS if row.short else None)
     name = "max_output_tokens" if row.url == "/v1/responses" else "max_tokens"
     if limit is not None and not {name, "max_completion_tokens"} & set(body):
         body[name] = limit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -49,6 +49,8 @@ def chat(
     repetition_penalty: o.RepetitionPenalty = None,
     seed: o.Seed = None,
     stats: Annotated[bool, Option("--stats", help="Counts and tokens/s on stderr after each answer.")] = False,
+    server: o.Server = None,
+    api_key: o.ApiKey = None,
 ) -> int:
     """Talk with a model.
 
@@ -59,11 +61,18 @@ def chat(
         max_new_tokens=max_new_tokens, stop_strings=stop, do_sample=sample, temperature=temperature, top_k=top_k,
         top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed,
     )  # fmt: skip
-    pipe = gemmakit.pipeline("text-generation", model, device_map=device, dtype=dtype, revision=revision)
-    talk = Conversation(pipe, settings, system)
+    talk: Conversation
+    if server is None:
+        pipe = gemmakit.pipeline("text-generation", model, device_map=device, dtype=dtype, revision=revision)
+        talk = Conversation(pipe, settings, system)
+    else:
+        from gemmakit.cli.remote import ServerConversation, connect
+
+        local = {"--device": device != "auto", "--dtype": dtype != "auto", "--revision": revision}
+        talk = ServerConversation(None, settings, system, server=connect(server, api_key, model, local))
     at_terminal = sys.stdin is not None and sys.stdin.isatty()
     if at_terminal:
-        print(f"{_name(pipe)}, context of {pipe.model.config.max_position_embeddings} tokens. /help lists commands.\n")
+        print(f"{_title(talk.name)}, context of {talk.context} tokens. /help lists commands.\n")
     for line in _typed() if at_terminal else _piped():
         if line.startswith("/"):
             if not _obey(talk, line):
@@ -73,9 +82,9 @@ def chat(
     return 0
 
 
-def _name(pipe: Any) -> str:
-    folder = Path(str(pipe.model.name_or_path))
-    return "gemmakit's demo model" if folder.name == "demo" and folder.parent.name == "gemmakit" else str(folder)
+def _title(name: str) -> str:
+    folder = Path(name)
+    return "gemmakit's demo model" if folder.name == "demo" and folder.parent.name == "gemmakit" else name
 
 
 def _typed() -> Iterator[str]:
@@ -125,7 +134,7 @@ def _answer(talk: Conversation, question: str, stats: bool) -> None:
     if not said.text.strip():
         note("no answer, so the question is forgotten too.")
     if said.finish_reason == "length":
-        note(f"the answer was cut off after {len(said.ids)} tokens (--max-new-tokens, or the end of the context).")
+        note(f"the answer was cut off after {said.new_tokens} tokens (--max-new-tokens, or the end of the context).")
     if stats:
         note(said.summary)
 
@@ -156,7 +165,7 @@ def _save(talk: Conversation, name: str) -> None:
         note("name a file: /save FILE.")
         return
     path = Path(name).expanduser()
-    content = {"model": str(talk.pipe.model.name_or_path), "messages": talk.transcript()}
+    content = {"model": talk.name, "messages": talk.transcript()}
     try:
         path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
@@ -186,6 +195,14 @@ class Conversation:
     _cache: Any = None
     _held: list[int] = field(default_factory=list)
 
+    @property
+    def name(self) -> str:
+        return str(self.pipe.model.name_or_path)
+
+    @property
+    def context(self) -> int:
+        return self.pipe.model.config.max_position_embeddings
+
     def reset(self) -> None:
         """Forget what was said; the system message stays."""
         self.messages, self.forgotten, self._cache, self._held = [], 0, None, []
@@ -199,37 +216,43 @@ class Conversation:
 
         Raises PromptTooLong when the question alone does not fit, and what `generate` raises; nothing is then changed.
         """
-        from gemmakit.cli.answer import answer
-
-        ids, forgotten = self._fitted(question)
-        cache = self._cached(ids)
-        try:
-            said = answer(self.pipe, ids, write, past_key_values=cache, **self.pipe.turn_ends(), **self.settings)
-        except BaseException:
-            self._cache = None
-            raise
-        # A cache that Ctrl-C met half-way through a layer is not to be trusted.
-        self._cache = None if said.finish_reason == "interrupted" else cache
-        self._held = ids + said.ids
+        prompt, forgotten = self._fitted(question)
+        said = self._say(prompt, write)
         if said.text.strip():
             self.forgotten = forgotten
             self.messages += [{"role": "user", "content": question}, {"role": "assistant", "content": said.text}]
         return said
 
-    def _fitted(self, question: str) -> tuple[list[int], int]:
-        """The prompt's ids, with as many of the oldest messages left out as it takes to have room for an answer."""
-        from gemmakit.pipelines import DEFAULT_NEW_TOKENS
+    def _say(self, prompt: Any, write: Write) -> Answer:
+        from gemmakit.cli.answer import answer
 
-        context = self.pipe.model.config.max_position_embeddings
-        room = min(self.settings.get("max_new_tokens", DEFAULT_NEW_TOKENS), context // 4)
-        ids: list[int] = []
+        cache = self._cached(prompt)
+        try:
+            said = answer(self.pipe, prompt, write, past_key_values=cache, **self.pipe.turn_ends(), **self.settings)
+        except BaseException:
+            self._cache = None
+            raise
+        # A cache that Ctrl-C met half-way through a layer is not to be trusted.
+        self._cache = None if said.finish_reason == "interrupted" else cache
+        self._held = prompt + said.ids
+        return said
+
+    def _encode(self, messages: Sequence[Said]) -> Sized:
+        """The prompt that messages make; its length is its tokens."""
+        return self.pipe.encode(messages)
+
+    def _fitted(self, question: str) -> tuple[Sized, int]:
+        """The prompt, with as many of the oldest messages left out as it takes to have room for an answer."""
+        context = self.context
+        room = min(self.settings.get("max_new_tokens", o.DEFAULT_NEW_TOKENS), context // 4)
+        prompt: Sized = ()
         for start in range(self.forgotten, len(self.messages) + 1, 2):
-            ids = self.pipe.encode(self._seen(start, question))
-            if len(ids) + room <= context:
-                return ids, start
+            prompt = self._encode(self._seen(start, question))
+            if len(prompt) + room <= context:
+                return prompt, start
         raise PromptTooLong(
-            f"the message makes a prompt of {len(ids)} tokens, but the context holds {context}, {room} of them for the "
-            "answer. Send less at a time."
+            f"the message makes a prompt of {len(prompt)} tokens, but the context holds {context}, {room} of them for "
+            "the answer. Send less at a time."
         )
 
     def _seen(self, start: int, question: str) -> list[Said]:

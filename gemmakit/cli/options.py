@@ -33,6 +33,14 @@ MinP = Annotated[
 RepetitionPenalty = Annotated[float | None, Option(metavar="X", help="Above 1 discourages repetition.")]
 Seed = Annotated[int | None, Option(metavar="N", help="Sample, the same way every time.")]
 
+Server = Annotated[
+    str | None, Option("--server", metavar="URL", help="Ask a running gemmakit serve instead of loading a model here.")
+]
+KEY_VARIABLE = "GEMMAKIT_API_KEY"
+ApiKey = Annotated[str | None, Option(metavar="KEY", help=f"For --server; or in {KEY_VARIABLE}.")]
+
+DEFAULT_NEW_TOKENS = 256  # what --max-new-tokens promises
+
 # A person who sets one of these wants the answer drawn, not the likeliest.
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import tee
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
@@ -18,6 +19,11 @@ from gemmakit.cli import options as o
 from gemmakit.cli import records
 from gemmakit.cli.shell import INTERRUPTED, note, show
 from gemmakit.errors import InputError
+
+if TYPE_CHECKING:
+    from gemmakit.cli.answer import Answer, Write
+
+    Say = Callable[[str, Write], Answer]
 
 BATCH = 8  # texts that are classified together; their results do not depend on it
 
@@ -69,6 +75,8 @@ def run(
         str | None, Option(metavar="NAME", help="The field of the input that is the text: prompt, or text to classify.")
     ] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace an --output that exists.")] = False,
+    server: o.Server = None,
+    api_key: o.ApiKey = None,
 ) -> int:
     """Continue a text, answer a question, or classify.
 
@@ -97,6 +105,12 @@ def run(
         sink: Any = records.Sink(output, overwrite)
     else:
         sink = _Screen(not json_ and not (generates and several), several)
+    if server is not None:
+        local = {"--device": device != "auto", "--dtype": dtype != "auto", "--backend": backend != "pytorch"}
+        local |= {"--revision": revision, "--task": not generates}
+        say = _server(server, api_key, model, local, chat, settings)
+        with nullcontext() if output is None else sink:
+            return _end(_each(say, prompts, sink), stats)
     load = gemmakit.pipeline  # loads torch, which is not counted as loading the model
     start = time.perf_counter()
     pipe = load(task, model, framework=_framework(backend), device_map=device, dtype=dtype, revision=revision)
@@ -106,9 +120,30 @@ def run(
             options = {"aggregation_strategy": aggregation or "simple"} if task == "token-classification" else {}
             _classify(pipe, prompts, sink, 1 if format_ == "pipe" else BATCH, **options)
             return 0
-        said = _each(pipe, prompts, chat, settings, sink)
+        from gemmakit.cli.answer import answer, ask
+
+        say = partial(ask if chat else answer, pipe, **settings)
+        return _end(_each(say, prompts, sink), stats, f"; loaded in {loaded_s:.2f} s")
+
+
+def _server(
+    url: str, key: str | None, model: str | None, local: dict[str, Any], chat: bool, settings: dict[str, Any]
+) -> Say:
+    """What answers a text by asking the server."""
+    from gemmakit.cli.remote import connect
+
+    server = connect(url, key, model, local)
+
+    def say(text: str, write: Write) -> Answer:
+        return server.answer(server.prompt([{"role": "user", "content": text}] if chat else text), write, settings)
+
+    return say
+
+
+def _end(said: Answer | None, stats: bool, more: str = "") -> int:
+    """The exit code, once the last answer is told."""
     if stats and said is not None:
-        note(f"{said.summary}; loaded in {loaded_s:.2f} s")
+        note(f"{said.summary}{more}")
     return INTERRUPTED if said is not None and said.finish_reason == "interrupted" else 0
 
 
@@ -131,13 +166,11 @@ def _classification(task: str, aggregation: str | None, generating: Mapping[str,
     return name
 
 
-def _each(pipe: Any, prompts: Iterable[str], chat: bool, settings: dict[str, Any], sink: Any) -> Any:
+def _each(say: Say, prompts: Iterable[str], sink: Any) -> Answer | None:
     """Answer the prompts one after another, until one is interrupted; the last answer."""
-    from gemmakit.cli.answer import answer, ask
-
     said = None
     for text in prompts:
-        said = (ask if chat else answer)(pipe, text, sink.write, **settings)
+        said = say(text, sink.write)
         sink.put(text, said)
         if said.finish_reason == "interrupted":
             break

@@ -13,8 +13,6 @@ from gemmakit.cli import options as o
 from gemmakit.cli.shell import note
 from gemmakit.errors import InputError, MissingDependency
 
-KEY_VARIABLE = "GEMMAKIT_API_KEY"
-
 
 def serve(
     model: Annotated[str | None, Argument(help="Folder or Hub id; if left out, the demo model.")] = None,
@@ -22,7 +20,7 @@ def serve(
     port: Annotated[int, Option(metavar="N", min=0, max=65535, help="0: any free one.")] = 8000,
     api_key: Annotated[
         list[str] | None,
-        Option(metavar="KEY", help=f"Asked of every request; may be repeated. Or in {KEY_VARIABLE}, commas between."),
+        Option(metavar="KEY", help=f"Asked of every request; may be repeated. Or in {o.KEY_VARIABLE}, commas between."),
     ] = None,
     served_model_name: Annotated[
         list[str] | None, Option(metavar="NAME", help="What clients may call the model; may be repeated.")
@@ -69,7 +67,7 @@ def serve(
             raise
         raise MissingDependency(f"serving needs the package {error.name}: pip install 'gemmakit[serve]'.") from None
     settings = ServeSettings(
-        api_keys=(*(api_key or ()), *_keys_of(os.environ.get(KEY_VARIABLE, ""))),
+        api_keys=(*(api_key or ()), *_keys_of(os.environ.get(o.KEY_VARIABLE, ""))),
         allowed_hosts=(host, *(allowed_host or ())),
         cors_origins=tuple(cors_origin or ()),
         drain_s=drain_seconds,
