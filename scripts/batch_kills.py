@@ -25,7 +25,8 @@ import mmap, struct, sys
 from gemmakit.cli import main
 from gemmakit.pytorch.decode.batch import BatchEngine
 
-count = mmap.mmap(open(sys.argv[1], "r+b").fileno(), 8)
+with open(sys.argv[1], "r+b") as file:
+    count = mmap.mmap(file.fileno(), 8)
 step = BatchEngine.step
 
 def counted(engine):

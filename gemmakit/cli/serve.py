@@ -49,6 +49,9 @@ def serve(
         list[str] | None, Option(metavar="URL", help="A site whose pages may ask; * for any. May be repeated.")
     ] = None,
     drain_seconds: Annotated[float, Option(metavar="S", min=0, help="For running answers, once told to end.")] = 30.0,
+    state: Annotated[
+        Path | None, Option(metavar="FOLDER", help="Where /v1/files and /v1/batches are kept; neither if left out.")
+    ] = None,
     log_format: Annotated[str, Option(metavar="KIND", help="text or json: one line a request.")] = "text",
 ) -> int:
     """Serve a model over HTTP: OpenAI's API (chat, completions, models) and more.
@@ -72,6 +75,7 @@ def serve(
         cors_origins=tuple(cors_origin or ()),
         drain_s=drain_seconds,
         log_format=log_format,
+        state=state,
     )
     socket = listen(host, port, settings.stall_s)
     shown = f"[{host}]" if ":" in host else host

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
@@ -10,8 +13,11 @@ from fastapi.middleware.cors import CORSMiddleware
 from gemmakit import __version__
 from gemmakit.serve import page
 from gemmakit.serve.access_log import AccessLog
+from gemmakit.serve.batch_format import Row
+from gemmakit.serve.feeder import Feeder
+from gemmakit.serve.inside import ask
 from gemmakit.serve.refusals import TYPES, ErrorBody, answer_errors
-from gemmakit.serve.routes import chat, completions, embeddings, messages, responses, status, tokens
+from gemmakit.serve.routes import batches, chat, completions, embeddings, files, messages, responses, status, tokens
 from gemmakit.serve.service import Service
 from gemmakit.serve.trust import Bodies, Keys, Origins
 
@@ -22,6 +28,8 @@ ROUTERS = (
     messages.router,
     embeddings.router,
     tokens.router,
+    files.router,
+    batches.router,
     status.router,
     page.router,
 )
@@ -40,7 +48,7 @@ class App(FastAPI):
 def bare_app(service: Service) -> FastAPI:
     """The routes of one model alone, for who is inside already. 503 until `service.open` was called."""
     # Its own pages of documentation load scripts from other sites; /openapi.json is there.
-    app = App(title="gemmakit", version=__version__, docs_url=None, redoc_url=None, responses=ERRORS)
+    app = App(title="gemmakit", version=__version__, docs_url=None, redoc_url=None, responses=ERRORS, lifespan=_feeding)
     app.state.service = service
     answer_errors(app)
     for router in ROUTERS:
@@ -52,7 +60,7 @@ def create_app(service: Service) -> FastAPI:
     """The server of one model, as an ASGI application: its routes, and around them who may ask."""
     app, settings = bare_app(service), service.settings
     # The last is the outermost.
-    app.add_middleware(Bodies, settings=settings)
+    app.add_middleware(Bodies, settings=settings, larger=[(files.PATH, settings.max_upload_bytes)])
     app.add_middleware(Keys, settings=settings)
     if settings.cors_origins:
         app.add_middleware(
@@ -61,3 +69,25 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(Origins, settings=settings)
     app.add_middleware(AccessLog, log_format=settings.log_format)
     return app
+
+
+@asynccontextmanager
+async def _feeding(app: FastAPI) -> AsyncGenerator[None, None]:
+    """Works off stored batches for as long as the application runs, where there is a store."""
+    service: Service = app.state.service
+    if service.store is None:
+        yield
+        return
+    inner = bare_app(service)  # what asks from within shows no key
+
+    async def answer(owner: str, row: Row) -> tuple[int, Mapping[str, Any]]:
+        return await ask(inner, row.url, row.body, owner=owner)
+
+    service.feeder = Feeder(service.store, answer, service.has_room, service.settings.batch_rows)
+    task = asyncio.ensure_future(service.feeder.run())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+        service.store.close()

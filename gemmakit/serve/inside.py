@@ -9,19 +9,6 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Scope
 
-from gemmakit.serve.app import bare_app
-from gemmakit.serve.loading import Loading
-from gemmakit.serve.served import ServedModel
-from gemmakit.serve.service import Service
-from gemmakit.serve.settings import ServeSettings
-
-
-def opened(loading: Loading) -> tuple[ServedModel, ASGIApp]:
-    """A model and the application that answers for it, for this process alone. Raises what loading raises."""
-    service = Service(ServeSettings(queue_s=None))
-    loading.open(service)
-    return service.ready(), bare_app(service)
-
 
 async def ask(app: ASGIApp, path: str, body: Mapping[str, Any], **state: Any) -> tuple[int, Mapping[str, Any]]:
     """POST a body to a path; status and body of the answer, which is an object of JSON. state: of the request.

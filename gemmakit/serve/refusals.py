@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sqlite3
 from collections.abc import Mapping
 from typing import Any
 
@@ -80,6 +81,9 @@ def refusal_of(error: BaseException) -> Refusal:
         return Refusal(400, str(error))
     if isinstance(error, GemmakitError):
         return Refusal(500, str(error), code=type(error).__name__)
+    if isinstance(error, sqlite3.Error):
+        said = "the state cannot be read or written: is the disk full? Nothing was changed."
+        return Refusal(503, said, code="storage")
     return Refusal(500, "the server failed; its log says why.", code="internal_error")
 
 
@@ -99,7 +103,7 @@ def answer_errors(app: FastAPI) -> None:
 
     async def refused(request: Request, error: Exception) -> JSONResponse:
         refusal = refusal_of(error)
-        if refusal.status_code == 500:
+        if refusal.status_code == 500 or isinstance(error, sqlite3.Error):
             log.error("%s failed", request.url.path, exc_info=error)
         return refusal.response()
 
@@ -110,7 +114,7 @@ def answer_errors(app: FastAPI) -> None:
         said = f"there is no {request.url.path}" if error.status_code == 404 else str(error.detail)
         return Refusal(error.status_code, said, headers=error.headers).response()
 
-    for kind in (Refusal, GemmakitError, Exception):
+    for kind in (Refusal, GemmakitError, sqlite3.Error, Exception):
         app.add_exception_handler(kind, refused)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(RoutingException, http)

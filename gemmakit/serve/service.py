@@ -13,12 +13,14 @@ from starlette.datastructures import State
 from gemmakit.errors import QueueFull
 from gemmakit.pytorch.decode import batch
 from gemmakit.serve.conversation import ToolChoice, plain_messages, told_tools
+from gemmakit.serve.feeder import Feeder
 from gemmakit.serve.generation import Answers, make_request
 from gemmakit.serve.protocol import Body, Message, Sampling, Tool
 from gemmakit.serve.refusals import Refusal
 from gemmakit.serve.served import ServedModel
 from gemmakit.serve.settings import ServeSettings
 from gemmakit.serve.shapes import Shapes
+from gemmakit.serve.store import Store
 from gemmakit.serve.worker import Worker
 
 # Names of unknown fields that are counted each by itself; a client can make up any number.
@@ -36,6 +38,8 @@ class Service:
         self.draining = False
         self.shapes = Shapes(self.settings.compile_s)
         self.unknown_fields: Counter[str] = Counter()
+        self.store = None if self.settings.state is None else Store(self.settings.state)
+        self.feeder: Feeder | None = None  # while the application runs
 
     def open(self, model: ServedModel, worker: Worker) -> None:
         self.model, self.worker = model, worker
@@ -56,6 +60,22 @@ class Service:
         model = cast(ServedModel, self.model)
         model.check_name(name)
         return model
+
+    def has_room(self) -> bool:
+        """Whether work that nobody waits for may begin: one place is left to whoever comes."""
+        if self.state != "ready":
+            return False
+        worker = cast(Worker, self.worker)
+        if worker.engine is None:
+            return not worker.busy
+        return worker.under_way < max(1, worker.engine.scheduler.max_batch_size - 1)
+
+    def kept(self) -> Store:
+        """Files and batches. Raises Refusal where the server keeps none."""
+        if self.store is None:
+            said = "this server keeps no files and no batches: start it with --state FOLDER."
+            raise Refusal(404, said, code="no_state")
+        return self.store
 
     def count_unknown(self, body: Body) -> None:
         for name in body.unknown:
@@ -102,7 +122,7 @@ class Service:
     def make(self, request: Request, body: Sampling, prompt: list[int], **wanted: Any) -> batch.Request:
         """As make_request, with what the connection says: whose prefixes it shares, how long it may wait."""
         return make_request(
-            self.ready(), body, prompt, salt=_salt_of(request), deadline=self.settings.queue_s, **wanted
+            self.ready(), body, prompt, salt=owner_of(request), deadline=self.settings.queue_s, **wanted
         )
 
 
@@ -110,7 +130,10 @@ def service_of(request: Request) -> Service:
     return cast(State, request.app.state).service
 
 
-def _salt_of(request: Request) -> str:
-    """Prefixes are shared among those who ask with the same key."""
+def owner_of(request: Request) -> str:
+    """Who asks, as far as keys tell: prefixes and files are shared among those who ask with the same key."""
+    known: Any = getattr(request.state, "owner", None)  # of a row of a batch
+    if known is not None:
+        return known
     key: Any = getattr(request.state, "api_key", None)
     return "" if key is None else f"key {hashlib.sha256(key.encode()).hexdigest()}"

@@ -111,6 +111,11 @@ class Worker:
         """Whether any request is under way."""
         return bool(self._jobs) or not self._inbox.empty()
 
+    @property
+    def under_way(self) -> int:
+        """Requests that the engine has."""
+        return len(self._jobs)
+
     def close(self, timeout_s: float = 10.0) -> None:
         """End the thread after the step that runs."""
         self._inbox.put(lambda: True)
