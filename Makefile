@@ -4,7 +4,7 @@ BIN := .venv/bin
 # uv and poetry do not read constraints.txt, so pip it is.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-all test-isa check docs format acceptance real clean
+.PHONY: demo demo-server test test-all test-isa check docs format acceptance real clean
 
 .venv/run: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -23,6 +23,13 @@ demo: .venv/run
 	@$(BIN)/gemmakit run --stats --seed 0 --temperature 0.7 --top-p 0.9 "Return the"
 	@echo 'gemmakit run --stats --chat "What is 34 + 58?"'
 	@$(BIN)/gemmakit run --stats --chat "What is 34 + 58?"
+
+.venv/serve: .venv/run
+	$(PIP) -e ".[serve]" openai
+	@touch $@
+
+demo-server: .venv/serve
+	@$(BIN)/python scripts/demo_server.py
 
 # A process a core, each on a thread of its own; eight at most, for what they hold in memory.
 test: .venv/test
