@@ -10,6 +10,7 @@ from typing import Any
 from gemmakit.errors import InputError
 from gemmakit.pipelines import EmbeddingModel, pipeline
 from gemmakit.pytorch.decode.batch import BatchEngine
+from gemmakit.serve.metrics import Metrics
 from gemmakit.serve.served import ServedModel
 from gemmakit.serve.service import Service
 from gemmakit.serve.worker import Worker
@@ -27,6 +28,7 @@ class Loading:
 
     def open(self, service: Service) -> None:
         """Fill a service. Raises what loading raises, and InputError for a context that the model does not have."""
+        service.metrics = Metrics(self.names[0])
         if (Path(self.source) / "modules.json").is_file():
             embedder = EmbeddingModel.from_pretrained(self.source, **self.options)
             service.open(ServedModel(self.names, embedder=embedder), Worker(None))
@@ -38,4 +40,4 @@ class Loading:
         engine = BatchEngine(pipe.model, **self.engine)
         pool = engine.scheduler.pool
         room = min(self.context or positions, pool.pages * pool.page_size)
-        service.open(ServedModel(self.names, pipe, room=room), Worker(engine))
+        service.open(ServedModel(self.names, pipe, room=room), Worker(engine, [service.metrics]))

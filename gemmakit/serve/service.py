@@ -15,6 +15,7 @@ from gemmakit.pytorch.decode import batch
 from gemmakit.serve.conversation import ToolChoice, plain_messages, told_tools
 from gemmakit.serve.feeder import Feeder
 from gemmakit.serve.generation import Answers, make_request
+from gemmakit.serve.metrics import Metrics
 from gemmakit.serve.protocol import Body, Message, Sampling, Tool
 from gemmakit.serve.refusals import Refusal
 from gemmakit.serve.served import ServedModel
@@ -29,12 +30,13 @@ RETRY_AFTER_S = 1
 
 
 class Service:
-    """One model, one worker. Both are None while the model loads; `draining` once the server is to end."""
+    """One model, its worker and counts: None while it loads; `draining` once the server is to end."""
 
     def __init__(self, settings: ServeSettings | None = None):
         self.settings = settings or ServeSettings()
         self.model: ServedModel | None = None
         self.worker: Worker | None = None
+        self.metrics: Metrics | None = None
         self.draining = False
         self.shapes = Shapes(self.settings.compile_s)
         self.unknown_fields: Counter[str] = Counter()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+from typing import Any, cast
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from gemmakit import __version__
+from gemmakit.serve.metrics import Metrics
 from gemmakit.serve.served import ServedModel
 from gemmakit.serve.service import service_of
+from gemmakit.serve.worker import Worker
 
 router = APIRouter(tags=["status"])
 
@@ -24,6 +28,17 @@ async def health(request: Request) -> JSONResponse:
 @router.get("/version")
 async def version() -> dict[str, str]:
     return {"version": __version__}
+
+
+@router.get("/metrics", response_class=Response)
+async def metrics(request: Request) -> Response:
+    """What was counted and how the engine stands, as Prometheus reads it."""
+    service = service_of(request)
+    service.ready()
+    worker = cast(Worker, service.worker)
+    stats = None if worker.engine is None else await asyncio.wrap_future(worker.call(worker.engine.stats))
+    told = cast(Metrics, service.metrics).text(stats, service.unknown_fields)
+    return Response(told, media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/v1/models")
