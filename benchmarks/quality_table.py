@@ -1,42 +1,94 @@
-"""Writes the table of docs/quantization.md from benchmarks/results/: python benchmarks/quality_table.py [--check]"""
+"""Writes the tables of docs/quantization.md from benchmarks/results/: python benchmarks/quality_table.py [--check]"""
 
 import argparse
 import json
+import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- quality table: made by benchmarks/quality_table.py -->\n", "<!-- end -->"
-COLUMNS = ("weights", "perplexity", "a token at a time", "divergence", "same token", "accuracy", "MB")
+END = "<!-- end -->"
 
 
-def line(name: str, row: dict[str, float]) -> str:
-    def lost(key: str) -> str:
-        return f"{row[key] - 1:+.2%}".replace("%", " %")
-
-    cells = (
-        name,
-        lost("ratio") if name != "float32" else f"{row['perplexity']:.2f}",
-        lost("step_ratio") if name != "float32" else f"{row['step_perplexity']:.2f}",
-        f"{1000 * row['kl']:.2f}" if "kl" in row else "",
-        f"{row['same_token']:.1%}".replace("%", " %") if "same_token" in row else "",
-        f"{row['accuracy']:.1%}".replace("%", " %"),
-        f"{row['bytes'] / 1e6:.2f}",
-    )
+def row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def table() -> str:
-    result = json.loads((ROOT / "benchmarks/results/quantized_quality.json").read_text())
+def lost(ratio: float) -> str:
+    return f"{ratio - 1:+.2%}".replace("%", " %")
+
+
+def table(columns: tuple[str, ...], lines: list[str], about: str) -> str:
+    return "\n".join([row(*columns), f"|{'---|' * len(columns)}", *lines, "", about, ""])
+
+
+# -- the demo model ----------------------------------------------------------------------------------------------------
+
+COLUMNS = ("weights", "perplexity", "a token at a time", "divergence", "same token", "accuracy", "MB")
+
+
+def line(name: str, held: dict[str, float]) -> str:
+    return row(
+        name,
+        lost(held["ratio"]) if name != "float32" else f"{held['perplexity']:.2f}",
+        lost(held["step_ratio"]) if name != "float32" else f"{held['step_perplexity']:.2f}",
+        f"{1000 * held['kl']:.2f}" if "kl" in held else "",
+        f"{held['same_token']:.1%}".replace("%", " %") if "same_token" in held else "",
+        f"{held['accuracy']:.1%}".replace("%", " %"),
+        f"{held['bytes'] / 1e6:.2f}",
+    )
+
+
+def demo_table(result: dict[str, Any]) -> str:
     about = result["about"]
-    lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
-    lines += [line(name, row) for name, row in result["rows"].items()]
     packages = [
         f"{name} {about[name]}" for name in ("bitsandbytes", "transformers", "llama-cpp-python") if name in about
     ]
     where = f"{about['tokens']:,} tokens ({about['tokens_stepped']:,} of them a token at a time), "
     where += f"{about['questions']} questions; torch {about['torch']}, {', '.join(packages)}"
-    return "\n".join([*lines, "", f"{where}; `benchmarks/quantized_quality.py`.", ""])
+    lines = [line(name, held) for name, held in result["rows"].items()]
+    return table(COLUMNS, lines, f"{where}; `benchmarks/quantized_quality.py`.")
+
+
+# -- Gemma 3 270M ------------------------------------------------------------------------------------------------------
+
+
+def real_table(result: dict[str, Any]) -> str:
+    """Ours, then llama.cpp's of the same numbers and of the same file."""
+    about, held = result["about"], dict(result["rows"])
+    said = json.loads((ROOT / "tests" / "real" / "reference.json").read_text())
+    for kind, name in (("float32", "llama.cpp, float32"), ("stored", "llama.cpp, as stored")):
+        if sum(said["tokens"][: len(said.get(kind, {"losses": []})["losses"])]) == about["tokens"]:
+            held[name] = {"loss": sum(said[kind]["losses"]), "bytes": held[name.split(", ")[1]]["bytes"]}
+    exact = held["float32"]["loss"]
+    lines = [
+        row(
+            name,
+            f"{math.exp(form['loss'] / about['tokens']):.3f}",
+            "" if name == "float32" else lost(math.exp((form["loss"] - exact) / about["tokens"])),
+            f"{form['bytes'] / 1e6:.0f}",
+        )
+        for name, form in held.items()
+    ]
+    where = f"{about['tokens']:,} tokens in windows of {about['window']}; {about['processor']}, torch {about['torch']}"
+    return table(("weights", "perplexity", "against float32", "MB"), lines, f"{where}; `benchmarks/real_quality.py`.")
+
+
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "<!-- real quality table: made by benchmarks/quality_table.py -->\n": ("real_quality", real_table),
+    "<!-- quality table: made by benchmarks/quality_table.py -->\n": ("quantized_quality", demo_table),
+}
+
+
+def filled(text: str) -> str:
+    """The page with its tables as the results have them."""
+    for begin, (name, made) in TABLES.items():
+        before, rest = text.split(begin)
+        result = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+        text = before + begin + made(result) + END + rest.split(END, 1)[1]
+    return text
 
 
 def main() -> int:
@@ -45,8 +97,7 @@ def main() -> int:
     check = parser.parse_args().check
     page = ROOT / "docs" / "quantization.md"
     text = page.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    new = before + BEGIN + table() + END + rest.split(END, 1)[1]
+    new = filled(text)
     if not check:
         page.write_text(new, encoding="utf-8")
     return int(check and new != text)
