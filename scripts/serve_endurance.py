@@ -22,6 +22,7 @@ from typing import Any
 import httpx
 
 CLIENTS, START_S = 8, 120.0
+ENDED = 'vllm:request_success_total{finished_reason="'
 
 
 def held(pid: int) -> dict[str, int]:
@@ -52,25 +53,27 @@ async def leaving(url: str, count: int, seed: int = 0) -> dict[str, Any]:
     """Clients that leave while they wait, are read or are answered; what the engine holds once the last has left."""
     chance, left = random.Random(seed), iter(range(count))
 
-    async def client() -> None:
+    async def client(http: httpx.AsyncClient) -> None:
         for i in left:
             body = {"prompt": f"{i} " + "the file " * 50, "max_tokens": 100, "ignore_eos": True, "stream": True}
-            async with httpx.AsyncClient(timeout=120) as http:
-                task = asyncio.ensure_future(http.post(f"{url}/v1/completions", json=body))
-                await asyncio.wait([task], timeout=chance.uniform(0.0, 0.05))
-                task.cancel()
-                await asyncio.wait([task])
+            task = asyncio.ensure_future(http.post(f"{url}/v1/completions", json=body))
+            await asyncio.wait([task], timeout=chance.uniform(0.0, 0.4))
+            task.cancel()  # closes its connection
+            await asyncio.wait([task])
 
-    await asyncio.gather(*(client() for _ in range(2 * CLIENTS)))
-    begun = time.monotonic()
     async with httpx.AsyncClient(timeout=120) as http:
+        await asyncio.gather(*(client(http) for _ in range(2 * CLIENTS)))
+        begun = time.monotonic()
         while True:
             text = (await http.get(f"{url}/metrics")).text
             now = {line.split("{")[0]: float(line.split()[-1]) for line in text.splitlines() if line[0] != "#"}
             names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
             holds = {name: now[f"vllm:{name}"] for name in names}
             if not any(holds.values()) or time.monotonic() - begun > 10:
-                return {"left": count, "free_after_s": round(time.monotonic() - begun, 3), **holds}
+                ended = {
+                    line.split('"')[1]: float(line.split()[-1]) for line in text.splitlines() if line.startswith(ENDED)
+                }
+                return {"left": count, "ended": ended, "free_after_s": round(time.monotonic() - begun, 3), **holds}
             await asyncio.sleep(0.01)
 
 
