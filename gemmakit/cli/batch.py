@@ -75,10 +75,10 @@ def batch(
     from gemmakit.serve.service import Service
     from gemmakit.serve.settings import ServeSettings
 
+    service = Service(ServeSettings(queue_s=None))
     try:
         options = dict(device_map=device, dtype=dtype, revision=revision)
         engine = dict(max_batch_size=concurrency, cache_bytes=cache_bytes)
-        service = Service(ServeSettings(queue_s=None))
         Loading(source, ("gemmakit",), options, None, engine).open(service)
         served, app = service.ready(), bare_app(service)
 
@@ -92,6 +92,8 @@ def batch(
         return INTERRUPTED
     finally:
         run.close()
+        if service.worker is not None:  # a thread within torch when the interpreter goes would abort the process
+            service.worker.close()
     return 0
 
 

@@ -125,7 +125,8 @@ def test_a_head_that_does_not_arrive_is_given_up(server: Running, monkeypatch: p
     monkeypatch.setattr("gemmakit.serve.patience.HEAD_S", 0.3)
     host, port = server.url.removeprefix("http://").split(":")
     for begun in (b"", b"GET /health HTTP/1.1\r\nHost: lo", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET"):
-        with socket.create_connection((host, int(port)), timeout=5) as made:
+        # After an answer uvicorn itself waits five seconds for the next request.
+        with socket.create_connection((host, int(port)), timeout=30) as made:
             made.sendall(begun)
             said = b""
             with contextlib.suppress(ConnectionResetError):

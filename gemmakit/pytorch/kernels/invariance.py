@@ -34,7 +34,7 @@ def batch_invariant() -> Generator[None]:
 
 
 def is_batch_invariant() -> bool:
-    return _asked.get()
+    return not torch.compiler.is_compiling() and _asked.get()  # a traced graph has no context to ask
 
 
 def one_by_one(function: Callable[[Tensor], Tensor], x: Float[Tensor, "*rows I"]) -> Float[Tensor, "*rows O"]:
