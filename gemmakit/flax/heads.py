@@ -78,7 +78,10 @@ class FlaxGemmaForCausalLMModule(_OnDecoder):
         c = self.config
         logits = self.model.embed_tokens.attend(hidden) if c.tie_word_embeddings else self.lm_head(hidden)
         logits = capped(logits, c.final_logit_softcapping)
-        loss = None if labels is None else causal_loss(logits, next_labels(labels)[:, -logits_to_keep:])
+        loss = None
+        if labels is not None:
+            targets = next_labels(labels, attention_mask, position_ids)
+            loss = causal_loss(logits, targets[:, -logits_to_keep:])
         return CausalLMOutputWithPast(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
 
 
@@ -146,7 +149,8 @@ class FlaxGemmaForCausalLM(FlaxGemmaPreTrainedModel[CausalLMOutputWithPast], Gen
         """What a call takes besides: logits come back (B, S or fewer, V) in the model's dtype, loss () in float32.
 
         Args:
-            labels: (B, S) ids to predict, shifted inside (position s predicts label s + 1); -100 is ignored.
+            labels: (B, S) ids to predict, shifted inside (position s predicts label s + 1); -100 is ignored, and so
+                is what only a padding position or another packed document could predict.
             logits_to_keep: 0 for all positions, n for the last n.
 
         Raises:

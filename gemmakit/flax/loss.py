@@ -36,9 +36,21 @@ def causal_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return cross_entropy(logits, targets)
 
 
-def next_labels(labels: jax.Array) -> jax.Array:
-    """What each position is to predict: the label after it; the last has none. labels: (B, S)."""
-    return jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED_LABEL)
+def next_labels(
+    labels: jax.Array, attention_mask: jax.Array | None = None, position_ids: jax.Array | None = None
+) -> jax.Array:
+    """What each position is to predict: the label after it, or -100. The last has none. labels: (B, S).
+
+    attention_mask: where it is 2-D, (B, past + S), a position that it hides predicts nothing. position_ids: where no
+    mask is given, the last token of a packed document does not predict the next document's first.
+    """
+    targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED_LABEL)
+    if attention_mask is not None and attention_mask.ndim == 2:
+        return jnp.where(attention_mask[:, attention_mask.shape[1] - labels.shape[1] :] == 0, IGNORED_LABEL, targets)
+    if attention_mask is None and position_ids is not None:
+        ends = jnp.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, ((0, 0), (0, 1)))
+        return jnp.where(ends, IGNORED_LABEL, targets)
+    return targets
 
 
 def sequence_loss(logits: jax.Array, labels: jax.Array, problem: str | None) -> jax.Array:

@@ -90,10 +90,11 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
         """Run the decoder and the head; arguments as in `GemmaModel.forward`, and:
 
         Args:
-            labels: (B, S) ids to predict, shifted inside (position s predicts label s + 1); -100 is ignored.
+            labels: (B, S) ids to predict, shifted inside (position s predicts label s + 1); -100 is ignored, and so
+                is what only a padding position or another packed document could predict (`loss.next_labels`).
             logits_to_keep: 0 for all positions, n for the last n, or a tensor of positions.
-            num_items_in_batch: divide the summed loss by this instead of by the number of labels of this call, for
-                gradient accumulation.
+            num_items_in_batch: divide the summed loss by this instead of by the number of targets of this call, for
+                gradient accumulation: the targets of all parts, counted on what `loss.next_labels` gives.
             loss_chunk_size: with labels, compute the loss so many positions (B * S) at a time and no logits: those of
                 all positions are most of the memory of a training step. Loss and gradients are the same up to rounding.
 
@@ -119,7 +120,8 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
             cache_position,
             is_causal=is_causal,
         )
-        hidden, targets = out.last_hidden_state, None if labels is None else next_labels(labels)
+        hidden = out.last_hidden_state
+        targets = None if labels is None else next_labels(labels, attention_mask, position_ids)
         kept = _kept(logits_to_keep)
         hidden, targets = hidden[:, kept, :], None if targets is None else targets[:, kept]
         if loss_chunk_size is not None:

@@ -37,9 +37,24 @@ def causal_loss(
     return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
 
 
-def next_labels(labels: Int[Tensor, "B S"]) -> Int[Tensor, "B S"]:
-    """What each position is to predict: the label after it; the last has none."""
-    return F.pad(labels[:, 1:].long(), (0, 1), value=IGNORED_LABEL)
+def next_labels(
+    labels: Int[Tensor, "B S"], attention_mask: Any = None, position_ids: Int[Tensor, "#B S"] | None = None
+) -> Int[Tensor, "B S"]:
+    """What each position is to predict: the label after it, or -100. The last has none.
+
+    attention_mask: where it is 2-D, (B, past + S), a position that it hides predicts nothing: a row's first token would
+    else be asked of the padding on its left. position_ids: where no mask is given, the last token of a packed document
+    does not predict the next document's first. So a batch or a packed row has the targets of its rows alone, and
+    `(next_labels(...) != -100).sum()` is what `num_items_in_batch` counts.
+    """
+    targets = F.pad(labels[:, 1:].long(), (0, 1), value=IGNORED_LABEL)
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+        hidden = attention_mask[:, attention_mask.shape[1] - labels.shape[1] :] == 0
+        return targets.masked_fill(hidden.to(targets.device), IGNORED_LABEL)
+    if attention_mask is None and position_ids is not None:
+        ends = F.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (0, 1))
+        return targets.masked_fill(ends.to(targets.device), IGNORED_LABEL)
+    return targets
 
 
 def check_labels(labels: Tensor, inputs: Tensor | None, vocab_size: int) -> None:

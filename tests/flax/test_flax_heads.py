@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from flax_tools import apart, as_torch, batch, make_torch
-from tiny_shapes import SHAPES
+from tiny_shapes import SHAPES, VOCAB
 
 from gemmakit.errors import InputError
 from gemmakit.flax import FlaxGemmaForSequenceClassification, FlaxGemmaForTokenClassification
@@ -96,3 +96,21 @@ def test_what_cannot_be_scored_is_refused(sequence, token):
     with pytest.raises(InputError, match="nothing says where padding is"):
         model(ids)
     model.config.pad_token_id = 0
+
+
+@pytest.mark.parametrize("layout", ["left", "right", "packed"])
+def test_the_loss_of_a_batch_is_that_of_its_rows(both, layout):
+    """float32, sums in another order."""
+    model = both().flax
+    rows = [np.random.randint(4, VOCAB, (1, length)) for length in (8, 5)]
+    alone = sum(float(model(row, labels=row).loss) * (row.shape[1] - 1) for row in rows) / 11
+    if layout == "packed":
+        ids = np.concatenate(rows, axis=1)
+        position_ids = np.concatenate([np.arange(8), np.arange(5)])[None]
+        loss = model(ids, position_ids=position_ids, labels=ids).loss
+    else:
+        pad = (3, 0) if layout == "left" else (0, 3)
+        ids = np.concatenate([rows[0], np.pad(rows[1], ((0, 0), pad))])
+        mask = np.concatenate([np.ones((1, 8), int), np.pad(np.ones((1, 5), int), ((0, 0), pad))])
+        loss = model(ids, attention_mask=mask, labels=np.where(mask == 0, -100, ids)).loss
+    assert float(loss) == pytest.approx(alone, rel=1e-5)

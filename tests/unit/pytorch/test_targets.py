@@ -1,0 +1,103 @@
+"""What is learnt from rows does not depend on how they are laid out: padded on either side, packed, or in parts."""
+
+import pytest
+import torch
+from tiny_gemma import VOCAB, far, tiny
+
+from gemmakit.pytorch.loss import next_labels
+
+# float32: sums run in another order, over about 20 targets.
+CLOSE = 2e-6
+LENGTHS = (9, 4, 7)
+
+
+def rows():
+    made = [torch.randint(4, VOCAB, (length,)) for length in LENGTHS]
+    for row in made:
+        row[0] = 2
+    return made
+
+
+def padded(rows, side):
+    """ids, mask, and labels of all that is not padding."""
+    width = max(map(len, rows))
+    ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        place = slice(width - len(row), None) if side == "left" else slice(0, len(row))
+        ids[i, place], mask[i, place] = row, 1
+    return dict(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100))
+
+
+def packed(rows):
+    positions = torch.cat([torch.arange(len(row)) for row in rows])[None]
+    ids = torch.cat(rows)[None]
+    return dict(input_ids=ids, position_ids=positions, labels=ids)
+
+
+def targets(batch):
+    return int((next_labels(batch["labels"], batch.get("attention_mask"), batch.get("position_ids")) != -100).sum())
+
+
+def learnt(model, *batches, num_items=None, **how):
+    """The loss over all batches, and every gradient."""
+    model.zero_grad(set_to_none=True)
+    num_items = sum(map(targets, batches)) if num_items is None else num_items
+    losses = [model(**batch, num_items_in_batch=num_items, **how).loss for batch in batches]
+    sum(losses).backward()
+    return sum(losses).detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def same(ours, theirs):
+    torch.testing.assert_close(ours[0], theirs[0], rtol=CLOSE, atol=0)
+    assert ours[1].keys() == theirs[1].keys()
+    for name, gradient in theirs[1].items():
+        assert far(ours[1][name], gradient) < 2e-5, name
+
+
+def alone(model, texts):
+    return learnt(model, *(dict(input_ids=row[None], labels=row[None]) for row in texts))
+
+
+@pytest.mark.parametrize("chunk", [None, 5])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_batch_learns_what_its_rows_learn_alone(side, chunk):
+    model, texts = tiny().train(), rows()
+    batch = padded(texts, side)
+    assert targets(batch) == sum(LENGTHS) - len(LENGTHS)
+    same(learnt(model, batch, loss_chunk_size=chunk), alone(model, texts))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_mean_of_a_padded_batch_is_over_the_targets_of_its_rows(side):
+    """Without num_items_in_batch, and with labels that name even the padding."""
+    model, texts = tiny(), rows()
+    batch = padded(texts, side)
+    loss = model(**batch).loss.detach()
+    torch.testing.assert_close(loss, alone(model, texts)[0], rtol=CLOSE, atol=0)
+    if side == "left":
+        batch["labels"] = batch["input_ids"]
+        torch.testing.assert_close(model(**batch).loss.detach(), loss)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+def test_a_packed_row_learns_what_its_documents_learn_alone(attention):
+    model, texts = tiny(attn_implementation=attention).train(), rows()
+    batch = packed(texts)
+    assert targets(batch) == sum(LENGTHS) - len(LENGTHS)
+    reference = tiny(attn_implementation="eager").train()
+    same(learnt(model, batch), alone(reference, texts))
+
+
+def test_uneven_parts_learn_what_the_whole_learns():
+    model, texts = tiny().train(), rows()
+    whole = learnt(model, padded(texts, "left"))
+    same(learnt(model, padded(texts[:1], "left"), padded(texts[1:], "right")), whole)
+    means = learnt(model, padded(texts[:1], "left"), num_items=LENGTHS[0] - 1)[0]
+    means = (means + learnt(model, padded(texts[1:], "left"), num_items=sum(LENGTHS[1:]) - 2)[0]) / 2
+    assert abs(means - whole[0]) > 100 * CLOSE  # the mean of means is something else
+
+
+def test_a_mask_over_past_tokens_hides_by_its_last_columns():
+    labels = torch.tensor([[5, 6, 7]])
+    mask = torch.tensor([[0, 1, 0, 1, 1]])
+    assert next_labels(labels, mask).tolist() == [[-100, 7, -100]]
