@@ -85,10 +85,14 @@ class GemmaScaledEmbedding(nn.Embedding):
     def reset_parameters(self) -> None:
         pass  # the model fills it
 
-    def forward(self, input: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows D"]:
+    @property
+    def embed_scale(self) -> Float[Tensor, ""]:
+        """What rows are multiplied by; the name that peft asks for."""
         # A Python float would multiply unrounded; a 0-d tensor of the weight's dtype rounds as training did.
-        scale = torch.full((), self.embedding_dim**0.5, dtype=self.weight.dtype, device=self.weight.device)
-        return super().forward(input) * scale
+        return torch.full((), self.embedding_dim**0.5, dtype=self.weight.dtype, device=self.weight.device)
+
+    def forward(self, input: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows D"]:
+        return super().forward(input) * self.embed_scale
 
 
 def activation(act: str | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -46,6 +46,11 @@ class ModelMethods(nn.Module):
         return next((p.device for p in self.parameters() if not p.is_meta), first)
 
     @property
+    def _tied_weights_keys(self) -> dict[str, str]:
+        """What peft asks before it puts an adapter on an embedding."""
+        return dict(self.tied_weights)
+
+    @property
     def base_model(self) -> nn.Module:
         return getattr(self, self.base_model_prefix, self)
 

@@ -235,7 +235,7 @@ class Calling:
         raise NotImplementedError
 
     def _row(self, first: Part, second: Part | None, special: bool) -> Row:
-        row = Row([], [], [], None if first.offsets is None else [], None if first.words is None else [])
+        row = Row([], [], [], None if first.offsets is None else [], None if first.words is None else [], first.learnt)
         before, after = self._around() if special else ([], [])
         for kind, part in enumerate((first, second)):
             if part is None:
@@ -281,6 +281,8 @@ class Calling:
             out["special_tokens_mask"] = [row.special for row in rows]
         if options["return_offsets_mapping"]:
             out["offset_mapping"] = [row.offsets for row in rows]
+        if rows and rows[0].learnt is not None:
+            out["assistant_masks"] = [row.learnt for row in rows]
         if options["return_length"]:
             out["length"] = [len(row) for row in rows]
         if options["return_overflowing_tokens"]:

@@ -9,6 +9,7 @@ from typing import Any
 from gemmakit.errors import InputError, TemplateError
 from gemmakit.text.calling import DEFAULTS, split_after
 from gemmakit.text.encoding import BatchEncoding, Part
+from gemmakit.text.spans import assistant_mask, assistant_spans
 from gemmakit.text.tools import tool_schema
 from gemmakit.text.vocabulary import TURN_TOKENS, Engine
 
@@ -97,6 +98,7 @@ class Chat:
         max_length: int | None = None,
         return_tensors: Any = None,
         return_dict: bool = True,
+        return_assistant_tokens_mask: bool = False,
         tokenizer_kwargs: Mapping[str, Any] | None = None,
         system: str = "fold",
         **template_variables: Any,
@@ -110,6 +112,8 @@ class Chat:
         tools: what the model may call: Python functions with a docstring, or JSON schemas (`tools.tool_schema`).
         add_generation_prompt: end with the opening of the model's turn.
         continue_final_message: leave the last message open so that the model goes on with it.
+        return_assistant_tokens_mask: add `assistant_masks`, 1 for what the assistant says in each of its turns and for
+        the token that ends it: what is generated after the prompt of that turn. Any template does.
         Returns a BatchEncoding; ids alone with `return_dict=False`; text with `tokenize=False`.
 
         Special tokens inside messages, tools, documents and template variables are encoded as plain text: they cannot
@@ -118,8 +122,8 @@ class Chat:
         """
         if continue_final_message and add_generation_prompt:
             raise InputError("continue_final_message and add_generation_prompt exclude each other.")
-        if template_variables.pop("return_assistant_tokens_mask", False):
-            raise InputError("return_assistant_tokens_mask is not offered; mask by the lengths of the encoded turns.")
+        if return_assistant_tokens_mask and not (tokenize and return_dict):
+            raise InputError("return_assistant_tokens_mask marks ids: leave tokenize=False and return_dict=False out.")
         if system not in ("fold", "refuse"):
             raise InputError(f"system is {system!r}; it must be 'fold' or 'refuse'.")
         chats, batched = _chats(conversation)
@@ -135,7 +139,17 @@ class Chat:
         texts = [_rendered(source, chat, variables, settled, marks, continue_final_message) for chat in chats]
         if marks is None:
             return texts if batched else texts[0]
-        parts = [(self._one_bos(self._encode_pieces(text.split(marks.cut))), None) for text in texts]
+        encoded = [self._encode_pieces(text.split(marks.cut)) for text in texts]
+        if return_assistant_tokens_mask:
+            ends = [self._engine.id_to_token(i) for i in (self.end_of_turn_id, self.eos_token_id) if i is not None]
+            for chat, text, part in zip(chats, texts, encoded, strict=True):
+
+                def said(messages: list[dict[str, Any]], opened: bool) -> str:
+                    told = {**settled, "add_generation_prompt": opened}
+                    return _rendered(source, messages, variables, told, marks, False)
+
+                part.learnt = assistant_mask(self, part.ids, assistant_spans(said, chat, text, ends), text, marks.cut)
+        parts = [(self._one_bos(part), None) for part in encoded]
         options = {**DEFAULTS, "padding": padding, "truncation": truncation, "max_length": max_length}
         options |= {**(tokenizer_kwargs or {}), "return_tensors": return_tensors, "add_special_tokens": False}
         if set(options) != set(DEFAULTS):

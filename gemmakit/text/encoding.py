@@ -64,6 +64,7 @@ class Row:
     special: list[int]
     offsets: Offsets | None = None
     words: list[int | None] | None = None
+    learnt: list[int] | None = None  # 1 where the assistant speaks
     mask: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -80,10 +81,11 @@ class Part:
     ids: list[int]
     offsets: Offsets | None = None
     words: list[int | None] | None = None
+    learnt: list[int] | None = None
 
     def cut(self, start: int, stop: int) -> Part:
-        offsets = None if self.offsets is None else self.offsets[start:stop]
-        return Part(self.ids[start:stop], offsets, None if self.words is None else self.words[start:stop])
+        lists = (None if held is None else held[start:stop] for held in (self.offsets, self.words, self.learnt))
+        return Part(self.ids[start:stop], *lists)  # type: ignore[arg-type]
 
     def keep(self, count: int, side: str) -> Part:
         """The first (`side="right"` is cut) or last `count` ids."""
@@ -155,6 +157,7 @@ def pad_row(row: Row, length: int, side: str, pad_id: int, pad_type: int) -> Row
         mask=joined(row.mask, 0),
         offsets=joined(row.offsets, (0, 0)),
         words=joined(row.words, None),
+        learnt=joined(row.learnt, 0),
     )
 
 

@@ -112,6 +112,11 @@ class QuantizedEmbedding(QuantizedWeight, GemmaScaledEmbedding):
         self.compute_dtype = compute_dtype
         self.hold(packed)
 
+    @property
+    def embed_scale(self) -> Tensor:
+        """As of the plain embedding, in the dtype that rows are rounded to."""
+        return torch.full((), self.embedding_dim**0.5, dtype=self.compute_dtype, device=self.weight.device)
+
     def forward(self, input: Tensor) -> Tensor:
         """input: (B, S) ids -> (B, S, D). IndexError for an id that there is not."""
         ids = input.reshape(-1)
@@ -119,8 +124,7 @@ class QuantizedEmbedding(QuantizedWeight, GemmaScaledEmbedding):
         # index_select refuses negative ids, which indexing would count from the end.
         picked = (None if t is None else t.index_select(0, ids) for t in (codes, scale, zero))
         rows = dequantize(PackedWeight(*picked, *sizes), self.compute_dtype)  # type: ignore[arg-type]
-        factor = torch.full((), self.embedding_dim**0.5, dtype=rows.dtype, device=rows.device)
-        return rows.view(*input.shape, self.embedding_dim) * factor
+        return rows.view(*input.shape, self.embedding_dim) * self.embed_scale
 
 
 @torch.no_grad()

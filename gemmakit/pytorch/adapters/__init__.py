@@ -1,0 +1,20 @@
+"""Low-rank adapters: around a model's modules, in and out of PEFT's files, folded into the weights."""
+
+from gemmakit.pytorch.adapters.config import ALL_LINEAR, PROJECTIONS, LoraConfig
+from gemmakit.pytorch.adapters.files import load_adapter, save_adapter
+from gemmakit.pytorch.adapters.modules import AdaptedEmbedding, AdaptedLinear, Adapter
+from gemmakit.pytorch.adapters.place import adapters_of, add_adapter, merge_adapter
+
+__all__ = [
+    "ALL_LINEAR",
+    "PROJECTIONS",
+    "AdaptedEmbedding",
+    "AdaptedLinear",
+    "Adapter",
+    "LoraConfig",
+    "adapters_of",
+    "add_adapter",
+    "load_adapter",
+    "merge_adapter",
+    "save_adapter",
+]

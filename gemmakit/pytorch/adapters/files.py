@@ -1,0 +1,113 @@
+"""An adapter in PEFT's files: adapter_config.json and adapter_model.safetensors. peft reads ours, this reads peft's."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gemmakit.checkpoint.formats.safetensors import SafetensorsFile
+from gemmakit.errors import CheckpointError, InputError, UnsafeFile
+from gemmakit.files import read_json_object, replacing, write_text
+from gemmakit.pytorch.adapters.config import LoraConfig
+from gemmakit.pytorch.adapters.modules import Adapter
+from gemmakit.pytorch.adapters.place import adapters_of, add_adapter
+from gemmakit.pytorch.methods import ModelMethods
+
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+_PREFIX = "base_model.model."
+Name = str | os.PathLike[str]
+
+
+def save_adapter(model: ModelMethods, config: LoraConfig, folder: Name, base: Name = "") -> None:
+    """Write the model's adapter; each file is the old or the new, whole. base: what it is for, a folder or a Hub id."""
+    folder = Path(folder)
+    tensors = {
+        key: parameter.detach().cpu().contiguous()
+        for name, adapter in adapters_of(model).items()
+        for key, parameter in _keys(name, adapter).items()
+    }
+    with replacing(folder / WEIGHTS) as staged:
+        save_file(tensors, staged, metadata={"format": "pt"})
+    settings = {"base_model_name_or_path": os.fspath(base) or None, **config.to_dict()}
+    write_text(folder / CONFIG, json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+
+def load_adapter(model: ModelMethods, folder: Name) -> LoraConfig:
+    """Put the adapter of a folder around the model's modules, in evaluation mode as the model is.
+
+    Raises InputError for an adapter of another model or kind, CheckpointError for missing or damaged files, UnsafeFile
+    where there is a pickle alone, which is never run.
+    """
+    folder = Path(folder).expanduser()
+    if not (folder / CONFIG).is_file():
+        raise CheckpointError(f"{folder} holds no adapter: there is no {CONFIG}. gemmakit tune and peft write one.")
+    if not (folder / WEIGHTS).is_file():
+        if (folder / PICKLE).is_file():
+            raise UnsafeFile(
+                f"{folder} has {PICKLE}, a pickle, which can run code, and no {WEIGHTS}: it is not opened. Load it "
+                "with peft where you trust it, and save it again."
+            )
+        raise CheckpointError(f"{folder} has {CONFIG} but no {WEIGHTS}: download or save it again.")
+    config = LoraConfig.from_dict(read_json_object(folder / CONFIG), str(folder / CONFIG))
+    stored = read_tensors(folder / WEIGHTS)
+    add_adapter(model, config)
+    for name, adapter in adapters_of(model).items():
+        _check_base(name, adapter, stored.pop(f"{_PREFIX}{name}.base_layer.weight", None), str(folder))
+    wanted = {key: p for name, adapter in adapters_of(model).items() for key, p in _keys(name, adapter).items()}
+    _check(wanted, stored, str(folder))
+    with torch.no_grad():
+        for key, parameter in wanted.items():
+            parameter.copy_(stored[key])
+    for parameter in wanted.values():
+        parameter.requires_grad_(False)
+    return config
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file. Raises CheckpointError for a damaged one."""
+    file = SafetensorsFile(path)
+    try:
+        return {name: file.tensor(name, "pt", "cpu") for name in file.tensors}
+    finally:
+        file.close()
+
+
+def _keys(name: str, adapter: Adapter) -> dict[str, Any]:
+    """The adapter's parameters by their keys in a file."""
+    ends = {"lora_A": ".weight", "lora_B": ".weight"}
+    return {f"{_PREFIX}{name}.{own}{ends.get(own, '')}": p for own, p in adapter.own().items()}
+
+
+def _check_base(name: str, adapter: Adapter, weight: Tensor | None, where: str) -> None:
+    """peft saves an embedding beside its adapter: it must be the model's."""
+    own = adapter.weight
+    if weight is not None and (weight.shape != own.shape or not torch.equal(weight.to(own.dtype), own.cpu())):
+        raise InputError(
+            f"the adapter {where} brings a weight of {name} that is not this model's, {tuple(weight.shape)} where it "
+            f"has {tuple(own.shape)}: it was made for another model, or for one whose vocabulary was resized."
+        )
+
+
+def _check(wanted: dict[str, Tensor], stored: dict[str, Tensor], where: str) -> None:
+    missing, unknown = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
+    if missing or unknown:
+        told = [f"it lacks {_some(missing)}"] if missing else []
+        told += [f"it holds {_some(unknown)}, which the model has no place for"] if unknown else []
+        raise InputError(f"the adapter {where} is not this model's: {'; '.join(told)}.")
+    for key, parameter in wanted.items():
+        if parameter.shape != stored[key].shape:
+            raise InputError(
+                f"the adapter {where} is not this model's: {key} is {tuple(stored[key].shape)} there, but "
+                f"{tuple(parameter.shape)} here. It was made for another model or another rank."
+            )
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

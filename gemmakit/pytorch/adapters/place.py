@@ -1,0 +1,78 @@
+"""Putting an adapter around a model's modules, finding it there, and folding it into the weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from gemmakit.errors import InputError
+from gemmakit.pytorch.adapters.config import ALL_LINEAR, LoraConfig
+from gemmakit.pytorch.adapters.modules import AdaptedEmbedding, AdaptedLinear, Adapter
+from gemmakit.pytorch.methods import ModelMethods
+
+
+def add_adapter(model: ModelMethods, config: LoraConfig) -> list[str]:
+    """Put fresh adapters around the modules that `config` targets; the names of these modules.
+
+    All other parameters are frozen. A is drawn from torch's generator, B is zero: the model computes what it did.
+    Raises InputError where there is an adapter already, or nothing that `config` names.
+    """
+    if adapters_of(model):
+        raise InputError("the model has an adapter already: merge_adapter it first, or load the model again.")
+    modules: dict[str, nn.Module] = dict(model.named_modules())
+    names = _targets(model, modules, config)
+    model.requires_grad_(False)
+    for name in names:
+        module, r, scaling = modules[name], config.rank(name), config.scaling(name)
+        if isinstance(module, nn.Embedding):
+            if config.use_dora:
+                raise InputError(f"{name} is an embedding: DoRA is for projections, so leave one of them out.")
+            new: Adapter = AdaptedEmbedding(module, r, scaling, config.lora_dropout)
+        elif isinstance(module, nn.Linear):
+            new = AdaptedLinear(module, r, scaling, config.lora_dropout, config.use_dora)
+        else:
+            raise InputError(f"{name} is a {type(module).__name__}; adapters go around projections and embeddings.")
+        model.set_submodule(name, new.train(module.training))
+    return names
+
+
+def _targets(model: ModelMethods, modules: dict[str, nn.Module], config: LoraConfig) -> list[str]:
+    head = model.get_output_embeddings()
+    if config.target_modules == ALL_LINEAR:
+        return [name for name, module in modules.items() if isinstance(module, nn.Linear) and module is not head]
+    names = [name for name in modules if name and config.targets(name)]
+    if not names:
+        ends = sorted(
+            {name.rpartition(".")[2] for name, m in modules.items() if isinstance(m, nn.Linear | nn.Embedding)}
+        )
+        raise InputError(f"no module is called {config.target_modules!r}; there are {', '.join(ends)}.")
+    return names
+
+
+def adapters_of(model: nn.Module) -> dict[str, Adapter]:
+    """The adapters by the names of the modules that they stand around."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Adapter)}
+
+
+@torch.no_grad()
+def merge_adapter(model: ModelMethods) -> None:
+    """Fold the adapters into the weights, rounded once to their dtype, and take the modules out: as fast as before.
+
+    Where an adapter is on an embedding or a head that share one weight, the two have a weight each afterwards.
+    Raises InputError for quantized weights, which hold codes.
+    """
+    found = adapters_of(model)
+    for name, adapter in found.items():
+        if not adapter.weight.is_floating_point():
+            raise InputError(
+                f"{name} holds codes of a quantized weight, into which an adapter cannot be folded: load the model "
+                "without quantization, merge, and quantize the result."
+            )
+    weights = {name: adapter.merged_weight() for name, adapter in found.items()}
+    for name, adapter in found.items():
+        model.set_submodule(name, adapter.base_layer.train(adapter.training))
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    if any(adapter.base_layer is end for adapter in found.values() for end in ends):
+        model.untie_weights()
+    for name, weight in weights.items():
+        model.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
