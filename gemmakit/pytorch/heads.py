@@ -159,7 +159,8 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
         first = inputs_embeds is not None and not held
         position_ids = None
         if attention_mask is not None and attention_mask.dim() == 2:
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, held:]
+            before = 0 if past_key_values is None else past_key_values.next_position(held, len(attention_mask))
+            position_ids = (before + attention_mask[:, held:].long().cumsum(-1) - 1).clamp_min(0)
         return {
             "input_ids": None if first else input_ids[:, held:],
             "inputs_embeds": inputs_embeds if first else None,

@@ -131,7 +131,7 @@ class GemmaModel(GemmaPreTrainedModel):
             input_ids: (B, S) token ids; or give `inputs_embeds`, (B, S, D), used as they are (not scaled again).
             attention_mask: (B, T) of 0 and 1 over past and current tokens; or 4-D, bool or additive, used as it is; or
                 one of these for each of the configuration's `layer_types`, by its name.
-            position_ids: (B, S); by default they continue after the cache. Given without mask and cache, a restart
+            position_ids: (B, S); by default they continue those of the cache's last tokens. Given without mask and cache, a restart
                 of the positions begins a new document, and tokens see their own document only.
             past_key_values: a Cache, or the older tuple of (key, value) a layer; the same form comes back.
             use_cache: whether `past_key_values` come back; by default as the configuration says.
@@ -181,6 +181,11 @@ class GemmaModel(GemmaPreTrainedModel):
                 position_ids=position_ids if documents else None,
                 device=device,
             )
+        if cache is not None and isinstance(past, int) and not (cache.packed or cache.packs):
+            cache.note(attention_mask, position_ids, past + S)
+            first = cache.next_position(past, B)
+            if position_ids is None and isinstance(first, Tensor):
+                position_ids = first.to(device) + torch.arange(S, device=device)
         if position_ids is None:
             position_ids = (torch.arange(past, past + S, device=device) if isinstance(past, int) else past)[None]
         dtype = inputs_embeds.dtype

@@ -17,12 +17,19 @@ from gemmakit.checks import Whole, check
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError, PromptTooLong
 from gemmakit.pytorch.cache.files import load_cache, save_cache
-from gemmakit.pytorch.shapes import Float, Int
+from gemmakit.pytorch.shapes import Bool, Float, Int
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 Legacy = tuple[tuple[Tensor, Tensor], ...]
+
+
+class Pairs(tuple[tuple[Tensor, Tensor], ...]):
+    """The older tuple, with what its cache knows besides: see `Cache.mask` and `Cache.lag`."""
+
+    mask: Tensor | None = None
+    lag: Tensor | None = None
 
 
 def _sizes(x: Float[Tensor, "B K T H"]) -> tuple[int, int, int]:
@@ -196,6 +203,10 @@ class Cache:
     packed = False  # whether the next pass is one row of many sequences' tokens, of which the cache says who sees whom
     packs = False  # whether what it is given are documents laid end to end, told apart by their positions
 
+    # What the passes that filled it were told, so that whoever goes on does so by the same rule.
+    mask: Tensor | None = None  # (B, n), 0 on padding, of the first n positions; what comes after them is none
+    lag: Tensor | None = None  # (B or 1, 1): how far the tokens' position_ids stay behind their places; None for 0
+
     def __init__(self) -> None:
         self.layers: list[CacheLayer] = []
 
@@ -256,6 +267,24 @@ class Cache:
         past = self.get_seq_length()
         return past, past + queries
 
+    def note(self, attention_mask: Any, position_ids: Int[Tensor, "#B S"] | None, end: int) -> None:
+        """Keep what a pass says of padding and positions. end: positions held after it."""
+        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+            self.mask = attention_mask
+        if position_ids is not None:
+            self.lag = end - 1 - position_ids[:, -1:]
+
+    def next_position(self, past: int, rows: int) -> int | Int[Tensor, "#B 1"]:
+        """The position_ids of the token that comes after the first `past`."""
+        return past if self.lag is None or self.lag.shape[0] not in (1, rows) else past - self.lag
+
+    def padding_mask(self, past: int, rows: int) -> Bool[Tensor, "B past"] | None:
+        """Of the first `past` positions, False on padding; None where nothing is known to be any."""
+        if self.mask is None or len(self.mask) != rows:
+            return None
+        mask = self.mask[:, :past].to(torch.bool)
+        return torch.nn.functional.pad(mask, (0, past - mask.shape[1]), value=True)
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions held."""
         return int(self.layers[layer_idx].length) if layer_idx < len(self.layers) else 0
@@ -274,11 +303,17 @@ class Cache:
         lengths = [min(n, max_length) if max_length >= 0 else max(n + max_length, 0) for n in held]
         for layer, length in zip(self.layers, lengths, strict=True):
             layer.check_crop(length)
+        if self.lag is not None and self.mask is not None and held:
+            gone = self.mask[:, lengths[0] : held[0]]
+            self.lag = self.lag - (gone == 0).sum(-1, keepdim=True).to(self.lag)
         for layer, length in zip(self.layers, lengths, strict=True):
             layer.crop(length)
+        if not any(lengths):
+            self.mask = self.lag = None
 
     def reset(self) -> None:
         """Forget everything, keep the memory."""
+        self.mask = self.lag = None
         for layer in self.layers:
             layer.crop(0)
 
@@ -288,13 +323,17 @@ class Cache:
 
     def batch_select_indices(self, indices: Int[Tensor, " rows"]) -> None:
         """Keep these rows, in this order; a row may come several times."""
-        for layer in self.layers:
-            layer.rebatch(lambda x: x.index_select(0, indices.to(x.device)))
+        self._rebatch(lambda x: x.index_select(0, indices.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times, its copies side by side: (B, ...) becomes (B * repeats, ...)."""
+        self._rebatch(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def _rebatch(self, change: Callable[[Tensor], Tensor]) -> None:
         for layer in self.layers:
-            layer.rebatch(lambda x: x.repeat_interleave(repeats, dim=0))
+            layer.rebatch(change)
+        self.mask = None if self.mask is None else change(self.mask)
+        self.lag = self.lag if self.lag is None or self.lag.shape[0] == 1 else change(self.lag)
 
     @property
     def nbytes(self) -> int:
@@ -306,15 +345,20 @@ class Cache:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write what is held as one safetensors file: `layers.0.keys`, `layers.0.values`, ..., each (B, K, T, H).
 
+        With them, where they are known, `mask` and `lag`.
+
         A reader finds the older file or the new one, whole. Raises InputError for an empty cache, CheckpointError when
         the disk refuses.
         """
-        save_cache(tuple(self), Path(path))
+        save_cache(self.to_legacy_cache(), {"mask": self.mask, "lag": self.lag}, Path(path))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Self:
         """Read a cache that `save` wrote, of whatever kind it was. Raises CheckpointError if the file is none."""
-        return cls.from_legacy_cache(load_cache(Path(path), device))
+        pairs, known = load_cache(Path(path), device)
+        cache = cls.from_legacy_cache(pairs)
+        cache.mask, cache.lag = known.get("mask"), known.get("lag")
+        return cache
 
     # -- the older tuple -------------------------------------------------------------------------------------------
 
@@ -334,7 +378,9 @@ class Cache:
 
     def to_legacy_cache(self) -> Legacy:
         """((keys, values), ...) a layer, each (B, K, T, H)."""
-        return tuple(self)
+        pairs = Pairs(self)
+        pairs.mask, pairs.lag = self.mask, self.lag
+        return pairs
 
     @classmethod
     def from_legacy_cache(cls, past_key_values: Iterable[tuple[Tensor, Tensor]] | None = None) -> Self:
@@ -342,6 +388,8 @@ class Cache:
         cache = cls()
         for i, (k, v) in enumerate(past_key_values or ()):
             cache.update(k, v, i)
+        if isinstance(past_key_values, Pairs):
+            cache.mask, cache.lag = past_key_values.mask, past_key_values.lag
         return cache
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,19 +70,43 @@ def prepare(
     if isinstance(cache, tuple | list):
         cache = DynamicCache.from_legacy_cache(cache)
     ids = _ids(model, ids, embeds, config)
-    mask = _mask(ids, attention_mask, embeds, cache, config)
-    new = _new_tokens(model.config, config, ids, embeds, mask, cache, spare)
-    held = 0 if cache is None else cache.get_seq_length()
-    full = mask is None or mask.shape[1] <= ids.shape[1]  # the ids include what the cache holds
+    extent = _extent(ids, embeds, attention_mask, cache)
+    mask = _mask(ids, attention_mask, extent, cache, config)
+    new = _new_tokens(model.config, config, extent, mask, cache, spare)
     prompt = Prompt(
         ids=ids,
-        embeds=embeds,
-        mask=mask if mask is not None and not bool(mask.all()) else None,
-        cache=cache if cache is not None else _new_cache(model, config, ids, embeds, new + spare, forgets),
-        past=held if full and held < ids.shape[1] else 0,
+        embeds=None if embeds is None else embeds[:, extent.past :],
+        mask=mask,
+        cache=cache if cache is not None else _new_cache(model, config, extent.width + new + spare, embeds, forgets),
+        past=extent.past,
         given=cache is not None,
     )
     return prompt, new
+
+
+class Extent(NamedTuple):
+    """How a prompt and a cache that is given lie together, whatever form the prompt has.
+
+    width: positions of the prompt; held: those of the cache; past: how many of the prompt's first the cache holds, all
+    of its own or none of them.
+    """
+
+    width: int
+    held: int
+    past: int
+
+    @property
+    def total(self) -> int:
+        """Positions of both."""
+        return self.width + self.held - self.past
+
+
+def _extent(ids: Tensor, embeds: Tensor | None, mask: Tensor | None, cache: Cache | None) -> Extent:
+    """A prompt longer than the cache begins with what that holds, unless its mask covers both."""
+    width = ids.shape[1] if embeds is None else embeds.shape[1]
+    held = 0 if cache is None else cache.get_seq_length()
+    begins = held < width and (mask is None or mask.shape[-1] == width)
+    return Extent(width, held, held if begins else 0)
 
 
 def _ids(model: CausalLM, ids: Tensor | None, embeds: Tensor | None, config: GenerationConfig) -> Tensor:
@@ -110,22 +134,31 @@ def _ids(model: CausalLM, ids: Tensor | None, embeds: Tensor | None, config: Gen
 
 
 def _mask(
-    ids: Tensor, mask: Tensor | None, embeds: Tensor | None, cache: Cache | None, config: GenerationConfig
+    ids: Tensor, mask: Tensor | None, extent: Extent, cache: Cache | None, config: GenerationConfig
 ) -> Tensor | None:
-    """The visibility of prompt tokens as bool, from the caller or, where that is safe, from the pad token."""
-    P = ids.shape[1] if embeds is None else embeds.shape[1]
+    """The visibility of all tokens as bool (B, total), from the caller, the cache and, where that is safe, the pad token.
+
+    None when nothing is padding and positions are places.
+    """
+    held = None if cache is None else cache.padding_mask(extent.held, len(ids))
     if mask is None:
-        full = cache is None or cache.get_seq_length() < ids.shape[1]  # else the ids come after what the cache holds
-        mask = _inferred(ids, config) if embeds is None and full else None
-    if mask is None:
-        _check_bos(ids, None, config, cache)
-        return None
-    if mask.dim() != 2 or mask.shape[0] != ids.shape[0] or mask.shape[1] < P:
+        inferred = _inferred(ids, config) if ids.shape[1] == extent.total else None
+        _check_bos(ids, inferred, config, cache)
+        mask = ids.new_ones((len(ids), extent.width)) if inferred is None else inferred
+        if inferred is None and held is None and not _lags(cache):
+            return None
+    elif mask.dim() != 2 or mask.shape[0] != ids.shape[0] or mask.shape[1] not in (extent.width, extent.total):
+        both = f" or, with the {extent.held} of the cache, ({ids.shape[0]}, {extent.total})"
         raise InputError(
-            f"attention_mask has shape {tuple(mask.shape)}; it must be ({ids.shape[0]}, {P}), or wider by what the "
-            "cache holds."
+            f"attention_mask has shape {tuple(mask.shape)}; it must be ({ids.shape[0]}, {extent.width})"
+            f"{both if extent.total > extent.width else ''}."
         )
     mask = mask.to(ids.device, torch.bool)
+    if held is not None or mask.shape[1] < extent.total:
+        held = mask.new_ones((len(ids), extent.held)) if held is None else held.to(ids.device)
+        if mask.shape[1] == extent.total:
+            held = held & mask[:, : extent.held]
+        mask = torch.cat((held, mask[:, mask.shape[1] - (extent.total - extent.held) :]), dim=1)
     empty = (~mask.any(-1)).nonzero().flatten().tolist()
     if empty:
         raise InputError(f"row {empty[0]} of the batch is all padding: give it at least the <bos> token.")
@@ -136,7 +169,11 @@ def _mask(
             '(tokenizer.padding_side = "left").'
         )
     _check_bos(ids, mask, config, cache)
-    return mask
+    return None if bool(mask.all()) and not _lags(cache) else mask
+
+
+def _lags(cache: Cache | None) -> bool:
+    return cache is not None and cache.lag is not None and bool(cache.lag.any())
 
 
 def _inferred(ids: Tensor, config: GenerationConfig) -> Tensor | None:
@@ -177,20 +214,10 @@ def _check_bos(ids: Tensor, mask: Tensor | None, config: GenerationConfig, cache
 
 
 def _new_tokens(
-    model: GemmaConfig,
-    config: GenerationConfig,
-    ids: Tensor,
-    embeds: Tensor | None,
-    mask: Tensor | None,
-    cache: Cache | None,
-    spare: int,
+    model: GemmaConfig, config: GenerationConfig, extent: Extent, mask: Tensor | None, cache: Cache | None, spare: int
 ) -> int:
     """How many tokens may come. Raises PromptTooLong when they do not fit."""
-    prompt = ids.shape[1] if embeds is None else embeds.shape[1]
-    if mask is not None:
-        prompt = max(prompt, mask.shape[1])
-    elif cache is not None and cache.get_seq_length() >= ids.shape[1]:
-        prompt += cache.get_seq_length()
+    prompt = extent.total
     longest = prompt if mask is None else int(mask.sum(-1).max())
     new, asked = config.new_tokens(model.max_position_embeddings, prompt, longest)
     if cache is not None and cache.max_cache_len is not None and prompt + new - 1 + spare > cache.max_cache_len:
@@ -202,12 +229,11 @@ def _new_tokens(
 
 
 def _new_cache(
-    model: CausalLM, config: GenerationConfig, ids: Tensor, embeds: Tensor | None, new: int, forgets: bool
+    model: CausalLM, config: GenerationConfig, length: int, embeds: Tensor | None, forgets: bool
 ) -> Cache | None:
     # Embeddings cannot be run again from ids, so they always need a cache.
     if not config.use_cache and embeds is None:
         return None
-    length = (ids.shape[1] if embeds is None else embeds.shape[1]) + new
     length = max(length, config.max_cache_len or 0)
     return new_cache(config.cache_implementation, model.config, length, config.cache_config, forgets)
 
@@ -244,7 +270,14 @@ class Rows:
         if prompt.mask is not None:
             self.mask = torch.ones((R, prompt.mask.shape[1] + total - P), dtype=torch.bool, device=self.device)
             self.mask[:, : prompt.mask.shape[1]] = prompt.mask
-            self.positions = (self.mask.cumsum(-1) - 1).clamp_min(0)
+            self.positions = self._positions(self.mask)
+
+    def _positions(self, mask: Tensor) -> Tensor:
+        """(R, n) position_ids: they count what is not padding, after those that the cache holds."""
+        held = 0 if self.cache is None else self.cache.get_seq_length()
+        before = 0 if self.cache is None or not held else self.cache.next_position(held, len(mask))
+        counted = (before + mask[:, held:].cumsum(-1) - 1).clamp_min(0)
+        return torch.nn.functional.pad(counted, (held, 0))
 
     @property
     def ids(self) -> Tensor:
@@ -367,6 +400,8 @@ def packed_prefill(model: CausalLM, ids: Tensor, mask: Tensor, positions: Tensor
     last = mask.sum(-1).cumsum(0) - 1
     laid_out = None if cache is None else Unpacking(cache, mask)
     out = forward(model, ids[mask][None], laid_out, positions=positions[mask][None], keep=last)
+    if cache is not None:
+        cache.note(mask, positions, cache.get_seq_length())
     out.logits = out.logits[0][:, None]
     out.past_key_values = cache
     return out
