@@ -164,7 +164,7 @@ class FlaxGemmaForCausalLM(FlaxGemmaPreTrainedModel[CausalLMOutputWithPast], Gen
 class FlaxGemmaForSequenceClassification(FlaxGemmaPreTrainedModel[SequenceClassifierOutputWithPast]):
     """Gemma with a linear head on the right-most token of each row that is not padding.
 
-    Padding is every position that a 2-D `attention_mask` hides or whose id is `config.pad_token_id`.
+    Padding is what a 2-D `attention_mask` hides; without one, every position whose id is `config.pad_token_id`.
     """
 
     module_class: ClassVar[type[nn.Module]] = FlaxGemmaForSequenceClassificationModule
@@ -228,8 +228,8 @@ def real_tokens(ids: Any, mask: Any, pad: int | None) -> Any:
     real = None
     if mask is not None and mask.ndim == 2 and mask.shape[0] == B and mask.shape[1] >= S:
         real = mask[:, mask.shape[1] - S :] != 0
-    if pad is not None and pad >= 0:
-        real = (ids != pad) if real is None else real & (ids != pad)
+    if real is None and pad is not None and pad >= 0:
+        real = ids != pad
     return real
 
 

@@ -34,7 +34,7 @@ def _refuses_unknown(cls: type[T]) -> type[T]:
 
     @functools.wraps(plain)
     def init(self: Any, **settings: Any) -> None:
-        _refuse_unknown(settings, {*DEFAULTS, "extra"})
+        refuse_unknown(settings, {*DEFAULTS, "extra"})
         plain(self, **settings)
 
     cls.__init__ = init
@@ -202,7 +202,7 @@ class GenerationConfig(Settings):
 
     def updated(self, **values: Any) -> GenerationConfig:
         """A copy with some fields changed. Raises GenerationConfigError for a field that does not exist."""
-        _refuse_unknown(values, DEFAULTS)
+        refuse_unknown(values, DEFAULTS)
         new = copy.copy(self)
         new.extra = dict(self.extra)
         new.__dict__.update(values)
@@ -264,7 +264,8 @@ class GenerationConfig(Settings):
         return f"GenerationConfig {json.dumps(self.to_dict(), indent=2, sort_keys=True, default=repr)}"
 
 
-def _refuse_unknown(given: Collection[str], names: Collection[str]) -> None:
+def refuse_unknown(given: Collection[str], names: Collection[str]) -> None:
+    """Raises GenerationConfigError for what is not among the names, with the nearest of them."""
     for name in given:
         if name in names:
             continue

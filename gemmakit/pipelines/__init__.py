@@ -35,6 +35,8 @@ __all__ = [
 TASKS: dict[str, type[Pipeline]] = {
     made.task: made for made in (TextGenerationPipeline, TextClassificationPipeline, TokenClassificationPipeline)
 }
+# Arguments of the model's from_pretrained that need no model_kwargs around them.
+LOADING = ("attn_implementation", "ignore_mismatched_sizes", "max_memory", "offload_folder", "quantization_config")
 ALIASES = {"sentiment-analysis": TextClassificationPipeline.task, "ner": TokenClassificationPipeline.task}
 
 
@@ -68,7 +70,8 @@ def pipeline(
         device: "cpu", "cuda", "cuda:1", a torch.device, or a CUDA index (-1: the CPU). device_map: the same, or "auto".
             With neither, the first accelerator if there is one.
         dtype: "auto", the default, keeps what the checkpoint holds. `torch_dtype` is the older name of the same.
-        model_kwargs: more arguments for the model's from_pretrained.
+        model_kwargs: more arguments for the model's from_pretrained; attn_implementation, quantization_config and
+            those of offloading may also stand by themselves.
         kwargs: revision, token, cache_dir, local_files_only, subfolder; batch_size; and defaults for the calls.
 
     Raises:
@@ -80,11 +83,12 @@ def pipeline(
     if device is not None and device_map is not None:
         raise InputError("device and device_map are both given: give one of them.")
     hub = HubOptions.take(kwargs)
+    more = {**(model_kwargs or {}), **{name: kwargs.pop(name) for name in LOADING if name in kwargs}}
     if model is None and made.task != TextGenerationPipeline.task:
         raise InputError(f"{made.task} needs model=: a folder, a Hub id or a loaded model. The demo model generates.")
     source = demo_model() if model is None else model
     if isinstance(source, (str, Path)):
-        loading = {**vars(hub), **(model_kwargs or {}), "trust_remote_code": trust_remote_code}
+        loading = {**vars(hub), **more, "trust_remote_code": trust_remote_code}
         if config is not None:
             loading["config"] = (
                 config if isinstance(config, GemmaConfig) else GemmaConfig.from_pretrained(config, **vars(hub))
@@ -96,8 +100,11 @@ def pipeline(
             placed = device_map or "auto" if device is None else parse_device(device)
             source = made.model_class.from_pretrained(source, device_map=placed, dtype=chosen, **loading)
         device = None
-    elif any(x is not None for x in (config, dtype, torch_dtype, device_map, model_kwargs)) or hub != HubOptions():
-        raise InputError("config, dtype, device_map, model_kwargs and revision are for loading; this model is loaded.")
+    elif any(x is not None for x in (config, dtype, torch_dtype, device_map, more or None)) or hub != HubOptions():
+        raise InputError(
+            "config, dtype, device_map, model_kwargs, quantization_config and revision are for loading; this model is "
+            "loaded."
+        )
     elif framework is not None and (framework == "flax") != is_flax(source):
         raise InputError(f"framework is {framework!r}, but the model is a {type(source).__name__}.")
     if tokenizer is None or isinstance(tokenizer, (str, Path)):

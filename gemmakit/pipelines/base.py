@@ -47,6 +47,7 @@ class Pipeline:
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.options = options
+        self.check_options(options)
 
     @property
     def device(self) -> torch.device:
@@ -55,7 +56,7 @@ class Pipeline:
 
     def __call__(self, inputs: Any, *, batch_size: int | None = None, **options: Any) -> Any:
         options = {**self.options, **options}
-        self._check_options(options)
+        self.check_options(options)
         size = _batch_size(self.batch_size if batch_size is None else batch_size)
         if self.is_one(inputs):
             return self.run([inputs], **options)[0]
@@ -75,10 +76,9 @@ class Pipeline:
                     raise InputError(f"{self.task} takes {self.takes}; item {index} of a batch is {item!r:.80}.")
             yield from self.run(batch, **options)
 
-    def _check_options(self, options: Mapping[str, Any]) -> None:
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Raises InputError for what the task has no option for, when the pipeline is made and at every call."""
         known = inspect.signature(self.run).parameters
-        if any(p.kind is p.VAR_KEYWORD for p in known.values()):
-            return  # the model's generate refuses what it does not know
         names = [name for name, p in known.items() if p.kind is p.KEYWORD_ONLY]
         for name in options:
             if name not in names:

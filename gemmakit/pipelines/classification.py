@@ -15,6 +15,7 @@ from gemmakit.auto import AutoModelForSequenceClassification, AutoModelForTokenC
 from gemmakit.checks import Whole, check
 from gemmakit.errors import InputError, NumericalError, PromptTooLong
 from gemmakit.pipelines.base import Pipeline, Record, is_flax, padded
+from gemmakit.text.vocabulary import shown
 
 # Their frequencies depend on how long the padded batch is, and so on the other rows.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -198,7 +199,8 @@ class TokenClassificationPipeline(ClassificationPipeline):
     are characters of the text, from the fast tokenizer (None from the slow one).
 
     Arguments of a call:
-        aggregation_strategy: "none"; "simple" joins neighbours of one tag, where B- begins a new entity; "first",
+        aggregation_strategy: "none"; "simple" joins neighbours of one tag, where B- begins a new entity and
+            the bytes of a character count as one token, of their averaged probabilities; "first",
             "average" and "max" first give each word one label: that of its first token, of its tokens' averaged
             probabilities, of its most certain token. Words are what spaces divide. The three need the fast tokenizer.
         ignore_labels: what to leave out; ["O"] unless said.
@@ -234,6 +236,9 @@ class TokenClassificationPipeline(ClassificationPipeline):
             source = sources[window]
             pieces = self._pieces(batch[source], {k: v[window] for k, v in encoded.items()}, scores)
             entities = gather(pieces, strategy, self.model.config.id2label, self.tokenizer.convert_tokens_to_string)
+            for entity in entities:
+                if "\ufffd" in entity["word"] and entity["start"] is not None:  # a window began within a character
+                    entity["word"] = batch[source][entity["start"] : entity["end"]]
             found[source].append([e for e in entities if e.get("entity", e.get("entity_group")) not in ignored])
         return [lay_over([*chain(*windows)]) if len(windows) > 1 else windows[0] for windows in found]
 
@@ -291,9 +296,10 @@ class TokenClassificationPipeline(ClassificationPipeline):
                 None,
                 None,
             )
+            piece.within = bool(pieces) and _inside_character(pieces[-1].word, piece.word)
             if self.tokenizer.is_fast:
                 piece.start, piece.stop = row["offset_mapping"][index]
-                piece.continues = continues_word(text, row["offset_mapping"][index][0])
+                piece.continues = piece.within or continues_word(text, row["offset_mapping"][index][0])
                 if token == self.tokenizer.unk_token_id:
                     piece.word, piece.continues = text[piece.start : piece.stop], False
             pieces.append(piece)
@@ -318,6 +324,7 @@ class Piece:
     start: int | None
     stop: int | None
     continues: bool = False  # the word of the token before it
+    within: bool = False  # the character of the token before it, as bytes do
 
     @property
     def best(self) -> int:
@@ -332,6 +339,12 @@ class Piece:
 def continues_word(text: str, start: int) -> bool:
     """Whether a token at `start` is inside a word. Words are what spaces divide: the vocabulary marks nothing else."""
     return start > 0 and " " not in text[start - 1 : start + 1]
+
+
+def _inside_character(before: str, token: str) -> bool:
+    """Whether a token is a byte of the character that the token before it began."""
+    first, value = shown(before), shown(token)
+    return isinstance(first, int) and isinstance(value, int) and 0x80 <= value < 0xC0
 
 
 def gather(pieces: Sequence[Piece], strategy: str, labels: dict[int, str], join: Join) -> list[dict[str, Any]]:
@@ -350,14 +363,18 @@ def gather(pieces: Sequence[Piece], strategy: str, labels: dict[int, str], join:
             }
             for p in pieces
         ]
-    whole = [_word(group, strategy, join) for group in _words(pieces)] if strategy in WORDWISE else pieces
+    if strategy in WORDWISE:
+        whole = [_word(group, strategy, join) for group in _groups(pieces, "continues")]
+    else:  # a character is the smallest thing that a label can be of
+        whole = [_word(group, "average", join) if group[1:] else group[0] for group in _groups(pieces, "within")]
     return [_entity(run, labels, join) for run in _runs(whole, labels)]
 
 
-def _words(pieces: Sequence[Piece]) -> list[list[Piece]]:
+def _groups(pieces: Sequence[Piece], joined: str) -> list[list[Piece]]:
+    """Neighbours that belong together. joined: the field that says so of a token and the one before it."""
     groups: list[list[Piece]] = []
     for piece in pieces:
-        if groups and piece.continues:
+        if groups and getattr(piece, joined):
             groups[-1].append(piece)
         else:
             groups.append([piece])

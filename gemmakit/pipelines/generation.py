@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from gemmakit.auto import AutoModelForCausalLM
 from gemmakit.errors import InputError, PromptTooLong
+from gemmakit.generation.config import refuse_unknown
+from gemmakit.generation.settings import DEFAULTS
 from gemmakit.pipelines.base import Pipeline, Record, padded
 
 DEFAULT_NEW_TOKENS = 256
+NO_PLACE = ("return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
 Message = Mapping[str, Any]
 
@@ -28,13 +33,34 @@ class TextGenerationPipeline(Pipeline):
         prefix: put in front of every text prompt.
         continue_final_message: go on with a chat's last message; None does so where the assistant said it.
         streamer: told of the tokens as they come; inputs then run one at a time.
-        Everything else goes to `model.generate`, which refuses what it does not know.
+        assistant_model: a loaded draft, or a folder or Hub id to load one from, when the pipeline is made.
+        Everything else goes to `model.generate`. What it does not know is refused, and so are scores, for which a
+        result has no place.
     """
 
     task = "text-generation"
     takes = "a text or a chat (a list of {'role': ..., 'content': ...})"
     model_class = AutoModelForCausalLM
     flax_class = "FlaxGemmaForCausalLM"
+
+    def __init__(self, model: Any, tokenizer: Any, **options: Any):
+        draft = options.get("assistant_model")
+        if isinstance(draft, (str, Path)):
+            options["assistant_model"] = AutoModelForCausalLM.from_pretrained(
+                draft, dtype=model.dtype, device_map=model.device
+            )
+        super().__init__(model, tokenizer, **options)
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Raises InputError for what neither the pipeline nor generate() has, and for what has no place in a result."""
+        known = {*inspect.signature(self.run).parameters, *inspect.signature(self.model.generate).parameters}
+        for name, value in options.items():
+            if name not in known:
+                refuse_unknown([name], {*known, *DEFAULTS} - {"batch", "settings"})
+            if name in NO_PLACE and value:
+                raise InputError(
+                    f"{name} is {value!r}, but {self.task} gives texts: call pipe.model.generate(..., {name}=True)."
+                )
 
     def is_one(self, inputs: Any) -> bool:
         return isinstance(inputs, str) or _is_chat(inputs)

@@ -22,7 +22,7 @@ from gemmakit.outputs import (
     TokenClassifierOutput,
 )
 from gemmakit.pytorch.attention import capped
-from gemmakit.pytorch.cache import Cache
+from gemmakit.pytorch.cache import Cache, counted_positions
 from gemmakit.pytorch.decode.generate import GenerationMixin
 from gemmakit.pytorch.fused import layers_plan
 from gemmakit.pytorch.kernels import linear_plan
@@ -159,8 +159,7 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
         first = inputs_embeds is not None and not held
         position_ids = None
         if attention_mask is not None and attention_mask.dim() == 2:
-            before = 0 if past_key_values is None else past_key_values.next_position(held, len(attention_mask))
-            position_ids = (before + attention_mask[:, held:].long().cumsum(-1) - 1).clamp_min(0)
+            position_ids = counted_positions(attention_mask, past_key_values)
         return {
             "input_ids": None if first else input_ids[:, held:],
             "inputs_embeds": inputs_embeds if first else None,
@@ -201,8 +200,8 @@ class GemmaForSequenceClassification(GemmaPreTrainedModel):
     ) -> SequenceClassifierOutputWithPast | tuple[Any, ...]:
         """Run the decoder and score each row once; arguments as in `GemmaModel.forward`, and:
 
-        Padding is every position that a 2-D `attention_mask` hides or whose id is `config.pad_token_id`, on either
-        side. With `inputs_embeds` only the mask can tell.
+        Padding is what a 2-D `attention_mask` hides; without one, every position whose id is `config.pad_token_id`. It
+        may be on either side. With `inputs_embeds` only the mask can tell.
 
         Args:
             labels: (B,) class numbers; (B,) or (B, C) real numbers for regression; (B, C) of 0 to 1 for multi-label.
@@ -333,19 +332,18 @@ def last_tokens(ids: Tensor | None, embeds: Tensor | None, mask: Tensor | None, 
     if not S:
         raise InputError(f"the inputs have shape {tuple(inputs.shape)}: there is no token to classify.")
     fits = mask is not None and mask.dim() == 2 and mask.shape[0] == B and mask.shape[1] >= S
-    mask = mask[:, mask.shape[1] - S :] if fits and mask is not None else None  # the decoder refuses other shapes
-    told = ids is not None and pad is not None and pad >= 0
-    if mask is None and not told:
-        if B > 1:
-            what = "inputs_embeds have no ids" if ids is None else "config.pad_token_id is not set"
-            raise InputError(
-                f"this call has {B} rows, and nothing says where padding is: {what} and there is no 2-D "
-                "attention_mask. Pass attention_mask, or one row at a time."
-            )
+    if fits and mask is not None:  # the decoder refuses other shapes
+        real = mask[:, mask.shape[1] - S :].to(inputs.device) != 0
+    elif ids is not None and pad is not None and pad >= 0:
+        real = ids != pad
+    elif B == 1:
         return torch.full((B,), S - 1, dtype=torch.long, device=inputs.device)
-    real = torch.ones((B, S), dtype=torch.bool, device=inputs.device) if mask is None else mask.to(inputs.device) != 0
-    if told and ids is not None:
-        real = real & (ids != pad)
+    else:
+        what = "inputs_embeds have no ids" if ids is None else "config.pad_token_id is not set"
+        raise InputError(
+            f"this call has {B} rows, and nothing says where padding is: {what} and there is no 2-D "
+            "attention_mask. Pass attention_mask, or one row at a time."
+        )
     if not torch.compiler.is_compiling() and not bool(real.any(-1).all()):
         row = int((~real.any(-1)).nonzero()[0])
         raise InputError(f"row {row} of the batch is all padding: it has no token to classify. Leave the row out.")

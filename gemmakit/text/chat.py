@@ -195,14 +195,32 @@ def _chats(conversation: Any) -> tuple[list[list[dict[str, Any]]], bool]:
 
 
 def _message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """A message without the keys that are None, its content as text where it is a list of parts."""
+    """A message without the keys that are None, its content as text where it is a list of parts.
+
+    What is neither is refused here: each template makes something else of it, and most make it part of the prompt.
+    """
     found = {key: value for key, value in message.items() if value is not None}
     content = found.get("content")
+    _check_content(message["role"], content, {*found} - {"role", "content"}, index)
     # What a tool gave back may be data of any kind; templates that know tools write it out.
     if isinstance(content, (list, tuple)) and not (message["role"] == "tool" and not any(map(_has_type, content))):
         texts = [_text(part, index) for part in content]
         found["content"] = texts[0] if len(texts) == 1 else "".join(text.strip() for text in texts)
     return found
+
+
+def _check_content(role: str, content: Any, others: set[str], index: int) -> None:
+    """Raises TemplateError. others: what else the message has, an answer's tool_calls for instance."""
+    if isinstance(content, str) or role == "tool":
+        return
+    if content is None and role in ("assistant", "model") and others:
+        return
+    if not isinstance(content, (list, tuple)) or not content:
+        found = "no content" if content is None or content == [] else f"the content {content!r:.80}"
+        raise TemplateError(
+            f"message {index} has {found}; it must be a text, or a list of {{'type': 'text', 'text': ...}}. "
+            "Leave the message out if nothing was said."
+        )
 
 
 def _has_type(part: Any) -> bool:
@@ -264,7 +282,8 @@ def _render(source: str, chat: Any, variables: Any, settled: Any, marks: _Marks 
 def _render_open(source: str, chat: list[dict[str, Any]], variables: Any, settled: Any, marks: _Marks | None) -> str:
     """Render and cut right after the last message's content.
 
-    The stop sign is followed by a space: where the template trims, the space is gone, and so must be the message's own.
+    The stop sign is followed by a space: where the template trims, the space is gone, and so must be the message's own,
+    but not those that the template writes.
     """
     last = chat[-1].get("content")
     if not isinstance(last, str):
@@ -274,7 +293,11 @@ def _render_open(source: str, chat: list[dict[str, Any]], variables: Any, settle
     place = text.rfind(stop)
     if place < 0:
         raise TemplateError("the chat template leaves out the last message, so it cannot be continued.")
-    return text[:place] if text[place + 1 : place + 2] == " " else text[:place].rstrip()
+    if text[place + 1 : place + 2] == " ":
+        return text[:place]
+    if last and not last.strip():  # what of it was on the other side of the stop sign is gone already
+        return _render_open(source, [*chat[:-1], {**chat[-1], "content": ""}], variables, settled, marks)
+    return text[:place].removesuffix(last[len(last.rstrip()) :])
 
 
 class _Marks:

@@ -210,10 +210,20 @@ class TokenizerBase(Calling, Chat, Saving):
         return list(self._extra)
 
     @additional_special_tokens.setter
-    def additional_special_tokens(self, tokens: Iterable[Any]) -> None:
-        self.add_special_tokens({"additional_special_tokens": list(tokens)})
+    def additional_special_tokens(self, tokens: Iterable[Any] | None) -> None:
+        self.add_special_tokens({"additional_special_tokens": list(tokens or ())})
 
     extra_special_tokens = additional_special_tokens
+
+    @property
+    def additional_special_tokens_ids(self) -> list[int]:
+        return self.convert_tokens_to_ids(self._extra)
+
+    @additional_special_tokens_ids.setter
+    def additional_special_tokens_ids(self, ids: Iterable[int] | None) -> None:
+        self.additional_special_tokens = [self.convert_ids_to_tokens(int(index)) for index in ids or ()]
+
+    extra_special_tokens_ids = additional_special_tokens_ids
 
     @property
     def all_special_tokens(self) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from itertools import count, islice
+from itertools import count, islice, pairwise
 from pathlib import Path
 
 import pytest
@@ -46,6 +46,37 @@ def rounded(value):
     if isinstance(value, dict):
         return {k: rounded(v) for k, v in value.items()}
     return [rounded(v) for v in value] if isinstance(value, list) else pytest.approx(value, abs=2e-6)
+
+
+WHOLE = "杰玛🙂 x 젬마, ½杰\n玛"
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("strategy", ["simple", "first", "average", "max"])
+@pytest.mark.parametrize("stride", [None, 3])
+def test_a_character_is_of_one_entity_however_many_tokens_it_has(token, strategy, stride, seed, monkeypatch):
+    """Entities follow one another without overlap, say their own text, and words end only where spaces are.
+
+    transformers counts the bytes of a character as words of their own: spans overlap, and words are U+FFFD.
+    """
+    weight = token.model.score.weight
+    drawn = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed)) * 0.7
+    monkeypatch.setattr(weight, "data", drawn)
+    text = WHOLE * (2 if stride else 1)
+    found = token(text, aggregation_strategy=strategy, ignore_labels=[], stride=stride)
+    assert all(a["end"] <= b["start"] for a, b in pairwise(found))
+    assert "".join(e["word"] for e in found) == text or stride
+    assert all(e["word"] == text[e["start"] : e["end"]] for e in found)
+    if strategy != "simple" and not stride:
+        assert all(e["start"] == 0 or " " in text[e["start"] - 1 : e["start"] + 1] for e in found)
+
+
+def test_a_character_is_of_one_entity_with_the_slow_tokenizer(token):
+    slow = pipeline("ner", token.model, tokenizer=token.model.name_or_path, use_fast=False)
+    found = slow(WHOLE, aggregation_strategy="simple", ignore_labels=[])
+    assert [e["word"] for e in found] == [
+        e["word"] for e in token(WHOLE, aggregation_strategy="simple", ignore_labels=[])
+    ]
 
 
 @pytest.mark.parametrize("rope", ["default", "dynamic"])

@@ -188,3 +188,34 @@ def test_dtype_has_two_names_and_keeps_the_files_by_default(folder):
     assert pipeline("text-generation", str(folder)).model.dtype == torch.float32
     for name in ("dtype", "torch_dtype"):
         assert pipeline("text-generation", str(folder), **{name: torch.bfloat16}).model.dtype == torch.bfloat16
+
+
+def test_what_has_no_place_in_a_result_is_refused(folder, pipe):
+    """transformers computes the scores and drops them."""
+    for name in ("return_dict_in_generate", "output_scores", "output_logits", "output_attentions"):
+        with pytest.raises(InputError, match=f"{name} is True, but text-generation gives texts"):
+            pipe("x", **{name: True})
+        assert pipe("x", **{name: False}) == pipe("x")
+        with pytest.raises(InputError, match="gives texts"):
+            pipeline("text-generation", str(folder), **{name: True})
+
+
+def test_what_a_pipeline_does_not_know_is_refused_when_it_is_made(folder):
+    with pytest.raises(GenerationConfigError, match=r"no setting 'max_new_token'. Did you mean 'max_new_tokens'"):
+        pipeline("text-generation", str(folder), max_new_token=3)
+
+
+def test_a_draft_is_loaded_by_its_name(folder):
+    drafted = pipeline("text-generation", str(folder), device=-1, assistant_model=str(folder), max_new_tokens=6)
+    assert type(drafted.options["assistant_model"]) is type(drafted.model)
+    assert drafted(TEXTS[0]) == pipeline("text-generation", str(folder), device=-1, max_new_tokens=6)(TEXTS[0])
+    with pytest.raises(InputError, match=r"is a builtins.str; it must be a gemmakit causal language model"):
+        pipeline("text-generation", str(folder))(TEXTS[0], assistant_model=str(folder))
+
+
+def test_what_loading_takes_reaches_it(folder):
+    for given in (dict(quantization_config="int8"), dict(model_kwargs=dict(quantization_config="int8"))):
+        pipe = pipeline("text-generation", str(folder), device_map="cpu", **given)
+        assert pipe.model.is_quantized
+        with pytest.raises(InputError, match=r"quantization_config.*are for loading"):
+            pipeline("text-generation", pipe.model, tokenizer=pipe.tokenizer, **given)

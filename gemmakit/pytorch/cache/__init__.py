@@ -7,7 +7,7 @@ from typing import Any
 
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError
-from gemmakit.pytorch.cache.core import Cache, CacheLayer, DynamicCache, StaticCache
+from gemmakit.pytorch.cache.core import Cache, CacheLayer, DynamicCache, StaticCache, counted_positions
 from gemmakit.pytorch.cache.offloaded import OffloadedCache
 from gemmakit.pytorch.cache.quantized import QuantizedCache
 from gemmakit.pytorch.cache.window import WindowCache
@@ -21,6 +21,7 @@ __all__ = [
     "QuantizedCache",
     "StaticCache",
     "WindowCache",
+    "counted_positions",
     "new_cache",
 ]
 

@@ -17,7 +17,7 @@ from gemmakit.checks import Whole, check
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError, PromptTooLong
 from gemmakit.pytorch.cache.files import load_cache, save_cache
-from gemmakit.pytorch.shapes import Bool, Float, Int
+from gemmakit.pytorch.shapes import Bool, Float, Int, Shaped
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -205,7 +205,7 @@ class Cache:
 
     # What the passes that filled it were told, so that whoever goes on does so by the same rule.
     mask: Tensor | None = None  # (B, n), 0 on padding, of the first n positions; what comes after them is none
-    lag: Tensor | None = None  # (B or 1, 1): how far the tokens' position_ids stay behind their places; None for 0
+    lag: Tensor | None = None  # (B or 1, 1): how far the last token's position_ids are behind its place; None for 0
 
     def __init__(self) -> None:
         self.layers: list[CacheLayer] = []
@@ -268,11 +268,25 @@ class Cache:
         return past, past + queries
 
     def note(self, attention_mask: Any, position_ids: Int[Tensor, "#B S"] | None, end: int) -> None:
-        """Keep what a pass says of padding and positions. end: positions held after it."""
-        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-            self.mask = attention_mask
-        if position_ids is not None:
-            self.lag = end - 1 - position_ids[:, -1:]
+        """Keep what a pass says of padding and positions. end: positions held after it.
+
+        A mask that is not (B, T) says who sees whom, not what is padding: of such a pass nothing is kept.
+        """
+        if attention_mask is not None and not (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2):
+            return
+        self.mask = self.mask if attention_mask is None else attention_mask
+        if position_ids is None:
+            return
+        S = position_ids.shape[1]
+        lags = torch.arange(end - S, end, device=position_ids.device) - position_ids
+        if attention_mask is None:
+            self.lag = lags[:, -1:]
+            return
+        seen = (attention_mask[:, -S:] != 0).to(lags.device)
+        last = (seen * torch.arange(S, device=lags.device)).argmax(-1, keepdim=True)
+        known = self.lag is not None and self.lag.shape[0] in (1, len(last))  # other rows are refused when they append
+        before = self.lag.to(lags.device) if known and self.lag is not None else torch.zeros_like(last)
+        self.lag = torch.where(seen.any(-1, keepdim=True), lags.expand(len(seen), S).gather(1, last), before)
 
     def next_position(self, past: int, rows: int) -> int | Int[Tensor, "#B 1"]:
         """The position_ids of the token that comes after the first `past`."""
@@ -304,8 +318,7 @@ class Cache:
         for layer, length in zip(self.layers, lengths, strict=True):
             layer.check_crop(length)
         if self.lag is not None and self.mask is not None and held:
-            gone = self.mask[:, lengths[0] : held[0]]
-            self.lag = self.lag - (gone == 0).sum(-1, keepdim=True).to(self.lag)
+            self.lag = self.lag - _hidden(self.mask[:, : held[0]]) + _hidden(self.mask[:, : lengths[0]])
         for layer, length in zip(self.layers, lengths, strict=True):
             layer.crop(length)
         if not any(lengths):
@@ -391,6 +404,30 @@ class Cache:
         if isinstance(past_key_values, Pairs):
             cache.mask, cache.lag = past_key_values.mask, past_key_values.lag
         return cache
+
+
+def _trailing(mask: Shaped[Tensor, "B T"]) -> Int[Tensor, "B 1"]:
+    """How many places at the end are padding."""
+    places = torch.arange(mask.shape[1] + 1, device=mask.device)
+    shown = torch.nn.functional.pad(mask != 0, (1, 0), value=True)
+    return mask.shape[1] - (shown * places).amax(-1, keepdim=True)
+
+
+def _hidden(mask: Shaped[Tensor, "B T"]) -> Int[Tensor, "B 1"]:
+    """How many places before the last that is shown are padding."""
+    return (mask == 0).sum(-1, keepdim=True) - _trailing(mask)
+
+
+def counted_positions(mask: Shaped[Tensor, "B T"], cache: Cache | None = None) -> Int[Tensor, "B new"]:
+    """position_ids of the places after those that the cache holds: they count what the mask shows.
+
+    They go on where the cache's last token that is shown was, however its positions were made.
+    """
+    held = 0 if cache is None else cache.get_seq_length()
+    counted = (mask[:, held:] != 0).cumsum(-1) - 1
+    if cache is not None and held:
+        counted = counted + cache.next_position(held, len(mask)) - _trailing(mask[:, :held])
+    return counted.clamp_min(0)
 
 
 class DynamicCache(Cache):

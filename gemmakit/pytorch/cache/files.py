@@ -40,7 +40,7 @@ def save_cache(pairs: Pairs, known: Mapping[str, Tensor | None], path: Path) -> 
 
 
 def load_cache(path: Path, device: torch.device | str) -> tuple[Pairs, dict[str, Tensor]]:
-    """(keys, values) of each layer on `device`, and those of KNOWN that are there; on the CPU they are maps of the file.
+    """(keys, values) of each layer on `device`, and what is there of KNOWN; on the CPU they are maps of the file.
 
     Raises CheckpointError if `path` holds no cache.
     """

@@ -17,7 +17,7 @@ from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError, PromptTooLong, TokenOutOfRange
 from gemmakit.generation import GenerationConfig
 from gemmakit.outputs import CausalLMOutputWithPast
-from gemmakit.pytorch.cache import Cache, DynamicCache, new_cache
+from gemmakit.pytorch.cache import Cache, DynamicCache, counted_positions, new_cache
 from gemmakit.pytorch.decode.protocols import CausalLM
 from gemmakit.pytorch.decode.step import forward
 from gemmakit.pytorch.masks import MIN_SEGMENT, segments_pay
@@ -136,7 +136,7 @@ def _ids(model: CausalLM, ids: Tensor | None, embeds: Tensor | None, config: Gen
 def _mask(
     ids: Tensor, mask: Tensor | None, extent: Extent, cache: Cache | None, config: GenerationConfig
 ) -> Tensor | None:
-    """The visibility of all tokens as bool (B, total), from the caller, the cache and, where that is safe, the pad token.
+    """The visibility of all tokens, bool (B, total), from the caller, the cache and, where that is safe, the pad token.
 
     None when nothing is padding and positions are places.
     """
@@ -270,14 +270,8 @@ class Rows:
         if prompt.mask is not None:
             self.mask = torch.ones((R, prompt.mask.shape[1] + total - P), dtype=torch.bool, device=self.device)
             self.mask[:, : prompt.mask.shape[1]] = prompt.mask
-            self.positions = self._positions(self.mask)
-
-    def _positions(self, mask: Tensor) -> Tensor:
-        """(R, n) position_ids: they count what is not padding, after those that the cache holds."""
-        held = 0 if self.cache is None else self.cache.get_seq_length()
-        before = 0 if self.cache is None or not held else self.cache.next_position(held, len(mask))
-        counted = (before + mask[:, held:].cumsum(-1) - 1).clamp_min(0)
-        return torch.nn.functional.pad(counted, (held, 0))
+            counted = counted_positions(self.mask, self.cache)
+            self.positions = torch.nn.functional.pad(counted, (self.mask.shape[1] - counted.shape[1], 0))
 
     @property
     def ids(self) -> Tensor:

@@ -97,6 +97,20 @@ def test_inputs_without_a_token_are_refused(pad):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_pad_token_that_the_mask_shows_is_text(ids, side):
+    """The end token is the pad token of many: a text that ends in it is scored there. transformers never does."""
+    m = model()
+    m.config.pad_token_id = int(ids[1, 2])
+    padded, mask = torch.full_like(ids, m.config.pad_token_id), torch.zeros_like(ids)
+    place = slice(0, 3) if side == "right" else slice(3, 6)
+    padded[1, place], mask[1, place] = ids[1, :3], 1
+    padded[0], mask[0] = ids[0], 1
+    both = m(padded[:2], attention_mask=mask[:2]).logits
+    m.config.pad_token_id = 0
+    torch.testing.assert_close(both[1:], m(ids[1:2, :3]).logits, atol=1e-5, rtol=1e-4)
+
+
 def test_a_masked_token_is_padding_whatever_its_id(ids):
     m = model()
     mask = torch.ones_like(ids)

@@ -95,6 +95,26 @@ def test_whoever_fills_a_cache_forward_goes_on_as_if_from_the_start(by, kind):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("strategy", [{}, dict(penalty_alpha=0.6, top_k=4), dict(prompt_lookup_num_tokens=2)])
+def test_rows_that_ended_early_go_on_as_if_alone(strategy):
+    """What filled a row after its end is hidden in the next turn, and is no place in between."""
+    lengths = (6, 3) if "prompt_lookup_num_tokens" not in strategy else (6,)
+    ids, mask, more, _ = turns(lengths)
+    said = MODEL.generate(ids, attention_mask=mask, **NEW)[:, ids.shape[1] :]
+    end = int(said[-1, 2])
+    asked = dict(max_new_tokens=6, eos_token_id=end, return_dict_in_generate=True, **strategy)
+    out = MODEL.generate(ids, attention_mask=mask, past_key_values=gemmakit.DynamicCache(), **asked)
+    new = out.sequences[:, ids.shape[1] :]
+    over = ((new == end).cumsum(-1) > 0) & torch.cat((torch.zeros_like(new[:, :1]), new[:, :-1] == end), 1).cumsum(
+        -1
+    ).bool()
+    whole = torch.cat((out.sequences, more), 1)
+    seen = torch.cat((mask, (~over).long(), torch.ones_like(more)), 1)
+    alone = [MODEL.generate(w[s.bool()][None], **NEW)[0, -5:].tolist() for w, s in zip(whole, seen, strict=True)]
+    got = MODEL.generate(whole, attention_mask=seen, past_key_values=out.past_key_values, **NEW)
+    assert got[:, -5:].tolist() == alone
+
+
 @pytest.mark.parametrize("way", ["tuple", "file", "copy"])
 def test_what_a_cache_knows_of_padding_outlives_its_form(way, tmp_path):
     ids, mask, more, expected = turns((6, 3))
@@ -114,7 +134,9 @@ def test_a_mask_covers_the_prompt_or_the_cache_with_it_whatever_it_holds(width, 
     MODEL(prompts(width=9), past_key_values=cache)
     mask = torch.ones(2, width, dtype=torch.long)
     mask[0, 0] = value
-    with pytest.raises(InputError, match=rf"\(2, {width}\); it must be \(2, 1\) or, with the 9 of the cache, \(2, 10\)"):
+    with pytest.raises(
+        InputError, match=rf"\(2, {width}\); it must be \(2, 1\) or, with the 9 of the cache, \(2, 10\)"
+    ):
         MODEL.generate(prompts(width=1), attention_mask=mask, past_key_values=cache, **NEW)
 
 

@@ -261,3 +261,38 @@ def test_functions_that_say_nothing_are_not_tools_and_objects_are_not_data(both:
         both.apply_chat_template(user("x"), tools=[print])
     with pytest.raises(InputError, match="object"):
         both.apply_chat_template(user("x"), extra=object())
+
+
+# Gemma 1's own template, which writes whatever a content is into the prompt.
+FIRST = (
+    "{{ bos_token }}{% for message in messages %}{{ '<start_of_turn>' + message['role'] + '\n' }}"
+    "{{ message['content'] | trim }}{{ '<end_of_turn>\n' }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [None, FIRST], ids=["own", "the first"])
+@pytest.mark.parametrize(
+    "content", [None, 3, 2.5, True, b"x", {}, [], (), {"type": "text", "text": "x"}, ["x"], [None], [[]], object()]
+)
+def test_what_is_no_text_reaches_no_template(both: Any, template: str | None, content: Any) -> None:
+    """With Gemma 1's own template transformers writes "3", "None" and "[]" into the prompt."""
+    with pytest.raises(TemplateError, match=r"message 1 (has|holds)"):
+        both.apply_chat_template([*user("x"), {"role": "assistant", "content": content}], chat_template=template)
+
+
+@pytest.mark.parametrize("template", [None, FIRST], ids=["own", "the first"])
+def test_a_list_of_parts_is_to_every_template_the_text_of_them(both: Any, template: str | None) -> None:
+    parts = [{"role": "user", "content": [{"type": "text", "text": "x "}]}]
+    assert both.apply_chat_template(parts, chat_template=template) == both.apply_chat_template(
+        user("x "), chat_template=template
+    )
+
+
+@pytest.mark.parametrize("template", [None, FIRST], ids=["own", "the first"])
+@pytest.mark.parametrize("said", ["", " ", "\n", " \n\n", "yes", "yes \n", " yes", "a\n\nb\n"])
+def test_an_open_turn_keeps_the_whitespace_that_the_template_wrote(both: Any, template: str | None, said: str) -> None:
+    """It is what the closed turn has before its end, and nothing shorter."""
+    chat = [*user("x"), {"role": "model", "content": said}]
+    closed = both.apply_chat_template(chat, chat_template=template, tokenize=False)
+    opened = both.apply_chat_template(chat, chat_template=template, tokenize=False, continue_final_message=True)
+    assert f"{opened}<end_of_turn>\n" == closed

@@ -269,3 +269,17 @@ def test_decoding_options(both: Any) -> None:
 def test_jax_arrays(both: Any) -> None:
     jax = pytest.importorskip("jax")
     assert isinstance(both("x", return_tensors="jax").input_ids, jax.Array)
+
+
+def test_every_setter_sets(either: Any) -> None:
+    """transformers has both names; what is set is what is read, and None is nothing."""
+    before = either.additional_special_tokens
+    bos, turn = either.bos_token, before[0]
+    either.additional_special_tokens_ids = [either.bos_token_id]
+    assert (either.additional_special_tokens, either.additional_special_tokens_ids) == ([bos], [either.bos_token_id])
+    either.additional_special_tokens = [turn]
+    assert either.additional_special_tokens_ids == either.convert_tokens_to_ids([turn])
+    either.additional_special_tokens = None
+    assert either.additional_special_tokens == either.additional_special_tokens_ids == []
+    either.additional_special_tokens = before
+    assert either.extra_special_tokens == before
