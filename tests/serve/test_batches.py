@@ -6,11 +6,14 @@ import json
 import time
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 from running_server import NAME
 from test_serve_process import serve as process  # noqa: F401
+from test_serve_process import start
 
+from gemmakit.serve import feeder
 from gemmakit.serve.settings import ServeSettings
 
 LIMIT_S = 60.0
@@ -165,3 +168,55 @@ def test_a_batch_outlives_kill_9_and_every_row_is_there_once(process, tmp_path: 
     body = json.loads(asked(120).splitlines()[-1])["body"]
     again = client.chat.completions.create(**body, extra_body={"ignore_eos": True})
     assert lines[-1]["response"]["body"]["choices"][0]["message"]["content"] == again.choices[0].message.content
+
+
+def test_a_full_disk_is_said_loses_nothing_and_all_goes_on_when_there_is_room(serve, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(feeder, "RETRY_S", 0.05)
+    server = serve(ServeSettings(state=tmp_path / "state"))
+    client, db = client_of(server.url), server.service.store._db
+    kept = client.files.create(file=("kept.jsonl", b"kept"), purpose="batch")
+    batch = begin(client, asked(80, logprobs=True, top_logprobs=8, ignore_eos=True))
+    while not client.batches.retrieve(batch.id).request_counts.completed:
+        time.sleep(0.01)
+    room = db.execute("pragma max_page_count").fetchone()[0]
+    db.execute(f"pragma max_page_count = {db.execute('pragma page_count').fetchone()[0] + 4}")  # a disk that is full
+    for refused in (
+        lambda: client.files.create(file=("more.jsonl", b"x" * 200_000), purpose="batch"),
+        lambda: [begin(client, asked(1)) for _ in range(1000)],
+    ):
+        with pytest.raises(openai.InternalServerError, match="is the disk full") as error:
+            refused()
+        assert error.value.status_code == 503 and error.value.body["code"] == "storage"
+    stopped = client.batches.retrieve(batch.id)
+    assert stopped.status == "in_progress" and stopped.request_counts.completed < 80
+    assert client.files.content(kept.id).content == b"kept" and len(results(client, batch.input_file_id)) == 80
+    assert server.post("/v1/completions", prompt="x", max_tokens=1).status_code == 200
+    assert db.execute("pragma integrity_check").fetchone()[0] == "ok"
+    db.execute(f"pragma max_page_count = {room}")
+    batch = ended(client, batch.id)
+    assert batch.request_counts.to_dict() == {"total": 80, "completed": 80, "failed": 0}
+    assert [line["custom_id"] for line in results(client, batch.output_file_id)] == [f"id-{i}" for i in range(80)]
+
+
+def test_a_database_damaged_under_a_server_costs_files_alone_and_is_named_at_the_next_start(serve, tmp_path: Path):
+    server = serve(ServeSettings(state=tmp_path / "state"))
+    client, database = client_of(server.url), tmp_path / "state" / "serve.sqlite"
+    file = client.files.create(file=("rows.jsonl", b"row " * 2**20), purpose="batch")
+    server.service.store._db.execute("pragma wal_checkpoint(truncate)")
+    damaged = database.read_bytes()[: database.stat().st_size // 2]
+    database.write_bytes(damaged)
+    with pytest.raises((openai.APIError, httpx.HTTPError)):  # never a part of it as if it were all
+        client.files.content(file.id)
+    with pytest.raises(openai.InternalServerError) as error:
+        for _ in range(100):
+            client.files.create(file=("more.jsonl", b"x" * 2**20), purpose="batch")
+    assert error.value.status_code == 503
+    assert server.post("/v1/completions", prompt="x", max_tokens=1).status_code == 200
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    (copy / "serve.sqlite").write_bytes(damaged)
+    process = start("--port", 0, "--state", copy)
+    _, said = process.communicate(timeout=60)
+    lines = [line for line in said.splitlines() if "loading" not in line]
+    assert process.returncode == 2 and len(lines) == 1 and "another --state" in lines[0]
+    assert (copy / "serve.sqlite").read_bytes() == damaged

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,8 +12,10 @@ from typing import Any
 
 import httpx
 import pytest
+import running_server
 from running_server import NAME, Running, serving
 
+from gemmakit.serve.server import listen
 from gemmakit.serve.settings import ServeSettings
 
 USER = [{"role": "user", "content": "What is 34 + 58?"}]
@@ -223,13 +226,25 @@ def test_a_hundred_who_leave_at_random_moments_leave_nothing_behind():
         assert wait_for(lambda: not server.service.worker.busy) and free_pages(server) == whole
 
 
-def test_a_reader_that_never_reads_is_dropped_and_others_go_on():
-    with serving(ServeSettings(buffered_events=32)) as server:
+def test_a_reader_that_never_reads_is_dropped_with_a_reason_and_others_go_on(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    def narrow(*address: Any) -> socket.socket:
+        """The system's own buffers would take megabytes for a reader: here they are as small as it lets them be."""
+        made = listen(*address)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        return made
+
+    monkeypatch.setattr(running_server, "listen", narrow)
+    settings = ServeSettings(buffered_events=32, log_format="json")
+    with serving(settings) as server, caplog.at_level(logging.INFO, "gemmakit.access"):
         whole = free_pages(server)
         made = begin(server, **{**LONG, "logprobs": 20, "n": 4})
-        # Small buffers, so that few answers fill them.
         assert server.post("/v1/completions", prompt="x", max_tokens=8).status_code == 200
         assert wait_for(lambda: free_pages(server) == whole, 30)
+        assert wait_for(lambda: len(caplog.records) == 2)  # one's line is written when it has ended
+        told = [json.loads(record.getMessage())["finish_reason"] for record in caplog.records]
+        assert sorted(told) == ["length", "slow reader"]
         made.close()
 
 

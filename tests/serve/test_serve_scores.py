@@ -156,6 +156,12 @@ def test_tokens_that_are_no_whole_characters_are_told_by_their_bytes(server: Run
     assert any(token.startswith("bytes:\\x") for token in said["logprobs"]["tokens"])
 
 
+def test_a_stream_has_whole_characters_only(client):
+    asked = dict(model=NAME, prompt="x", max_tokens=40, temperature=0, stream=True, extra_body={"regex": "(🙂é-){4}"})
+    pieces = [chunk.choices[0].text for chunk in client.completions.create(**asked)]
+    assert [piece for piece in pieces if piece] == ["🙂é-"] * 4
+
+
 def test_prefixes_are_shared_within_a_key_or_salt_only(serve):
     from gemmakit.serve.settings import ServeSettings
 
