@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import socket
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,7 +16,7 @@ import pytest
 import torch
 from running_server import Running, serving
 from safetensors.torch import load_file, save_file
-from test_serve_faults import begin, free_pages, wait_for
+from test_serve_faults import begin, wait_for
 
 import gemmakit
 from gemmakit.serve import generation, shapes
