@@ -53,6 +53,9 @@ def serve(
         Path | None, Option(metavar="FOLDER", help="Where /v1/files and /v1/batches are kept; neither if left out.")
     ] = None,
     log_format: Annotated[str, Option(metavar="KIND", help="text or json: one line a request.")] = "text",
+    otlp_traces_endpoint: Annotated[
+        str | None, Option(metavar="URL", help="Where OpenTelemetry's spans go, http://HOST:4318/v1/traces.")
+    ] = None,
 ) -> int:
     """Serve a model over HTTP: OpenAI's API (chat, completions, models) and more.
 
@@ -76,6 +79,7 @@ def serve(
         drain_s=drain_seconds,
         log_format=log_format,
         state=state,
+        otlp_endpoint=otlp_traces_endpoint,
     )
     socket = listen(host, port, settings.stall_s)
     shown = f"[{host}]" if ":" in host else host

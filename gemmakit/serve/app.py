@@ -19,6 +19,7 @@ from gemmakit.serve.inside import ask
 from gemmakit.serve.refusals import TYPES, ErrorBody, answer_errors
 from gemmakit.serve.routes import batches, chat, completions, embeddings, files, messages, responses, status, tokens
 from gemmakit.serve.service import Service
+from gemmakit.serve.tracing import Tracing, find_tracer
 from gemmakit.serve.trust import Bodies, Keys, Origins
 
 ROUTERS = (
@@ -53,6 +54,8 @@ def bare_app(service: Service) -> FastAPI:
     answer_errors(app)
     for router in ROUTERS:
         app.include_router(router)
+    if (tracer := find_tracer()) is not None:
+        app.add_middleware(Tracing, tracer=tracer, service=service)
     return app
 
 

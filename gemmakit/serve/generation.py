@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -157,7 +158,7 @@ REASONS = {"eos": "stop"}
 class Answers:
     """The answers to one HTTP request, n to each of its prompts: to be iterated, and to be left at any time.
 
-    tools: whether calls are looked for in them; parallel: whether more than one.
+    begun: when, by the monotonic clock. tools: whether calls are looked for in them; parallel: whether more than one.
     """
 
     def __init__(
@@ -166,7 +167,7 @@ class Answers:
         self.worker, self.outbox = worker, Outbox(buffered)
         self.jobs = [Job(request, self.outbox, place) for place, request in enumerate(requests)]
         self.choices = [Choice(i, Reader(tools, parallel)) for i in range(sum(request.n for request in requests))]
-        self._open = len(self.choices)
+        self._open, self.begun = len(self.choices), time.monotonic()
 
     async def start(self) -> None:
         """Raises what adding raises; then nothing is under way."""

@@ -20,6 +20,7 @@ from gemmakit.serve.loading import Loading
 from gemmakit.serve.patience import PatientProtocol
 from gemmakit.serve.service import Service
 from gemmakit.serve.settings import ServeSettings
+from gemmakit.serve.tracing import export_to
 
 log = logging.getLogger("gemmakit.serve")
 # How often a draining server looks whether the last answer has ended; and how long callers of a failed engine have to
@@ -118,6 +119,7 @@ class Server(uvicorn.Server):
 def run(settings: ServeSettings, listening: socket.socket, loading: Loading, ready: Callable[[], None]) -> int:
     """Serve until told to end; the exit code. Raises what loading raises. ready: called once requests are answered."""
     write_to_stderr()
+    flush = export_to(settings.otlp_endpoint) if settings.otlp_endpoint else None
     service = Service(settings)
 
     def load() -> None:
@@ -128,6 +130,8 @@ def run(settings: ServeSettings, listening: socket.socket, loading: Loading, rea
     server.run([listening])
     if service.worker is not None:
         service.worker.close(LAST_WORDS_S)
+    if flush is not None:
+        flush()
     if server.failure is None:
         return 0
     if service.worker is None:  # it never opened

@@ -17,7 +17,8 @@ class ServeSettings:
     until a comment is sent. queue_s: how long a request may wait for the engine. compile_s: for a schema, an expression
     or a grammar. drain_s: for running answers once the server is told to end. stall_s: for a reader that takes nothing.
     state: the folder that files and batches are kept in; None for neither. batch_rows: of a stored batch
-    that are asked at a time, where there is room.
+    that are asked at a time, where there is room. otlp_endpoint: where spans are sent; None leaves OpenTelemetry as it
+    is found.
     """
 
     api_keys: tuple[str, ...] = ()
@@ -35,3 +36,4 @@ class ServeSettings:
     max_upload_bytes: int = 200 * 2**20
     state: Path | None = None
     batch_rows: int = 16
+    otlp_endpoint: str | None = None

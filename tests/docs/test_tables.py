@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from gemmakit.cli import main
 from gemmakit.pytorch.decode.processors import PROCESSORS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,6 +20,21 @@ def test_the_documented_order_of_processors_is_the_one_that_runs():
     numbered = re.findall(r"(?<=\| )(\d+) `?(\w+)`?(?= \|)", page)
     order = [name for _, name in sorted(numbered, key=lambda pair: int(pair[0]))]
     assert tuple(order) == tuple(PROCESSORS)
+
+
+def test_the_table_of_serve_s_flags_is_what_its_help_says(capsys):
+    """Every flag, its placeholder, and its default where there is one."""
+    assert main(["serve", "--help"]) == 0
+    told = capsys.readouterr().out.partition("Options:")[2]
+    options = re.findall(r"^  (--[^ ].*?)(?:  |$)(.*?)(?=^  -)", told, re.MULTILINE | re.DOTALL)
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`--.*?) \| (.*?) \|", page, re.MULTILINE)
+    documented = {flag: left_out for flags, left_out in rows for flag in re.findall("`(.*?)`", flags)}
+    assert {flag for name, _ in options for flag in name.split(" / ")} == set(documented)
+    for name, text in options:
+        default = re.search(r"default: (.*?)[];]", " ".join(text.split()))
+        if default:
+            assert f"`{default[1]}`" in documented[name]
 
 
 def test_the_speed_table_in_the_readme_is_the_measured_one():
