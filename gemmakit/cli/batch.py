@@ -69,17 +69,15 @@ def batch(
     run = open_run(input_, output, made_with, errors, resume=resume)
     if run.done:
         note(f"{run.done:,} of {run.asked.rows:,} rows are done already")
-    from gemmakit.serve.app import bare_app  # loads torch; what is wrong with the files is known by now
-    from gemmakit.serve.inside import ask
-    from gemmakit.serve.loading import Loading
-    from gemmakit.serve.service import Service
+    from gemmakit.serve.app import ask, bare_app  # loads torch; what is wrong with the files is known by now
+    from gemmakit.serve.service import Loading, Service
     from gemmakit.serve.settings import ServeSettings
 
     service = Service(ServeSettings(queue_s=None))
     try:
         options = dict(device_map=device, dtype=dtype, revision=revision)
         engine = dict(max_batch_size=concurrency, cache_bytes=cache_bytes)
-        Loading(source, ("gemmakit",), options, None, engine).open(service)
+        service.load(Loading(source, ("gemmakit",), options, None, engine))
         served, app = service.ready(), bare_app(service)
 
         async def answer(row: Row) -> tuple[int, Mapping[str, Any]]:

@@ -65,8 +65,8 @@ def serve(
     if log_format not in ("text", "json"):
         raise InputError(f"--log-format is {log_format!r}; it must be text or json.")
     try:
-        from gemmakit.serve.loading import Loading
         from gemmakit.serve.server import listen, run
+        from gemmakit.serve.service import Loading
         from gemmakit.serve.settings import ServeSettings
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("gemmakit"):

@@ -1,21 +1,22 @@
-"""The application: routes, and around them who may ask, and how much."""
+"""The application: routes, and around them who may ask, and how much; and how it is asked from within its process."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Scope
 
 from gemmakit import __version__
 from gemmakit.serve import page
 from gemmakit.serve.access_log import AccessLog
 from gemmakit.serve.batch_format import Row
 from gemmakit.serve.feeder import Feeder
-from gemmakit.serve.inside import ask
 from gemmakit.serve.refusals import TYPES, ErrorBody, answer_errors
 from gemmakit.serve.routes import batches, chat, completions, embeddings, files, messages, responses, status, tokens
 from gemmakit.serve.service import Service
@@ -47,7 +48,7 @@ class App(FastAPI):
 
 
 def bare_app(service: Service) -> FastAPI:
-    """The routes of one model alone, for who is inside already. 503 until `service.open` was called."""
+    """The routes of one model alone, for who is inside already. 503 until `service.load` is through."""
     # Its own pages of documentation load scripts from other sites; /openapi.json is there.
     app = App(title="gemmakit", version=__version__, docs_url=None, redoc_url=None, responses=ERRORS, lifespan=_feeding)
     app.state.service = service
@@ -72,6 +73,48 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(Origins, settings=settings)
     app.add_middleware(AccessLog, log_format=settings.log_format)
     return app
+
+
+async def ask(app: ASGIApp, path: str, body: Mapping[str, Any], **state: Any) -> tuple[int, Mapping[str, Any]]:
+    """POST a body to a path from within the process, the very way a client's would take: a row of a batch.
+
+    Gives status and body of the answer, which is an object of JSON. state: of the request. Cancelled, it is a client
+    that left.
+    """
+    scope: Scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "root_path": "",
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json"), (b"host", b"localhost")],
+        "client": None,
+        "server": ("localhost", 0),
+        "state": state,
+    }
+    unread = [json.dumps(body).encode()]
+    status, pieces = 0, list[bytes]()
+
+    async def receive() -> Message:
+        if unread:
+            return {"type": "http.request", "body": unread.pop(), "more_body": False}
+        return await asyncio.Future()  # whoever asks stays until the answer is there
+
+    async def send(message: Message) -> None:
+        nonlocal status
+        status = message.get("status", status)
+        pieces.append(message.get("body", b""))
+
+    try:
+        await app(scope, receive, send)
+    except Exception:
+        if not status:  # else it was answered, and logged by whoever answered
+            raise
+    return status, json.loads(b"".join(pieces))
 
 
 @asynccontextmanager

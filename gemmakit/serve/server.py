@@ -16,9 +16,8 @@ from fastapi import FastAPI
 from gemmakit.errors import InputError
 from gemmakit.serve.access_log import write_to_stderr
 from gemmakit.serve.app import create_app
-from gemmakit.serve.loading import Loading
 from gemmakit.serve.patience import PatientProtocol
-from gemmakit.serve.service import Service
+from gemmakit.serve.service import Loading, Service
 from gemmakit.serve.settings import ServeSettings
 from gemmakit.serve.tracing import export_to
 
@@ -62,6 +61,7 @@ class Server(uvicorn.Server):
             server_header=False,
             lifespan="on",
             timeout_graceful_shutdown=2,
+            proxy_headers=False,  # nothing here reads who a proxy says it asks for
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
             http=PatientProtocol,
             ws="none",
@@ -123,7 +123,7 @@ def run(settings: ServeSettings, listening: socket.socket, loading: Loading, rea
     service = Service(settings)
 
     def load() -> None:
-        loading.open(service)
+        service.load(loading)
         ready()
 
     server = Server(create_app(service), service, load)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 from fastapi import Request
 from starlette.datastructures import State
 
-from gemmakit.errors import QueueFull
+from gemmakit.errors import InputError, QueueFull
+from gemmakit.pipelines import EmbeddingModel, pipeline
 from gemmakit.pytorch.decode import batch
 from gemmakit.serve.conversation import ToolChoice, plain_messages, told_tools
 from gemmakit.serve.feeder import Feeder
@@ -29,6 +32,17 @@ MAX_NAMES = 64
 RETRY_AFTER_S = 1
 
 
+@dataclass(frozen=True)
+class Loading:
+    """What to load and how. options: of from_pretrained; engine: of BatchEngine; context: tokens, None for all."""
+
+    source: str
+    names: tuple[str, ...]
+    options: Mapping[str, Any]
+    context: int | None
+    engine: Mapping[str, Any]
+
+
 class Service:
     """One model, its worker and counts: None while it loads; `draining` once the server is to end."""
 
@@ -43,8 +57,21 @@ class Service:
         self.store = None if self.settings.state is None else Store(self.settings.state)
         self.feeder: Feeder | None = None  # while the application runs
 
-    def open(self, model: ServedModel, worker: Worker) -> None:
-        self.model, self.worker = model, worker
+    def load(self, loading: Loading) -> None:
+        """Open for requests. Raises what loading raises, and InputError for a context that the model does not have."""
+        self.metrics = Metrics(loading.names[0])
+        if (Path(loading.source) / "modules.json").is_file():
+            embedder = EmbeddingModel.from_pretrained(loading.source, **loading.options)
+            self.model, self.worker = ServedModel(loading.names, embedder=embedder), Worker(None)
+            return
+        pipe = pipeline("text-generation", loading.source, **loading.options)
+        positions = pipe.model.config.max_position_embeddings
+        if loading.context is not None and loading.context > positions:
+            raise InputError(f"--context is {loading.context}, but the model has {positions} positions.")
+        engine = batch.BatchEngine(pipe.model, **loading.engine)
+        pool = engine.scheduler.pool
+        room = min(loading.context or positions, pool.pages * pool.page_size)
+        self.model, self.worker = ServedModel(loading.names, pipe, room=room), Worker(engine, [self.metrics])
 
     @property
     def state(self) -> str:

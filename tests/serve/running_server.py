@@ -13,9 +13,8 @@ import httpx
 
 import gemmakit
 from gemmakit.serve.app import create_app
-from gemmakit.serve.loading import Loading
 from gemmakit.serve.server import Server, listen
-from gemmakit.serve.service import Service
+from gemmakit.serve.service import Loading, Service
 from gemmakit.serve.settings import ServeSettings
 
 NAME = "gemmakit-demo"
@@ -42,7 +41,7 @@ def serving(
     options = {"device_map": "cpu", **(loading or {})}
     opening = Loading(str(source or gemmakit.demo_model()), (NAME,), options, None, engine)
     socket = listen("127.0.0.1", 0, settings.stall_s)
-    server = Server(create_app(service), service, lambda: opening.open(service))
+    server = Server(create_app(service), service, lambda: service.load(opening))
     thread = threading.Thread(target=server.run, args=([socket],), daemon=True)
     thread.start()
     url = f"http://127.0.0.1:{socket.getsockname()[1]}"

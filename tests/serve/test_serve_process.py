@@ -126,7 +126,7 @@ def test_an_engine_that_dies_ends_the_process_with_1(tmp_path: Path):
         "import sys\n"
         "class Finder:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name == 'gemmakit.serve.loading':\n"
+        "        if name == 'gemmakit.serve.service':\n"
         "            from gemmakit.pytorch.decode.batch import BatchEngine\n"
         "            def step(self): raise RuntimeError('broken on purpose')\n"
         "            BatchEngine.step = step\n"
