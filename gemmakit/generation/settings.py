@@ -13,8 +13,9 @@ CACHES = ("dynamic", "static", "offloaded", "offloaded_static", "quantized", "hy
 SCHEDULES = ("constant", "heuristic", "heuristic_transient")
 _SHARE = Real(0, 1)
 _CUTOFF = Real(0, 1, below=True)
-_FACTOR = Real(0, above=True)
-_TEMPERATURE = Real(0, above=True, remedy="; for the likeliest token always, set do_sample=False")
+# What divides scores, or multiplies them: beyond these, float32 has infinities for the scores of any model.
+_FACTOR = Real(1e-10, 1e10)
+_TEMPERATURE = Real(1e-10, 1e10, remedy="; for the likeliest token always, set do_sample=False")
 _CONSTRAINTS = Instance((list, tuple), "a list of at least 1 constraint")
 _SCHEMA = Instance((dict, str, bool), "a JSON schema: a dictionary, its text, or true")
 _ARGUMENTS = Instance((dict,), "a dictionary of the cache's own arguments")

@@ -106,6 +106,16 @@ def test_malformed_bodies_are_400(server: Running, data: bytes):
     assert said.status_code == 400 and said.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("field", ["temperature", "repetition_penalty"])
+def test_numbers_that_float32_cannot_divide_by_are_400_and_the_least_that_it_can_is_not(server: Running, field: str):
+    """Found by schemathesis: scores became infinite, and the answer a 500."""
+    for value in (5e-324, 1e-45, 1e-38, 1e-11):
+        said = server.post("/v1/completions", prompt="x", max_tokens=2, **{field: value})
+        assert said.status_code == 400 and field in said.json()["error"]["message"]
+    least = {"temperature": 1e-10, "repetition_penalty": 1e-10, "min_p": 1.0, "top_p": 1e-45}
+    assert server.post("/v1/completions", prompt="x", max_tokens=4, **least).status_code == 200
+
+
 def test_images_are_refused_by_name(server: Running):
     image = [{"type": "text", "text": "What?"}, {"type": "image_url", "image_url": {"url": "data:,"}}]
     said = server.post("/v1/chat/completions", messages=[{"role": "user", "content": image}])
