@@ -12,6 +12,7 @@ from gemmakit.errors import InputError, PromptTooLong
 from gemmakit.generation.config import refuse_unknown
 from gemmakit.generation.settings import DEFAULTS
 from gemmakit.pipelines.base import Pipeline, Record, padded
+from gemmakit.text.chat import free_variables
 
 DEFAULT_NEW_TOKENS = 256
 NO_PLACE = ("return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states")
@@ -23,7 +24,8 @@ class TextGenerationPipeline(Pipeline):
     """Continues texts, and answers chats (lists of {"role": ..., "content": ...}).
 
     A result is a list of `num_return_sequences` dictionaries: {"generated_text": prompt and continuation}; for a chat,
-    all messages with the assistant's new one at the end. Without max_new_tokens or max_length, up to 256 new tokens,
+    all messages with the assistant's new one at the end, which has "reasoning" and "tool_calls" where the model thought
+    aloud or called something (`tokenizer.parse_response`). Without max_new_tokens or max_length, up to 256 new tokens,
     fewer where the context ends.
 
     Arguments of a call:
@@ -32,6 +34,8 @@ class TextGenerationPipeline(Pipeline):
         clean_up_tokenization_spaces, skip_special_tokens (True): as in `tokenizer.decode`.
         prefix: put in front of every text prompt.
         continue_final_message: go on with a chat's last message; None does so where the assistant said it.
+        tools: what a chat's answer may call: functions, or JSON schemas, as in `tokenizer.apply_chat_template`.
+        chat_template_kwargs: what else the chat template is told, {"enable_thinking": True} for one that thinks.
         streamer: told of the tokens as they come; inputs then run one at a time.
         assistant_model: a loaded draft, or a folder or Hub id to load one from, when the pipeline is made.
         Everything else goes to `model.generate`. What it does not know is refused, and so are scores, for which a
@@ -72,13 +76,21 @@ class TextGenerationPipeline(Pipeline):
         prefix: str = "",
         continue_final_message: bool | None = None,
         tools: Sequence[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """The ids of a text or a chat, with exactly one <bos>. tools: what a chat's answer may call."""
+        """The ids of a text or a chat, with exactly one <bos>. tools, chat_template_kwargs: as in a call.
+
+        Raises InputError for a variable of the template that is not the caller's to set.
+        """
         if isinstance(prompt, str):
             return list(self.tokenizer(prefix + prompt)["input_ids"])
         goes_on = _goes_on(prompt, continue_final_message)
         rendered = self.tokenizer.apply_chat_template(
-            list(prompt), tools=tools, add_generation_prompt=not goes_on, continue_final_message=goes_on
+            list(prompt),
+            tools=tools,
+            add_generation_prompt=not goes_on,
+            continue_final_message=goes_on,
+            **free_variables(chat_template_kwargs),
         )
         return list(rendered["input_ids"])
 
@@ -93,26 +105,36 @@ class TextGenerationPipeline(Pipeline):
         skip_special_tokens: bool = True,
         prefix: str = "",
         continue_final_message: bool | None = None,
+        tools: Sequence[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> list[list[Record]]:
         """The results of a batch, in its order; the options are described at the class."""
         if return_tensors and (return_text or return_full_text is not None):
             raise InputError("return_tensors excludes return_text and return_full_text: choose ids or text.")
-        rows = [self.encode(p, prefix=prefix, continue_final_message=continue_final_message) for p in batch]
+        chats: dict[str, Any] = {"tools": tools, "chat_template_kwargs": chat_template_kwargs}
+        rows = [self.encode(p, prefix=prefix, continue_final_message=continue_final_message, **chats) for p in batch]
         news = self._continue(rows, settings)
         if return_tensors:
             return [[{"generated_token_ids": row + new} for new in many] for row, many in zip(rows, news, strict=True)]
 
-        def record(prompt: Any, new: list[int]) -> Record:
+        def answer(prompt: Any, row: list[int], new: list[int]) -> Record:
+            if skip_special_tokens and not clean_up_tokenization_spaces and not isinstance(prompt, str):
+                return self.tokenizer.parse_response(new, row, calls=tools is not None)
             text = self.tokenizer.decode(
                 new,
                 skip_special_tokens=skip_special_tokens,
                 clean_up_tokenization_spaces=clean_up_tokenization_spaces,
             )
-            whole = return_full_text in (None, True)
-            return {"generated_text": _joined(prompt, text, prefix, continue_final_message) if whole else text}
+            return {"role": "assistant", "content": text}
 
-        return [[record(p, new) for new in many] for p, many in zip(batch, news, strict=True)]
+        def record(prompt: Any, row: list[int], new: list[int]) -> Record:
+            said = answer(prompt, row, new)
+            if return_full_text in (None, True):
+                return {"generated_text": _joined(prompt, said, prefix, continue_final_message)}
+            return {"generated_text": said["content"]} | {n: said[n] for n in ("reasoning", "tool_calls") if n in said}
+
+        return [[record(p, row, new) for new in many] for p, row, many in zip(batch, rows, news, strict=True)]
 
     def _continue(self, rows: Sequence[list[int]], settings: dict[str, Any]) -> list[list[list[int]]]:
         """For each row its `num_return_sequences` continuations, without padding."""
@@ -137,9 +159,8 @@ class TextGenerationPipeline(Pipeline):
 
     def turn_ends(self) -> dict[str, Any]:
         """The setting that ends a chat's answer at the end of its turn, which some checkpoints do not list."""
-        ends, turn = list(self.model.generation_config.eos_token_ids), self.tokenizer.end_of_turn_id
-        if turn is not None and turn not in ends:
-            ends.append(turn)
+        ends = list(self.model.generation_config.eos_token_ids)
+        ends += [index for index in self.tokenizer.answer_ends if index not in ends]
         return {"eos_token_id": ends} if ends else {}
 
     def room(self, prompt: int, config: Any, settings: Mapping[str, Any]) -> int | None:
@@ -177,12 +198,12 @@ def _goes_on(chat: Sequence[Message], asked: bool | None) -> bool:
     return chat[-1].get("role") in ("assistant", "model") if asked is None else asked
 
 
-def _joined(prompt: str | Sequence[Message], text: str, prefix: str, goes_on: bool | None) -> Any:
+def _joined(prompt: str | Sequence[Message], said: Message, prefix: str, goes_on: bool | None) -> Any:
     if isinstance(prompt, str):
-        return prefix + prompt + text
+        return prefix + prompt + said["content"]
     if _goes_on(prompt, goes_on):
-        return [*prompt[:-1], {**prompt[-1], "content": _extended(prompt[-1]["content"], text)}]
-    return [*prompt, {"role": "assistant", "content": text}]
+        return [*prompt[:-1], {**said, **prompt[-1], "content": _extended(prompt[-1]["content"], said["content"])}]
+    return [*prompt, said]
 
 
 def _extended(content: Any, text: str) -> Any:

@@ -1,16 +1,17 @@
-"""A conversation with tools, in whatever dialect it came: to the template's form, and back as text and calls."""
+"""A conversation with tools, in whatever dialect it came: to the template's form, and back as text, thoughts, calls."""
 
 from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from gemmakit.serve.protocol import Message, NamedTool, Tool
 from gemmakit.serve.refusals import Refusal
-from gemmakit.text.tools import ToolCallParser
+from gemmakit.text.call_grammar import call_grammar
+from gemmakit.text.response import ResponseParser, Thought
 
 ToolChoice = str | NamedTool | None
 
@@ -28,49 +29,101 @@ class Call:
         return json.dumps(self.arguments, ensure_ascii=False)
 
 
+Part = str | Thought | Call
+
+
 class Reader:
-    """Takes an answer's text as it comes and gives text and calls. parallel: whether there may be more than one."""
+    """Takes an answer as it comes and gives text, thoughts and calls.
 
-    def __init__(self, tools: bool, parallel: bool = True):
-        self._parser = ToolCallParser() if tools else None
-        self.parallel = parallel
+    parser: None where an answer is text and nothing else. parallel: whether there may be more than one call.
+    thought_tokens: how many tokens thoughts took.
+    """
+
+    def __init__(self, parser: ResponseParser | None = None, parallel: bool = True):
+        self._parser, self.parallel = parser, parallel
         self.called = False
+        self.thought_tokens = 0
 
-    def push(self, text: str, last: bool) -> list[str | Call]:
+    def push(self, token: int | None, text: str, last: bool) -> list[Part]:
         if self._parser is None:
             return [text] if text else []
-        parts = [*self._parser.push(text), *(self._parser.finish() if last else ())]
-        found: list[str | Call] = []
-        for part in parts:
+        thought = self._parser.thinking
+        parts = self._parser.push([] if token is None else token, text)
+        self.thought_tokens += token is not None and (thought or self._parser.thinking)
+        found: list[Part] = []
+        for part in [*parts, *(self._parser.finish() if last else ())]:
             if self.called and not self.parallel:
                 break
-            if isinstance(part, str):
-                found.append(part)
-            else:
+            if isinstance(part, dict):
                 self.called = True
                 found.append(Call(f"call_{secrets.token_hex(12)}", part["name"], part["arguments"]))
+            else:
+                found.append(part)
         return found
 
 
-def told_tools(tools: Sequence[Tool] | None, choice: ToolChoice, can: bool) -> list[dict[str, Any]] | None:
-    """What the template is told of tools; None where there are none, or none may be called.
+@dataclass(frozen=True)
+class ToolUse:
+    """Which tools a conversation has. told: what the template is told of them, None where nothing may be called.
 
-    can: whether it has a word for them. Raises Refusal for tools where it has not, and for a call that must be made:
-    the model decides.
+    forced: those of which one must be called; None where the model decides. parallel: whether there may be several
+    calls.
     """
-    if choice is not None and choice not in ("auto", "none"):
-        said = "a call cannot be forced: leave tool_choice at auto and say in words what is to be called."
-        raise Refusal(400, said, param="tool_choice", code="unsupported")
+
+    told: list[dict[str, Any]] | None = None
+    forced: list[dict[str, Any]] | None = None
+    parallel: bool = True
+
+    def grammar(self, tokenizer: Any, prompt: Sequence[int], thought: bool) -> str | None:
+        """What an answer must be in which a call is forced. thought: whether the model may think before it calls."""
+        if self.forced is None:
+            return None
+        thinking = ResponseParser(tokenizer, prompt=prompt).thinking
+        try:
+            return call_grammar(tokenizer, self.forced, parallel=self.parallel, thought=thought, thinking=thinking)
+        except RecursionError:
+            raise Refusal(400, "the tools' parameters are nested too deep to be followed.", param="tools") from None
+
+
+def chosen_tools(tools: Sequence[Tool] | None, choice: ToolChoice, parallel: bool, can: bool) -> ToolUse:
+    """can: whether the template has a word for tools.
+
+    Raises Refusal for tools where it has not, and for a choice of what there is not.
+    """
+    named = None if choice is None or isinstance(choice, str) else choice.function.name
+    if not tools and (named is not None or choice == "required"):
+        raise Refusal(400, "tool_choice asks for a call, but there are no tools.", param="tool_choice")
     if not tools or choice == "none":
-        return None
+        return ToolUse()
     if not can:
         raise Refusal(
             400, "this model's chat template knows no tools: leave tools out.", param="tools", code="unsupported"
         )
-    return [tool.model_dump(exclude_none=True, include={"type": True, "function": _FUNCTION}) for tool in tools]
+    told = [tool.model_dump(exclude_none=True, include={"type": True, "function": _FUNCTION}) for tool in tools]
+    may = told if choice == "required" else [tool for tool in told if tool["function"]["name"] == named]
+    if named is not None and not may:
+        raise Refusal(400, f"tool_choice names {named!r:.80}, which is none of the tools.", param="tool_choice")
+    return ToolUse(told, may or None, parallel)
 
 
 _FUNCTION = {"name", "description", "parameters"}
+# An effort that is none; any other one lets a model think that can.
+NO_EFFORT = ("none", "minimal")
+
+
+def template_variables(given: Mapping[str, Any] | None, thinks: bool | None, can: bool) -> dict[str, Any]:
+    """What else the template is told. given: chat_template_kwargs; thinks: what the dialect's own field says.
+
+    can: whether the template lets its model think.
+    """
+    found = dict(given or {})
+    if thinks is not None and can:
+        found.setdefault("enable_thinking", thinks)
+    return found
+
+
+def thinks_by_effort(effort: str | None) -> bool | None:
+    return None if effort is None else effort not in NO_EFFORT
 
 
 def plain_messages(messages: Sequence[Message], has_developer: bool) -> list[dict[str, Any]]:
@@ -81,7 +134,7 @@ def plain_messages(messages: Sequence[Message], has_developer: bool) -> list[dic
     names: dict[str, str] = {}
     found: list[dict[str, Any]] = []
     for place, message in enumerate(messages):
-        plain: dict[str, Any] = message.model_dump(include={"role", "content", "name"}, exclude_none=True)
+        plain: dict[str, Any] = message.model_dump(include=_SAID, exclude_none=True)
         if message.role == "developer" and not has_developer:
             plain["role"] = "system"
         if message.tool_calls:
@@ -90,6 +143,9 @@ def plain_messages(messages: Sequence[Message], has_developer: bool) -> list[dic
             plain |= {"name": name} if (name := message.name or names.get(message.tool_call_id or "")) else {}
         found.append(plain)
     return found
+
+
+_SAID = {"role", "content", "name", "tool_call_id", "reasoning", "reasoning_content"}
 
 
 def _call(call: Any, names: dict[str, str], place: int) -> dict[str, Any]:

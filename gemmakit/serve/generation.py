@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from gemmakit.pytorch.decode.batch import Event, Request, Usage
-from gemmakit.serve.conversation import Call, Reader
+from gemmakit.serve.conversation import Call, Part, Reader
 from gemmakit.serve.protocol import ResponseFormat, Sampling
 from gemmakit.serve.refusals import Refusal, refusal_of
 from gemmakit.serve.served import ServedModel
 from gemmakit.serve.worker import Job, Outbox, Worker
+from gemmakit.text.response import Thought
 
 # Fields that are settings of generate() by the same name, and those that only sampling reads.
 _SAME = ("repetition_penalty", "regex", "grammar", "json_schema")
+SHAPES = ("json_schema", "regex", "grammar")
 _DRAWN = ("temperature", "top_p", "top_k", "min_p", "seed")
 
 
@@ -87,16 +89,26 @@ def make_request(
     best_of: int | None = None,
     logprobs: int | None = None,
     prompt_logprobs: int | None = None,
+    calls: str | None = None,
+    one_call: bool = False,
 ) -> Request:
-    """What the engine is asked. max_tokens: None for as many as there is room for. chat: end where a turn does."""
+    """What the engine is asked. max_tokens: None for as many as there is room for. chat: end where a turn does.
+
+    calls: the grammar of calls that must be made. one_call: end where the first call does.
+    """
     settings = settings_of(body)
     settings |= shape_of(response_format, settings)
+    if calls is not None:
+        if shape := next((name for name in SHAPES if name in settings), None):
+            said = f"tool_choice asks for a call, which cannot follow the {shape} that is asked for: give one of them."
+            raise Refusal(400, said, param="tool_choice")
+        settings["grammar"] = calls
     settings["max_new_tokens"] = max(1, served.context - len(prompt)) if max_tokens is None else max_tokens
     if settings.get("min_new_tokens", 0) > settings["max_new_tokens"]:
         raise Refusal(400, f"min_tokens is {body.min_tokens}, but max_tokens is {max_tokens}.", param="min_tokens")
     if stop:
         settings["stop_strings"] = [stop] if isinstance(stop, str) else list(stop)
-    settings |= _ends(served, body, chat)
+    settings |= _ends(served, body, chat, one_call)
     penalties = Penalties(len(prompt), body.frequency_penalty or 0.0, body.presence_penalty or 0.0)
     return Request(
         prompt,
@@ -112,11 +124,13 @@ def make_request(
     )
 
 
-def _ends(served: ServedModel, body: Sampling, chat: bool) -> dict[str, Any]:
+def _ends(served: ServedModel, body: Sampling, chat: bool, one_call: bool) -> dict[str, Any]:
     """The tokens that end an answer, where they are not the model's own."""
     own = list(served.pipe.model.generation_config.eos_token_ids)
     ends = [] if body.ignore_eos else list(served.pipe.turn_ends().get("eos_token_id", [])) if chat else own
     ends += body.stop_token_ids or []
+    if one_call and ends and served.call_end is not None:
+        ends.append(served.call_end)
     return {} if ends == own else {"eos_token_id": ends or None}
 
 
@@ -126,15 +140,19 @@ class Choice:
 
     index: int
     reader: Reader
-    parts: list[str | Call] = field(default_factory=list[str | Call])
-    fresh: list[str | Call] = field(default_factory=list[str | Call])
+    parts: list[Part] = field(default_factory=list[Part])
+    fresh: list[Part] = field(default_factory=list[Part])
     events: list[Event] = field(default_factory=list[Event])
     finish_reason: str | None = None
     usage: Usage | None = None
 
     @property
     def text(self) -> str:
-        return "".join(part for part in self.parts if isinstance(part, str))
+        return text_of(self.parts)
+
+    @property
+    def thought(self) -> str:
+        return thought_of(self.parts)
 
     @property
     def calls(self) -> list[Call]:
@@ -142,13 +160,21 @@ class Choice:
 
     def add(self, event: Event) -> None:
         ended = event.finish_reason
-        self.fresh = self.reader.push(event.text, ended is not None)
+        self.fresh = self.reader.push(event.token, event.text, ended is not None)
         self.parts += self.fresh
         self.events.append(event)
         if ended is not None:
             reason = REASONS.get(ended, ended)
             self.finish_reason = "tool_calls" if reason == "stop" and self.calls else reason
             self.usage = event.usage
+
+
+def text_of(parts: Sequence[Part]) -> str:
+    return "".join(part for part in parts if isinstance(part, str))
+
+
+def thought_of(parts: Sequence[Part]) -> str:
+    return "".join(part.text for part in parts if isinstance(part, Thought))
 
 
 # The engine's reasons in OpenAI's words.
@@ -158,15 +184,15 @@ REASONS = {"eos": "stop"}
 class Answers:
     """The answers to one HTTP request, n to each of its prompts: to be iterated, and to be left at any time.
 
-    begun: when, by the monotonic clock. tools: whether calls are looked for in them; parallel: whether more than one.
+    begun: when, by the monotonic clock. reader: makes what reads one of them.
     """
 
     def __init__(
-        self, worker: Worker, requests: Sequence[Request], buffered: int, tools: bool = False, parallel: bool = True
+        self, worker: Worker, requests: Sequence[Request], buffered: int, reader: Callable[[], Reader] = Reader
     ):
         self.worker, self.outbox = worker, Outbox(buffered)
         self.jobs = [Job(request, self.outbox, place) for place, request in enumerate(requests)]
-        self.choices = [Choice(i, Reader(tools, parallel)) for i in range(sum(request.n for request in requests))]
+        self.choices = [Choice(i, reader()) for i in range(sum(request.n for request in requests))]
         self._open, self.begun = len(self.choices), time.monotonic()
 
     async def start(self) -> None:
@@ -216,6 +242,7 @@ class Answers:
             "completion_tokens": new,
             "total_tokens": prompt + new,
             "prompt_tokens_details": {"cached_tokens": cached},
+            "completion_tokens_details": {"reasoning_tokens": sum(c.reader.thought_tokens for c in self.choices)},
         }
 
 

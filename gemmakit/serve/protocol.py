@@ -35,6 +35,9 @@ TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 Stops = StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)]
 Name = Annotated[str, StringConstraints(max_length=512)]
+TemplateVariables = Annotated[
+    dict[Annotated[str, StringConstraints(pattern=r"^[a-z_]{1,64}$")], Any], Field(max_length=64)
+]
 
 
 class StreamOptions(Body):
@@ -71,6 +74,7 @@ class Sampling(Body):
     regex: Annotated[str, StringConstraints(min_length=1, max_length=2**16)] | None = None
     grammar: Annotated[str, StringConstraints(min_length=1, max_length=2**16)] | None = None
     json_schema: dict[str, Any] | bool | Annotated[str, StringConstraints(min_length=1)] | None = None
+    chat_template_kwargs: TemplateVariables | None = None
     cache_salt: Name | None = None
 
 
@@ -134,6 +138,9 @@ class Message(Body):
     name: Name | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
     tool_call_id: Name | None = None
+    # What the model thought before it said this, by either of its names.
+    reasoning: str | None = None
+    reasoning_content: str | None = None
 
 
 class NamedFunction(Body):
@@ -154,22 +161,22 @@ class ChatRequest(Generating):
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
+    reasoning_effort: Name | None = None
     # Known, and not to be had: refused unless they ask for what there is anyway.
     functions: list[Any] | None = None
     function_call: Any = None
     audio: Any = None
     modalities: list[str] | None = None
     web_search_options: Any = None
-    reasoning_effort: str | None = None
 
 
 # -- OpenAI's Responses ------------------------------------------------------------------------------------------------
 
 
 class InputItem(Body):
-    """A message, a call that was made, or what came of one; which, its type says."""
+    """A message, a thought, a call that was made, or what came of one; which, its type says."""
 
-    type: Literal["message", "function_call", "function_call_output"] = "message"
+    type: Literal["message", "reasoning", "function_call", "function_call_output"] = "message"
     role: Literal["system", "developer", "user", "assistant"] | None = None
     content: str | list[Part] | None = None
     call_id: Name | None = None
@@ -190,6 +197,10 @@ class TextFormat(JsonSchema):
     type: Literal["text", "json_object", "json_schema"] = "text"
 
 
+class ReasoningOptions(Body):
+    effort: Name | None = None
+
+
 class TextOptions(Body):
     format: TextFormat | None = None
 
@@ -205,6 +216,7 @@ class ResponsesRequest(Sampling):
     tools: Annotated[list[FlatTool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | FlatNamedTool | None = None
     parallel_tool_calls: bool | None = None
+    reasoning: ReasoningOptions | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = None
     metadata: dict[str, str] | None = None
     # Known, and not to be had.
@@ -218,10 +230,11 @@ class ResponsesRequest(Sampling):
 
 
 class Block(Body):
-    """A piece of a message: text, a call, or what came of one."""
+    """A piece of a message: text, a thought, a call, or what came of one."""
 
     type: Name
     text: str | None = None
+    thinking: str | None = None
     id: Name | None = None
     name: Name | None = None
     input: dict[str, Any] | None = None
@@ -247,12 +260,17 @@ class AnthropicChoice(Body):
     disable_parallel_tool_use: bool = False
 
 
+class Thinking(Body):
+    type: Literal["enabled", "disabled", "adaptive"]
+
+
 class CountRequest(Body):
     model: Name | None = None
     messages: Annotated[list[Turn], Field(min_length=1, max_length=MAX_MESSAGES)]
     system: str | list[Part] | None = None
     tools: Annotated[list[AnthropicTool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: AnthropicChoice | None = None
+    thinking: Thinking | None = None
 
 
 class MessagesRequest(CountRequest, Sampling):
@@ -280,6 +298,7 @@ class TokenizeRequest(Body):
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    chat_template_kwargs: TemplateVariables | None = None
     add_special_tokens: bool = True
 
 
@@ -292,3 +311,4 @@ class TemplateRequest(Body):
     model: Name | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    chat_template_kwargs: TemplateVariables | None = None

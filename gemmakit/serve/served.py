@@ -73,6 +73,16 @@ class ServedModel:
         """Whether the chat template has a word for tools."""
         return "tools" in names_in(self._template)
 
+    @cached_property
+    def has_thinking(self) -> bool:
+        """Whether the chat template lets its model think."""
+        return "enable_thinking" in names_in(self._template)
+
+    @cached_property
+    def call_end(self) -> int | None:
+        """The token that ends a call; None where the vocabulary has none."""
+        return self.tokenizer.added_tokens_encoder.get(self.tokenizer.response_form.call_end)
+
     @property
     def has_developer(self) -> bool:
         return "developer" in self._template
@@ -82,9 +92,13 @@ class ServedModel:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._readers, lambda: function(*arguments, **named))
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> list[int]:
-        """The ids of a conversation; an answer of the assistant's at its end is gone on with."""
-        return self.pipe.encode(messages, tools=tools)
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Any = None, variables: Mapping[str, Any] | None = None
+    ) -> list[int]:
+        """The ids of a conversation; an answer of the assistant's at its end is gone on with. variables: of the
+        template.
+        """
+        return self.pipe.encode(messages, tools=tools, chat_template_kwargs=variables)
 
     def encode_prompt(self, prompt: str | Sequence[int]) -> list[int]:
         """The ids of a text, with its <bos>; ids as they are. Raises TokenOutOfRange when the engine is given them."""

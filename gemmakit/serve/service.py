@@ -15,7 +15,14 @@ from starlette.datastructures import State
 from gemmakit.errors import InputError, QueueFull
 from gemmakit.pipelines import EmbeddingModel, pipeline
 from gemmakit.pytorch.decode import batch
-from gemmakit.serve.conversation import ToolChoice, plain_messages, told_tools
+from gemmakit.serve.conversation import (
+    Reader,
+    ToolChoice,
+    ToolUse,
+    chosen_tools,
+    plain_messages,
+    template_variables,
+)
 from gemmakit.serve.feeder import Feeder
 from gemmakit.serve.generation import Answers, make_request
 from gemmakit.serve.metrics import Metrics
@@ -26,6 +33,7 @@ from gemmakit.serve.settings import ServeSettings
 from gemmakit.serve.shapes import Shapes
 from gemmakit.serve.store import Store
 from gemmakit.serve.worker import Worker
+from gemmakit.text.response import ResponseParser
 
 # Names of unknown fields that are counted each by itself; a client can make up any number.
 MAX_NAMES = 64
@@ -132,21 +140,32 @@ class Service:
         tools: Sequence[Tool] | None = None,
         tool_choice: ToolChoice = None,
         parallel: bool = True,
+        thinks: bool | None = None,
         **wanted: Any,
     ) -> Answers:
-        """The answers to a conversation. wanted: as in make_request."""
-        prompt, told = await self.prompt(messages, tools, tool_choice)
-        asked = self.make(request, body, prompt, chat=True, **wanted)
-        return await self.answers(request, [asked], tools=told is not None, parallel=parallel)
+        """The answers to a conversation. thinks: whether the model is to think first. wanted: as in make_request."""
+        served = self.ready()
+        variables = template_variables(body.chat_template_kwargs, thinks, served.has_thinking)
+        use = chosen_tools(tools, tool_choice, parallel, served.has_tools)
+        prompt = await self.prompt(messages, use, variables)
+        may_think = bool(variables.get("enable_thinking"))
+        calls = await served.aside(use.grammar, served.tokenizer, prompt, may_think)
+        one_call = use.told is not None and not parallel
+        asked = self.make(request, body, prompt, chat=True, calls=calls, one_call=one_call, **wanted)
+
+        def reader() -> Reader:
+            parser = ResponseParser(served.tokenizer, prompt=prompt, calls=use.told is not None)
+            return Reader(parser, parallel)
+
+        return await self.answers(request, [asked], reader=reader)
 
     async def prompt(
-        self, messages: Sequence[Message], tools: Sequence[Tool] | None, tool_choice: ToolChoice = None
-    ) -> tuple[list[int], list[dict[str, Any]] | None]:
-        """The ids of a conversation, and what they tell the model of tools, if anything."""
+        self, messages: Sequence[Message], use: ToolUse | None = None, variables: Mapping[str, Any] | None = None
+    ) -> list[int]:
+        """The ids of a conversation. use: of its tools; variables: what else its template is told."""
         served = self.ready()
-        told = told_tools(tools, tool_choice, served.has_tools)
         plain = plain_messages(messages, served.has_developer)
-        return await served.aside(served.encode_chat, plain, told), told
+        return await served.aside(served.encode_chat, plain, None if use is None else use.told, variables)
 
     def make(self, request: Request, body: Sampling, prompt: list[int], **wanted: Any) -> batch.Request:
         """As make_request, with what the connection says: whose prefixes it shares, how long it may wait."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from gemmakit.errors import InputError, TemplateError
 from gemmakit.text.calling import DEFAULTS, split_after
-from gemmakit.text.encoding import BatchEncoding, Part
+from gemmakit.text.encoding import BatchEncoding, Part, to_lists
+from gemmakit.text.response import FORMS, FUNCTION_GEMMA, ResponseForm, ResponseParser, message_of
 from gemmakit.text.spans import assistant_mask, assistant_spans
 from gemmakit.text.tools import tool_schema
-from gemmakit.text.vocabulary import TURN_TOKENS, Engine
+from gemmakit.text.vocabulary import LATER_TURN_TOKENS, TURN_TOKENS, Engine
 
 # Google's turns. What differs from the template in the released files: a system message is folded into the first user
 # turn instead of being refused, roles are checked by name, and a content may be a list of text parts.
@@ -57,6 +60,10 @@ GEMMA_TEMPLATE = """\
 
 _PRIVATE = range(0xE000, 0xF900)
 _MAX_DEPTH = 32
+# By which names a message may have what its model thought.
+THOUGHTS = ("reasoning", "reasoning_content", "thinking")
+# A template that reads messages of the role "tool"; older ones of Gemma 4 want results inside the message that called.
+_TOOL_ROLE = re.compile(r"""role['"]?\]?\s*[!=]=\s*['"]tool['"]""")
 
 
 class Chat:
@@ -69,7 +76,42 @@ class Chat:
     @property
     def end_of_turn_id(self) -> int | None:
         """The id that ends a turn, or None where the vocabulary has no turns."""
-        return self._engine.token_to_id(TURN_TOKENS[1])
+        found = (self._engine.token_to_id(turn[1]) for turn in (TURN_TOKENS, LATER_TURN_TOKENS))
+        return next((index for index in found if index is not None), None)
+
+    @property
+    def response_form(self) -> ResponseForm:
+        """How the model writes calls and thoughts: by the tokens of its vocabulary, or by those of its template."""
+        known = next((form for form in FORMS if self._engine.token_to_id(form.call) is not None), None)
+        template = str(self.chat_template)
+        return known or next((form for form in FORMS if form.call in template), FUNCTION_GEMMA)
+
+    @property
+    def answer_ends(self) -> list[int]:
+        """The ids that end an answer in a chat: that of a turn's end, and with which a model waits for results."""
+        waits = self._engine.token_to_id(self.response_form.results)
+        return [index for index in (self.end_of_turn_id, waits) if index is not None]
+
+    def parse_response(self: Any, response: Any, prompt: Sequence[int] = (), calls: bool = True) -> Any:
+        """An answer as the message that a conversation goes on with.
+
+        response: the ids that were generated, or their text with special tokens; a list of either gives a list.
+        prompt: the ids in front of them, which may have begun a thought. calls: False where nothing may be called.
+
+        Returns {"role": "assistant", "content": ...}, with "reasoning" where the model thought aloud, and "tool_calls"
+        where it called something. A call that is malformed or cut off is part of the content.
+        """
+        if isinstance(response, str):
+            parser = ResponseParser(form=self.response_form, calls=calls)
+            ends = [self.eos_token, *self.convert_ids_to_tokens(self.answer_ends)]
+            while end := next((end for end in ends if end and response.rstrip().endswith(end)), None):
+                response = response.rstrip().removesuffix(end)
+        else:
+            response = to_lists(response)
+            if response and isinstance(response[0], (list, str)):
+                return [self.parse_response(one, prompt, calls) for one in response]
+            parser = ResponseParser(self, prompt=prompt, calls=calls)
+        return message_of([*parser.push(response), *parser.finish()])
 
     def get_chat_template(self, chat_template: str | None = None, tools: Any = None) -> str:
         """The template in use: `chat_template` (a source, or one name of several), the tokenizer's, or Gemma's own."""
@@ -109,7 +151,10 @@ class Chat:
         and assistant; a system message may come first: it is put in front of the first user message, or refused with
         `system="refuse"`. A content may be a list of `{"type": "text", "text": ...}`: to every template it is the text
         of its parts, each without the spaces around it where there are several.
+        An assistant's message may have `reasoning`, what it thought, and `tool_calls`; a message of the role "tool"
+        has what came of one. Which old thoughts a model is told again, the template decides.
         tools: what the model may call: Python functions with a docstring, or JSON schemas (`tools.tool_schema`).
+        template_variables: whatever else the template reads, such as enable_thinking=True for Gemma 4.
         add_generation_prompt: end with the opening of the model's turn.
         continue_final_message: leave the last message open so that the model goes on with it.
         return_assistant_tokens_mask: add `assistant_masks`, 1 for what the assistant says in each of its turns and for
@@ -128,11 +173,12 @@ class Chat:
             raise InputError(f"system is {system!r}; it must be 'fold' or 'refuse'.")
         chats, batched = _chats(conversation)
         source = self.get_chat_template(chat_template, tools)
-        if source == GEMMA_TEMPLATE and self.end_of_turn_id is None:
+        if source == GEMMA_TEMPLATE and self._engine.token_to_id(TURN_TOKENS[1]) is None:
             raise InputError(
                 f"this vocabulary has no {' and '.join(TURN_TOKENS)}, so that Gemma's turns would be mere words to the "
                 "model. Pass the checkpoint's own template as chat_template=."
             )
+        chats = [_as_read(chat, source, self.response_form) for chat in chats]
         variables = {"tools": self._schemas(tools, source), "documents": documents, **template_variables}
         marks = _Marks(self, source, [chats, variables]) if tokenize else None
         settled = {**self.special_tokens_map, "add_generation_prompt": add_generation_prompt, "system": system}
@@ -178,6 +224,16 @@ class Chat:
         return part
 
 
+_SETTLED = frozenset(inspect.signature(Chat.apply_chat_template).parameters) | {"messages"}
+
+
+def free_variables(given: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """chat_template_kwargs as `template_variables`. Raises InputError for what the conversation itself decides."""
+    if taken := sorted(set(given or ()) & _SETTLED):
+        raise InputError(f"chat_template_kwargs has {', '.join(taken)}, which the conversation itself decides.")
+    return given or {}
+
+
 def _chats(conversation: Any) -> tuple[list[list[dict[str, Any]]], bool]:
     """The conversations as lists of dictionaries, checked, without the keys that are None."""
     batched = (
@@ -221,6 +277,43 @@ def _check_content(role: str, content: Any, others: set[str], index: int) -> Non
             f"message {index} has {found}; it must be a text, or a list of {{'type': 'text', 'text': ...}}. "
             "Leave the message out if nothing was said."
         )
+
+
+def _as_read(chat: list[dict[str, Any]], source: str, form: ResponseForm) -> list[dict[str, Any]]:
+    """The messages as the template reads them: thoughts under each of its names, and never in the content."""
+    found = [_with_thoughts(message, form) for message in chat]
+    return found if "tool_responses" not in source or _TOOL_ROLE.search(source) else _with_results(found)
+
+
+def _with_thoughts(message: dict[str, Any], form: ResponseForm) -> dict[str, Any]:
+    if message["role"] not in ("assistant", "model"):
+        return message
+    content, thought = message.get("content"), next((message[name] for name in THOUGHTS if message.get(name)), None)
+    found = message if thought is None else {**message, **dict.fromkeys(THOUGHTS, thought)}
+    # Its template drops them too, but sees no token in a guarded text.
+    return {**found, "content": form.without_thoughts(content)} if isinstance(content, str) else found
+
+
+def _with_results(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What tools gave back, and what was said of it next, inside the message that called them."""
+    found: list[dict[str, Any]] = []
+    caller: dict[str, Any] | None = None
+    for message in chat:
+        results: list[Any] = [] if caller is None else caller.get("tool_responses", [])
+        if caller is not None and message["role"] == "tool":
+            names = {call.get("id"): call["function"]["name"] for call in caller["tool_calls"]}
+            name = message.get("name") or names.get(message.get("tool_call_id"), "unknown")
+            caller["tool_responses"] = [*results, {"name": name, "response": message.get("content")}]
+        elif caller is not None and results and not caller.get("content") and _only_says(message):
+            caller["content"], caller = message.get("content"), None
+        else:
+            found.append(dict(message))
+            caller = found[-1] if message.get("tool_calls") else None
+    return found
+
+
+def _only_says(message: dict[str, Any]) -> bool:
+    return message["role"] == "assistant" and not message.get("tool_calls")
 
 
 def _has_type(part: Any) -> bool:

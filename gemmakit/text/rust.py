@@ -12,12 +12,12 @@ from gemmakit.errors import InputError, TokenizerError
 from gemmakit.text.tokenizer import TokenizerBase
 from gemmakit.text.vocabulary import (
     SPACE,
-    TURN_TOKENS,
     AddedToken,
     AddedTokens,
     Engine,
     Offsets,
     check_text,
+    is_control,
     merge_added,
 )
 from gemmakit.text.vocabulary_files import (
@@ -199,8 +199,7 @@ def added_tokens_of(model: ModelFile) -> AddedTokens:
         if piece.type in (CONTROL, UNKNOWN):
             added[index] = AddedToken(piece.text, normalized=False, special=True)
         elif piece.type == USER_DEFINED:
-            special = piece.text in TURN_TOKENS or piece.text == "<mask>"
-            added[index] = AddedToken(piece.text, normalized=SPACE in piece.text, special=special)
+            added[index] = AddedToken(piece.text, normalized=SPACE in piece.text, special=is_control(piece.text))
     return added
 
 

@@ -23,6 +23,11 @@ class Decoder(Protocol):
         """The text still held back. The decoder can be used again afterwards."""
         ...
 
+    @property
+    def held(self) -> str:
+        """The text still held back, as it would be if nothing more came."""
+        ...
+
 
 class IncrementalDecoder:
     """Turns a stream of ids into a stream of text that never has to be taken back.
@@ -64,6 +69,11 @@ class IncrementalDecoder:
         self._last = None
         return self._held()
 
+    @property
+    def held(self) -> str:
+        """The text still held back, as it would be if nothing more came."""
+        return bytes_to_text(self._bytes)
+
     def _held(self) -> str:
         text = bytes_to_text(self._bytes)
         self._bytes.clear()
@@ -89,6 +99,10 @@ class CleanedDecoder:
         text = self._new(self._clean(self._raw + self._decoder.finish()))
         self._raw, self._given = "", 0
         return text
+
+    @property
+    def held(self) -> str:
+        return self._clean(self._raw + self._decoder.held)[self._given :]
 
     def _new(self, certain: str) -> str:
         new = certain[self._given :]

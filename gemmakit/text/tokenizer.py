@@ -14,7 +14,6 @@ from gemmakit.text.encoding import SIDES, one_of, to_lists
 from gemmakit.text.files import Saving
 from gemmakit.text.stream import CleanedDecoder, Decoder, IncrementalDecoder
 from gemmakit.text.vocabulary import (
-    TURN_TOKENS,
     AddedToken,
     Engine,
     ShownPieces,
@@ -370,4 +369,4 @@ def _listed(value: Any) -> list[Any]:
     return list(value.values()) if isinstance(value, Mapping) else list(value)
 
 
-__all__ = ["NO_LIMIT", "TURN_TOKENS", "TokenizerBase"]
+__all__ = ["NO_LIMIT", "TokenizerBase"]

@@ -1,4 +1,4 @@
-"""Tools: Python functions as the JSON schemas that templates show a model, and the calls it writes, read back."""
+"""Tools: Python functions as the JSON schemas that templates show a model, and a call it writes, read back."""
 
 from __future__ import annotations
 
@@ -16,9 +16,6 @@ from gemmakit.errors import InputError
 
 Schema = dict[str, Any]
 ToolCall = dict[str, Any]
-
-# FunctionGemma's tokens: around a call, and on both sides of every string in it.
-CALL, CALL_END, QUOTE = "<start_function_call>", "<end_function_call>", "<escape>"
 
 _MAX_DEPTH = 32
 _NONE: Any = type(None)
@@ -159,91 +156,18 @@ def _choices(text: str, where: str) -> list[Any]:
         raise InputError(f"{where}: the choices {text!r} are not a JSON list: {error}.") from None
 
 
-# -- a model's text to calls -------------------------------------------------------------------------------------------
+# -- a call read back -----------------------------------------------------------------------------------------------
 
 
-def parse_tool_calls(text: str) -> list[ToolCall]:
-    """The calls in a model's text, in their order: [{"name": ..., "arguments": {...}}].
+def read_call(body: str, quote: str) -> ToolCall:
+    """The call that `call:f{x:1,y:"a"}` is, its strings inside a `quote` on either side.
 
-    They are written as FunctionGemma does, `<start_function_call>call:f{x:1,y:<escape>a<escape>}<end_function_call>`;
-    text around them is passed over. Raises InputError for a call that is malformed or has no end.
+    Raises InputError where it is malformed.
     """
-    calls: list[ToolCall] = []
-    for part in _parts(text, final=True)[0]:
-        if isinstance(part, dict):
-            calls.append(part)
-        elif part.startswith(CALL):
-            _call(part)  # says what is wrong with it
-    return calls
-
-
-class ToolCallParser:
-    """Takes a model's text as it comes and tells calls from text.
-
-    `push` gives what is certain now, `finish` the rest: strings, and calls as {"name", "arguments"}, in their order.
-    Nothing is lost: a call that is malformed, or cut off by the end, is given as the text that it is.
-    """
-
-    def __init__(self) -> None:
-        self._held = ""
-
-    def push(self, text: str) -> list[str | ToolCall]:
-        """Take the next piece of text."""
-        parts, self._held = _parts(self._held + text, final=False)
-        return parts
-
-    def finish(self) -> list[str | ToolCall]:
-        """What was held back. The parser can be used again afterwards."""
-        parts, self._held = _parts(self._held, final=True)
-        return parts
-
-
-def _parts(text: str, final: bool) -> tuple[list[str | ToolCall], str]:
-    """Text and calls, and the end of the text of which nothing is certain yet."""
-    parts: list[str | ToolCall] = []
-    while text:
-        start = text.find(CALL)
-        if start < 0:
-            start = len(text) if final else _beginning(text)
-            return parts + ([text[:start]] if start else []), text[start:]
-        if start:
-            parts.append(text[:start])
-        stop = _end(text, start)
-        if stop is None:
-            return ([*parts, text[start:]], "") if final else (parts, text[start:])
-        try:
-            parts.append(_call(text[start:stop]))
-        except InputError:
-            parts.append(text[start:stop])
-        text = text[stop:]
-    return parts, ""
-
-
-def _beginning(text: str) -> int:
-    """Where a call may be beginning at the end of `text`."""
-    sizes = range(min(len(CALL) - 1, len(text)), 0, -1)
-    return len(text) - next((size for size in sizes if CALL.startswith(text[-size:])), 0)
-
-
-def _end(text: str, start: int) -> int | None:
-    """Where the call at `start` ends: after the first end that no quotes enclose."""
-    place, stop = start, text.find(CALL_END, start)
-    quoted = False
-    while stop >= 0:
-        quoted ^= text.count(QUOTE, place, stop) % 2 == 1
-        place, after = stop, stop + len(CALL_END)
-        if not quoted:
-            return after
-        stop = text.find(CALL_END, after)
-    return None
-
-
-def _call(text: str) -> ToolCall:
-    body = text.removeprefix(CALL).removesuffix(CALL_END)
     head = re.match(r"\s*call:\s*([\w.\-]+)\s*(?={)", body)
-    if body == text or not text.endswith(CALL_END) or head is None:
-        raise InputError(f"{text[:80]!r} is no call: {CALL}call:name{{...}}{CALL_END} is.")
-    reader = _Reader(body, head.end())
+    if head is None:
+        raise InputError(f"{body[:80]!r} is no call: call:name{{...}} is.")
+    reader = _Reader(body, head.end(), quote)
     arguments = reader.value()
     reader.skip()
     if reader.place != len(body):
@@ -252,10 +176,10 @@ def _call(text: str) -> ToolCall:
 
 
 class _Reader:
-    """Values as FunctionGemma writes them: JSON with quotes of its own, and names without any."""
+    """Values as Gemma writes them: JSON with quotes of its own, and names without any."""
 
-    def __init__(self, text: str, place: int) -> None:
-        self.text, self.place, self.depth = text, place, 0
+    def __init__(self, text: str, place: int, quote: str) -> None:
+        self.text, self.place, self.quote, self.depth = text, place, quote, 0
 
     def wrong(self, expected: str) -> InputError:
         found = self.text[self.place : self.place + 20]
@@ -277,10 +201,10 @@ class _Reader:
             return dict(self._items("}", self._pair))
         if self.take("["):
             return self._items("]", self.value)
-        return self._quoted() if self.take(QUOTE) else _bare(self._word(",]}"))
+        return self._quoted() if self.take(self.quote) else _bare(self._word(",]}"))
 
     def _pair(self) -> tuple[str, Any]:
-        key = self._quoted() if self.take(QUOTE) else self._word(":,]}")
+        key = self._quoted() if self.take(self.quote) else self._word(":,]}")
         if not self.take(":"):
             raise self.wrong("':'")
         return key, self.value()
@@ -298,10 +222,10 @@ class _Reader:
         return found
 
     def _quoted(self) -> str:
-        end = self.text.find(QUOTE, self.place)
+        end = self.text.find(self.quote, self.place)
         if end < 0:
-            raise self.wrong(QUOTE)
-        found, self.place = self.text[self.place : end], end + len(QUOTE)
+            raise self.wrong("the end of a string")
+        found, self.place = self.text[self.place : end], end + len(self.quote)
         return found
 
     def _word(self, ends: str) -> str:

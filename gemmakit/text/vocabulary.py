@@ -13,13 +13,17 @@ from typing import Any, Protocol
 from gemmakit.errors import TokenizerError, TokenOutOfRange
 
 SPACE = "▁"
+# What begins and ends a turn: up to Gemma 3, and in Gemma 4.
 TURN_TOKENS = ("<start_of_turn>", "<end_of_turn>")
+LATER_TURN_TOKENS = ("<|turn>", "<turn|>")
 Offsets = list[tuple[int, int]]
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 # Gemma has a token for each of these tags, opening and closing; they are ordinary text.
 _TAGS = "table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|blockquote|strong|em|b|i|u|s|sub|sup|code"
 _TAG = re.compile(f"</?(?:{_TAGS})>")
+# Tokens that steer: turns and <mask>, and in Gemma 4 whatever opens as <|name>, closes as <name|>, or is <|name|>.
+_CONTROL = re.compile(r'<(?:start|end)_of_turn>|<mask>|<\|(?:[a-z_]+|")\|?>|<[a-z_]+\|>')
 
 
 @dataclass(frozen=True)
@@ -152,6 +156,11 @@ def is_structural(token: AddedToken) -> bool:
     """True for tokens that only a program should write: specials, turns, unused tokens; not runs of space, not tags."""
     text = token.content
     return token.special or not (_TAG.fullmatch(text) or not text.strip(SPACE + " \n\t\r"))
+
+
+def is_control(text: str) -> bool:
+    """True for a user-defined piece of a vocabulary that is a special token all the same."""
+    return _CONTROL.fullmatch(text) is not None
 
 
 def alternatives(tokens: Iterable[AddedToken]) -> str:

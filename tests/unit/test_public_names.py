@@ -19,7 +19,9 @@ PAGES = sorted((Path(__file__).resolve().parents[2] / "docs" / "reference").glob
 # Public by their module, as the documents import them.
 BY_MODULE = {
     "gemmakit.utils.attention_visualizer": ["AttentionMaskVisualizer"],
-    "gemmakit.text.tools": ["tool_schema", "parse_tool_calls", "ToolCallParser"],
+    "gemmakit.text.tools": ["tool_schema"],
+    "gemmakit.text.response": ["parse_tool_calls", "ResponseParser", "ResponseForm", "Thought"],
+    "gemmakit.text.call_grammar": ["call_grammar"],
     "gemmakit.text.prompts": ["Prompts"],
     "gemmakit.flax": None,
 }

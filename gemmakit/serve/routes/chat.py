@@ -11,8 +11,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from gemmakit.pytorch.decode.batch import Event
-from gemmakit.serve.conversation import Call
-from gemmakit.serve.generation import Answers, Choice
+from gemmakit.serve.conversation import Call, thinks_by_effort
+from gemmakit.serve.generation import Answers, Choice, text_of, thought_of
 from gemmakit.serve.protocol import ChatRequest
 from gemmakit.serve.refusals import Refusal
 from gemmakit.serve.served import NEVER, ServedModel
@@ -36,6 +36,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
         tools=body.tools,
         tool_choice=body.tool_choice,
         parallel=body.parallel_tool_calls is not False,
+        thinks=thinks_by_effort(body.reasoning_effort),
         max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
         stop=body.stop,
         response_format=body.response_format,
@@ -84,10 +85,14 @@ async def _chunks(served: ServedModel, answers: Answers, head: dict[str, Any], u
         yield chunk(choice.index, {"role": "assistant", "content": ""})
     async for choice, event in answers:
         scores, called = _scores(served, [event]), len(choice.calls)
-        text = "".join(part for part in choice.fresh if isinstance(part, str))
+        text, thought = text_of(choice.fresh), thought_of(choice.fresh)
         new = [part for part in choice.fresh if isinstance(part, Call)]
-        if text or scores:
-            yield chunk(choice.index, {"content": text}, logprobs=scores)
+        if text or thought or scores:
+            yield chunk(
+                choice.index,
+                {**_thought(thought), **({} if thought and not text else {"content": text})},
+                logprobs=scores,
+            )
         if new:
             calls = [{"index": i, **_call(call)} for i, call in enumerate(new, called - len(new))]
             yield chunk(choice.index, {"tool_calls": calls})
@@ -99,7 +104,7 @@ async def _chunks(served: ServedModel, answers: Answers, head: dict[str, Any], u
 
 
 def _choice(served: ServedModel, choice: Choice) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+    message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None, **_thought(choice.thought)}
     if choice.calls:
         message |= {"content": choice.text or None, "tool_calls": [_call(call) for call in choice.calls]}
     return {
@@ -108,6 +113,11 @@ def _choice(served: ServedModel, choice: Choice) -> dict[str, Any]:
         "logprobs": _scores(served, choice.events),
         "finish_reason": choice.finish_reason,
     }
+
+
+def _thought(text: str) -> dict[str, str]:
+    """A thought by both of the names that clients look for."""
+    return {"reasoning_content": text, "reasoning": text} if text else {}
 
 
 def _call(call: Call) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from gemmakit.serve.conversation import Call
+from gemmakit.serve import protocol
+from gemmakit.serve.conversation import Call, Part, ToolChoice, chosen_tools, template_variables
 from gemmakit.serve.generation import Answers, Choice
 from gemmakit.serve.protocol import (
     AnthropicChoice,
@@ -21,7 +22,8 @@ from gemmakit.serve.protocol import (
     Function,
     Message,
     MessagesRequest,
-    Part,
+    NamedFunction,
+    NamedTool,
     Tool,
     ToolCall,
     Turn,
@@ -30,6 +32,7 @@ from gemmakit.serve.refusals import Refusal
 from gemmakit.serve.served import ServedModel
 from gemmakit.serve.service import service_of
 from gemmakit.serve.stream import STREAMED, EventStream, line, while_there
+from gemmakit.text.response import Thought
 
 router = APIRouter(tags=["anthropic"])
 REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
@@ -49,6 +52,7 @@ async def messages(body: MessagesRequest, request: Request) -> Response:
         tools=_tools(body.tools),
         tool_choice=_choice(choice),
         parallel=choice is None or not choice.disable_parallel_tool_use,
+        thinks=_thinks(body),
         max_tokens=body.max_tokens,
         stop=body.stop_sequences,
     )
@@ -69,9 +73,10 @@ async def messages(body: MessagesRequest, request: Request) -> Response:
 async def count_tokens(body: CountRequest, request: Request) -> dict[str, int]:
     """How many tokens a conversation is."""
     service = service_of(request)
-    service.ready(body.model)
+    served = service.ready(body.model)
     service.count_unknown(body)
-    prompt, _ = await service.prompt(_messages(body), _tools(body.tools), _choice(body.tool_choice))
+    use = chosen_tools(_tools(body.tools), _choice(body.tool_choice), True, served.has_tools)
+    prompt = await service.prompt(_messages(body), use, template_variables(None, _thinks(body), served.has_thinking))
     return {"input_tokens": len(prompt)}
 
 
@@ -90,8 +95,9 @@ def _messages(body: CountRequest) -> list[Message]:
 def _turn(turn: Turn, place: int) -> list[Message]:
     """A turn's blocks: what came of calls first, then what is said and called."""
     found: list[Message] = []
-    said: list[Part] = []
+    said: list[protocol.Part] = []
     calls: list[ToolCall] = []
+    thoughts = ""
     for block in turn.content:
         assert isinstance(block, Block)
         if block.type == "tool_result":
@@ -100,12 +106,15 @@ def _turn(turn: Turn, place: int) -> list[Message]:
             arguments = json.dumps(block.input or {})
             calls.append(ToolCall(id=block.id, function=CalledFunction(name=block.name or "", arguments=arguments)))
         elif block.type == "text":
-            said.append(Part(type="text", text=block.text or ""))
-        elif block.type not in ("thinking", "redacted_thinking"):  # what a model thought is not said again
+            said.append(protocol.Part(type="text", text=block.text or ""))
+        elif block.type == "thinking":
+            thoughts += block.thinking or ""
+        elif block.type != "redacted_thinking":
             said_ = f"messages[{place}] holds a block of type {block.type!r:.80}, but gemmakit reads text only."
             raise Refusal(400, said_, param=f"messages[{place}].content")
-    if said or calls or not found:
-        found.append(Message(role=turn.role, content=said or "", tool_calls=calls or None))
+    if said or calls or thoughts or not found:
+        answer = Message(role=turn.role, content=said or "", tool_calls=calls or None, reasoning=thoughts or None)
+        found.append(answer)
     return found
 
 
@@ -118,10 +127,16 @@ def _tools(tools: Sequence[AnthropicTool] | None) -> list[Tool] | None:
     ]
 
 
-def _choice(choice: AnthropicChoice | None) -> str | None:
+def _choice(choice: AnthropicChoice | None) -> ToolChoice:
     if choice is None:
         return None
-    return {"any": "required", "tool": "required"}.get(choice.type, choice.type)
+    if choice.type == "tool":
+        return NamedTool(type="function", function=NamedFunction(name=choice.name or ""))
+    return "required" if choice.type == "any" else choice.type
+
+
+def _thinks(body: CountRequest) -> bool | None:
+    return None if body.thinking is None else body.thinking.type != "disabled"
 
 
 # -- from an answer ----------------------------------------------------------------------------------------------------
@@ -154,21 +169,28 @@ def _usage(answers: Answers) -> dict[str, Any]:
     }
 
 
-def _block(part: str | Call) -> dict[str, Any]:
+def _block(part: Part) -> dict[str, Any]:
     if isinstance(part, Call):
         return {"type": "tool_use", "id": part.id, "name": part.name, "input": part.arguments}
+    if isinstance(part, Thought):
+        return {"type": "thinking", "thinking": part.text, "signature": ""}
     return {"type": "text", "text": part}
 
 
 def _blocks(choice: Choice) -> list[dict[str, Any]]:
-    """Pieces of text that follow one another are one block."""
+    """Pieces of text, or of a thought, that follow one another are one block."""
     found: list[dict[str, Any]] = []
-    for part in choice.parts:
-        if isinstance(part, str) and found and found[-1]["type"] == "text":
-            found[-1]["text"] += part
+    for block in map(_block, choice.parts):
+        kind = block["type"]
+        if kind in _GROWS and found and found[-1]["type"] == kind:
+            found[-1][kind] += block[kind]
         else:
-            found.append(_block(part))
+            found.append(block)
     return found
+
+
+# Blocks that grow piece by piece, by what they are called.
+_GROWS = {"text": "text_delta", "thinking": "thinking_delta"}
 
 
 async def _events(
@@ -181,23 +203,24 @@ async def _events(
 
     begun = {**head, "content": [], "stop_reason": None, "stop_sequence": None}
     yield event("message_start", message={**begun, "usage": {"input_tokens": 0, "output_tokens": 0}})
-    place, open_ = -1, False  # the newest block, and whether it is text that goes on
+    place, open_ = -1, ""  # the newest block, and what it is called where it goes on
     async for choice, _ in answers:
         for part in choice.fresh:
-            text = isinstance(part, str)
-            if open_ and not text:
+            block = _block(part)
+            kind = block["type"]
+            if open_ and open_ != kind:
                 yield event("content_block_stop", index=place)
-            if not (open_ and text):
+            if open_ != kind or kind not in _GROWS:
                 place += 1
-                empty = {"text": ""} if text else {"input": {}}
-                yield event("content_block_start", index=place, content_block={**_block(part), **empty})
-            open_ = text
-            if isinstance(part, str):
-                yield event("content_block_delta", index=place, delta={"type": "text_delta", "text": part})
-            else:
+                empty = {kind: ""} if kind in _GROWS else {"input": {}}
+                yield event("content_block_start", index=place, content_block={**block, **empty})
+            open_ = kind if kind in _GROWS else ""
+            if isinstance(part, Call):
                 delta = {"type": "input_json_delta", "partial_json": part.json_arguments}
                 yield event("content_block_delta", index=place, delta=delta)
                 yield event("content_block_stop", index=place)
+            else:
+                yield event("content_block_delta", index=place, delta={"type": _GROWS[kind], kind: block[kind]})
     if open_:
         yield event("content_block_stop", index=place)
     yield event("message_delta", delta=_end(served, answers.choices[0], stops), usage=_usage(answers))

@@ -10,7 +10,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from gemmakit.serve.conversation import Call
+from gemmakit.serve import protocol
+from gemmakit.serve.conversation import Call, Part, ToolChoice, thinks_by_effort
 from gemmakit.serve.generation import Answers
 from gemmakit.serve.protocol import (
     CalledFunction,
@@ -18,7 +19,8 @@ from gemmakit.serve.protocol import (
     Function,
     InputItem,
     Message,
-    Part,
+    NamedFunction,
+    NamedTool,
     ResponseFormat,
     ResponsesRequest,
     Tool,
@@ -27,6 +29,7 @@ from gemmakit.serve.protocol import (
 from gemmakit.serve.refusals import Refusal, refusal_of
 from gemmakit.serve.service import service_of
 from gemmakit.serve.stream import STREAMED, EventStream, line, while_there
+from gemmakit.text.response import Thought
 
 router = APIRouter(tags=["openai"])
 # Parts of a message that are text, whoever said it.
@@ -40,14 +43,14 @@ async def responses(body: ResponsesRequest, request: Request) -> Response:
     served = service.ready(body.model)
     service.count_unknown(body)
     _refuse(body)
-    choice = body.tool_choice
     answers = await service.chat(
         request,
         body,
         _messages(body),
         tools=_tools(body.tools),
-        tool_choice=choice if choice is None or isinstance(choice, str) else "required",
+        tool_choice=_choice(body),
         parallel=body.parallel_tool_calls is not False,
+        thinks=None if body.reasoning is None else thinks_by_effort(body.reasoning.effort),
         max_tokens=body.max_output_tokens,
         stop=body.stop,
         response_format=_format(body),
@@ -79,9 +82,28 @@ def _messages(body: ResponsesRequest) -> list[Message]:
     found = [] if body.instructions is None else [Message(role="system", content=body.instructions)]
     if isinstance(body.input, str):
         return [*found, Message(role="user", content=body.input)]
+    thought = ""
     for place, item in enumerate(body.input):
-        found.append(_message(item, place))
+        if item.type == "reasoning":
+            thought += "".join(part.text or "" for part in item.content or () if isinstance(part, protocol.Part))
+            continue
+        message = _message(item, place)
+        if message.role == "assistant" and thought:
+            message.reasoning, thought = thought, ""
+        last = found[-1] if found else None
+        # Calls are items of their own, and yet of the turn in which they were made.
+        if message.tool_calls and not message.reasoning and last is not None and last.role == "assistant":
+            last.tool_calls = [*(last.tool_calls or ()), *message.tool_calls]
+        else:
+            found.append(message)
     return found
+
+
+def _choice(body: ResponsesRequest) -> ToolChoice:
+    choice = body.tool_choice
+    if choice is None or isinstance(choice, str):
+        return choice
+    return NamedTool(type="function", function=NamedFunction(name=choice.name))
 
 
 def _message(item: InputItem, place: int) -> Message:
@@ -95,10 +117,10 @@ def _message(item: InputItem, place: int) -> Message:
     return Message(role=item.role, content=_texts(item.content))
 
 
-def _texts(content: str | list[Part] | None) -> str | list[Part] | None:
+def _texts(content: str | list[protocol.Part] | None) -> str | list[protocol.Part] | None:
     if not isinstance(content, list):
         return content
-    return [Part(type="text", text=part.text) if part.type in TEXTS else part for part in content]
+    return [protocol.Part(type="text", text=part.text) if part.type in TEXTS else part for part in content]
 
 
 def _tools(tools: Sequence[FlatTool] | None) -> list[Tool] | None:
@@ -120,6 +142,7 @@ def _format(body: ResponsesRequest) -> ResponseFormat | None:
 
 def _head(body: ResponsesRequest, name: str) -> dict[str, Any]:
     """A response before anything is said."""
+    choice = body.tool_choice
     return {
         "id": f"resp_{secrets.token_hex(16)}",
         "object": "response",
@@ -138,33 +161,45 @@ def _head(body: ResponsesRequest, name: str) -> dict[str, Any]:
         "temperature": body.temperature,
         "top_p": body.top_p,
         "text": {"format": {"type": "text"}} if body.text is None else body.text.model_dump(by_alias=True),
-        "tool_choice": body.tool_choice if isinstance(body.tool_choice, str) else "auto",
+        "tool_choice": "auto" if choice is None else choice if isinstance(choice, str) else choice.model_dump(),
+        "reasoning": {"effort": None if body.reasoning is None else body.reasoning.effort, "summary": None},
         "tools": [tool.model_dump() for tool in body.tools or ()],
         "truncation": "disabled",
         "usage": None,
     }
 
 
+# Items that grow piece by piece: what begins their id, and what their one part is called.
+_GROWS = {"message": ("msg", "output_text"), "reasoning": ("rs", "reasoning_text")}
+
+
 class _Items:
-    """The output as it grows: messages, and calls between them."""
+    """The output as it grows: messages, thoughts, and calls between them."""
 
     def __init__(self) -> None:
         self.items: list[dict[str, Any]] = []
-        self.open = False  # whether the last one is a message that goes on
+        self.open = False  # whether the last one goes on
 
-    def add(self, part: str | Call) -> dict[str, Any] | None:
+    def add(self, part: Part) -> dict[str, Any] | None:
         """The item that begins with this part, or None where it goes on with the last."""
-        if isinstance(part, str) and self.open:
-            self.items[-1]["content"][0]["text"] += part
+        if isinstance(part, Call):
+            self.open = False
+            call = {"call_id": part.id, "name": part.name, "arguments": part.json_arguments}
+            return self._begin("fc", {"type": "function_call", **call})
+        kind, text = ("reasoning", part.text) if isinstance(part, Thought) else ("message", part)
+        if self.open and self.items[-1]["type"] == kind:
+            self.items[-1]["content"][0]["text"] += text
             return None
-        self.open = isinstance(part, str)
-        if isinstance(part, str):
-            content = [{"type": "output_text", "text": part, "annotations": [], "logprobs": []}]
-            item: dict[str, Any] = {"type": "message", "role": "assistant", "content": content}
-        else:
-            item = {"type": "function_call", "call_id": part.id, "name": part.name, "arguments": part.json_arguments}
-        kind = "msg" if self.open else "fc"
-        self.items.append({"id": f"{kind}_{secrets.token_hex(12)}", "status": "completed", **item})
+        self.open = True
+        prefix, name = _GROWS[kind]
+        content: dict[str, Any] = {"type": name, "text": text}
+        if kind == "message":
+            content |= {"annotations": [], "logprobs": []}
+        more: dict[str, Any] = {"role": "assistant"} if kind == "message" else {"summary": []}
+        return self._begin(prefix, {"type": kind, **more, "content": [content]})
+
+    def _begin(self, prefix: str, item: dict[str, Any]) -> dict[str, Any]:
+        self.items.append({"id": f"{prefix}_{secrets.token_hex(12)}", "status": "completed", **item})
         return self.items[-1]
 
 
@@ -174,7 +209,7 @@ def _ended(head: dict[str, Any], items: _Items, answers: Answers) -> dict[str, A
         "input_tokens": usage["prompt_tokens"],
         "input_tokens_details": usage["prompt_tokens_details"],
         "output_tokens": usage["completion_tokens"],
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": usage["completion_tokens_details"],
         "total_tokens": usage["total_tokens"],
     }
     whole = {**head, "status": "completed", "output": items.items, "usage": told}
@@ -214,7 +249,7 @@ async def _events(answers: Answers, head: dict[str, Any]) -> AsyncIterator[str]:
 Said = tuple[str, dict[str, Any]]
 
 
-def _told(items: _Items, part: str | Call) -> Iterator[Said]:
+def _told(items: _Items, part: Part) -> Iterator[Said]:
     """What a new part of the answer is told by: an item that ends, one that begins, its delta."""
     was_open = items.open
     began = items.add(part)
@@ -229,15 +264,17 @@ def _told(items: _Items, part: str | Call) -> Iterator[Said]:
         yield from _done(items.items[-1], place)
 
 
-def _delta(part: str | Call) -> Said:
-    if isinstance(part, str):
-        return "response.output_text.delta", {"content_index": 0, "delta": part, "logprobs": []}
-    return "response.function_call_arguments.delta", {"delta": part.json_arguments}
+def _delta(part: Part) -> Said:
+    if isinstance(part, Call):
+        return "response.function_call_arguments.delta", {"delta": part.json_arguments}
+    if isinstance(part, Thought):
+        return "response.reasoning_text.delta", {"content_index": 0, "delta": part.text}
+    return "response.output_text.delta", {"content_index": 0, "delta": part, "logprobs": []}
 
 
 def _begun(item: dict[str, Any], place: int) -> list[Said]:
     """That an item begins, empty."""
-    if item["type"] != "message":
+    if item["type"] not in _GROWS:
         empty = {**item, "status": "in_progress", "arguments": ""}
         return [("response.output_item.added", {"output_index": place, "item": empty})]
     where = {"item_id": item["id"], "output_index": place, "content_index": 0}
@@ -254,13 +291,14 @@ def _done(item: dict[str, Any], place: int) -> list[Said]:
     """That an item is whole."""
     last = ("response.output_item.done", {"output_index": place, "item": item})
     where = {"item_id": item["id"], "output_index": place}
-    if item["type"] != "message":
+    if item["type"] not in _GROWS:
         told = {**where, "name": item["name"], "arguments": item["arguments"]}
         return [("response.function_call_arguments.done", told), last]
     part = item["content"][0]
     where["content_index"] = 0
+    scores = {"logprobs": []} if item["type"] == "message" else {}
     return [
-        ("response.output_text.done", {**where, "text": part["text"], "logprobs": []}),
+        (f"response.{part['type']}.done", {**where, "text": part["text"], **scores}),
         ("response.content_part.done", {**where, "part": part}),
         last,
     ]

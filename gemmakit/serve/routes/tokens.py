@@ -7,10 +7,11 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from gemmakit.errors import TokenOutOfRange
-from gemmakit.serve.conversation import plain_messages, told_tools
+from gemmakit.serve.conversation import chosen_tools, plain_messages
 from gemmakit.serve.protocol import DetokenizeRequest, TemplateRequest, TokenizeRequest
 from gemmakit.serve.refusals import Refusal
 from gemmakit.serve.service import service_of
+from gemmakit.text.chat import free_variables
 
 router = APIRouter(tags=["tokens"])
 
@@ -24,7 +25,8 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
     if (body.prompt is None) == (body.messages is None):
         raise Refusal(400, "give prompt or messages, one of them.", param="prompt")
     if body.messages is not None:
-        tokens, _ = await service.prompt(body.messages, body.tools)
+        use = chosen_tools(body.tools, None, True, served.has_tools)
+        tokens = await service.prompt(body.messages, use, body.chat_template_kwargs)
     else:
         options = {"add_special_tokens": body.add_special_tokens}
         tokens = (await served.aside(served.tokenizer, body.prompt, **options))["input_ids"]
@@ -49,7 +51,8 @@ async def apply_template(body: TemplateRequest, request: Request) -> dict[str, A
     service = service_of(request)
     served = service.ready(body.model)
     service.count_unknown(body)
-    told = told_tools(body.tools, None, served.has_tools)
+    use = chosen_tools(body.tools, None, True, served.has_tools)
     messages = plain_messages(body.messages, served.has_developer)
-    options = {"tools": told, "add_generation_prompt": True, "tokenize": False}
+    options = {"tools": use.told, "add_generation_prompt": True, "tokenize": False}
+    options |= free_variables(body.chat_template_kwargs)
     return {"prompt": await served.aside(served.tokenizer.apply_chat_template, messages, **options)}

@@ -12,7 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemmakit.errors import InputError
-from gemmakit.text.tools import CALL, CALL_END, QUOTE, ToolCallParser, parse_tool_calls, tool_schema
+from gemmakit.text.response import FUNCTION_GEMMA, ResponseParser, parse_tool_calls
+from gemmakit.text.tools import tool_schema
+
+CALL, CALL_END, QUOTE = FUNCTION_GEMMA.call, FUNCTION_GEMMA.call_end, FUNCTION_GEMMA.quote
 
 
 class Unit(enum.Enum):
@@ -220,7 +223,7 @@ def test_calls_come_back_as_they_were_written(found: Any, rest: str, quoted_keys
     expected = [{"name": name, "arguments": arguments} for _, (name, arguments) in found]
     if CALL not in rest:
         assert parse_tool_calls(text) == expected
-    parser, parts, left = ToolCallParser(), [], text
+    parser, parts, left = ResponseParser(form=FUNCTION_GEMMA), [], text
     while left:
         size = data.draw(st.integers(1, 30))
         parts += parser.push(left[:size])
@@ -260,12 +263,12 @@ def test_a_word_without_quotes_is_text() -> None:
 def test_a_malformed_call_is_refused_and_its_text_kept(text: str) -> None:
     with pytest.raises(InputError, match="call"):
         parse_tool_calls(text)
-    parser = ToolCallParser()
+    parser = ResponseParser(form=FUNCTION_GEMMA)
     assert "".join(map(str, parser.push("a" + text) + parser.finish())) == "a" + text
 
 
 def test_text_comes_at_once_until_a_call_may_begin() -> None:
-    parser = ToolCallParser()
+    parser = ResponseParser(form=FUNCTION_GEMMA)
     assert parser.push("Let me see. <start") == ["Let me see. "]
     assert parser.push(" here") == ["<start here"]
     assert parser.push(call("f", {"x": "y"}) + "done") == [{"name": "f", "arguments": {"x": "y"}}, "done"]

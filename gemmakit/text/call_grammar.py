@@ -1,0 +1,197 @@
+"""A grammar of the calls that an answer must make: a JSON schema in the notation in which Gemma writes arguments."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+from gemmakit.text.response import ResponseForm
+
+Schema = Mapping[str, Any]
+
+# Names of arguments that stand without quotes; the notation ends others at the first of its own signs.
+_BARE = re.compile(r"[^\s:,{}\[\]<>\"']+")
+_WHOLE = r"-?(0|[1-9][0-9]{0,15})"
+_NUMBER = rf"{_WHOLE}(\.[0-9]{{1,15}})?([eE][+-]?[0-9]{{1,2}})?"
+_DEPTH = 12  # of schemas inside one another; what is deeper may be any value
+
+
+def call_grammar(
+    tokenizer: Any,
+    tools: Sequence[Schema],
+    *,
+    parallel: bool = True,
+    thought: bool = False,
+    thinking: bool = False,
+) -> str:
+    """What an answer may be that calls at least one of these tools, as a Lark grammar for generate(grammar=...).
+
+    Arguments come in the order of the alphabet, as templates write them, those that a schema requires always. What a
+    schema says of types, enum, const, properties, items, anyOf and its kin is followed, other limits are not.
+
+    tools: JSON schemas, as `tools.tool_schema` gives them. parallel: whether several calls may follow one another.
+    thought: whether a thought may come first. thinking: whether the prompt has begun one.
+    """
+    return _Grammar(tokenizer).of(tools, parallel, thought, thinking)
+
+
+class _Grammar:
+    def __init__(self, tokenizer: Any) -> None:
+        self.form: ResponseForm = tokenizer.response_form
+        known: Mapping[str, int] = tokenizer.added_tokens_encoder
+        self._ids = {name: known[name] for name in self.form.names if name in known}
+        self._rules: dict[str, str] = {}
+        self._names: dict[str, str] = {}  # of rules that are there, by what they say
+
+    def of(self, tools: Sequence[Schema], parallel: bool, thought: bool, thinking: bool) -> str:
+        form = self.form
+        calls = [self._call(cast(Schema, tool["function"])) for tool in tools]
+        self._rules["call"] = f"{self._mark(form.call)} ({' | '.join(calls)}) {self._mark(form.call_end)}"
+        start = "call+" if parallel else "call"
+        if form.thought and form.thought_end and (thought or thinking):
+            begun = "" if thinking else f"{self._mark(form.thought)} {_quoted(form.label)} "
+            text = f"{begun}TEXT? {self._mark(form.thought_end)}"
+            start = f"{text} {start}" if thinking else f"({text})? {start}"
+        # Of a token that is letters to the vocabulary the first character tells.
+        anything = r"/(.|\n)+/" if len(self._ids) == len(form.names) else r"/[^<]+/"
+        lines = [f"start: {start}", *(f"{name}: {rule}" for name, rule in self._rules.items()), f"TEXT: {anything}"]
+        return "\n".join(lines) + "\n"
+
+    def _mark(self, name: str) -> str:
+        """A token: by its id, so that no letters can stand for it."""
+        return f"<[{self._ids[name]}]>" if name in self._ids else _quoted(name)
+
+    def _rule(self, what: str) -> str:
+        if what not in self._names:
+            self._names[what] = f"r{len(self._names)}"
+            self._rules[self._names[what]] = what
+        return self._names[what]
+
+    def _call(self, function: Schema) -> str:
+        parameters: Schema = function.get("parameters") or {"type": "object", "properties": {}}
+        body = self._object(parameters, parameters, 0)
+        return f"{_quoted('call:' + function['name'])} {body}"
+
+    def _value(self, schema: Any, root: Schema, depth: int) -> str:
+        """A rule, or what may stand in place of one."""
+        if not isinstance(schema, Mapping) or depth > _DEPTH:
+            return self._anything()
+        schema = _followed(cast(Schema, schema), root)
+        if "const" in schema:
+            return self._literal(schema["const"])
+        if isinstance(schema.get("enum"), list) and schema["enum"]:
+            return self._either(map(self._literal, schema["enum"]))
+        for several in ("anyOf", "oneOf"):
+            if isinstance(schema.get(several), list) and schema[several]:
+                return self._either(self._value(one, root, depth + 1) for one in schema[several])
+        kinds = schema.get("type")
+        listed: list[Any] = list(kinds) if isinstance(kinds, list) else [kinds]
+        if schema.get("nullable") is True and "null" not in listed:
+            listed.append("null")
+        return self._either(self._kind(kind, schema, root, depth) for kind in listed)
+
+    def _kind(self, kind: Any, schema: Schema, root: Schema, depth: int) -> str:
+        match str(kind).lower():
+            case "string":
+                return self._string()
+            case "integer":
+                return f"/{_WHOLE}/"
+            case "number":
+                return f"/{_NUMBER}/"
+            case "boolean":
+                return '("true" | "false")'
+            case "null":
+                return '"null"'
+            case "array":
+                return self._array(schema, root, depth)
+            case "object":
+                return self._object(schema, root, depth)
+            case _:
+                return self._object(schema, root, depth) if "properties" in schema else self._anything()
+
+    def _string(self) -> str:
+        quote = self._mark(self.form.quote)
+        return self._rule(f"{quote} TEXT? {quote}")
+
+    def _anything(self) -> str:
+        if "value" not in self._rules:
+            self._rules["value"] = ""  # it holds itself
+            pair = self._rule(f"/{_BARE.pattern}/ {_quoted(':')} value")
+            plain = f'{self._string()} | /{_NUMBER}/ | "true" | "false" | "null"'
+            self._rules["value"] = f'{plain} | "[" (value ("," value)*)? "]" | "{{" ({pair} ("," {pair})*)? "}}"'
+            self._rules["pair"] = pair
+        return "value"
+
+    def _either(self, rules: Iterator[str] | Any) -> str:
+        found = list(dict.fromkeys(rules))
+        return found[0] if len(found) == 1 else self._rule(" | ".join(found))
+
+    def _literal(self, value: Any) -> str:
+        """A value that must be this one."""
+        if isinstance(value, str):
+            quote = self._mark(self.form.quote)
+            return self._rule(" ".join([quote, *([_quoted(value)] if value else []), quote]))
+        if isinstance(value, Mapping):
+            items = [f"{self._key(key)} {self._literal(item)}" for key, item in sorted(cast(Schema, value).items())]
+            return self._rule(" ".join(['"{"', ' "," '.join(items), '"}"']))
+        if isinstance(value, list):
+            items = [self._literal(item) for item in cast("list[Any]", value)]
+            return self._rule(" ".join(['"["', ' "," '.join(items), '"]"']))
+        return _quoted(json.dumps(value))
+
+    def _key(self, name: str) -> str:
+        if _BARE.fullmatch(name):
+            return _quoted(f"{name}:")
+        return f"{self._literal(name)} {_quoted(':')}"
+
+    def _array(self, schema: Schema, root: Schema, depth: int) -> str:
+        item = self._value(schema.get("items"), root, depth + 1)
+        least, most = (schema.get(name) for name in ("minItems", "maxItems"))
+        least = least if isinstance(least, int) and 0 <= least <= 1000 else 0
+        most = most if isinstance(most, int) and least <= most <= 1000 else None
+        if most == 0:
+            return _quoted("[]")
+        more = f'("," {item}){{{max(0, least - 1)},{"" if most is None else most - 1}}}'
+        items = f"{item} {more}" if least else f"({item} {more})?"
+        return self._rule(f'"[" {items} "]"')
+
+    def _object(self, schema: Schema, root: Schema, depth: int) -> str:
+        schema = _followed(schema, root)
+        properties = schema.get("properties")
+        if not isinstance(properties, Mapping) or not properties:
+            if schema.get("additionalProperties") is False or "properties" in schema:
+                return _quoted("{}")
+            self._anything()
+            pair = self._rules["pair"]
+            return self._rule(f'"{{" ({pair} ("," {pair})*)? "}}"')
+        required = set(cast("Sequence[str]", schema.get("required") or ()))
+        first, later = '"}"', '"}"'  # what may come when nothing, and when something, is written already
+        for name, inner in sorted(cast(Schema, properties).items(), reverse=True):
+            item = f"{self._key(name)} {self._value(inner, root, depth + 1)}"
+            begins, goes_on = f"{item} {later}", f'"," {item} {later}'
+            optional = name not in required
+            first, later = (
+                self._rule(f"{begins} | {first}" if optional else begins),
+                self._rule(f"{goes_on} | {later}" if optional else goes_on),
+            )
+        return self._rule(f'"{{" {first}')
+
+
+def _followed(schema: Schema, root: Schema) -> Schema:
+    """What a reference into the same schema means; one that leads nowhere means anything."""
+    for _ in range(_DEPTH):
+        reference = schema.get("$ref")
+        if not isinstance(reference, str):
+            break
+        found: Any = root
+        for name in reference.removeprefix("#").strip("/").split("/"):
+            found = cast(Schema, found).get(name) if isinstance(found, Mapping) and name else found
+        schema = cast(Schema, found) if isinstance(found, Mapping) else {}
+    return schema
+
+
+def _quoted(text: str) -> str:
+    """A text as a Lark string."""
+    return json.dumps(text, ensure_ascii=False)
