@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
 from typing import Any, cast
 
 from gemmakit.text.response import ResponseForm
@@ -15,7 +16,9 @@ Schema = Mapping[str, Any]
 _BARE = re.compile(r"[^\s:,{}\[\]<>\"']+")
 _WHOLE = r"-?(0|[1-9][0-9]{0,15})"
 _NUMBER = rf"{_WHOLE}(\.[0-9]{{1,15}})?([eE][+-]?[0-9]{{1,2}})?"
-_DEPTH = 12  # of schemas inside one another; what is deeper may be any value
+_NOTHING: Schema = {"type": "object", "properties": {}}
+_ANYTHING: Schema = {}
+_DEPTH = 32  # of schemas inside one another; what is deeper may be any value
 
 
 def call_grammar(
@@ -44,6 +47,8 @@ class _Grammar:
         self._ids = {name: known[name] for name in self.form.names if name in known}
         self._rules: dict[str, str] = {}
         self._names: dict[str, str] = {}  # of rules that are there, by what they say
+        self._count = count()
+        self._schemas: dict[int, str] = {}  # and by which part of a schema: one that holds itself is a rule that does
 
     def of(self, tools: Sequence[Schema], parallel: bool, thought: bool, thinking: bool) -> str:
         form = self.form
@@ -70,7 +75,8 @@ class _Grammar:
         return self._names[what]
 
     def _call(self, function: Schema) -> str:
-        parameters: Schema = function.get("parameters") or {"type": "object", "properties": {}}
+        parameters: Schema = function.get("parameters") or _NOTHING
+        self._schemas.clear()
         body = self._object(parameters, parameters, 0)
         return f"{_quoted('call:' + function['name'])} {body}"
 
@@ -79,6 +85,12 @@ class _Grammar:
         if not isinstance(schema, Mapping) or depth > _DEPTH:
             return self._anything()
         schema = _followed(cast(Schema, schema), root)
+        if id(schema) not in self._schemas:
+            name = self._schemas[id(schema)] = f"s{next(self._count)}"
+            self._rules[name] = self._meant(schema, root, depth)
+        return self._schemas[id(schema)]
+
+    def _meant(self, schema: Schema, root: Schema, depth: int) -> str:
         if "const" in schema:
             return self._literal(schema["const"])
         if isinstance(schema.get("enum"), list) and schema["enum"]:
@@ -118,10 +130,9 @@ class _Grammar:
     def _anything(self) -> str:
         if "value" not in self._rules:
             self._rules["value"] = ""  # it holds itself
-            pair = self._rule(f"/{_BARE.pattern}/ {_quoted(':')} value")
+            self._rules["pair"] = f"/{_BARE.pattern}/ {_quoted(':')} value"
             plain = f'{self._string()} | /{_NUMBER}/ | "true" | "false" | "null"'
-            self._rules["value"] = f'{plain} | "[" (value ("," value)*)? "]" | "{{" ({pair} ("," {pair})*)? "}}"'
-            self._rules["pair"] = pair
+            self._rules["value"] = f'{plain} | "[" (value ("," value)*)? "]" | "{{" (pair ("," pair)*)? "}}"'
         return "value"
 
     def _either(self, rules: Iterator[str] | Any) -> str:
@@ -164,8 +175,7 @@ class _Grammar:
             if schema.get("additionalProperties") is False or "properties" in schema:
                 return _quoted("{}")
             self._anything()
-            pair = self._rules["pair"]
-            return self._rule(f'"{{" ({pair} ("," {pair})*)? "}}"')
+            return self._rule('"{" (pair ("," pair)*)? "}"')
         required = set(cast("Sequence[str]", schema.get("required") or ()))
         first, later = '"}"', '"}"'  # what may come when nothing, and when something, is written already
         for name, inner in sorted(cast(Schema, properties).items(), reverse=True):
@@ -188,7 +198,7 @@ def _followed(schema: Schema, root: Schema) -> Schema:
         found: Any = root
         for name in reference.removeprefix("#").strip("/").split("/"):
             found = cast(Schema, found).get(name) if isinstance(found, Mapping) and name else found
-        schema = cast(Schema, found) if isinstance(found, Mapping) else {}
+        schema = cast(Schema, found) if isinstance(found, Mapping) else _ANYTHING
     return schema
 
 

@@ -251,7 +251,7 @@ class Pieces:
     def get_vocab(self):
         return {name: i for i, name in enumerate(self.names)}
 
-    def encode(self, text, *, add_special_tokens=True):
+    def encode(self, text, *, add_special_tokens=True, split_special_tokens=False):
         raise NotImplementedError("stop strings are compared with what is said, never encoded")
 
     def decode(self, ids, **_):

@@ -80,7 +80,8 @@ class _Words:
 
     def __call__(self, text: str | bytes) -> list[int]:
         text = text.decode() if isinstance(text, bytes) else text
-        return self.encode(text, add_special_tokens=False)
+        # A text that spells a special token is text: the grammar names tokens by their ids.
+        return self.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
 @dataclass
