@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol, get_args, get_type_hints
@@ -158,9 +158,11 @@ def check(name: str, value: Any, allowed: Range, error: type[Exception]) -> None
         raise error(f"{name} is {value!r}; it must be {allowed}.")
 
 
-def check_fields(settings: Any, error: type[Exception], prefix: str = "") -> None:
-    """`check` every field of a dataclass that has a range; None passes where the annotation has it."""
+def check_fields(settings: Any, error: type[Exception], prefix: str = "", skip: Collection[str] = ()) -> None:
+    """`check` every field of a dataclass that has a range, but for `skip`; None passes where the annotation has it."""
     for name, allowed in ranges(type(settings)).items():
+        if name in skip:
+            continue
         value = getattr(settings, name)
         if value is not None or name not in _may_be_none(type(settings)):
             check(prefix + name, value, allowed, error)

@@ -14,6 +14,7 @@ from jax.core import Tracer
 
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError
+from gemmakit.flax.masks import packed_documents
 
 IGNORED_LABEL = -100
 
@@ -41,16 +42,21 @@ def next_labels(
 ) -> jax.Array:
     """What each position is to predict: the label after it, or -100. The last has none. labels: (B, S).
 
-    attention_mask: where it is 2-D, (B, past + S), a position that it hides predicts nothing. position_ids: where no
-    mask is given, the last token of a packed document does not predict the next document's first.
+    attention_mask: where it is 2-D, (B, past + S), a position that it hides predicts nothing. position_ids: the
+    last token of a packed document does not predict the next document's first, as `packed_documents` tells them apart.
     """
     targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED_LABEL)
+    shown = None
     if attention_mask is not None and attention_mask.ndim == 2:
-        return jnp.where(attention_mask[:, attention_mask.shape[1] - labels.shape[1] :] == 0, IGNORED_LABEL, targets)
-    if attention_mask is None and position_ids is not None:
-        ends = jnp.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, ((0, 0), (0, 1)))
-        return jnp.where(ends, IGNORED_LABEL, targets)
-    return targets
+        shown = attention_mask[:, attention_mask.shape[1] - labels.shape[1] :] != 0
+        targets = jnp.where(shown, targets, IGNORED_LABEL)
+    if position_ids is None or (shown is None and attention_mask is not None):
+        return targets
+    documents = packed_documents(position_ids, shown)
+    if documents is None:
+        return targets
+    ends = jnp.pad(documents[:, 1:] != documents[:, :-1], ((0, 0), (0, 1)))
+    return jnp.where(ends, IGNORED_LABEL, targets)
 
 
 def sequence_loss(logits: jax.Array, labels: jax.Array, problem: str | None) -> jax.Array:

@@ -57,8 +57,7 @@ def visibility(
         batch, queries, keys: B, S, T; with a cache T is the whole of it.
         past: () int32, how many places of the cache stand before the first query; None without a cache.
         causal: False lets every token see every other that is not padding.
-        position_ids: (B, S) when the caller gave them and there is no cache: without a mask, a restart begins a
-            document.
+        position_ids: (B, S) when the caller gave them and there is no cache: a restart begins a document.
         window: a query sees keys less than so many places from its own, itself included; None for all.
         whole: whether to make a mask, and of all T keys, even where less would say it.
 
@@ -69,7 +68,7 @@ def visibility(
         return _given(attention_mask, batch, queries, keys)
     window = None if window is None or window >= keys else window
     padding = None if attention_mask is None else _padding(attention_mask, batch, keys, past)
-    documents = None if position_ids is None or attention_mask is not None else _documents(position_ids)
+    documents = None if position_ids is None else packed_documents(position_ids, padding)
     if past is None and padding is None and documents is None and window is None and not whole:
         return Visibility(causal=causal and queries > 1)
     first = None
@@ -136,9 +135,19 @@ def _padding(mask: jax.Array, batch: int, keys: int, past: Any) -> jax.Array:
     return mask.astype(bool)
 
 
-def _documents(position_ids: jax.Array) -> jax.Array | None:
-    """Number the packed documents, (B, S), by the places where positions do not go up by one."""
+def packed_documents(position_ids: jax.Array, padding: jax.Array | None = None) -> jax.Array | None:
+    """Number the packed documents, (B, S), by the places where positions do not go up by one.
+
+    padding: False on tokens that are none and count for nothing; beside it, for positions may leave them out or count
+    them, a document begins where positions do not go up. One that hides nothing changes nothing else.
+    """
     if position_ids.shape[1] < 2:
         return None
-    starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    return jnp.pad(jnp.cumsum(starts, axis=-1), ((0, 0), (1, 0)))
+    follows = position_ids[:, 1:] == position_ids[:, :-1] + 1
+    if padding is not None:
+        place = jnp.where(padding, jnp.arange(padding.shape[1]), -1)
+        last = jax.lax.cummax(place, axis=1)[:, :-1]
+        before = jnp.take_along_axis(jnp.broadcast_to(position_ids, padding.shape), jnp.maximum(last, 0), axis=1)
+        goes_on = ~padding[:, 1:] | (last < 0) | (position_ids[:, 1:] > before)
+        follows = jnp.where(padding.all(-1, keepdims=True), follows, goes_on)
+    return jnp.pad(jnp.cumsum(~follows, axis=-1), ((0, 0), (1, 0)))

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 from gemmakit.checks import Real, TokenIds, Whole, check_fields, is_whole, ranges
 from gemmakit.config import GemmaConfig
@@ -85,6 +85,9 @@ class GenerationConfig(Settings):
         GenerationConfigError: a value out of its range; names the field, the value and the range.
         TokenOutOfRange: a token id outside the vocabulary, in validate(vocab_size).
     """
+
+    # Settings out of range that a file holds and nothing reads: they are an error once something does.
+    _from_file: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         self.validate()
@@ -166,7 +169,13 @@ class GenerationConfig(Settings):
     def validate(self, vocab_size: int | None = None) -> None:
         """Check every field. Raises GenerationConfigError, and with a vocabulary size TokenOutOfRange."""
         self._settle()
-        check_fields(self, GenerationConfigError)
+        unread = self._from_file.intersection(rules.unread(lambda name: getattr(self, name)))
+        try:
+            check_fields(self, GenerationConfigError, skip=unread)
+        except GenerationConfigError as e:
+            if not any(str(e).startswith(f"{name} is ") for name in self._from_file):
+                raise
+            raise GenerationConfigError(f"{e} The model's own settings say so: give another.") from None
         for name, allowed in ranges(Settings).items():
             if isinstance(allowed, TokenIds) and getattr(self, name) is not None:
                 _check_tokens(name, allowed.ids(getattr(self, name)), vocab_size)
@@ -205,7 +214,7 @@ class GenerationConfig(Settings):
         refuse_unknown(values, DEFAULTS)
         new = copy.copy(self)
         new.extra = dict(self.extra)
-        new.__dict__.update(values)
+        new.__dict__.update(values, _from_file=self._from_file.difference(values))
         new.validate()
         rules.warn_of_no_effect(new, values)
         return new
@@ -227,21 +236,32 @@ class GenerationConfig(Settings):
                 warnings.warn(f"{name} is kept but does nothing: {REFUSED[name]}.", stacklevel=3)
         unused = {k: v for k, v in overrides.items() if return_unused_kwargs and k not in DEFAULTS}
         overrides = {k: v for k, v in overrides.items() if k not in unused}
+        asked = {**DEFAULTS, **known, **overrides}
+        kept = {
+            name: known.pop(name)
+            for name in rules.unread(asked.__getitem__)
+            if name in known and name not in overrides and not ranges(Settings)[name].holds(known[name])
+        }
         config = cls(**{**known, **overrides}, extra=unknown)
+        config.__dict__.update(kept, _from_file=frozenset(kept))
         return (config, unused) if return_unused_kwargs else config
 
     @classmethod
     def from_model_config(cls, config: GemmaConfig) -> GenerationConfig:
-        """The defaults with the model's special tokens."""
+        """The defaults with the model's special tokens, and the settings that an older config.json holds."""
         tokens = {n: getattr(config, n) for n in ("pad_token_id", "bos_token_id", "eos_token_id")}
-        return cls(**tokens, use_cache=config.use_cache)
+        older = {n: v for n, v in config.extra.items() if n in DEFAULTS}  # before generation_config.json, they stood there
+        return cls.from_dict(older, **tokens, use_cache=config.use_cache)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike[str], config_file_name: str = FILE, **kwargs: Any) -> Any:
         """Read generation_config.json of a folder or a Hub id; keyword arguments as in GemmaConfig.from_pretrained."""
         path = find_file(name_or_path, config_file_name, HubOptions.take(kwargs))
         assert path is not None
-        return cls.from_dict(read_json_object(path), **kwargs)
+        try:
+            return cls.from_dict(read_json_object(path), **kwargs)
+        except GenerationConfigError as e:
+            raise GenerationConfigError(f"{path}: {e}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """What differs from the defaults, and what was kept from a file; as a file holds it."""

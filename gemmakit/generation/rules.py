@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
 
 from gemmakit.errors import GenerationConfigError
 from gemmakit.generation.settings import DEFAULTS, Settings
@@ -83,6 +84,13 @@ def _tokens(c: Settings) -> Iterator[str]:
         ids = {forced} if isinstance(forced, int) else set(forced or ())
         if ids and c.suppress_tokens is not None and ids <= set(c.suppress_tokens):
             yield f"{name} is {forced!r}, but suppress_tokens forbids it: take it out of one of them."
+
+
+def unread(get: Callable[[str], Any]) -> tuple[str, ...]:
+    """Settings that nothing reads as the others stand, of those that shape sampling. get: a setting's value."""
+    if get("do_sample"):
+        return ()
+    return _SAMPLING if get("penalty_alpha") else (*_SAMPLING, "top_k")
 
 
 def warn_of_no_effect(c: Settings, asked: Collection[str] | None = None) -> None:

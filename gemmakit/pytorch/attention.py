@@ -181,13 +181,16 @@ def flash(
 
 def _sequences(rule: Rule) -> tuple[Sequences, Sequences]:
     """Queries and keys without padding, a row (or a packed document) a sequence."""
-    if rule.padding is not None:
+    if rule.documents is None:
+        assert rule.padding is not None
         return _laid_out(rule.padding[:, rule.keys - rule.queries :]), _laid_out(rule.padding)
-    assert rule.documents is not None
-    rows = rule.documents.shape[0]
-    first = F.pad(rule.documents[:, 1:] != rule.documents[:, :-1], (1, 0), value=True).flatten()
+    rows = len(rule.documents if rule.padding is None else rule.padding)
+    row = torch.arange(rows, device=rule.device)[:, None] * rule.queries  # a document's number is below that
+    sequence = (rule.documents.to(rule.device) + row).flatten()
+    tokens = torch.arange(len(sequence), device=rule.device)
+    tokens = tokens if rule.padding is None else tokens[rule.padding.flatten()]
+    first = F.pad(sequence[tokens].diff() != 0, (1, 0), value=True)
     starts = F.pad(first.nonzero().flatten(), (0, 1), value=first.numel()).int()
-    tokens = torch.arange(rows * rule.queries, device=rule.device)
     both = Sequences(tokens, starts, int(starts.diff().max()))
     return both, both
 

@@ -21,6 +21,7 @@ from gemmakit.checks import Whole, check
 from gemmakit.errors import InputError
 from gemmakit.pytorch.attention import capped
 from gemmakit.pytorch.layers import Linear
+from gemmakit.pytorch.masks import packed_documents
 from gemmakit.pytorch.shapes import Float, Int, Shaped
 
 IGNORED_LABEL = -100
@@ -43,17 +44,21 @@ def next_labels(
     """What each position is to predict: the label after it, or -100. The last has none.
 
     attention_mask: where it is 2-D, (B, past + S), a position that it hides predicts nothing: a row's first token would
-    else be asked of the padding on its left. position_ids: where no mask is given, the last token of a packed document
-    does not predict the next document's first. So a batch or a packed row has the targets of its rows alone, and
-    `(next_labels(...) != -100).sum()` is what `num_items_in_batch` counts.
+    else be asked of the padding on its left. position_ids: the last token of a packed document does not predict the
+    next document's first, as `packed_documents` tells them apart. So a batch or a packed row has the targets of its rows
+    alone, and `(next_labels(...) != -100).sum()` is what `num_items_in_batch` counts.
     """
     targets = F.pad(labels[:, 1:].long(), (0, 1), value=IGNORED_LABEL)
+    shown = None
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-        hidden = attention_mask[:, attention_mask.shape[1] - labels.shape[1] :] == 0
-        return targets.masked_fill(hidden.to(targets.device), IGNORED_LABEL)
-    if attention_mask is None and position_ids is not None:
-        ends = F.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (0, 1))
-        return targets.masked_fill(ends.to(targets.device), IGNORED_LABEL)
+        shown = attention_mask[:, attention_mask.shape[1] - labels.shape[1] :].to(targets.device) != 0
+        targets = targets.masked_fill(~shown, IGNORED_LABEL)
+    if shown is None and attention_mask is not None:
+        return targets
+    documents = packed_documents(position_ids, shown)
+    if documents is not None:
+        ends = F.pad(documents.diff() != 0, (0, 1))
+        targets = targets.masked_fill(ends.to(targets.device), IGNORED_LABEL)
     return targets
 
 

@@ -127,7 +127,7 @@ def visibility(
         past: how many keys stand before the first query; a tensor (S,) gives each query's own place (static caches).
         causal: False lets every token see every other that is not padding.
         window: a query sees keys fewer places away than so many, itself included; None for all.
-        position_ids: (B, S) when the caller gave them and there is no cache and no mask: a restart begins a document.
+        position_ids: (B, S) when the caller gave them and there is no cache: a restart begins a document.
         dense: False for kernels that read a Rule and want no mask of S x T.
         segmented: whether the kernel takes `segments`.
         whole: whether to speak of every key, for those who want its weight, though a window hides it from all.
@@ -139,7 +139,7 @@ def visibility(
         return _given(attention_mask, batch, queries, keys, narrow=window is not None)
     places_known = isinstance(past, int)
     padding = _padding(attention_mask, batch, keys, whole_buffer=not places_known)
-    documents = _documents(position_ids) if attention_mask is None else None  # on every device alike
+    documents = packed_documents(position_ids, padding)
     window, last = None if window is None or keys <= window else window, None
     if window is not None and causal and places_known and not whole and queries + window - 1 < keys:
         past, keys = window - 1, queries + window - 1  # nobody sees what stands before
@@ -214,14 +214,27 @@ def _hiding(padding: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"] | None:
     return None if bool(padding.all()) else padding
 
 
-def _documents(position_ids: Int[Tensor, "B S"] | None) -> Int[Tensor, "B S"] | None:
-    """Number the packed documents by the places where positions do not go up by one; None if there is one."""
+def packed_documents(
+    position_ids: Int[Tensor, "#B S"] | None, padding: Bool[Tensor, "B S"] | None = None
+) -> Int[Tensor, "B S"] | None:
+    """Number the packed documents by the places where positions do not go up by one; None if there is one.
+
+    padding: False on tokens that are none and count for nothing; beside it, for positions may leave them out or count
+    them, a document begins where positions do not go up. One that hides nothing changes nothing else.
+    """
     if position_ids is None or position_ids.shape[1] < 2:
         return None
-    starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    if not torch.compiler.is_compiling() and not bool(starts.any()):
+    follows = position_ids[:, 1:] == position_ids[:, :-1] + 1
+    if padding is not None:
+        padding = padding.to(position_ids.device)
+        place = torch.arange(padding.shape[1], device=padding.device)
+        last = torch.where(padding, place, -1).cummax(-1).values[:, :-1]
+        before = position_ids.expand(padding.shape).gather(1, last.clamp_min(0))
+        goes_on = ~padding[:, 1:] | (last < 0) | (position_ids[:, 1:] > before)
+        follows = torch.where(padding.all(-1, keepdim=True), follows, goes_on)
+    if not torch.compiler.is_compiling() and bool(follows.all()):
         return None
-    return torch.nn.functional.pad(starts.cumsum(-1), (1, 0))
+    return torch.nn.functional.pad((~follows).cumsum(-1), (1, 0))
 
 
 def _segments(documents: Int[Tensor, "B S"]) -> tuple[int, ...] | None:

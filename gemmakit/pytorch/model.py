@@ -131,8 +131,8 @@ class GemmaModel(GemmaPreTrainedModel):
             input_ids: (B, S) token ids; or give `inputs_embeds`, (B, S, D), used as they are (not scaled again).
             attention_mask: (B, T) of 0 and 1 over past and current tokens; or 4-D, bool or additive, used as it is; or
                 one of these for each of the configuration's `layer_types`, by its name.
-            position_ids: (B, S); by default they continue those of the cache's tokens. Given without mask and cache, a
-                restart of the positions begins a new document, and tokens see their own document only.
+            position_ids: (B, S); by default they continue those of the cache's tokens. Given without a cache, a restart
+                of them begins a new document, and tokens see their own document only, beside a 2-D mask too.
             past_key_values: a Cache, or the older tuple of (key, value) a layer; the same form comes back.
             use_cache: whether `past_key_values` come back; by default as the configuration says.
             output_attentions, output_hidden_states, return_dict: as the configuration says unless given.

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import transformers
 from tiny_gemma import VOCAB, far, tiny
 
+import gemmakit
 from gemmakit.pytorch.loss import next_labels
 
 # float32: sums run in another order, over about 20 targets.
@@ -86,6 +88,48 @@ def test_a_packed_row_learns_what_its_documents_learn_alone(attention):
     assert targets(batch) == sum(LENGTHS) - len(LENGTHS)
     reference = tiny(attn_implementation="eager").train()
     same(learnt(model, batch), alone(reference, texts))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("counts", [True, False], ids=["positions count on in padding", "positions stop in padding"])
+def test_a_mask_beside_a_packed_row_does_not_join_its_documents(attention, padding, counts):
+    """Most collators pass one. In transformers documents then see one another, and each is asked for the next."""
+    model, texts = tiny(attn_implementation=attention).train(), rows()
+    batch = packed(texts)
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    if padding != "none":
+        width = (3, 0) if padding == "left" else (0, 3)
+        batch = {name: torch.nn.functional.pad(x, width, value=-100 * (name == "labels")) for name, x in batch.items()}
+        if counts and padding == "right":
+            batch["position_ids"][:, -3:] = batch["position_ids"][:, -4:-3] + torch.arange(1, 4)
+    assert targets(batch) == sum(LENGTHS) - len(LENGTHS)
+    same(learnt(model, batch), alone(tiny(attn_implementation="eager").train(), texts))
+
+
+@pytest.mark.parametrize("gap", [(2, 3), (5, 6), (1, 8)])
+@pytest.mark.parametrize("positions", ["places", "counted"])
+def test_a_gap_in_the_mask_is_no_end_of_a_document(gap, positions):
+    """Whether positions count what is hidden or not."""
+    model, ids = tiny(), rows()[0][None]
+    mask = torch.ones_like(ids)
+    mask[:, slice(*gap)] = 0
+    given = torch.arange(ids.shape[1])[None] if positions == "places" else mask.cumsum(-1) - 1
+    cached = model(ids, attention_mask=mask, position_ids=given, past_key_values=gemmakit.DynamicCache())
+    found = model(ids, attention_mask=mask, position_ids=given, use_cache=False).logits
+    torch.testing.assert_close(found, cached.logits)
+
+
+def test_transformers_joins_packed_documents_where_there_is_a_mask(tmp_path):
+    """All ones, as a collator makes it. Without it each document gets what it gets alone; ours does either way."""
+    ours, batch = tiny(), packed(rows())
+    ours.save_pretrained(tmp_path)
+    theirs = transformers.GemmaForCausalLM.from_pretrained(tmp_path).eval()
+    ids, positions, mask = batch["input_ids"], batch["position_ids"], torch.ones_like(batch["input_ids"])
+    expected = theirs(ids, position_ids=positions, use_cache=False).logits
+    joined = theirs(ids, position_ids=positions, attention_mask=mask, use_cache=False).logits
+    assert far(joined, expected) > 0.01
+    assert far(ours(ids, position_ids=positions, attention_mask=mask).logits, expected) < 1e-4
 
 
 def test_uneven_parts_learn_what_the_whole_learns():
