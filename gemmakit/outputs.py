@@ -5,43 +5,70 @@ Shapes use B batch, S positions, V vocabulary, D hidden, N heads, K kv heads, T 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 
-class ModelOutput:
-    """Fields that are None do not exist for keys, indices, iteration and length, as in the documented outputs."""
+class ModelOutput(OrderedDict[str, Any]):
+    """A mapping of the fields that are not None, in their order; each is an attribute too, and has an index.
 
-    def to_tuple(self) -> tuple[Any, ...]:
-        return tuple(v for _, v in self.items())
+    A call may give its fields as one mapping or as pairs, as libraries do that make a mapping like another.
+    """
 
-    def items(self) -> list[tuple[str, Any]]:
-        return [(f.name, v) for f in fields(self) if (v := getattr(self, f.name)) is not None]  # type: ignore[arg-type]
+    def __post_init__(self) -> None:
+        names = self.field_names()
+        if list(self) != names[:1]:
+            return
+        given = self[names[0]]
+        if isinstance(given, Mapping | Iterator) and (pairs := dict(given)).keys() <= {*names}:
+            setattr(self, names[0], None)
+            for name, value in pairs.items():
+                setattr(self, name, value)
 
-    def keys(self) -> list[str]:
-        return [name for name, _ in self.items()]
+    @classmethod
+    def field_names(cls) -> list[str]:
+        return [*cls.__dataclass_fields__]  # type: ignore[attr-defined]
 
-    def values(self) -> list[Any]:
-        return [v for _, v in self.items()]
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return dict(self.items()).get(name, default)
-
-    def __getitem__(self, key: Any) -> Any:
-        return dict(self.items())[key] if isinstance(key, str) else self.to_tuple()[key]
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        names = self.field_names()
+        if name not in names:
+            return
+        if value is not None and name in self:
+            OrderedDict.__setitem__(self, name, value)
+        elif value is not None:
+            OrderedDict.__setitem__(self, name, value)
+            for later in names[names.index(name) + 1 :]:
+                if later in self:
+                    self.move_to_end(later)
+        elif name in self:
+            OrderedDict.__delitem__(self, name)
 
     def __setitem__(self, key: str, value: Any) -> None:
+        if key not in self.field_names():
+            raise KeyError(f"{type(self).__name__} has no field {key!r}.")
         setattr(self, key, value)
 
-    def __contains__(self, name: object) -> bool:
-        return name in self.keys()
+    def __delitem__(self, key: str) -> None:
+        self.pop(key)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.keys())
+    def pop(self, key: str, *default: Any) -> Any:
+        """Take a field's value out; the field is None then."""
+        value = super().__getitem__(key) if key in self or not default else default[0]
+        setattr(self, key, None)
+        return value
 
-    def __len__(self) -> int:
-        return len(self.items())
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def __reduce__(self) -> Any:
+        return type(self), tuple(getattr(self, name) for name in self.field_names())
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The values of the fields that are not None."""
+        return tuple(self.values())
 
 
 @dataclass

@@ -250,7 +250,7 @@ class GenerationConfig(Settings):
     def from_model_config(cls, config: GemmaConfig) -> GenerationConfig:
         """The defaults with the model's special tokens, and the settings that an older config.json holds."""
         tokens = {n: getattr(config, n) for n in ("pad_token_id", "bos_token_id", "eos_token_id")}
-        older = {n: v for n, v in config.extra.items() if n in DEFAULTS}  # before generation_config.json, they stood there
+        older = {n: v for n, v in config.extra.items() if n in DEFAULTS}
         return cls.from_dict(older, **tokens, use_cache=config.use_cache)
 
     @classmethod

@@ -45,8 +45,8 @@ def next_labels(
 
     attention_mask: where it is 2-D, (B, past + S), a position that it hides predicts nothing: a row's first token would
     else be asked of the padding on its left. position_ids: the last token of a packed document does not predict the
-    next document's first, as `packed_documents` tells them apart. So a batch or a packed row has the targets of its rows
-    alone, and `(next_labels(...) != -100).sum()` is what `num_items_in_batch` counts.
+    next document's first, as `packed_documents` tells them apart. So a batch or a packed row has the targets of its
+    rows alone, and `(next_labels(...) != -100).sum()` is what `num_items_in_batch` counts.
     """
     targets = F.pad(labels[:, 1:].long(), (0, 1), value=IGNORED_LABEL)
     shown = None

@@ -34,6 +34,7 @@ from gemmakit.pytorch.layers import (
 )
 from gemmakit.pytorch.masks import Visibility, visibility
 from gemmakit.pytorch.pretrained import GemmaPreTrainedModel
+from gemmakit.pytorch.pytrees import register_nodes
 from gemmakit.pytorch.shapes import Float, Int, Shaped
 
 
@@ -300,4 +301,5 @@ def _check_shapes(embeds: Tensor, position_ids: Tensor | None, width: int) -> No
         raise InputError(f"position_ids has shape {tuple(position_ids.shape)}; it must be ({B}, {S}) or (1, {S}).")
 
 
+register_nodes()
 globals().update(members(GemmaModel))

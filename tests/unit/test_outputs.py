@@ -33,8 +33,8 @@ def test_none_does_not_exist_but_as_an_attribute():
     assert out[0] == 2
     assert out.to_tuple() == (2,)
     assert len(out) == 1
-    assert list(out) == out.keys() == ["logits"]
-    assert out.values() == [2]
+    assert list(out) == [*out.keys()] == ["logits"]
+    assert [*out.values()] == [2]
     assert "loss" not in out
     assert "logits" in out
     assert out.get("loss") is None
@@ -55,6 +55,25 @@ def test_an_output_spreads_like_a_mapping_and_takes_assignments():
     out["logits"] = 2
     out.attentions = (3,)
     assert dict(out) == {**out} == {"loss": 1, "logits": 2, "attentions": (3,)}
+    out.loss = None
+    assert list(out) == ["logits", "attentions"]
+    out.loss = 4
+    assert list(out.items()) == [("loss", 4), ("logits", 2), ("attentions", (3,))]  # in the fields' order again
+    assert out.pop("logits") == 2
+    del out["attentions"]
+    assert (list(out), out.logits, out.attentions) == (["loss"], None, None)
+    with pytest.raises(KeyError, match="no field 'logit'"):
+        out["logit"] = 1
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_an_output_is_made_from_what_it_holds_as_libraries_make_mappings(kind):
+    """torch's gather gives pairs, accelerate a dictionary; a first field that is one itself stays what it is."""
+    out = kind(**{name: [i] for i, name in enumerate(kind.__dataclass_fields__)})
+    for twin in (kind(dict(out)), kind((k, v) for k, v in out.items()), kind(iter(out.items()))):
+        assert twin == out
+        assert list(twin.items()) == list(out.items())
+    assert next(iter(kind({"another": 1}).values())) == {"another": 1}
 
 
 @pytest.mark.parametrize("kind", CLASSES)

@@ -450,5 +450,5 @@ def test_results_are_ids_or_named_outputs():
     assert plain.dtype == torch.long
     out = MODEL.generate(ids, max_new_tokens=2, return_dict_in_generate=True)
     assert torch.equal(out.sequences, plain)
-    assert out.keys() == ["sequences", "past_key_values"]
+    assert list(out) == ["sequences", "past_key_values"]
     assert "past_key_values" not in MODEL.generate(ids, max_new_tokens=2, return_dict_in_generate=True, use_cache=False)
