@@ -54,7 +54,7 @@ class ModelOutput(OrderedDict[str, Any]):
     def __delitem__(self, key: str) -> None:
         self.pop(key)
 
-    def pop(self, key: str, *default: Any) -> Any:
+    def pop(self, key: str, *default: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Take a field's value out; the field is None then."""
         value = super().__getitem__(key) if key in self or not default else default[0]
         setattr(self, key, None)
