@@ -5,6 +5,7 @@ import json
 import pickle
 
 import pytest
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -85,9 +86,38 @@ def test_files_that_are_no_json_object_are_refused(text, tmp_path):
 
 
 def test_a_bad_value_in_a_file_is_named(tmp_path):
-    (tmp_path / "generation_config.json").write_text('{"temperature": -1}')
-    with pytest.raises(GenerationConfigError, match="temperature is -1"):
+    path = tmp_path / "generation_config.json"
+    path.write_text('{"temperature": -1, "do_sample": true}')
+    with pytest.raises(GenerationConfigError, match=r"generation_config.json: temperature is -1"):
         GenerationConfig.from_pretrained(tmp_path)
+
+
+UNREAD = {"temperature": 0.0, "top_k": -1, "top_p": 2, "min_p": -0.1, "typical_p": 0, "epsilon_cutoff": 1}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+@pytest.mark.filterwarnings("ignore:.*do_sample is False")
+def test_a_bad_value_that_nothing_reads_stops_no_loading_and_no_other_call(name):
+    """A call's own is refused at once; a file's when something reads it, by its name, until the call gives another."""
+    config = GenerationConfig.from_dict({name: UNREAD[name], "do_sample": False})
+    assert config.updated(max_new_tokens=3).to_dict() == {name: UNREAD[name], "max_new_tokens": 3}  # it is saved again
+    with pytest.raises(GenerationConfigError, match=f"^{name} is .*The model's own settings say so"):
+        config.updated(do_sample=True)
+    default = getattr(GenerationConfig(), name)
+    assert config.updated(do_sample=True, **{name: default}).to_dict() == {"do_sample": True}
+    for own in (lambda: config.updated(**{name: UNREAD[name]}), lambda: GenerationConfig(**{name: UNREAD[name]})):
+        with pytest.raises(GenerationConfigError, match=f"^{name} is"):
+            own()
+
+
+def test_settings_of_an_older_config_json_are_read_as_transformers_reads_them(tmp_path):
+    """Before there was generation_config.json, config.json held them."""
+    held = dict(max_length=9, do_sample=True, top_k=5, repetition_penalty=1.5)
+    (tmp_path / "config.json").write_text(json.dumps({**GemmaConfig().to_dict(), **held}))
+    ours = GenerationConfig.from_model_config(GemmaConfig.from_pretrained(tmp_path))
+    theirs = transformers.GenerationConfig.from_pretrained(tmp_path, config_file_name="config.json")
+    assert {n: getattr(ours, n) for n in held} == {n: getattr(theirs, n) for n in held} == held
+    assert (ours.eos_token_id, ours.bos_token_id, ours.pad_token_id) == (1, 2, 0)
 
 
 @pytest.mark.parametrize("how", ["init", "updated"])
