@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+import tiny_checkpoint
+
+import gemmakit
 from gemmakit.text.response import GEMMA4
 
 TOKENS = [
@@ -94,3 +99,22 @@ def ids_of_call(tokenizer: Any, name: str, arguments: dict[str, Any]) -> list[in
 def plain_ids(tokenizer: Any, text: str) -> list[int]:
     """The ids of a text, in which no letters are a token of the form."""
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+
+def make(folder: Path, says: str | None = None) -> Path:
+    """A random model with this vocabulary and template. says: the grammar of all its answers, tokens by name."""
+    tiny_checkpoint.make(folder, vocab_size=1024 + len(TOKENS))
+    tokenizer = equip(gemmakit.AutoTokenizer.from_pretrained(folder))
+    tokenizer.save_pretrained(folder)
+    if says is not None:
+        settings = json.loads((folder / "generation_config.json").read_text())
+        settings["grammar"] = by_id(tokenizer, says)
+        (folder / "generation_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def by_id(tokenizer: Any, grammar: str) -> str:
+    """A grammar with the tokens of the form by their ids."""
+    for name in TOKENS:
+        grammar = grammar.replace(f" {name}", f" <[{tokenizer.convert_tokens_to_ids(name)}]>")
+    return grammar

@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from gemmakit.cli.shell import show
+from gemmakit.text.response import ResponseParser, Thought
+
 if TYPE_CHECKING:
     from gemmakit.pipelines import TextGenerationPipeline
 
-Write = Callable[[str], None]
+Write = Callable[[str | Thought], None]
+
+
+class Shown:
+    """Prints an answer as it comes: text, and thoughts dim above it, on a terminal alone."""
+
+    def __init__(self) -> None:
+        self._thought = False  # whether the last piece was one
+
+    def __call__(self, piece: str | Thought) -> None:
+        thought = isinstance(piece, Thought)
+        if self._thought and not thought:
+            show("\n\n", dim=True)
+        self._thought = thought
+        show(piece.text if isinstance(piece, Thought) else piece, dim=thought)
 
 
 @dataclass(frozen=True)
 class Answer:
     """What came of a prompt. finish_reason: "stop" (an end token or a stop text), "length", "interrupted".
 
-    new_tokens: how many, the ending one included; ids: which, where the model ran in this process.
+    new_tokens: how many, the ending one included; ids: which, where the model ran in this process. thought: what a
+    chat's model thought before its text.
     """
 
     text: str
@@ -28,6 +46,7 @@ class Answer:
     first_s: float  # until the first token
     rest_s: float  # from the first token to the last
     ids: list[int] = field(default_factory=list[int])
+    thought: str = ""
 
     @property
     def tokens_per_s(self) -> float:
@@ -53,11 +72,14 @@ class Answer:
             "prompt_tokens": self.prompt_tokens,
             "new_tokens": self.new_tokens,
             "tokens_per_s": round(self.tokens_per_s, 1),
+            **({"reasoning": self.thought} if self.thought else {}),
         }
 
 
 def answer(pipe: TextGenerationPipeline, prompt: str | Sequence[int], write: Write, **settings: Any) -> Answer:
-    """Continue a text (or its ids), handing new text to `write` once it is certain. Ctrl-C ends it and keeps the text.
+    """Continue a text, or the ids of a chat, handing what is new to `write` once it is certain.
+
+    A chat's thoughts are told apart. Ctrl-C ends it and keeps the text.
 
     Without max_new_tokens: 256, or what the context has left. Settings and errors are those of `generate`.
     """
@@ -66,7 +88,14 @@ def answer(pipe: TextGenerationPipeline, prompt: str | Sequence[int], write: Wri
     ids = pipe.encode(prompt) if isinstance(prompt, str) else list(prompt)
     room = pipe.room(len(ids), pipe.model.generation_config, settings)
     limit = {} if room is None else {"max_new_tokens": room}
-    new, texts, reason = list[int](), list[str](), "length"
+    parser = None if isinstance(prompt, str) else ResponseParser(pipe.tokenizer, prompt=ids, calls=False)
+    new, parts, reason = list[int](), list[str | Thought](), "length"
+
+    def tell(pieces: Sequence[Any]) -> None:
+        for piece in pieces:
+            parts.append(piece)
+            write(piece)
+
     start = first = last = time.perf_counter()
     try:
         rows = torch.tensor([ids], device=pipe.device)
@@ -75,24 +104,29 @@ def answer(pipe: TextGenerationPipeline, prompt: str | Sequence[int], write: Wri
                 last = time.perf_counter()
                 first = first if new else last
                 new.append(event.token)
-                if event.text:
-                    texts.append(event.text)
-                    write(event.text)
                 reason = event.finish_reason
+                if parser is not None:
+                    tell(parser.push(event.token, event.text))
+                elif event.text:
+                    tell([event.text])
+        tell(parser.finish() if parser is not None else ())
     except KeyboardInterrupt:
         reason = "interrupted"
     return Answer(
-        text="".join(texts),
+        text="".join(part for part in parts if isinstance(part, str)),
         finish_reason="stop" if reason == "eos" else reason or "length",
         prompt_tokens=len(ids),
         new_tokens=len(new),
         first_s=first - start,
         rest_s=last - first,
         ids=new,
+        thought="".join(part.text for part in parts if isinstance(part, Thought)),
     )
 
 
-def ask(pipe: TextGenerationPipeline, question: str, write: Write, **settings: Any) -> Answer:
-    """The answer to a question in a chat of its own."""
-    ids = pipe.encode([{"role": "user", "content": question}])
+def ask(
+    pipe: TextGenerationPipeline, question: str, write: Write, variables: Mapping[str, Any], **settings: Any
+) -> Answer:
+    """The answer to a question in a chat of its own. variables: of the chat template."""
+    ids = pipe.encode([{"role": "user", "content": question}], chat_template_kwargs=variables)
     return answer(pipe, ids, write, **pipe.turn_ends(), **settings)

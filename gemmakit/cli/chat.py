@@ -15,7 +15,7 @@ from typer import Option
 import gemmakit
 from gemmakit.cli import options as o
 from gemmakit.cli.records import decode
-from gemmakit.cli.shell import note, show
+from gemmakit.cli.shell import note
 from gemmakit.errors import GemmakitError, PromptTooLong
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def chat(
     min_p: o.MinP = None,
     repetition_penalty: o.RepetitionPenalty = None,
     seed: o.Seed = None,
+    think: o.Think = None,
     stats: Annotated[bool, Option("--stats", help="Counts and tokens/s on stderr after each answer.")] = False,
     server: o.Server = None,
     api_key: o.ApiKey = None,
@@ -64,12 +65,14 @@ def chat(
     talk: Conversation
     if server is None:
         pipe = gemmakit.pipeline("text-generation", model, device_map=device, dtype=dtype, revision=revision)
-        talk = Conversation(pipe, settings, system)
+        talk = Conversation(pipe, settings, system, variables=o.template_variables(think))
     else:
         from gemmakit.cli.remote import ServerConversation, connect
 
         local = {"--device": device != "auto", "--dtype": dtype != "auto", "--revision": revision}
-        talk = ServerConversation(None, settings, system, server=connect(server, api_key, model, local))
+        talk = ServerConversation(
+            None, settings, system, variables=o.template_variables(think), server=connect(server, api_key, model, local)
+        )
     at_terminal = sys.stdin is not None and sys.stdin.isatty()
     if at_terminal:
         print(f"{_title(talk.name)}, context of {talk.context} tokens. /help lists commands.\n")
@@ -119,9 +122,11 @@ def _piped() -> Iterator[str]:
 
 
 def _answer(talk: Conversation, question: str, stats: bool) -> None:
+    from gemmakit.cli.answer import Shown
+
     forgotten = talk.forgotten
     try:
-        said = talk.ask(question, show)
+        said = talk.ask(question, Shown())
     except GemmakitError as error:
         note(str(error))
         return
@@ -184,7 +189,8 @@ class Conversation:
     """User and assistant in turn.
 
     messages: everything said, pairs of a question and its answer. forgotten: messages at the start that no longer fit
-    the context. system: put in front of the first message the model sees.
+    the context. system: put in front of the first message the model sees. variables: what else the chat template is
+    told. What the model thought is not told it again.
     """
 
     pipe: TextGenerationPipeline
@@ -192,6 +198,7 @@ class Conversation:
     system: str | None = None
     messages: list[Said] = field(default_factory=list)
     forgotten: int = 0
+    variables: dict[str, Any] = field(default_factory=dict)
     _cache: Any = None
     _held: list[int] = field(default_factory=list)
 
@@ -239,7 +246,7 @@ class Conversation:
 
     def _encode(self, messages: Sequence[Said]) -> Sized:
         """The prompt that messages make; its length is its tokens."""
-        return self.pipe.encode(messages)
+        return self.pipe.encode(messages, chat_template_kwargs=self.variables)
 
     def _fitted(self, question: str) -> tuple[Sized, int]:
         """The prompt, with as many of the oldest messages left out as it takes to have room for an answer."""

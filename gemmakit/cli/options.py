@@ -31,6 +31,10 @@ MinP = Annotated[
     float | None, Option(metavar="P", help="Sample from what is at least P times as likely as the likeliest.")
 ]
 RepetitionPenalty = Annotated[float | None, Option(metavar="X", help="Above 1 discourages repetition.")]
+Think = Annotated[
+    bool | None,
+    Option("--think/--no-think", help="Let a model think first that can, as Gemma 4; else its template's own way."),
+]
 Seed = Annotated[int | None, Option(metavar="N", help="Sample, the same way every time.")]
 
 Server = Annotated[
@@ -43,6 +47,11 @@ DEFAULT_NEW_TOKENS = 256  # what --max-new-tokens promises
 
 # A person who sets one of these wants the answer drawn, not the likeliest.
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
+
+
+def template_variables(think: bool | None) -> dict[str, Any]:
+    """What the chat template is told beside the messages."""
+    return {} if think is None else {"enable_thinking": think}
 
 
 def given(**options: Any) -> dict[str, Any]:

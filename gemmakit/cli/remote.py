@@ -18,6 +18,7 @@ from gemmakit.cli.answer import Answer, Write
 from gemmakit.cli.chat import Conversation
 from gemmakit.cli.options import DEFAULT_NEW_TOKENS, KEY_VARIABLE
 from gemmakit.errors import InputError, PromptTooLong, ServerError
+from gemmakit.text.response import Thought
 
 CONNECT_S = 10.0
 SILENT_S = 120.0  # a server that is alive says so in less
@@ -34,10 +35,11 @@ def connect(url: str, key: str | None, model: str | None, local: Mapping[str, An
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text or messages, and how many tokens the server makes of them."""
+    """A text or messages, and how many tokens the server makes of them. variables: of the chat template."""
 
     said: str | list[dict[str, str]]
     length: int
+    variables: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.length
@@ -59,30 +61,31 @@ class Server:
         self.model = str(model or cards[0].get("id", ""))
         self.context = int(cards[0].get("max_model_len") or 0)
 
-    def prompt(self, said: str | list[dict[str, str]]) -> Prompt:
+    def prompt(self, said: str | list[dict[str, str]], variables: Mapping[str, Any]) -> Prompt:
         name = "prompt" if isinstance(said, str) else "messages"
-        counted = self._get("POST", "/tokenize", {"model": self.model, name: said})
-        return Prompt(said, int(counted["count"]))
+        body = {"model": self.model, name: said, **_variables(variables)}
+        return Prompt(said, int(self._get("POST", "/tokenize", body)["count"]), variables)
 
     def answer(self, prompt: Prompt, write: Write, settings: Mapping[str, Any]) -> Answer:
         """What `gemmakit.cli.answer.answer` gives. Ctrl-C ends the answer here and there, and keeps the text."""
-        texts, reason, used = list[str](), "interrupted", 0
+        parts, reason, used = list[str | Thought](), "interrupted", 0
         start = first = last = time.perf_counter()
         with suppress(KeyboardInterrupt), closing(self._stream(prompt, settings)) as events:
             for event in events:
                 used = (event.get("usage") or {}).get("completion_tokens", used)
                 for choice in event.get("choices", ()):
-                    if text := choice["text"] if "text" in choice else choice["delta"].get("content"):
+                    for piece in _pieces(choice):
                         last = time.perf_counter()
-                        first = first if texts else last
-                        texts.append(text)
-                        write(text)
+                        first = first if parts else last
+                        parts.append(piece)
+                        write(piece)
                     reason = choice["finish_reason"] or reason
         return Answer(
-            text="".join(texts),
+            text="".join(part for part in parts if isinstance(part, str)),
+            thought="".join(part.text for part in parts if isinstance(part, Thought)),
             finish_reason=reason,
             prompt_tokens=len(prompt),
-            new_tokens=used or len(texts),  # of an interrupted answer nobody tells: pieces, which most tokens are
+            new_tokens=used or len(parts),  # of an interrupted answer nobody tells: pieces, which most tokens are
             first_s=first - start,
             rest_s=last - first,
         )
@@ -94,6 +97,7 @@ class Server:
             "messages" if chat else "prompt": prompt.said,
             "stream": True,
             "stream_options": {"include_usage": True},
+            **_variables(prompt.variables),
             **self._fields(prompt, settings),
         }
         with self._asked("POST", "/v1/chat/completions" if chat else "/v1/completions", body) as response:
@@ -141,6 +145,18 @@ class Server:
                 raise ServerError(
                     f"{self.url} does not answer: {said}. Is it running? gemmakit serve starts one."
                 ) from None
+
+
+def _variables(variables: Mapping[str, Any]) -> dict[str, Any]:
+    return {"chat_template_kwargs": dict(variables)} if variables else {}
+
+
+def _pieces(choice: Mapping[str, Any]) -> list[str | Thought]:
+    """What a piece of an answer says, and what the model thinks before it."""
+    if "text" in choice:
+        return [choice["text"]] if choice["text"] else []
+    thought, text = choice["delta"].get("reasoning_content"), choice["delta"].get("content")
+    return [*([Thought(thought)] if thought else []), *([text] if text else [])]
 
 
 def _address(url: str) -> tuple[type[HTTPConnection], str, str]:
@@ -207,7 +223,7 @@ class ServerConversation(Conversation):
         return self.server.context
 
     def _encode(self, messages: Sequence[dict[str, str]]) -> Prompt:
-        return self.server.prompt(list(messages))
+        return self.server.prompt(list(messages), self.variables)
 
     def _say(self, prompt: Any, write: Write) -> Answer:
         return self.server.answer(prompt, write, self.settings)

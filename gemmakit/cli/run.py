@@ -22,6 +22,7 @@ from gemmakit.errors import InputError
 
 if TYPE_CHECKING:
     from gemmakit.cli.answer import Answer, Write
+    from gemmakit.text.response import Thought
 
     Say = Callable[[str, Write], Answer]
 
@@ -50,6 +51,7 @@ def run(
     min_p: o.MinP = None,
     repetition_penalty: o.RepetitionPenalty = None,
     seed: o.Seed = None,
+    think: o.Think = None,
     aggregation: Annotated[
         str | None,
         Option(metavar="HOW", help="Tokens to entities: none, simple (if left out), first, average, max."),
@@ -97,9 +99,13 @@ def run(
             "--chat": chat, "--max-new-tokens": max_new_tokens, "--stop": stop, "--sample": sample is True,
             "--greedy": sample is False, "--temperature": temperature, "--top-k": top_k, "--top-p": top_p,
             "--min-p": min_p, "--repetition-penalty": repetition_penalty, "--seed": seed, "--stats": stats,
+            "--think": think is not None,
         })  # fmt: skip
     elif aggregation is not None:
         raise InputError("--aggregation is of --task token-classification only.")
+    if think is not None and not chat:
+        raise InputError("--think and --no-think are of a chat: give --chat too.")
+    variables = o.template_variables(think)
     prompts = records.texts(prompt, input_, format_, column or ("prompt" if generates else "text"))
     if output is not None:
         sink: Any = records.Sink(output, overwrite)
@@ -108,7 +114,7 @@ def run(
     if server is not None:
         local = {"--device": device != "auto", "--dtype": dtype != "auto", "--backend": backend != "pytorch"}
         local |= {"--revision": revision, "--task": not generates}
-        say = _server(server, api_key, model, local, chat, settings)
+        say = _server(server, api_key, model, local, chat, settings, variables)
         with nullcontext() if output is None else sink:
             return _end(_each(say, prompts, sink), stats)
     load = gemmakit.pipeline  # loads torch, which is not counted as loading the model
@@ -122,12 +128,18 @@ def run(
             return 0
         from gemmakit.cli.answer import answer, ask
 
-        say = partial(ask if chat else answer, pipe, **settings)
+        say = partial(ask, pipe, variables=variables, **settings) if chat else partial(answer, pipe, **settings)
         return _end(_each(say, prompts, sink), stats, f"; loaded in {loaded_s:.2f} s")
 
 
 def _server(
-    url: str, key: str | None, model: str | None, local: dict[str, Any], chat: bool, settings: dict[str, Any]
+    url: str,
+    key: str | None,
+    model: str | None,
+    local: dict[str, Any],
+    chat: bool,
+    settings: dict[str, Any],
+    variables: dict[str, Any],
 ) -> Say:
     """What answers a text by asking the server."""
     from gemmakit.cli.remote import connect
@@ -135,7 +147,8 @@ def _server(
     server = connect(url, key, model, local)
 
     def say(text: str, write: Write) -> Answer:
-        return server.answer(server.prompt([{"role": "user", "content": text}] if chat else text), write, settings)
+        said = [{"role": "user", "content": text}] if chat else text
+        return server.answer(server.prompt(said, variables), write, settings)
 
     return say
 
@@ -215,10 +228,14 @@ class _Screen:
 
     def __init__(self, plain: bool, several: bool):
         self.plain, self.several = plain, several
+        self._shown: Write | None = None
 
-    def write(self, text: str) -> None:
+    def write(self, piece: str | Thought) -> None:
+        from gemmakit.cli.answer import Shown
+
         if self.plain:
-            show(text)
+            self._shown = self._shown or Shown()
+            self._shown(piece)
 
     def put(self, text: str, said: Any) -> None:
         if not self.plain:

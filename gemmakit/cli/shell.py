@@ -98,9 +98,17 @@ def abandon_output() -> int:
     return PIPE_CLOSED
 
 
-def show(text: str) -> None:
-    """Print a piece of generated text at once. On a terminal its control characters are spelled out, not obeyed."""
-    sys.stdout.write(text.translate(_SPELLED) if sys.stdout.isatty() else text)
+def show(text: str, dim: bool = False) -> None:
+    """Print a piece of generated text at once. On a terminal its control characters are spelled out, not obeyed.
+
+    dim: for what stands beside the text, which a pipe gets none of.
+    """
+    if sys.stdout.isatty():
+        text = text.translate(_SPELLED)
+        text = f"\x1b[2m{text}\x1b[22m" if dim and os.environ.get("TERM") != "dumb" else text
+    elif dim:
+        return
+    sys.stdout.write(text)
     sys.stdout.flush()
 
 

@@ -110,13 +110,13 @@ def test_an_interrupted_answer_keeps_its_text_and_an_empty_one_its_question_out(
 class Terminal:
     """A command at a pseudo-terminal, with what it has shown so far."""
 
-    def __init__(self, *arguments: object):
+    def __init__(self, *arguments: object, term: str = "dumb"):
         import pty
 
         self.pid, self.file = pty.fork()
         if self.pid == 0:
             line = command_line(*arguments)
-            os.execve(line[0], line, environment(TERM="dumb"))
+            os.execve(line[0], line, environment(TERM=term))
         self.seen, self.place = "", 0
 
     def type(self, keys: str) -> None:

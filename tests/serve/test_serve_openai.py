@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import openai
 import pytest
+import torch
 from running_server import NAME, Running
 
 import gemmakit
@@ -93,3 +94,17 @@ def test_health_and_version(server: Running):
 
     assert httpx.get(f"{server.url}/health").json() == {"status": "ready"}
     assert httpx.get(f"{server.url}/version").json() == {"version": gemmakit.__version__}
+
+
+def test_a_seed_draws_what_it_draws_in_this_process(serve: Callable[..., Running]) -> None:
+    """One rule: answer i of a prompt draws from (seed, i). In float32, whose rounding decides no token here."""
+    running = serve(loading={"dtype": "float32"})
+    pipe = running.service.ready().pipe
+    settings = {"temperature": 1.2, "top_k": 0, "top_p": 1.0}
+    ids = torch.tensor([pipe.encode("If the file")])
+    for seed in (1, 2):
+        drawn = {**settings, "do_sample": True, "seed": seed, "max_new_tokens": 12}
+        here = pipe.model.generate(ids, **drawn, num_return_sequences=2)[:, ids.shape[1] :]
+        there = running.post("/v1/completions", prompt="If the file", seed=seed, max_tokens=12, n=2, **settings).json()
+        texts = [pipe.tokenizer.decode(row, skip_special_tokens=True) for row in here]
+        assert [choice["text"] for choice in there["choices"]] == texts and texts[0] != texts[1]

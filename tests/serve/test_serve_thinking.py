@@ -10,11 +10,8 @@ from typing import Any
 import anthropic
 import openai
 import pytest
-import tiny_checkpoint
-from gemma4_form import TOKENS, equip
+from gemma4_form import TOKENS, by_id, make
 from running_server import NAME, Running, serving
-
-import gemmakit
 
 WEATHER = {
     "name": "weather",
@@ -38,9 +35,7 @@ DRAWN = {"temperature": 1.0, "seed": 5}
 @pytest.fixture(scope="module")
 def thinker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A random model with Gemma 4's tokens and a template of its form."""
-    folder = tiny_checkpoint.make(tmp_path_factory.mktemp("thinker") / "model", vocab_size=1024 + len(TOKENS))
-    equip(gemmakit.AutoTokenizer.from_pretrained(folder)).save_pretrained(folder)
-    with serving(source=folder) as running:
+    with serving(source=make(tmp_path_factory.mktemp("thinker") / "model")) as running:
         yield running
 
 
@@ -59,12 +54,9 @@ def claude(thinker: Running) -> Iterator[anthropic.Anthropic]:
 @pytest.fixture(scope="module")
 def spoken(thinker: Running) -> dict[str, str]:
     """A grammar of what the random model is to say: a thought, a text, a call."""
-    tokenizer = thinker.service.ready().tokenizer
-    mark = {name: f"<[{tokenizer.convert_tokens_to_ids(name)}]>" for name in TOKENS}
-    quote = mark['<|"|>']
-    call = f'{mark["<|tool_call>"]} "call:clock{{zone:" {quote} "UTC" {quote} "}}" {mark["<tool_call|>"]}'
-    thought = f'{mark["<|channel>"]} "thought\\nThey ask.\\n" {mark["<channel|>"]}'
-    return {"grammar": f'start: {thought} "Well: " {call}'}
+    call = '<|tool_call> "call:clock{zone:" <|"|> "UTC" <|"|> "}" <tool_call|>'
+    says = rf'start: <|channel> "thought\nThey ask.\n" <channel|> "Well: " {call}'
+    return {"grammar": by_id(thinker.service.ready().tokenizer, says)}
 
 
 # -- thoughts ----------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gemma4_form import make as make_gemma4_form
 from tiny_checkpoint import make
 
 import gemmakit
@@ -219,3 +220,24 @@ def test_what_loading_takes_reaches_it(folder):
         assert pipe.model.is_quantized
         with pytest.raises(InputError, match=r"quantization_config.*are for loading"):
             pipeline("text-generation", pipe.model, tokenizer=pipe.tokenizer, **given)
+
+
+def test_a_chats_thoughts_and_calls_stand_beside_what_is_said(tmp_path):
+    pytest.importorskip("llguidance", reason="the model is made to think by gemmakit[constrained]")
+    thought = r'<|channel> "thought\nThey ask.\n" <channel|>'
+    says = f'start: {thought} "Well" <|tool_call> "call:clock{{zone:" <|"|> "UTC" <|"|> "}}" <tool_call|>'
+    pipe = gemmakit.pipeline("text-generation", make_gemma4_form(tmp_path / "model", says), device_map="cpu")
+    chat = [{"role": "user", "content": "Time?"}]
+    clock = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}}}
+    message = pipe(chat, tools=[clock])[0]["generated_text"][-1]
+    called = {"type": "function", "function": {"name": "clock", "arguments": {"zone": "UTC"}}}
+    assert message == {"role": "assistant", "content": "Well", "reasoning": "They ask.", "tool_calls": [called]}
+    assert pipe(chat, return_full_text=False)[0] == {
+        "generated_text": "Wellcall:clock{zone:UTC}",
+        "reasoning": "They ask.",
+    }
+    variables = {"enable_thinking": True}
+    thinking, plain = (pipe.encode(chat, chat_template_kwargs=kwargs) for kwargs in (variables, None))
+    assert pipe.tokenizer.decode(thinking).startswith("<bos><|turn>system\n<|think|>") and thinking != plain
+    with pytest.raises(InputError, match="tokenize"):
+        pipe(chat, chat_template_kwargs={"tokenize": False})
