@@ -79,6 +79,14 @@ class ServedModel:
         return "enable_thinking" in names_in(self._template)
 
     @cached_property
+    def capabilities(self) -> list[str]:
+        """What may be asked of it, in the words that clients look for."""
+        if self._pipe is None:
+            return ["embedding"]
+        known = {"completion": True, "tools": self.has_tools, "thinking": self.has_thinking}
+        return [name for name, has in known.items() if has]
+
+    @cached_property
     def call_end(self) -> int | None:
         """The token that ends a call; None where the vocabulary has none."""
         return self.tokenizer.added_tokens_encoder.get(self.tokenizer.response_form.call_end)

@@ -37,6 +37,7 @@ class Script:
     refusals: list[Response] = field(default_factory=list)
     extra: dict[str, list[Chunk]] = field(default_factory=dict)
     pause_s: float = 0.0
+    capabilities: list[str] = field(default_factory=list)
     asked: list[dict[str, Any]] = field(default_factory=list)
     left: int = 0
     url: str = ""
@@ -47,7 +48,10 @@ class Script:
 
         @app.get("/v1/models")
         def models() -> dict[str, Any]:
-            return {"object": "list", "data": [{"id": "scripted", "object": "model"}]}
+            return {
+                "object": "list",
+                "data": [{"id": "scripted", "object": "model", "capabilities": self.capabilities}],
+            }
 
         @app.post("/v1/chat/completions")
         async def chat(request: Request) -> Response:

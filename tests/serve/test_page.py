@@ -470,9 +470,26 @@ def test_thoughts_and_calls_are_shown_apart(visit: Visit, script: Script):
     ]  # fmt: skip
     page = visit(script.url)
     ask(page, "w")
-    assert page.locator("details.thought").text_content() == "ThoughtThey ask for weather."
+    thought = page.locator("details.thought")
+    assert thought.text_content() == "ThoughtThey ask for weather." and thought.get_attribute("open") is None
     assert page.locator(".assistant .code").inner_text().split("\n")[-1] == '{"city": "Oslo"}'
     assert "calls weather" in page.locator(".assistant .code").inner_text()
+
+
+@pytest.mark.parametrize("capabilities", [[], ["thinking"]])
+def test_a_model_that_can_is_told_to_think(visit: Visit, script: Script, capabilities: list[str]):
+    script.capabilities = capabilities
+    page = visit(script.url)
+    expect(page.locator("#model")).to_have_text("scripted")
+    page.get_by_role("button", name="Settings").click()
+    field = page.get_by_label("Thinking")
+    if capabilities:
+        field.select_option("high")
+    else:
+        expect(field).to_be_hidden()
+    page.get_by_role("button", name="Done").click()
+    ask(page, "hello")
+    assert script.asked[-1].get("reasoning_effort") == ("high" if capabilities else None)
 
 
 def test_a_narrow_screen_holds_everything(visit: Visit, script: Script):

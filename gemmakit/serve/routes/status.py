@@ -59,4 +59,5 @@ def _card(served: ServedModel, name: str) -> dict[str, Any]:
         "created": served.created,
         "owned_by": "gemmakit",
         "max_model_len": served.context,
+        "capabilities": served.capabilities,
     }
