@@ -65,14 +65,15 @@ def chat(
     talk: Conversation
     if server is None:
         pipe = gemmakit.pipeline("text-generation", model, device_map=device, dtype=dtype, revision=revision)
-        talk = Conversation(pipe, settings, system, variables=o.template_variables(think))
+        variables = o.template_variables(think, pipe.tokenizer.template_reads("enable_thinking"))
+        talk = Conversation(pipe, settings, system, variables=variables)
     else:
         from gemmakit.cli.remote import ServerConversation, connect
 
         local = {"--device": device != "auto", "--dtype": dtype != "auto", "--revision": revision}
-        talk = ServerConversation(
-            None, settings, system, variables=o.template_variables(think), server=connect(server, api_key, model, local)
-        )
+        there = connect(server, api_key, model, local)
+        variables = o.template_variables(think, there.thinks)
+        talk = ServerConversation(None, settings, system, variables=variables, server=there)
     at_terminal = sys.stdin is not None and sys.stdin.isatty()
     if at_terminal:
         print(f"{_title(talk.name)}, context of {talk.context} tokens. /help lists commands.\n")

@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 from typer import Option
 
+from gemmakit.errors import InputError
+
 Model = Annotated[
     str | None, Option("--model", "-m", metavar="NAME", help="Folder or Hub id; if left out, the demo model.")
 ]
@@ -49,8 +51,10 @@ DEFAULT_NEW_TOKENS = 256  # what --max-new-tokens promises
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
 
 
-def template_variables(think: bool | None) -> dict[str, Any]:
-    """What the chat template is told beside the messages."""
+def template_variables(think: bool | None, can: bool) -> dict[str, Any]:
+    """What the chat template is told beside the messages. can: whether it lets its model think."""
+    if think and not can:
+        raise InputError("--think: this model's chat template knows no thinking; leave it out.")
     return {} if think is None else {"enable_thinking": think}
 
 

@@ -46,7 +46,8 @@ class Prompt:
 
 
 class Server:
-    """A server that was found at an address. model: what it calls its model; context: tokens of a prompt and answer.
+    """A server that was found at an address. model: what it calls its model; context: tokens of a prompt and answer;
+    thinks: whether its model can.
 
     Raises ServerError where there is none, or it refuses.
     """
@@ -60,6 +61,7 @@ class Server:
         cards = self._get("GET", "/v1/models").get("data") or [{}]
         self.model = str(model or cards[0].get("id", ""))
         self.context = int(cards[0].get("max_model_len") or 0)
+        self.thinks = "thinking" in cards[0].get("capabilities", ())
 
     def prompt(self, said: str | list[dict[str, str]], variables: Mapping[str, Any]) -> Prompt:
         name = "prompt" if isinstance(said, str) else "messages"

@@ -105,7 +105,6 @@ def run(
         raise InputError("--aggregation is of --task token-classification only.")
     if think is not None and not chat:
         raise InputError("--think and --no-think are of a chat: give --chat too.")
-    variables = o.template_variables(think)
     prompts = records.texts(prompt, input_, format_, column or ("prompt" if generates else "text"))
     if output is not None:
         sink: Any = records.Sink(output, overwrite)
@@ -114,7 +113,7 @@ def run(
     if server is not None:
         local = {"--device": device != "auto", "--dtype": dtype != "auto", "--backend": backend != "pytorch"}
         local |= {"--revision": revision, "--task": not generates}
-        say = _server(server, api_key, model, local, chat, settings, variables)
+        say = _server(server, api_key, model, local, chat, settings, think)
         with nullcontext() if output is None else sink:
             return _end(_each(say, prompts, sink), stats)
     load = gemmakit.pipeline  # loads torch, which is not counted as loading the model
@@ -128,7 +127,10 @@ def run(
             return 0
         from gemmakit.cli.answer import answer, ask
 
-        say = partial(ask, pipe, variables=variables, **settings) if chat else partial(answer, pipe, **settings)
+        say: Say = partial(answer, pipe, **settings)
+        if chat:
+            variables = o.template_variables(think, pipe.tokenizer.template_reads("enable_thinking"))
+            say = partial(ask, pipe, variables=variables, **settings)
         return _end(_each(say, prompts, sink), stats, f"; loaded in {loaded_s:.2f} s")
 
 
@@ -139,12 +141,13 @@ def _server(
     local: dict[str, Any],
     chat: bool,
     settings: dict[str, Any],
-    variables: dict[str, Any],
+    think: bool | None,
 ) -> Say:
     """What answers a text by asking the server."""
     from gemmakit.cli.remote import connect
 
     server = connect(url, key, model, local)
+    variables = o.template_variables(think, server.thinks)
 
     def say(text: str, write: Write) -> Answer:
         said = [{"role": "user", "content": text}] if chat else text

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 from gemmakit.pipelines import EmbeddingModel, TextGenerationPipeline
 from gemmakit.pytorch.decode.token_bytes import token_table
 from gemmakit.serve.refusals import Refusal
-from gemmakit.text.sandbox import names_in
 
 T = TypeVar("T")
 # Texts become ids beside the event loop, so that a long one holds nobody up.
@@ -65,18 +64,14 @@ class ServedModel:
             raise Refusal(404, f"there is no model {name!r:.200} here; there is {known}.", code="model_not_found")
 
     @cached_property
-    def _template(self) -> str:
-        return self.tokenizer.get_chat_template(tools=[])
-
-    @cached_property
     def has_tools(self) -> bool:
         """Whether the chat template has a word for tools."""
-        return "tools" in names_in(self._template)
+        return self.tokenizer.template_reads("tools")
 
     @cached_property
     def has_thinking(self) -> bool:
         """Whether the chat template lets its model think."""
-        return "enable_thinking" in names_in(self._template)
+        return self.tokenizer.template_reads("enable_thinking")
 
     @cached_property
     def capabilities(self) -> list[str]:
@@ -89,11 +84,12 @@ class ServedModel:
     @cached_property
     def call_end(self) -> int | None:
         """The token that ends a call; None where the vocabulary has none."""
-        return self.tokenizer.added_tokens_encoder.get(self.tokenizer.response_form.call_end)
+        known = self.tokenizer.added_token(self.tokenizer.response_form.call_end)
+        return None if known is None else known[0]
 
-    @property
+    @cached_property
     def has_developer(self) -> bool:
-        return "developer" in self._template
+        return "developer" in self.tokenizer.get_chat_template(tools=[])
 
     async def aside(self, function: Callable[..., T], *arguments: Any, **named: Any) -> T:
         """Run what takes long in another thread."""

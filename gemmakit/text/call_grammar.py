@@ -43,8 +43,8 @@ def call_grammar(
 class _Grammar:
     def __init__(self, tokenizer: Any) -> None:
         self.form: ResponseForm = tokenizer.response_form
-        known: Mapping[str, int] = tokenizer.added_tokens_encoder
-        self._ids = {name: known[name] for name in self.form.names if name in known}
+        known = {name: tokenizer.added_token(name) for name in self.form.names}
+        self._ids: dict[str, int] = {name: added[0] for name, added in known.items() if added is not None}
         self._rules: dict[str, str] = {}
         self._names: dict[str, str] = {}  # of rules that are there, by what they say
         self._count = count()

@@ -126,6 +126,12 @@ class Chat:
                 return own[name]
         return chat_template or (own if isinstance(own, str) else None) or GEMMA_TEMPLATE
 
+    def template_reads(self, variable: str) -> bool:
+        """Whether the chat template reads a variable, such as "tools" or "enable_thinking"."""
+        from gemmakit.text.sandbox import names_in  # late: it loads Jinja
+
+        return variable in names_in(self.get_chat_template(tools=[]))
+
     def apply_chat_template(
         self: Any,
         conversation: Any,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -75,6 +75,127 @@ class _Mark(NamedTuple):
     spelled: bool
 
 
+_Item = str | _Mark
+
+
+class _Tokens:
+    """Ids to their text and the tokens of the form in it, each where it stands.
+
+    Somebody else may decide what the text is, who cuts it at a stop string: a token is told once all text before it is.
+    """
+
+    def __init__(self, tokenizer: Any, names: Mapping[str, Kind]) -> None:
+        self.marks: dict[int, _Mark] = {}
+        for name, kind in names.items():
+            if (added := tokenizer.added_token(name)) is not None:
+                index, special = added
+                self.marks[index] = _Mark(kind, name, "" if special else name, spelled=False)
+        self._decoder = tokenizer.incremental_decoder(skip_special_tokens=True)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._text = ""  # what is told and not yet taken
+        self._taken = self._decoded = 0  # characters before it; characters that the decoder gave
+        self._passed = 0  # characters to come that are a token's own
+        self._cut = False  # whether somebody else decides what the text is
+        self._waiting: deque[tuple[int, _Mark]] = deque()  # tokens that were seen, by their place in the text
+
+    def opening(self, prompt: Sequence[int]) -> list[_Item]:
+        """The thought that a prompt leaves open."""
+        for place in range(len(prompt) - 1, -1, -1):
+            mark = self.marks.get(prompt[place])
+            if mark is not None and mark.kind == "thought":
+                return [mark, self._decoder.push(list(prompt[place + 1 :])) + self._decoder.finish()]
+            if mark is not None and mark.kind == "thought_end":
+                break
+        return []
+
+    def push(self, ids: Any, text: str | None) -> Iterator[_Item]:
+        if text is not None and not self.marks:
+            return iter([text])
+        ids = to_lists(ids)
+        own = "".join(map(self._decode, [ids] if isinstance(ids, int) else ids))
+        self._text += own if text is None else text
+        self._cut = self._cut or text is not None
+        return self._told()
+
+    def finish(self) -> list[_Item]:
+        rest = self._decoder.finish()
+        self._text += "" if self._cut else rest
+        found = list(self._told())
+        self._begin()
+        return found
+
+    def _decode(self, index: int) -> str:
+        text, mark = self._decoder.push([index]), self.marks.get(index)
+        self._decoded += len(text)
+        end = self._decoded + len(self._decoder.held)
+        if self._waiting and self._waiting[-1][0] > end:  # bytes that made no character alone now do together
+            self._waiting = deque((min(place, end), each) for place, each in self._waiting)
+        if mark is not None:
+            self._waiting.append((end - len(mark.shown), mark))
+        return text
+
+    def _told(self) -> Iterator[_Item]:
+        self._pass()
+        while self._waiting and self._waiting[0][0] <= self._taken + len(self._text):
+            place, mark = self._waiting.popleft()
+            yield self._take(place - self._taken)
+            self._passed += len(mark.shown)
+            self._pass()
+            yield mark
+        yield self._take(len(self._text))
+
+    def _pass(self) -> None:
+        self._passed -= len(self._take(self._passed))
+
+    def _take(self, size: int) -> str:
+        piece, self._text = self._text[: max(0, size)], self._text[max(0, size) :]
+        self._taken += len(piece)
+        return piece
+
+
+class _Letters:
+    """Text to itself and the tokens that it spells; the end of it is held back while it may become one."""
+
+    def __init__(self, names: Mapping[str, Kind]) -> None:
+        self._marks = {name: _Mark(kind, name, name, spelled=True) for name, kind in names.items()}
+        self._any = re.compile("|".join(map(re.escape, sorted(names)))) if names else None
+        self._held = ""
+
+    def split(self, items: Iterable[_Item], last: bool = False) -> Iterator[_Item]:
+        for item in items:
+            if isinstance(item, str) and self._any is not None:
+                yield from self._spelled(item, self._any)
+                continue
+            yield from self._rest()
+            yield item
+        if last:
+            yield from self._rest()
+
+    def _rest(self) -> Iterator[str]:
+        held, self._held = self._held, ""
+        if held:
+            yield held
+
+    def _spelled(self, text: str, any_: re.Pattern[str]) -> Iterator[_Item]:
+        text, place = self._held + text, 0
+        for found in any_.finditer(text):
+            yield text[place : found.start()]
+            yield self._marks[found[0]]
+            place = found.end()
+        end = self._beginning(text, place)
+        self._held = text[end:]
+        yield text[place:end]
+
+    def _beginning(self, text: str, place: int) -> int:
+        """Where a token may be beginning at the end of `text[place:]`."""
+        longest = max(map(len, self._marks)) - 1
+        sizes = range(min(longest, len(text) - place), 0, -1)
+        open_ = (size for size in sizes if any(name.startswith(text[-size:]) for name in self._marks))
+        return len(text) - next(open_, 0)
+
+
 class ResponseParser:
     """Takes an answer as it comes and gives text, thoughts and calls, in their order, as soon as they are certain.
 
@@ -105,28 +226,20 @@ class ResponseParser:
         self.form: ResponseForm = tokenizer.response_form if form is None else form
         self._strict = strict
         names: dict[str, Kind] = {n: k for n, k in self.form.names.items() if calls or k in ("thought", "thought_end")}
-        self._tokens = {} if tokenizer is None else _tokens(tokenizer, names)
-        spelled = names.keys() - {mark.name for mark in self._tokens.values()}
-        self._letters = {name: _Mark(names[name], name, name, True) for name in spelled}
-        self._any = re.compile("|".join(map(re.escape, sorted(spelled)))) if spelled else None
-        self._decoder: Any = None if tokenizer is None else tokenizer.incremental_decoder(skip_special_tokens=True)
+        self._tokens = None if tokenizer is None else _Tokens(tokenizer, names)
+        known = () if self._tokens is None else [mark.name for mark in self._tokens.marks.values()]
+        self._letters = _Letters({name: kind for name, kind in names.items() if name not in known})
+        self._opening = [] if self._tokens is None else self._tokens.opening(prompt)
         self._begin()
-        self._prompted = self._after_opening(prompt)
-        self._take_all(self._prompted)
 
     def _begin(self) -> None:
-        self._text = ""  # what is told of the answer's text and not yet taken
-        self._taken = self._decoded = 0  # characters before it; characters that the decoder gave
-        self._passed = 0  # characters to come that are a token's own
-        self._cut = False  # whether somebody else decides what the text is
-        self._marks: deque[tuple[int, _Mark]] = deque()  # the tokens to come, and where in the text they stand
-        self._held = ""  # letters that may begin a token
         self._thinking = False
         self._label = ""  # what may still be the beginning of the label, once a thought has begun
         self._labelled = True
         self._newline = False  # held back: the last one of a thought belongs to its end
-        self._call: list[str | _Mark] | None = None
+        self._call: list[_Item] | None = None
         self._quoted = False
+        self._parts(self._opening)
 
     @property
     def thinking(self) -> bool:
@@ -138,103 +251,26 @@ class ResponseParser:
 
         text: what is certain of the ids' text where somebody else decides it, such as stop strings; None for all of it.
         """
-        if self._decoder is None:
-            return self._take_all([new])
-        if text is not None and not self._tokens:
-            return self._take_all([text])
-        ids = to_lists(new)
-        own = "".join(map(self._decode, [ids] if isinstance(ids, int) else ids))
-        self._text += own if text is None else text
-        self._cut = self._cut or text is not None
-        return self._take_all(self._told())
+        items = [new] if self._tokens is None else self._tokens.push(new, text)
+        return _joined(self._parts(self._letters.split(items)))
 
     def finish(self) -> list[Part]:
         """What was held back. The parser can be used again afterwards, for an answer to a like prompt."""
-        if self._decoder is not None:
-            rest = self._decoder.finish()
-            self._text += "" if self._cut else rest
-        parts = self._take_all(self._told(), last=True)
+        items = [] if self._tokens is None else self._tokens.finish()
+        parts = [*self._parts(self._letters.split(items, last=True)), *self._ended()]
         self._begin()
-        self._take_all(self._prompted)
-        return parts
+        return _joined(parts)
 
-    # -- ids to text and tokens ------------------------------------------------------------------------------------
+    def _parts(self, items: Iterable[_Item]) -> list[Part]:
+        return [part for item in items for part in self._take(item)]
 
-    def _after_opening(self, prompt: Sequence[int]) -> list[str | _Mark]:
-        """The thought that a prompt leaves open."""
-        if self._decoder is None:
-            return []
-        for place in range(len(prompt) - 1, -1, -1):
-            mark = self._tokens.get(prompt[place])
-            if mark is not None and mark.kind == "thought":
-                return [mark, self._decoder.push(list(prompt[place + 1 :])) + self._decoder.finish()]
-            if mark is not None and mark.kind == "thought_end":
-                break
-        return []
-
-    def _decode(self, index: int) -> str:
-        """What an id makes certain of the text; where it is a token of the form, its place is noted."""
-        text, mark = self._decoder.push([index]), self._tokens.get(index)
-        self._decoded += len(text)
-        end = self._decoded + len(self._decoder.held)
-        self._marks = deque((min(place, end), each) for place, each in self._marks)  # half characters became whole
-        if mark is not None:
-            self._marks.append((end - len(mark.shown), mark))
-        return text
-
-    def _told(self) -> Iterator[str | _Mark]:
-        """The text that was told and the tokens in it, in their order."""
-        self._pass()
-        while self._marks and self._marks[0][0] <= self._taken + len(self._text):
-            place, mark = self._marks.popleft()
-            yield self._cut_off(place - self._taken)
-            self._passed += len(mark.shown)
-            self._pass()
-            yield mark
-        yield self._cut_off(len(self._text))
-
-    def _pass(self) -> None:
-        self._passed -= len(self._cut_off(self._passed))
-
-    def _cut_off(self, size: int) -> str:
-        piece, self._text = self._text[: max(0, size)], self._text[max(0, size) :]
-        self._taken += len(piece)
-        return piece
-
-    def _spelled(self, text: str, last: bool) -> Iterator[str | _Mark]:
-        """A text with the tokens that it spells; the end of it is held back while it may become one."""
-        if self._any is None:
-            yield text
-            return
-        text, place = self._held + text, 0
-        for found in self._any.finditer(text):
-            yield text[place : found.start()]
-            yield self._letters[found[0]]
-            place = found.end()
-        end = len(text) if last else _beginning(text, place, self._letters)
-        yield text[place:end]
-        self._held = text[end:]
-
-    # -- text and tokens to parts ----------------------------------------------------------------------------------
-
-    def _take_all(self, items: Iterator[str | _Mark] | Sequence[str | _Mark], last: bool = False) -> list[Part]:
-        found: list[Part] = []
-        for item in items:
-            for each in [item] if isinstance(item, _Mark) else self._spelled(item, last=False):
-                found += self._take(each)
-        if last:
-            for each in self._spelled("", last=True):
-                found += self._take(each)
-            found += self._ended()
-        return _joined(found)
-
-    def _take(self, item: str | _Mark) -> list[Part]:
+    def _take(self, item: _Item) -> list[Part]:
         if self._call is not None:
             return self._in_call(self._call, item)
         if isinstance(item, str):
             return self._said(item) if item else []
         if item.kind == "call":
-            begun: list[str | _Mark] = [item]
+            begun: list[_Item] = [item]
             self._call, self._quoted = begun, False
             return []
         if item.kind == "thought" and not self._thinking:
@@ -245,7 +281,7 @@ class ResponseParser:
             return []
         return self._said(item.shown)
 
-    def _in_call(self, call: list[str | _Mark], item: str | _Mark) -> list[Part]:
+    def _in_call(self, call: list[_Item], item: _Item) -> list[Part]:
         if isinstance(item, str) or item.kind == "quote":
             self._quoted ^= not isinstance(item, str)
             call.append(item)
@@ -258,7 +294,7 @@ class ResponseParser:
             return self._called([*call, item])
         return [*self._uncalled(call), *self._take(item)]
 
-    def _called(self, call: list[str | _Mark]) -> list[Part]:
+    def _called(self, call: list[_Item]) -> list[Part]:
         body = call[1:-1]
         text = "".join(item for item in body if isinstance(item, str))
         quote = self.form.quote
@@ -271,7 +307,7 @@ class ResponseParser:
                 raise
             return self._uncalled(call)
 
-    def _uncalled(self, call: list[str | _Mark]) -> list[Part]:
+    def _uncalled(self, call: list[_Item]) -> list[Part]:
         text = "".join(item if isinstance(item, str) else item.name for item in call)
         if self._strict:
             raise InputError(f"{text[:80]!r} is a call without its end, {self.form.call_end}.")
@@ -302,26 +338,6 @@ class ResponseParser:
             call, self._call = self._call, None
             found += self._uncalled(call)
         return [*found, Thought("\n")] if self._newline else found
-
-
-def _tokens(tokenizer: Any, names: Mapping[str, Kind]) -> dict[int, _Mark]:
-    """The tokens of the form that the vocabulary has, by id."""
-    found: dict[int, _Mark] = {}
-    added = tokenizer.added_tokens_decoder
-    special = {index for index, token in added.items() if token.special}.union(tokenizer.all_special_ids)
-    for index, token in added.items():
-        if token.content in names:
-            shown = "" if index in special else token.content
-            found[index] = _Mark(names[token.content], token.content, shown, spelled=False)
-    return found
-
-
-def _beginning(text: str, place: int, names: Mapping[str, Any]) -> int:
-    """Where one of the names may be beginning at the end of `text[place:]`."""
-    longest = max(map(len, names)) - 1
-    sizes = range(min(longest, len(text) - place), 0, -1)
-    open_ = (size for size in sizes if any(name.startswith(text[-size:]) for name in names))
-    return len(text) - next(open_, 0)
 
 
 def _joined(parts: Sequence[Part]) -> list[Part]:

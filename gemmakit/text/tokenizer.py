@@ -197,6 +197,12 @@ class TokenizerBase(Calling, Chat, Saving):
     def added_tokens_encoder(self) -> dict[str, int]:
         return {token.content: index for index, token in self.added_tokens_decoder.items()}
 
+    def added_token(self, name: str) -> tuple[int, bool] | None:
+        """The id of a token that is matched whole, and whether it is special; None where there is none of this name."""
+        index = self._engine.token_to_id(name)
+        token = None if index is None else self._engine.added.get(index)
+        return None if index is None or token is None else (index, token.special)
+
     def get_added_vocab(self) -> dict[str, int]:
         return self.added_tokens_encoder
 

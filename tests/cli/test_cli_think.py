@@ -40,6 +40,8 @@ def test_a_pipe_gets_the_answer_and_json_the_thought_beside_it(gemmakit, thinker
 def test_thinking_is_of_chats(gemmakit, thinker: Path) -> None:
     refused = gemmakit("run", "--model", thinker, "--think", "x")
     assert refused.returncode == 2 and "--chat" in refused.stderr
+    refused = gemmakit("run", "--chat", "--think", "x")
+    assert refused.returncode == 2 and "knows no thinking" in refused.stderr
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
