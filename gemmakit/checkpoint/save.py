@@ -31,7 +31,7 @@ from gemmakit.checkpoint.checkpoint import read_index
 from gemmakit.checkpoint.formats import LAYOUTS, Layout
 from gemmakit.checkpoint.formats.safetensors import encode_header
 from gemmakit.errors import CheckpointError, InputError
-from gemmakit.files import free_disk_bytes
+from gemmakit.files import free_disk_bytes, replacing
 from gemmakit.hub import Name, check_relative
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -103,6 +103,23 @@ def save_checkpoint(
     items, files = _plan_items(tensors), _check_files(extra_files)
     encode = partial(_encode, metadata=metadata)
     return save_shards(Path(directory).expanduser(), SAFETENSORS, items, encode, limit, files)
+
+
+def save_file(tensors: Mapping[str, Any], path: Path, metadata: Mapping[str, str] = _METADATA) -> None:
+    """One safetensors file of tensors as in `save_checkpoint`, in the place of what is at `path`, whole or not at all.
+
+    Raises CheckpointError where the disk refuses, and InputError.
+    """
+    items = _plan_items(tensors)
+    require_disk(path, [*(item.nbytes for item in items.values()), *map(len, metadata.values())])
+    try:
+        with replacing(path) as staged:
+            write(staged, _encode(items, metadata))
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be written: {error.strerror or error}. {free_disk_bytes(path)} bytes are free there. What "
+            "was there before is unchanged; free some space or fix the permissions, and save again."
+        ) from error
 
 
 def _plan_items(tensors: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> dict[str, _Item]:

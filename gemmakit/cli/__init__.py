@@ -11,6 +11,8 @@ VERBS = {
     "chat": "Talk with a model in the terminal",
     "serve": "Answer any OpenAI client over HTTP",
     "batch": "Answer a file of requests, whatever interrupts it",
+    "tune": "Train a model on a file of rows",
+    "merge": "Make an adapter part of its model",
     "convert": "Turn a checkpoint of any origin into safetensors, msgpack or GGUF",
     "doctor": "Say what this machine can run, or whether a checkpoint is whole",
     "bench": "Measure speed, as a share of what the machine can do",

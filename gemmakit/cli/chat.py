@@ -38,6 +38,7 @@ def chat(
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
     revision: o.Revision = None,
+    adapter: o.Adapter = None,
     system: Annotated[str | None, Option(metavar="TEXT", help="Instructions for the model.")] = None,
     max_new_tokens: o.MaxNewTokens = None,
     stop: o.Stop = None,
@@ -64,13 +65,14 @@ def chat(
     )  # fmt: skip
     talk: Conversation
     if server is None:
-        pipe = gemmakit.pipeline("text-generation", model, device_map=device, dtype=dtype, revision=revision)
+        pipe = gemmakit.pipeline("text-generation", model, device_map=device, dtype=dtype, revision=revision,
+                                 adapter=adapter)  # fmt: skip
         variables = o.template_variables(think, pipe.tokenizer.template_reads("enable_thinking"))
         talk = Conversation(pipe, settings, system, variables=variables)
     else:
         from gemmakit.cli.remote import ServerConversation, connect
 
-        local = {"--device": device != "auto", "--dtype": dtype != "auto", "--revision": revision}
+        local = {"--device": device != "auto", "--dtype": dtype != "auto", "--revision": revision, "--adapter": adapter}
         there = connect(server, api_key, model, local)
         variables = o.template_variables(think, there.thinks)
         talk = ServerConversation(None, settings, system, variables=variables, server=there)

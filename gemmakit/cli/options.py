@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Option
@@ -15,6 +16,9 @@ Device = Annotated[
     str, Option(metavar="WHERE", help="auto (an accelerator if there is one), cpu, cuda:1, or a CUDA index.")
 ]
 Dtype = Annotated[str, Option(metavar="TYPE", help="auto (as stored), float32, bfloat16, float16.")]
+Adapter = Annotated[
+    Path | None, Option("--adapter", metavar="DIR", help="An adapter for the model: of gemmakit tune, or peft.")
+]
 Revision = Annotated[str | None, Option(metavar="NAME", help="Branch, tag or commit on the Hub.")]
 
 MaxNewTokens = Annotated[

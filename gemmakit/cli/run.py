@@ -42,6 +42,7 @@ def run(
         str, Option(metavar="NAME", help="pytorch or flax; the latter needs gemmakit[flax].")
     ] = "pytorch",
     revision: o.Revision = None,
+    adapter: o.Adapter = None,
     max_new_tokens: o.MaxNewTokens = None,
     stop: o.Stop = None,
     sample: o.Sample = None,
@@ -112,13 +113,14 @@ def run(
         sink = _Screen(not json_ and not (generates and several), several)
     if server is not None:
         local = {"--device": device != "auto", "--dtype": dtype != "auto", "--backend": backend != "pytorch"}
-        local |= {"--revision": revision, "--task": not generates}
+        local |= {"--revision": revision, "--adapter": adapter, "--task": not generates}
         say = _server(server, api_key, model, local, chat, settings, think)
         with nullcontext() if output is None else sink:
             return _end(_each(say, prompts, sink), stats)
     load = gemmakit.pipeline  # loads torch, which is not counted as loading the model
     start = time.perf_counter()
-    pipe = load(task, model, framework=_framework(backend), device_map=device, dtype=dtype, revision=revision)
+    pipe = load(task, model, framework=_framework(backend), device_map=device, dtype=dtype, revision=revision,
+                adapter=adapter)  # fmt: skip
     loaded_s = time.perf_counter() - start
     with nullcontext() if output is None else sink:
         if not generates:

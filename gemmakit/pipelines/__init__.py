@@ -17,6 +17,7 @@ from gemmakit.pipelines.base import Pipeline, is_flax
 from gemmakit.pipelines.classification import TextClassificationPipeline, TokenClassificationPipeline
 from gemmakit.pipelines.embedding import EmbeddingModel
 from gemmakit.pipelines.generation import DEFAULT_NEW_TOKENS, TextGenerationPipeline
+from gemmakit.pytorch.adapters import load_adapter, merge_adapter
 from gemmakit.pytorch.placement import parse_device
 
 __all__ = [
@@ -55,6 +56,7 @@ def pipeline(
     trust_remote_code: bool | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     pipeline_class: type[Pipeline] | None = None,
+    adapter: str | Path | None = None,
     **kwargs: Any,
 ) -> Any:
     """Load what a task needs and give back something to call.
@@ -72,6 +74,8 @@ def pipeline(
         dtype: "auto", the default, keeps what the checkpoint holds. `torch_dtype` is the older name of the same.
         model_kwargs: more arguments for the model's from_pretrained; attn_implementation, quantization_config and
             those of offloading may also stand by themselves.
+        adapter: a folder that `gemmakit tune` or peft wrote. It is folded into the weights; beside quantized ones it
+            runs as it is.
         kwargs: revision, token, cache_dir, local_files_only, subfolder; batch_size; and defaults for the calls.
 
     Raises:
@@ -107,9 +111,21 @@ def pipeline(
         )
     elif framework is not None and (framework == "flax") != is_flax(source):
         raise InputError(f"framework is {framework!r}, but the model is a {type(source).__name__}.")
+    if adapter is not None:
+        _adapt(source, adapter)
     if tokenizer is None or isinstance(tokenizer, (str, Path)):
         tokenizer = AutoTokenizer.from_pretrained(_tokenizer_source(tokenizer, source), use_fast=use_fast, **vars(hub))
     return made(source, tokenizer, device=device, **kwargs)
+
+
+def _adapt(model: Any, adapter: str | Path) -> None:
+    if is_flax(model):
+        raise InputError(
+            "adapter= is of PyTorch models: merge it (gemmakit merge), and load what that writes with Flax."
+        )
+    load_adapter(model, adapter)
+    if not model.is_quantized:
+        merge_adapter(model)
 
 
 def _load_flax(made: type[Pipeline], name: str | Path, dtype: Any, device: Any, loading: dict[str, Any]) -> Any:

@@ -110,6 +110,35 @@ def chunked_loss(
     return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
 
 
+def row_logprobs(
+    head: nn.Module,
+    hidden: Float[Tensor, "B S D"],
+    targets: Int[Tensor, "B S"],
+    chunk: int,
+    softcap: float | None = None,
+) -> Float[Tensor, " B"]:
+    """The log probability of each row's targets, summed in float32, `chunk` positions at a time; -100 is ignored.
+
+    Only positions with a target meet the head. Logits are computed again on the way back, and never all at once.
+    """
+    at = (targets != IGNORED_LABEL).nonzero()
+    flat, target, rows = hidden[at[:, 0], at[:, 1]], targets[at[:, 0], at[:, 1]], at[:, 0]
+    total = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
+    for part in _chunks(len(flat), chunk):
+        arguments = (head, flat[part], target[part], softcap)
+        found = (
+            checkpoint(_logprobs, *arguments, use_reentrant=False) if torch.is_grad_enabled() else _logprobs(*arguments)
+        )
+        total = total.index_add(0, rows[part], found)
+    return total
+
+
+def _logprobs(
+    head: nn.Module, hidden: Float[Tensor, "n D"], target: Int[Tensor, " n"], softcap: float | None
+) -> Float[Tensor, " n"]:
+    return -F.cross_entropy(capped(head(hidden), softcap).float(), target, reduction="none")
+
+
 def _is_plain(head: nn.Module) -> bool:
     """Whether its weight says all that the head does."""
     hooked = head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks

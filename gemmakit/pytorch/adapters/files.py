@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gemmakit.checkpoint.formats.safetensors import SafetensorsFile
+from gemmakit.checkpoint.save import save_file
 from gemmakit.errors import CheckpointError, InputError, UnsafeFile
-from gemmakit.files import read_json_object, replacing, write_text
+from gemmakit.files import read_json_object, write_text
 from gemmakit.pytorch.adapters.config import LoraConfig
 from gemmakit.pytorch.adapters.modules import Adapter
 from gemmakit.pytorch.adapters.place import adapters_of, add_adapter
@@ -32,8 +32,7 @@ def save_adapter(model: ModelMethods, config: LoraConfig, folder: Name, base: Na
         for name, adapter in adapters_of(model).items()
         for key, parameter in _keys(name, adapter).items()
     }
-    with replacing(folder / WEIGHTS) as staged:
-        save_file(tensors, staged, metadata={"format": "pt"})
+    save_file(tensors, folder / WEIGHTS)
     settings = {"base_model_name_or_path": os.fspath(base) or None, **config.to_dict()}
     write_text(folder / CONFIG, json.dumps(settings, indent=2, sort_keys=True) + "\n")
 

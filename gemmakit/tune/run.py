@@ -1,0 +1,329 @@
+"""From settings to a result: what is looked at before the first step, the steps, and what is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import gemmakit
+from gemmakit.auto import AutoModelForCausalLM, AutoTokenizer
+from gemmakit.errors import InputError
+from gemmakit.files import read_json_object, sampled_digest, write_text
+from gemmakit.hub import demo_model
+from gemmakit.pytorch.adapters import (
+    ALL_LINEAR,
+    LoraConfig,
+    add_adapter,
+    load_adapter,
+    merge_adapter,
+    save_adapter,
+)
+from gemmakit.pytorch.placement import parse_device
+from gemmakit.tune import report, state
+from gemmakit.tune.data import Refusals, Source, find_splits, read
+from gemmakit.tune.examples import Encoder, Example, Pair, Question
+from gemmakit.tune.judge import accuracy
+from gemmakit.tune.objectives import NextTokens, Objective, Preferences, reference_logprobs
+from gemmakit.tune.settings import FREE, TuneSettings
+from gemmakit.tune.train import Step, Trainer, mean_loss
+
+SETTINGS = "tune.json"
+
+Tell = Callable[[Step, int], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """finished: False where Ctrl-C ended it; it goes on with `resume`. records: of metrics.jsonl."""
+
+    folder: Path
+    finished: bool
+    records: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run is made of, once all that can be wrong with it was looked at."""
+
+    settings: TuneSettings
+    model: Any
+    tokenizer: Any
+    adapter: LoraConfig | None
+    examples: dict[str, list[Any]]
+    questions: list[Question]
+    objective: Objective
+    valid: Objective | None
+    kept: dict[str, Any]  # what tune.json holds
+
+
+def prepare(settings: TuneSettings) -> Prepared:
+    """Read the data, load the model, and encode every row.
+
+    Raises InputError and what loading raises; nothing is written.
+    """
+    sources = {split: read(path, settings.columns) for split, path in find_splits(settings.data).items()}
+    source = demo_model() if settings.model == "demo" else settings.model
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    model, adapter = _model(settings, source)
+    encoder = _encoder(settings, tokenizer, model)
+    examples = {split: _encoded(settings, encoder, source.rows) for split, source in sources.items()}
+    held_out = next((s for s in ("test", "valid") if s in sources), None)
+    questions = [] if held_out is None or settings.loss != "sft" else _questions(encoder, sources[held_out], settings)
+    _check_amount(settings, len(examples["train"]))
+    objectives = {
+        split: _objective(settings, model, tokenizer, made, encoder.limit) for split, made in examples.items()
+    }
+    kept = {
+        "settings": settings.to_dict(),
+        "data": {split: {"digest": s.digest, "rows": len(s.rows)} for split, s in sources.items()},
+        "model": _digest(Path(source)) if Path(source).exists() else str(source),
+        "version": gemmakit.__version__,
+        "torch": torch.__version__,
+    }
+    return Prepared(
+        settings, model, tokenizer, adapter, examples, questions, objectives["train"], objectives.get("valid"), kept
+    )
+
+
+def _model(settings: TuneSettings, source: str | Path) -> tuple[Any, LoraConfig | None]:
+    """The model with what is trained in it, drawn from the seed."""
+    dtype = "float32" if settings.method == "full" and settings.dtype == "auto" else settings.dtype
+    more = {} if settings.attention is None else {"attn_implementation": settings.attention}
+    if settings.quantization is not None:
+        more["quantization_config"] = settings.quantization
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=_device(settings.device), **more)
+    torch.manual_seed(settings.seed)
+    if settings.method == "full":
+        if model.is_quantized:
+            raise InputError(f"{source} is quantized, and codes cannot be trained: leave --full out, which is QLoRA.")
+        for name, parameter in model.named_parameters():
+            # Mapped from the file until now: an optimizer writes.
+            parameter.data = parameter.data.clone()
+            parameter.requires_grad_(not any(f".{part}." in f".{name}." for part in settings.freeze))
+        adapter = None
+    else:
+        alpha = 2.0 * settings.rank if settings.alpha is None else settings.alpha
+        adapter = LoraConfig(
+            r=settings.rank, lora_alpha=alpha, lora_dropout=settings.dropout, use_dora=settings.method == "dora",
+            target_modules=settings.targets if settings.targets != ALL_LINEAR else LoraConfig().target_modules,
+        )  # fmt: skip
+        add_adapter(model, adapter)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise InputError(f"freeze {settings.freeze} leaves nothing to train.")
+    if settings.checkpointing:
+        model.gradient_checkpointing_enable()
+    return model, adapter
+
+
+def _device(name: str) -> Any:
+    return "auto" if name == "auto" else parse_device(name)
+
+
+def _encoder(settings: TuneSettings, tokenizer: Any, model: Any) -> Encoder:
+    context = model.config.max_position_embeddings
+    limit = settings.max_length or context
+    if limit > context:
+        raise InputError(f"--max-length is {limit}, but the model has {context} positions.")
+    return Encoder(tokenizer, limit, settings.truncate, settings.chat, settings.train_on == "all")
+
+
+def _encoded(settings: TuneSettings, encoder: Encoder, rows: Any) -> list[Any]:
+    return encoder.examples(rows) if settings.loss == "sft" else encoder.pairs(rows)
+
+
+def _questions(encoder: Encoder, source: Source, settings: TuneSettings) -> list[Question]:
+    refused, found = Refusals(), list[Question]()
+    for row in source.rows[: settings.judge_rows]:
+        question = encoder.question(row)
+        if question is not None:
+            found.append(question)
+    refused.end()
+    return found
+
+
+def _check_amount(settings: TuneSettings, rows: int) -> None:
+    if settings.batch_size > rows:
+        raise InputError(f"--batch-size is {settings.batch_size}, but there are {rows} rows: it must be 1 to {rows}.")
+
+
+def _objective(settings: TuneSettings, model: Any, tokenizer: Any, made: list[Example] | list[Pair], room: int) -> Any:
+    pad = tokenizer.pad_token_id or 0
+    if settings.loss == "sft":
+        return NextTokens(made, pad, settings.loss_chunk, room if settings.packing else None)  # type: ignore[arg-type]
+    reference = None
+    if settings.loss == "dpo":
+        model.eval()
+        reference = reference_logprobs(model, made, pad, settings.loss_chunk).cpu()  # type: ignore[arg-type]
+    return Preferences(made, pad, settings.loss_chunk, settings.beta, reference)  # type: ignore[arg-type]
+
+
+def _digest(folder: Path) -> str:
+    kinds = (".safetensors", ".json", ".model", ".gguf", ".msgpack")
+    files = [folder] if folder.is_file() else [p for p in folder.iterdir() if p.suffix in kinds]
+    return sampled_digest(files)
+
+
+# -- a run -------------------------------------------------------------------------------------------------------------
+
+
+def tune(settings: TuneSettings, *, overwrite: bool = False, tell: Tell | None = None) -> Result:
+    """Train, and write the result to `settings.out`: an adapter in PEFT's files or a model, metrics, a card, a curve.
+
+    Raises InputError for settings, rows and folders that do not do, before the first step; NumericalError where
+    gradients stay no numbers; CheckpointError where the disk refuses.
+    """
+    folder = Path(settings.out).expanduser()
+    _check_folder(folder, overwrite)
+    made = prepare(settings)
+    (folder / state.NAME).unlink(missing_ok=True)
+    write_text(folder / SETTINGS, json.dumps(made.kept, indent=2, ensure_ascii=False) + "\n")
+    return _train(made, folder, None, tell)
+
+
+def resume(folder: str | os.PathLike[str], *, tell: Tell | None = None, **changes: Any) -> Result:
+    """Go on with a run from where it was last saved; on a CPU to the bit as if it had not ended.
+
+    changes: settings that decide nothing of what is computed, such as save_steps. Raises InputError for others, and
+    where the data or the model is not what it was.
+    """
+    folder = Path(folder).expanduser()
+    if not (folder / SETTINGS).is_file():
+        raise InputError(f"{folder} holds no run to go on with: there is no {SETTINGS}.")
+    before = read_json_object(folder / SETTINGS)
+    settings = TuneSettings.from_dict({**before["settings"], "out": str(folder)}, str(folder / SETTINGS))
+    different = {k: v for k, v in changes.items() if v != getattr(settings, k)}
+    fixed = sorted(different.keys() - FREE)
+    if fixed:
+        told = ", ".join(f"{k} {getattr(settings, k)!r} became {different[k]!r}" for k in fixed)
+        raise InputError(f"a run goes on with the settings it began with: {told}. Begin another with --out.")
+    made = prepare(dataclasses.replace(settings, **different))
+    for what, (old, new) in _differences(before, made.kept).items():
+        raise InputError(
+            f"{what} is not what the run began with (SHA-256 {old:.16}..., now {new:.16}...): it cannot go on."
+        )
+    return _train(made, folder, state.load(folder), tell)
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    found = {f"the {split} data": split for split in before["data"].keys() | now["data"].keys()}
+    pairs = {
+        what: tuple(kept["data"].get(split, {}).get("digest", "nothing") for kept in (before, now))
+        for what, split in found.items()
+    }
+    pairs["the model"] = (before["model"], now["model"])
+    return {what: pair for what, pair in pairs.items() if pair[0] != pair[1]}  # type: ignore[misc]
+
+
+def _check_folder(folder: Path, overwrite: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--out {folder} is a file: name a folder.")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        run = (folder / SETTINGS).is_file()
+        how = (
+            f"gemmakit tune {folder} --resume goes on with it, --overwrite begins anew"
+            if run
+            else "name another folder"
+        )
+        raise InputError(f"--out {folder} is not empty: {how}.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / ".writable", "")
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise InputError(f"--out {folder} cannot be written: {error.strerror}.") from None
+
+
+def _train(made: Prepared, folder: Path, held: state.State | None, tell: Tell | None) -> Result:
+    settings, trainer = made.settings, Trainer(made.model, made.objective, made.settings)
+    torch.manual_seed(settings.seed)
+    if held is not None:
+        trainer.go_on_from(held)
+    metrics = report.Metrics(folder, None if held is None else held.step)
+    try:
+        if held is None:
+            _judge(made, trainer, metrics, last=True)
+        with _ctrl_c() as pressed:
+            while trainer.done < trainer.total:
+                step = trainer.step()
+                metrics.put(**dataclasses.asdict(step))
+                if tell is not None:
+                    tell(step, trainer.total)
+                last = trainer.done == trainer.total
+                if not last and trainer.done % settings.eval_steps == 0:
+                    _judge(made, trainer, metrics)
+                if pressed or last or trainer.done % settings.save_steps == 0:
+                    state.save(folder, trainer.state())  # after all that is measured at this step
+                if pressed:
+                    return Result(folder, False, metrics.records)
+        trainer.take_average()
+        _judge(made, trainer, metrics, last=True)
+        _write(made, folder)
+        report.card(folder, made.kept, metrics.records, report.plot(folder, metrics.records))
+        return Result(folder, True, metrics.records)
+    finally:
+        metrics.close()
+
+
+def _judge(made: Prepared, trainer: Trainer, metrics: report.Metrics, last: bool = False) -> None:
+    """Held-out loss and, first and last, how many answers are right; what was measured at this step stands."""
+    step = trainer.done
+    with trainer.looking() as model:
+        if made.valid is not None and not metrics.has(step, "valid_loss"):
+            metrics.put(step=step, valid_loss=mean_loss(model, made.valid, made.settings.batch_size))
+        if last and made.questions and not metrics.has(step, "accuracy"):
+            metrics.put(step=step, accuracy=accuracy(model, made.tokenizer, made.questions))
+
+
+def _write(made: Prepared, folder: Path) -> None:
+    if made.adapter is not None:
+        save_adapter(made.model, made.adapter, folder, base=made.settings.model)
+        return
+    stored = made.model
+    stored.save_pretrained(folder)
+    made.tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _ctrl_c() -> Generator[list[bool], None, None]:
+    """A list that is no longer empty once Ctrl-C was pressed: the step is done, and saved. The next one ends it now."""
+    pressed: list[bool] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed
+        return
+
+    def note(number: int, frame: Any) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(True)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# -- merging -----------------------------------------------------------------------------------------------------------
+
+
+def merge(model: str, adapter: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
+    """Fold an adapter into a model, and save the whole with its tokenizer. Raises InputError, CheckpointError."""
+    target = Path(out).expanduser()
+    if target.is_dir() and any(target.iterdir()):
+        raise InputError(f"{target} is not empty: name another folder.")
+    source = demo_model() if model == "demo" else model
+    loaded = AutoModelForCausalLM.from_pretrained(source)
+    load_adapter(loaded, adapter)
+    merge_adapter(loaded)
+    loaded.save_pretrained(target)
+    AutoTokenizer.from_pretrained(source).save_pretrained(target)

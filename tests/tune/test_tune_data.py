@@ -1,0 +1,203 @@
+"""Rows that cannot be trained on are refused by file and line before the first step; others are learnt as promised."""
+
+import json
+
+import pytest
+from tune_tools import chat, write
+
+import gemmakit
+from gemmakit.errors import GemmakitError, InputError
+from gemmakit.tune import TuneSettings, tune
+from gemmakit.tune.data import find_splits, read
+from gemmakit.tune.examples import Encoder
+
+GOOD = {"role": "user", "content": "Hi"}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return gemmakit.AutoTokenizer.from_pretrained(gemmakit.demo_model())
+
+
+def encoder(tokenizer, **more):
+    return Encoder(tokenizer, **{"limit": 64, **more})
+
+
+def examples(path, tokenizer, **more):
+    return encoder(tokenizer, **more).examples(read(path, {}).rows)
+
+
+def learnt(tokenizer, example):
+    return tokenizer.decode([i for i, on in zip(example.ids, example.learnt, strict=True) if on])
+
+
+BAD = {
+    "no JSON": ('{"messages": [', "not valid JSON"),
+    "no object": ("[1, 2]", "must be an object"),
+    "no field": ('{"question": "a"}', "must hold one of"),
+    "two forms": ('{"text": "a", "prompt": "b"}', "must hold one of"),
+    "no completion": ('{"prompt": "a"}', "lacks 'completion'"),
+    "empty text": ('{"text": ""}', "at least 1 character"),
+    "no list": ('{"messages": "Hi"}', "must be a list"),
+    "no role": (json.dumps({"messages": [{"content": "Hi"}]}), "with a role"),
+    "wrong order": (json.dumps({"messages": [GOOD, GOOD, {"role": "assistant", "content": "a"}]}), "alternate"),
+    "empty turn": (json.dumps({"messages": [GOOD, {"role": "assistant", "content": " "}]}), "is empty"),
+    "nothing to learn": (json.dumps({"messages": [GOOD]}), "nothing to learn"),
+    "no content": (
+        json.dumps({"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}),
+        "lacks 'content'",
+    ),
+    "too long": (json.dumps({"text": "word " * 100}), "--truncate"),
+    "two <bos>": (json.dumps({"text": "a<bos>b"}), "<bos>"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_row_is_refused_by_its_line(name, tokenizer, tmp_path):
+    line, said = BAD[name]
+    path = tmp_path / "rows.jsonl"
+    good = json.dumps(chat("Hi", "Ho"))
+    path.write_text(f"{good}\n\n{line}\n{good}\n")
+    with pytest.raises(InputError, match=r"rows\.jsonl:3: ") as error:
+        examples(path, tokenizer)
+    assert said in str(error.value)
+    assert str(error.value).startswith("1 rows")
+
+
+def test_all_bad_rows_are_told_at_once(tokenizer, tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"text": "word " * 100}] * 12)
+    with pytest.raises(InputError, match=r"12 rows .*rows\.jsonl:1: .*rows\.jsonl:10: .* and 2 more rows"):
+        examples(path, tokenizer)
+
+
+def test_a_long_row_is_cut_when_asked_unless_nothing_is_left_to_learn(tokenizer, tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"text": "word " * 100}])
+    (made,) = examples(path, tokenizer, truncate=True)
+    assert len(made.ids) == 64
+    path = write(tmp_path / "rows.jsonl", [chat("word " * 100, "yes")])
+    with pytest.raises(InputError, match="nothing to learn"):
+        examples(path, tokenizer, truncate=True)
+
+
+def test_what_is_learnt_of_each_form(tokenizer, tmp_path):
+    turns = [*chat("2 + 2?", "4")["messages"], *chat("And 3?", "7")["messages"]]
+    rows = [
+        {"messages": turns},
+        {"prompt": "The cat", "completion": " sat"},
+        {"prompt": turns[:3], "completion": turns[3:]},
+        {"text": "The cat"},
+    ]
+    made = examples(write(tmp_path / "rows.jsonl", rows), tokenizer)
+    told = ["4<end_of_turn>7<end_of_turn>", " sat<eos>", "7<end_of_turn>", "The cat<eos>"]
+    assert [learnt(tokenizer, example) for example in made] == told
+    asked = examples(tmp_path / "rows.jsonl", tokenizer, everything=True)
+    assert [sum(e.learnt) for e in asked] == [len(e.ids) - 1 for e in asked]
+    (turned,) = examples(
+        write(tmp_path / "rows.jsonl", [{"prompt": "2 + 2?", "completion": "4"}]), tokenizer, chat=True
+    )
+    assert learnt(tokenizer, turned) == "4<end_of_turn>"
+    assert turned.ids == tokenizer.apply_chat_template(chat("2 + 2?", "4")["messages"])["input_ids"]
+
+
+def test_ids_before_what_is_learnt_are_those_that_are_asked(tokenizer, tmp_path):
+    """By the function that the pipelines, the command line and the server encode with."""
+    pipe = gemmakit.TextGenerationPipeline(None, tokenizer)
+    messages = chat("What is 3 + 4?", "7")["messages"]
+    rows = [{"messages": messages}, {"prompt": "def add(", "completion": "a, b)"}]
+    for example, asked in zip(
+        examples(write(tmp_path / "rows.jsonl", rows), tokenizer), (messages[:1], "def add("), strict=True
+    ):
+        prompt = pipe.encode(asked)
+        assert example.ids[: len(prompt)] == prompt
+        assert example.learnt.index(True) == len(prompt)
+        assert example.ids.count(tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize("kind", ["json", "parquet"])
+def test_the_same_rows_come_from_every_format(tokenizer, tmp_path, kind):
+    rows = [chat("Hi", "Ho"), chat('Say, "a"', "b\nc")]
+    write(tmp_path / "rows.jsonl", rows)
+    if kind == "json":
+        (tmp_path / "rows.json").write_text(json.dumps(rows))
+    else:
+        pytest.importorskip("pyarrow", reason="Parquet is read with pyarrow: pip install 'gemmakit[parquet]'")
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    one, other = (examples(tmp_path / f"rows.{suffix}", tokenizer) for suffix in ("jsonl", kind))
+    assert [e.ids for e in one] == [e.ids for e in other]
+
+
+def test_tables_are_read_with_their_columns_mapped_or_refused_by_name(tokenizer, tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('question,answer\n"What, is it?",Nothing\n"Two\nlines",Yes\n')
+    with pytest.raises(InputError, match=r"rows\.csv:2: .*holds question, answer.*--columns"):
+        examples(path, tokenizer)
+    rows = read(path, {"prompt": "question", "completion": "answer"}).rows
+    assert [row.values["prompt"] for row in rows] == ["What, is it?", "Two\nlines"]
+    with pytest.raises(InputError, match=r"--columns prompt=ask: no row .* question, answer"):
+        read(path, {"prompt": "ask"})
+    path.write_text("prompt,completion\na\n")
+    with pytest.raises(InputError, match=r"rows\.csv:2: has not the 2 cells"):
+        read(path, {})
+    path.write_text(f'messages\n"{json.dumps(chat("Hi", "Ho")["messages"]).replace(chr(34), chr(34) * 2)}"\n')
+    assert examples(path, tokenizer)[0].ids
+
+
+@pytest.mark.parametrize(("content", "said"), [(b"", "holds no rows"), (b"\xff\xfe\n", "rows.jsonl:1 is not UTF-8")])
+def test_files_that_are_no_rows_are_refused(tmp_path, content, said):
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    with pytest.raises(InputError, match=said):
+        read(tmp_path / "rows.jsonl", {})
+
+
+def test_folders_have_a_train_file_and_one_of_each(tmp_path):
+    with pytest.raises(InputError, match="neither"):
+        find_splits(str(tmp_path / "nowhere"))
+    with pytest.raises(InputError, match="no train file"):
+        find_splits(str(tmp_path))
+    for name in ("train.jsonl", "valid.csv"):
+        (tmp_path / name).touch()
+    assert {split: path.name for split, path in find_splits(str(tmp_path)).items()} == {
+        "train": "train.jsonl", "valid": "valid.csv"
+    }  # fmt: skip
+    (tmp_path / "train.json").touch()
+    with pytest.raises(InputError, match=r"train\.jsonl and train\.json"):
+        find_splits(str(tmp_path))
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"lr": 0.0}, "lr is 0.0"),
+    ({"lr": -1.0}, "lr is -1.0"),
+    ({"lr": float("nan")}, "lr is nan"),
+    ({"max_steps": 0}, "max_steps is 0"),
+    ({"epochs": 0}, "epochs is 0"),
+    ({"batch_size": 100}, "--batch-size is 100, but there are"),
+    ({"max_length": 4096}, "--max-length is 4096"),
+    ({"method": "full", "dtype": "float16"}, "float16 holds no number over 65,504"),
+    ({"method": "full", "quantization": "int8"}, "quantization='int8' has no use"),
+    ({"method": "full", "freeze": ("model", "lm_head")}, "leaves nothing to train"),
+    ({"loss": "dpo"}, "lacks 'chosen'"),
+    ({"loss": "dpo", "packing": True}, "packing=True has no use"),
+    ({"targets": ("nothing",)}, "no module is called"),
+    ({"model": "nowhere"}, "nowhere"),
+])  # fmt: skip
+def test_what_cannot_be_is_refused_with_its_range_before_anything_is_written(tiny, chats, tmp_path, changes, said):
+    with pytest.raises(GemmakitError, match=said):
+        tune(TuneSettings(**{"model": str(tiny), "data": str(chats), "out": str(tmp_path / "out"), **changes}))
+    assert not (tmp_path / "out" / "tune.json").exists()
+
+
+def test_a_folder_that_is_not_empty_is_left_alone(tiny, chats, tmp_path):
+    settings = TuneSettings(model=str(tiny), data=str(chats), out=str(tmp_path), batch_size=4)
+    (tmp_path / "mine").touch()
+    with pytest.raises(InputError, match="not empty: name another"):
+        tune(settings)
+    (tmp_path / "tune.json").write_text("{}")
+    with pytest.raises(InputError, match=r"--resume .*--overwrite"):
+        tune(settings)
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="is a file"):
+        tune(
+            TuneSettings(**{**settings.to_dict(), "out": str(tmp_path / "file"), "targets": "all-linear", "freeze": ()})
+        )
