@@ -101,7 +101,7 @@ def test_what_is_learnt_of_each_form(tokenizer, tmp_path):
 
 def test_ids_before_what_is_learnt_are_those_that_are_asked(tokenizer, tmp_path):
     """By the function that the pipelines, the command line and the server encode with."""
-    pipe = gemmakit.TextGenerationPipeline(None, tokenizer)
+    pipe = gemmakit.pipeline("text-generation")
     messages = chat("What is 3 + 4?", "7")["messages"]
     rows = [{"messages": messages}, {"prompt": "def add(", "completion": "a, b)"}]
     for example, asked in zip(
