@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol, get_args, get_type_hints
@@ -179,3 +179,18 @@ def ranges(cls: type) -> dict[str, Any]:
 def _may_be_none(cls: type) -> frozenset[str]:
     hints = get_type_hints(cls)
     return frozenset(name for name in ranges(cls) if type(None) in get_args(hints[name]))
+
+
+# By the name of an argument: the values that change nothing, None for all there are, and why another is refused.
+Accepted = Mapping[str, tuple[tuple[Any, ...] | None, str]]
+
+
+def take_accepted(arguments: dict[str, Any], table: Accepted, error: type[Exception]) -> None:
+    """Take out of a call what other libraries' calls give and what changes nothing here.
+
+    Raises `error` for a value that would change the result and cannot be honoured.
+    """
+    for name in [name for name in arguments if name in table]:
+        value, (allowed, why) = arguments.pop(name), table[name]
+        if allowed is not None and not any(value is one for one in allowed):
+            raise error(f"{name} is {value!r:.80}, which has no meaning here: {why}.")

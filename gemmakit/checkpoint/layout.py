@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from gemmakit.checkpoint.checkpoint import Checkpoint
 from gemmakit.config import GemmaConfig
@@ -116,6 +117,12 @@ class Differences:
     unused: list[str]
     misshapen: dict[str, tuple[Shape, Shape]]
     copies: dict[str, str]
+
+    def info(self) -> dict[str, list[Any]]:
+        """As transformers' output_loading_info says it."""
+        shapes = [(name, *shapes) for name, shapes in self.misshapen.items()]
+        missing, unexpected = [*self.missing, *self.fresh], [*self.unexpected, *self.unused]
+        return {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": shapes, "error_msgs": []}
 
     def refuse(self, where: object, model: str) -> None:
         """CheckpointError that names everything missing, unexpected or misshapen; `where` the tensors are."""

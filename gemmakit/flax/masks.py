@@ -139,7 +139,7 @@ def packed_documents(position_ids: jax.Array, padding: jax.Array | None = None) 
     """Number the packed documents, (B, S), by the places where positions do not go up by one.
 
     padding: False on tokens that are none and count for nothing; beside it, for positions may leave them out or count
-    them, a document begins where positions do not go up. One that hides nothing changes nothing else.
+    them, a document begins where positions do not go up at all.
     """
     if position_ids.shape[1] < 2:
         return None
@@ -148,6 +148,5 @@ def packed_documents(position_ids: jax.Array, padding: jax.Array | None = None) 
         place = jnp.where(padding, jnp.arange(padding.shape[1]), -1)
         last = jax.lax.cummax(place, axis=1)[:, :-1]
         before = jnp.take_along_axis(jnp.broadcast_to(position_ids, padding.shape), jnp.maximum(last, 0), axis=1)
-        goes_on = ~padding[:, 1:] | (last < 0) | (position_ids[:, 1:] > before)
-        follows = jnp.where(padding.all(-1, keepdims=True), follows, goes_on)
+        follows = ~padding[:, 1:] | (last < 0) | (position_ids[:, 1:] > before)
     return jnp.pad(jnp.cumsum(~follows, axis=-1), ((0, 0), (1, 0)))

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 from gemmakit.checks import FLAG, TEXT, Instance, OneOf, Real, TokenIds, Whole
 from gemmakit.generation.watermarks import BaseWatermarkingConfig
 
-CACHES = ("dynamic", "static", "offloaded", "offloaded_static", "quantized", "hybrid")
+CACHES = ("dynamic", "static", "offloaded", "offloaded_static", "quantized", "hybrid",
+          "hybrid_chunked", "sliding_window")  # fmt: skip
 SCHEDULES = ("constant", "heuristic", "heuristic_transient")
 _SHARE = Real(0, 1)
 _CUTOFF = Real(0, 1, below=True)

@@ -139,7 +139,8 @@ def visibility(
         return _given(attention_mask, batch, queries, keys, narrow=window is not None)
     places_known = isinstance(past, int)
     padding = _padding(attention_mask, batch, keys, whole_buffer=not places_known)
-    documents = packed_documents(position_ids, padding)
+    shown = None if attention_mask is None or position_ids is None else attention_mask[:, -queries:] != 0
+    documents = packed_documents(position_ids, shown)
     window, last = None if window is None or keys <= window else window, None
     if window is not None and causal and places_known and not whole and queries + window - 1 < keys:
         past, keys = window - 1, queries + window - 1  # nobody sees what stands before
@@ -220,7 +221,7 @@ def packed_documents(
     """Number the packed documents by the places where positions do not go up by one; None if there is one.
 
     padding: False on tokens that are none and count for nothing; beside it, for positions may leave them out or count
-    them, a document begins where positions do not go up. One that hides nothing changes nothing else.
+    them, a document begins where positions do not go up at all.
     """
     if position_ids is None or position_ids.shape[1] < 2:
         return None
@@ -230,8 +231,7 @@ def packed_documents(
         place = torch.arange(padding.shape[1], device=padding.device)
         last = torch.where(padding, place, -1).cummax(-1).values[:, :-1]
         before = position_ids.expand(padding.shape).gather(1, last.clamp_min(0))
-        goes_on = ~padding[:, 1:] | (last < 0) | (position_ids[:, 1:] > before)
-        follows = torch.where(padding.all(-1, keepdim=True), follows, goes_on)
+        follows = ~padding[:, 1:] | (last < 0) | (position_ids[:, 1:] > before)
     if not torch.compiler.is_compiling() and bool(follows.all()):
         return None
     return torch.nn.functional.pad((~follows).cumsum(-1), (1, 0))

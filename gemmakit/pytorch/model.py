@@ -18,7 +18,7 @@ from gemmakit.errors import InputError, TokenOutOfRange
 from gemmakit.family import FULL_ATTENTION, layer_type, members
 from gemmakit.outputs import BaseModelOutputWithPast
 from gemmakit.pytorch.attention import MASKLESS, SEGMENTED, GemmaAttention
-from gemmakit.pytorch.cache import Cache, DynamicCache
+from gemmakit.pytorch.cache import Cache, DynamicCache, cache_of
 from gemmakit.pytorch.fused import fused_layer
 from gemmakit.pytorch.layers import (
     STREAM_SCALES,
@@ -259,8 +259,9 @@ class GemmaModel(GemmaPreTrainedModel):
         """The cache to append to, and whether the caller speaks the older tuple form."""
         if past is None:
             return (DynamicCache() if use_cache else None), False
-        if isinstance(past, Cache):
-            return past, False
+        legacy = isinstance(past, tuple | list)
+        if not legacy and (cache := cache_of(past)) is not None:
+            return cache, False
         layers = len(self.layers)
         if not isinstance(past, (tuple, list)) or len(past) not in (0, layers):
             found = f"{len(past)} layers" if isinstance(past, (tuple, list)) else f"a {type(past).__name__}"

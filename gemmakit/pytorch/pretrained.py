@@ -13,9 +13,11 @@ from torch import nn
 
 from gemmakit.checkpoint import Checkpoint, open_checkpoint, require_memory, save_checkpoint
 from gemmakit.checkpoint.formats.gguf import GgufFile
-from gemmakit.checkpoint.layout import HEADS, differences, stored_names, warn_of_copies
+from gemmakit.checkpoint.formats.state_dict import StateDict
+from gemmakit.checkpoint.layout import HEADS, Differences, differences, stored_names, warn_of_copies
 from gemmakit.checkpoint.readahead import fault_in, read_ahead
 from gemmakit.checkpoint.settings import config_for, generation_for
+from gemmakit.checks import Accepted, take_accepted
 from gemmakit.config import GemmaConfig
 from gemmakit.dtypes import dtype_name
 from gemmakit.errors import InputError, NotEnoughMemory
@@ -39,8 +41,30 @@ from gemmakit.pytorch.quantize import (
 
 Model = TypeVar("Model", bound="GemmaPreTrainedModel")
 
-# Arguments that older code passes and that ask for what is always so.
-_ALWAYS = ("low_cpu_mem_usage", "use_safetensors")
+# What transformers' calls give: arguments that ask for what is always so, or for nothing.
+_LOADING: Accepted = {
+    "low_cpu_mem_usage": (None, ""),
+    "use_safetensors": (None, ""),
+    "offload_state_dict": (None, ""),
+    "offload_buffers": (None, ""),
+    "resume_download": (None, ""),
+    "force_download": ((None, False), "remove the repository from the cache, as `hf cache delete` does"),
+    "proxies": ((None,), "set HTTPS_PROXY in the environment"),
+    "weights_only": ((None, True), "pickles are never executed; allow_pickle=True reads their tensors"),
+    "key_mapping": ((None,), "rename the tensors in the file, or load them and call load_state_dict"),
+    "use_kernels": (
+        (None, False),
+        "kernels are gemmakit's own and chosen by themselves; model.decode_plan() says which",
+    ),
+    "tp_plan": ((None,), 'spread the layers with device_map="auto"'),
+    "adapter_kwargs": ((None,), "load the adapter with peft.PeftModel.from_pretrained(model, folder)"),
+}
+_SAVING: Accepted = {
+    "safe_serialization": ((None, True), "only safetensors are written; torch.save(model.state_dict(), path) pickles"),
+    "save_function": (None, ""),
+    "variant": ((None,), "save into a folder of its own"),
+    "save_peft_format": (None, ""),
+}
 # What older code passes, and what says it now.
 _INSTEAD = {
     "use_auth_token": "token=",
@@ -88,7 +112,7 @@ class GemmaPreTrainedModel(QuantizedMethods, ModelMethods):
     @classmethod
     def from_pretrained(
         cls: type[Model],
-        pretrained_model_name_or_path: str | os.PathLike[str],
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
         *,
         config: GemmaConfig | None = None,
         dtype: torch.dtype | str | None = None,
@@ -100,6 +124,8 @@ class GemmaPreTrainedModel(QuantizedMethods, ModelMethods):
         allow_pickle: bool = False,
         ignore_mismatched_sizes: bool = False,
         quantization_config: Any = None,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        output_loading_info: bool = False,
         **kwargs: Any,
     ) -> Model:
         """Load a model in evaluation mode from a folder (safetensors, Flax msgpack, Orbax), the Hub or a GGUF file.
@@ -107,7 +133,8 @@ class GemmaPreTrainedModel(QuantizedMethods, ModelMethods):
         On the CPU the weights stay mapped from the file when their dtype is kept: loading takes no memory for them.
 
         Args:
-            pretrained_model_name_or_path: a folder, a .gguf file, or "owner/name" on the Hub.
+            pretrained_model_name_or_path: a folder, a .gguf file, or "owner/name" on the Hub. None goes with config and
+                state_dict.
             config: instead of the config.json found there.
             dtype: a torch dtype or its name; "auto", the default, keeps what the checkpoint holds, of a GGUF file Q8_0
                 and Q4_0 blocks too. `torch_dtype` is the older name of the same.
@@ -121,6 +148,9 @@ class GemmaPreTrainedModel(QuantizedMethods, ModelMethods):
             ignore_mismatched_sizes: start a head of another shape afresh, with a warning, instead of refusing.
             quantization_config: quantize the weights while they are read: a WeightOnlyConfig or BitsAndBytesConfig,
                 the dictionary of one, or "int8", "int4", "int4-g128".
+            state_dict: the weights, by their names, instead of those found there.
+            output_loading_info: give (model, info) with the lists missing_keys, unexpected_keys, mismatched_keys,
+                error_msgs.
             kwargs: revision, token, cache_dir, local_files_only, subfolder, variant; gguf_file, the name of a GGUF file
                 of that folder or id; anything else overrides a field of the configuration.
 
@@ -128,17 +158,21 @@ class GemmaPreTrainedModel(QuantizedMethods, ModelMethods):
             CheckpointError: files missing, damaged, or with tensors this model lacks, misses or shapes otherwise.
             UnsafeFile, HubError, NotEnoughMemory, ConfigError, MissingDependency.
         """
-        name = pretrained_model_name_or_path
         refuse_code(kwargs)
-        kwargs = {k: v for k, v in kwargs.items() if k not in _ALWAYS}
+        take_accepted(kwargs, _LOADING, InputError)
+        if pretrained_model_name_or_path is None and (config is None or state_dict is None):
+            raise InputError("there is no name to load from: give one, or config= and state_dict=.")
+        name = pretrained_model_name_or_path or ""
         hub, variant = HubOptions.take(kwargs), kwargs.pop("variant", None)
-        gguf = find_gguf(name, kwargs.pop("gguf_file", None), hub)
+        gguf = None if state_dict is not None else find_gguf(name, kwargs.pop("gguf_file", None), hub)
         config = config_for(gguf or name, config, HubOptions() if gguf else hub, kwargs, _INSTEAD)
         cls = member_class(cls, config.model_type)
         if attn_implementation is not None:
             config.attn_implementation = attn_implementation
         wanted = dtype_of(dtype or torch_dtype or "auto")
-        if gguf is None:
+        if state_dict is not None:
+            opened, stored = Checkpoint([StateDict(state_dict)]), None
+        elif gguf is None:
             options: dict[str, Any] = dict(allow_pickle=allow_pickle, variant=variant, vocab_size=config.vocab_size)
             opened, stored = open_checkpoint(name, hub, **options), None
         else:
@@ -147,18 +181,21 @@ class GemmaPreTrainedModel(QuantizedMethods, ModelMethods):
             wanted = wanted or dtype_of(matrices_dtype(read_gguf_header(gguf)))
         quantizer = quantizer_for(config, quantization_config, HEADS, device_map, stored)
         with opened as checkpoint:
-            read_ahead(checkpoint.files)
+            read_ahead([] if state_dict is not None else checkpoint.files)
             with torch.device("meta"):
                 model = cls(config)
             device = one_device(device_map, max_memory, _size(checkpoint, wanted, quantizer))
-            _load(model, checkpoint, wanted, device or torch.device("cpu"), ignore_mismatched_sizes, quantizer)
+            target = device or torch.device("cpu")
+            found = _load(model, checkpoint, wanted, target, ignore_mismatched_sizes, quantizer)
         model.config.dtype = dtype_name(model.dtype)
         model.name_or_path = str(gguf or name)
-        model.generation_config = generation_for(name, hub) or model.generation_config
+        if name:
+            model.generation_config = generation_for(name, hub) or model.generation_config
         if device is None:
             assert isinstance(device_map, (str, Mapping))
             spread(model, device_map, max_memory, offload_folder)
-        return model.eval()
+        model.eval()
+        return (model, found.info()) if output_loading_info else model  # pyright: ignore[reportReturnType]
 
     # -- out -------------------------------------------------------------------------------------------------------
 
@@ -168,6 +205,9 @@ class GemmaPreTrainedModel(QuantizedMethods, ModelMethods):
         *,
         max_shard_size: int | str = "5GB",
         push_to_hub: bool = False,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        token: str | bool | None = None,
         **kwargs: Any,
     ) -> None:
         """Write config.json, generation_config.json and safetensors, so that a reader finds the old or the new, whole.
@@ -175,16 +215,23 @@ class GemmaPreTrainedModel(QuantizedMethods, ModelMethods):
         Args:
             save_directory: the folder, made if absent.
             max_shard_size: bytes a file, as a number or "5GB", "200MB".
-            push_to_hub: afterwards upload the folder; kwargs go to `push_folder`.
+            push_to_hub: afterwards upload the folder; token and kwargs go to `push_folder`.
+            is_main_process: of several processes the one that writes; the others do nothing.
+            state_dict: the weights, by the model's names, where they were gathered from several processes.
 
         Raises:
             InputError: a head that was changed apart from the embedding it is tied to, or offloaded weights.
             CheckpointError: the disk refuses.
         """
+        take_accepted(kwargs, _SAVING, InputError)
+        if not is_main_process:
+            return
+        if push_to_hub and token is not None:
+            kwargs["token"] = token
         config = self.config
         config.architectures = [member_class(type(self), config.model_type).__name__]
         config.dtype = dtype_name(self.dtype)
-        tensors = _saved(self)
+        tensors = _saved(self, self.state_dict() if state_dict is None else dict(state_dict))
         if self._quantizer is None:
             config.extra.pop("quantization_config", None)
         else:
@@ -225,8 +272,8 @@ def _load(
     device: torch.device,
     ignore_mismatched: bool,
     quantizer: Quantizer | None = None,
-) -> None:
-    """Fill a model made on "meta" with the checkpoint's tensors; every difference is named."""
+) -> Differences:
+    """Fill a model made on "meta" with the checkpoint's tensors; every difference is named, and given back."""
     if quantizer is not None:
         quantizer.require(device)
     wanted, kind = wanted_shapes(model), type(model).__name__
@@ -258,6 +305,7 @@ def _load(
     _enter(model, mapped)
     model._set_quantizer(quantizer)
     complete(model, found.fresh, dtype, device)
+    return found
 
 
 def wanted_shapes(model: GemmaPreTrainedModel) -> dict[str, tuple[int, ...]]:
@@ -274,9 +322,12 @@ def _enter(model: nn.Module, mapped: set[int]) -> None:
         fault_in(list(pieces), kept)
 
 
-def _saved(model: GemmaPreTrainedModel) -> dict[str, torch.Tensor]:
+def _saved(model: GemmaPreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint: all but the tied ones, which loading makes again."""
-    tensors, tied = model.state_dict(), _tied(model)
+    tied, names = _tied(model), model.state_dict().keys()
+    if tensors.keys() - names or names - tensors.keys() - tied.keys():
+        other = sorted((tensors.keys() - names) | (names - tensors.keys() - tied.keys()))
+        raise InputError(f"state_dict does not have the model's names: {', '.join(other[:4])} on one side only.")
     tied |= {name + table: source + table for name, source in tied.items() for table in TABLES}
     for name, source in tied.items():
         if name in tensors and source in tensors and not _same(tensors[name], tensors[source]):

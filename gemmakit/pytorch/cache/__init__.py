@@ -7,7 +7,7 @@ from typing import Any
 
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError
-from gemmakit.pytorch.cache.core import Cache, CacheLayer, DynamicCache, StaticCache, counted_positions
+from gemmakit.pytorch.cache.core import Cache, CacheLayer, DynamicCache, StaticCache, cache_of, counted_positions
 from gemmakit.pytorch.cache.offloaded import OffloadedCache
 from gemmakit.pytorch.cache.quantized import QuantizedCache
 from gemmakit.pytorch.cache.window import WindowCache
@@ -21,20 +21,21 @@ __all__ = [
     "QuantizedCache",
     "StaticCache",
     "WindowCache",
+    "cache_of",
     "counted_positions",
     "new_cache",
 ]
 
+_GROWING = ("dynamic", "hybrid", "hybrid_chunked", "sliding_window")
 # Each is called with the configuration, the number of tokens that will come, and the caller's own settings.
 KINDS: dict[str, Callable[..., Cache]] = {
-    "dynamic": lambda config, length, **more: DynamicCache(config=config, **more),
+    # What a window hides is let go of by any that grows; the other names are transformers', in files of Gemma 2 and 3.
+    **dict.fromkeys(_GROWING, lambda config, length, **more: DynamicCache(config=config, **more)),
     "static": lambda config, length, **more: StaticCache(config, max_cache_len=length, **more),
     "offloaded": lambda config, length, **more: OffloadedCache(config=config, **more),
     "offloaded_static": lambda config, length, **more: OffloadedCache(config=config, max_cache_len=length, **more),
     "quantized": lambda config, length, **more: QuantizedCache(config=config, **more),
-    "hybrid": lambda config, length, **more: DynamicCache(config=config, **more),  # as files of Gemma 2 and 3 call it
 }
-_GROWING = ("dynamic", "hybrid")
 # Names that other libraries' cache_config has and that say nothing here.
 _MEANINGLESS = ("backend", "axis_key", "axis_value", "compute_dtype", "device")
 

@@ -430,6 +430,16 @@ def counted_positions(mask: Shaped[Tensor, "B T"], cache: Cache | None = None) -
     return counted.clamp_min(0)
 
 
+def cache_of(value: Any) -> Cache | None:
+    """A cache from one, from the older tuple, or from what a cache of transformers holds; None for any other thing."""
+    if value is None or isinstance(value, Cache):
+        return value
+    layers: Any = getattr(value, "layers", None)
+    if isinstance(layers, list) and all(hasattr(layer, "keys") and hasattr(layer, "values") for layer in layers):
+        value = [(layer.keys, layer.values) for layer in layers if layer.keys is not None]
+    return DynamicCache.from_legacy_cache(value) if isinstance(value, tuple | list) else None
+
+
 class DynamicCache(Cache):
     """Grows as tokens come."""
 

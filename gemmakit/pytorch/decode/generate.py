@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemmakit.checks import Accepted, take_accepted
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError
 from gemmakit.generation import GenerationConfig
+from gemmakit.generation.settings import DEFAULTS
 from gemmakit.outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
-from gemmakit.pytorch.cache import Cache
+from gemmakit.pytorch.cache import Cache, cache_of
 from gemmakit.pytorch.decode import batch, capture, processors, stopping
 from gemmakit.pytorch.decode.healing import heal
 from gemmakit.pytorch.decode.processors import AllowedTokens
@@ -26,6 +28,19 @@ from gemmakit.pytorch.decode.strategies import STRATEGIES, Strategy, choose, tra
 from gemmakit.pytorch.decode.stream import Steps, Streamer, tokens_of, told
 from gemmakit.pytorch.model import check_tensor
 from gemmakit.streamers import StepTokens, StreamEvent, events
+
+# What transformers' calls give and what is settled here anyway, or has no meaning for this model.
+_ACCEPTED: Accepted = {
+    "cache_position": (None, ""),
+    "logits_to_keep": (None, ""),
+    "token_type_ids": (None, ""),
+    "disable_compile": (None, ""),
+    "compile_config": (None, ""),
+    "synced_gpus": ((None, False), "each process generates by itself; gather the weights of sharded models first"),
+    "use_model_defaults": ((None, True), "give a whole GenerationConfig, whose settings replace the model's"),
+    "assistant_tokenizer": ((None,), "a draft must have the model's own vocabulary: leave it out"),
+    "return_legacy_cache": ((None, False), "call output.past_key_values.to_legacy_cache()"),
+}
 
 
 class GenerationMixin:
@@ -44,6 +59,7 @@ class GenerationMixin:
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         streamer: Streamer | None = None,
         tokenizer: stopping.Decoder | None = None,
@@ -61,6 +77,8 @@ class GenerationMixin:
             inputs, input_ids: (B, P) prompt ids, padded on the left if they differ in length; without any prompt each
                 row starts from <bos>.
             attention_mask: (B, P), 0 on padding; inferred when the ids begin with the pad token.
+            position_ids: (B or 1, P) of the prompt, after which they count on; by default they count what is not
+                padding, after those of the cache.
             inputs_embeds: (B, P, D) instead of ids; the result then holds the new tokens only.
             past_key_values: a cache that already holds the beginning of the ids, or what precedes them.
             generation_config: instead of the model's own settings.
@@ -236,6 +254,7 @@ def _checked(
     stopping_criteria: Iterable[stopping.Criterion] | None = None,
     input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
     inputs_embeds: Tensor | None = None,
     past_key_values: Cache | None = None,
     tokenizer: stopping.Decoder | None = None,
@@ -253,21 +272,25 @@ def _checked(
         "inputs": inputs,
         "input_ids": input_ids,
         "attention_mask": attention_mask,
+        "position_ids": position_ids,
         "inputs_embeds": inputs_embeds,
         "negative_prompt_ids": negative_prompt_ids,
         "negative_prompt_attention_mask": negative_prompt_attention_mask,
     }.items():
         check_tensor(name, value)
-    _check_kinds(generation_config, past_key_values, generator)
+    generation_config = _config_of(model, generation_config)
+    past_key_values = _cache_of(past_key_values)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise InputError(f"generator is a {type(generator).__name__}; give a torch.Generator, or a number as seed=.")
+    take_accepted(settings, _ACCEPTED, InputError)
     own = _own_arguments(custom_generate, settings)
-    config = (generation_config or model.generation_config).updated(**settings)
+    config = generation_config.updated(**settings)
     config.validate(model.config.vocab_size)
     strategy = STRATEGIES[choose(config, assistant_model, streamer, model)]
     ids = inputs if input_ids is None else input_ids
     forgets = custom_generate is None and _forgets(model, config, strategy)
-    prompt, new = prepare(
-        model, config, ids, attention_mask, inputs_embeds, past_key_values, strategy.tried(config), forgets
-    )
+    given = (ids, attention_mask, inputs_embeds, past_key_values)
+    prompt, new = prepare(model, config, *given, strategy.tried(config), forgets, position_ids)
     if config.token_healing:
         heal(model, prompt, tokenizer)
     total, vocabulary = prompt.ids.shape[1] + new, model.config.vocab_size
@@ -306,20 +329,27 @@ def _checked(
     return Decoding(strategy, prompt, plan, steps)
 
 
-def _check_kinds(config: Any, cache: Any, generator: Any) -> None:
-    """Raises InputError for another library's settings or cache, and for what is no generator."""
-    if config is not None and not isinstance(config, GenerationConfig):
-        remedy = "GenerationConfig(**settings), or pass the settings themselves"
-        if hasattr(config, "to_diff_dict"):  # transformers' own
-            remedy = "gemmakit.GenerationConfig.from_dict(generation_config.to_diff_dict())"
-        raise InputError(f"generation_config is a {type(config).__name__}; it must be gemmakit's: {remedy}.")
-    if cache is not None and not isinstance(cache, Cache | tuple | list):
+def _config_of(model: CausalLM, config: Any) -> GenerationConfig:
+    """The call's settings; what another library's leave open, as transformers' do, is the model's."""
+    if config is None or isinstance(config, GenerationConfig):
+        return config or model.generation_config
+    if not hasattr(config, "to_diff_dict"):
         raise InputError(
-            f"past_key_values is a {type(cache).__module__}.{type(cache).__name__}; give a gemmakit Cache, or "
+            f"generation_config is a {type(config).__name__}; it must be gemmakit's: GenerationConfig(**settings), or "
+            "pass the settings themselves."
+        )
+    given = {name: value for name, value in config.to_diff_dict().items() if name in DEFAULTS and value is not None}
+    return model.generation_config.updated(**given)
+
+
+def _cache_of(past: Any) -> Cache | None:
+    found = cache_of(past)
+    if past is not None and found is None:
+        raise InputError(
+            f"past_key_values is a {type(past).__module__}.{type(past).__name__}; give a gemmakit Cache, or "
             "(key, value) of each layer."
         )
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise InputError(f"generator is a {type(generator).__name__}; give a torch.Generator, or a number as seed=.")
+    return found
 
 
 def _functions(name: str, value: Iterable[Callable[..., Any]] | None) -> tuple[Callable[..., Any], ...]:

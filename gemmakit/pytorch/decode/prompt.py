@@ -17,7 +17,7 @@ from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError, PromptTooLong, TokenOutOfRange
 from gemmakit.generation import GenerationConfig
 from gemmakit.outputs import CausalLMOutputWithPast
-from gemmakit.pytorch.cache import Cache, DynamicCache, counted_positions, new_cache
+from gemmakit.pytorch.cache import Cache, counted_positions, new_cache
 from gemmakit.pytorch.decode.protocols import CausalLM
 from gemmakit.pytorch.decode.step import forward
 from gemmakit.pytorch.masks import MIN_SEGMENT, segments_pay
@@ -34,7 +34,8 @@ class Prompt:
     ids: (B, P) tokens that processors see and that begin the result. embeds: (B, P', D) to run instead of ids, or None.
     mask: bool (B, past + P) over everything the cache will hold, or None when nothing is padding.
     cache: what the keys go to; None recomputes everything each step. past: tokens of ids it holds already.
-    given: whether the cache is the caller's, who sees it afterwards.
+    given: whether the cache is the caller's, who sees it afterwards. positions: (B or 1, n), a caller's position_ids
+    of the last n tokens, where they are others than those that count what is not padding.
     """
 
     ids: Tensor
@@ -43,6 +44,7 @@ class Prompt:
     cache: Cache | None
     past: int
     given: bool = False
+    positions: Tensor | None = None
 
     @property
     def padding(self) -> Tensor | None:
@@ -59,19 +61,23 @@ def prepare(
     cache: Cache | None,
     spare: int = 0,
     forgets: bool = False,
+    positions: Tensor | None = None,
 ) -> tuple[Prompt, int]:
     """The prompt, and how many new tokens may follow.
 
     spare: places of the cache for tokens that are only tried. forgets: whether a cache that is made here may let go of
-    what windows hide.
+    what windows hide. positions: (B or 1, P) position_ids of the prompt.
 
     Raises InputError, TokenOutOfRange, PromptTooLong.
     """
-    if isinstance(cache, tuple | list):
-        cache = DynamicCache.from_legacy_cache(cache)
     ids = _ids(model, ids, embeds, config)
     extent = _extent(ids, embeds, attention_mask, cache)
+    if attention_mask is not None and attention_mask.dim() == 2 and not extent.past:
+        ids, embeds, positions, attention_mask = _padded_left(ids, embeds, positions, attention_mask, extent.width)
     mask = _mask(ids, attention_mask, extent, cache, config)
+    positions = _own_positions(positions, mask, extent, cache)
+    if positions is not None and mask is None:
+        mask = torch.ones((len(ids), extent.total), dtype=torch.bool, device=ids.device)
     new = _new_tokens(model.config, config, extent, mask, cache, spare)
     prompt = Prompt(
         ids=ids,
@@ -80,6 +86,7 @@ def prepare(
         cache=cache if cache is not None else _new_cache(model, config, extent.width + new + spare, embeds, forgets),
         past=extent.past,
         given=cache is not None,
+        positions=positions,
     )
     return prompt, new
 
@@ -107,6 +114,46 @@ def _extent(ids: Tensor, embeds: Tensor | None, mask: Tensor | None, cache: Cach
     held = 0 if cache is None else cache.get_seq_length()
     begins = held < width and (mask is None or mask.shape[-1] == width)
     return Extent(width, held, held if begins else 0)
+
+
+def _padded_left(
+    ids: Tensor, embeds: Tensor | None, positions: Tensor | None, mask: Tensor, width: int
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """The prompt with what is padding on its right, where new tokens come, on its left instead."""
+    if mask.shape[0] != ids.shape[0] or mask.shape[1] < width or not width or bool(mask[:, -1].all()):
+        return ids, embeds, positions, mask
+    shown = torch.nn.functional.pad(mask[:, -width:] != 0, (1, 0), value=True)
+    ends = (shown * torch.arange(width + 1, device=mask.device)).amax(-1, keepdim=True)
+    order = (torch.arange(width, device=mask.device) + ends) % width
+    warnings.warn(
+        "the prompts are padded on the right, where their new tokens come: the padding is moved to the left, also in "
+        'the result. Pad there to begin with: tokenizer.padding_side = "left".',
+        stacklevel=8,
+    )
+    moved = order.to(ids.device)
+    ids = ids.gather(1, moved) if ids.shape[1] else ids
+    embeds = None if embeds is None else embeds.gather(1, moved[..., None].expand_as(embeds))
+    if positions is not None and positions.shape[-1] == width:
+        positions = positions.expand(len(ids), width).gather(1, moved.to(positions.device))
+    return ids, embeds, positions, torch.cat((mask[:, :-width], mask[:, -width:].gather(1, order)), dim=1)
+
+
+def _own_positions(positions: Tensor | None, mask: Tensor | None, extent: Extent, cache: Cache | None) -> Tensor | None:
+    """(B or 1, n) position_ids of the prompt's last n tokens; None where they are what would be counted."""
+    if positions is None:
+        return None
+    if positions.dim() != 2 or positions.shape[1] not in (extent.width, extent.width - extent.past):
+        raise InputError(
+            f"position_ids has shape {tuple(positions.shape)}; it must be (B, {extent.width}) or (1, ...)."
+        )
+    new = extent.width - extent.past
+    if mask is None:
+        counted = torch.arange(extent.total - new, extent.total, device=positions.device)[None]
+    else:
+        counted = counted_positions(mask, cache)[:, -new:].to(positions.device)
+    positions = positions[:, -new:]
+    shown = torch.ones_like(positions, dtype=torch.bool) if mask is None else mask[:, -new:].to(positions.device)
+    return None if bool(((positions == counted) | ~shown).all()) else positions
 
 
 def _ids(model: CausalLM, ids: Tensor | None, embeds: Tensor | None, config: GenerationConfig) -> Tensor:
@@ -272,6 +319,10 @@ class Rows:
             self.mask[:, : prompt.mask.shape[1]] = prompt.mask
             counted = counted_positions(self.mask, self.cache)
             self.positions = torch.nn.functional.pad(counted, (self.mask.shape[1] - counted.shape[1], 0))
+            if prompt.positions is not None:
+                own, end = prompt.positions.to(self.device), prompt.mask.shape[1]
+                self.positions[:, end - own.shape[1] : end] = own
+                self.positions[:, end:] = own[:, -1:] + 1 + torch.arange(total - P, device=self.device)
 
     @property
     def ids(self) -> Tensor:
@@ -321,6 +372,8 @@ class Rows:
     def _packs(self) -> bool:
         """Whether the prompts are whole, padded, and better run without their padding."""
         if self.mask is None or self.offset or self.prompt.past or self.attentions or self.hidden_states:
+            return False
+        if self.prompt.positions is not None:
             return False
         return packing_pays(self.model, self.mask[:, : self.length])
 
