@@ -18,7 +18,7 @@ from gemmakit.config import GemmaConfig
 from gemmakit.errors import ConfigError, InputError, MissingDependency
 from gemmakit.pytorch.cache.core import Cache
 from gemmakit.pytorch.cache.paged import PagedCache
-from gemmakit.pytorch.kernels import is_batch_invariant
+from gemmakit.pytorch.kernels import cpu
 from gemmakit.pytorch.kernels.reference import rotate
 from gemmakit.pytorch.layers import GemmaRMSNorm, Linear, RotaryTables
 from gemmakit.pytorch.masks import Rule, Visibility, visibility
@@ -271,17 +271,12 @@ def _blocks(rule: Rule, batch: int) -> Any:
 def by_spans(
     attend: Attend, q: Float[Tensor, "1 N S H"], cache: PagedCache, layer_idx: int, **told: Any
 ) -> Float[Tensor, "1 N S H"]:
-    """The queries of a packed pass, those of each span over what its pages hold by now.
-
-    Under `batch_invariant` each query alone: every token by the one form that a decoding step has.
-    """
+    """The queries of a packed pass, those of each span over what its pages hold by now."""
     where, window = cache.placement, cache.windows[layer_idx]
     assert where is not None
-    parts = [(row, span.start, span.end) for row, span in enumerate(where.spans)]
-    if is_batch_invariant():
-        parts = [(row, place, place + 1) for row, start, end in parts for place in range(start, end)]
     out, at = [], 0
-    for row, start, end in parts:
+    for row, span in enumerate(where.spans):
+        start, end = span.start, span.end
         count = end - start
         visible = visibility(
             None,
@@ -299,6 +294,53 @@ def by_spans(
         out.append(attend(q[:, :, at : at + count].clone(), k, v, visible, **told)[0])
         at += count
     return torch.cat(out, dim=2)
+
+
+def attends_pages(attention: GemmaAttention, q: Tensor, cache: Cache | None) -> bool:
+    """Whether a packed pass attends by the native kernel, which reads the pages where they lie: in place of torch's own
+    alone, without gradients, whose order of sums depends on threads and rows.
+    """
+    return (
+        isinstance(cache, PagedCache)
+        and cache.packed
+        and not native_obstacle(attention)
+        and not (attention.training and attention.attention_dropout)
+        and cpu.library() is not None
+        and q.dtype in cpu.FORMATS
+        and q.dtype == cache.storage[attention.layer_idx].dtype
+        and q.is_cpu
+        and not torch.is_grad_enabled()
+    )
+
+
+def native_obstacle(attention: GemmaAttention) -> str:
+    """Why attention of this layer goes through torch, as it now is; empty where it need not."""
+    name = attention.config.attn_implementation
+    if IMPLEMENTATIONS[name or "sdpa"] is not sdpa:
+        return f"attn_implementation is {name!r}"
+    return "head_dim is odd" if attention.head_dim % 2 else ""
+
+
+def attend_pages(
+    attention: GemmaAttention,
+    q: Float[Tensor, "1 S NH"],
+    cache: PagedCache,
+    new: tuple[Tensor, ...] = (),
+    norms: tuple[cpu.Norm, ...] = (),
+) -> Float[Tensor, "1 S NH"]:
+    """The queries of a packed pass over their rows' pages.
+
+    new: keys and values (1, S, KH) that are not yet in the pages, cos and sin (1, 1, S, H); q and these keys are normed
+    and turned then.
+    """
+    layer, (_, S, _), H = attention.layer_idx, q.shape, attention.head_dim
+    where, window = cache.placed(1, S), cache.windows[layer]
+    assert where.starts is not None
+    rows = [t.to(q.dtype).contiguous().view(S, -1, H) for t in (q, *new)]
+    told: dict[str, Any] = {"scale": attention.scaling, "softcap": attention.softcap, "window": window}
+    store = cache.storage[layer]
+    out = cpu.attend_pages(rows[0], store, where.table, where.starts, where.lengths, new=rows[1:], norms=norms, **told)
+    return out.view(q.shape)
 
 
 IMPLEMENTATIONS: dict[str, Attend] = {
@@ -389,6 +431,8 @@ class GemmaAttention(nn.Module):
         told: dict[str, Any] = {"scale": self.scaling, "dropout": dropout, "softcap": self.softcap}
         if isinstance(past_key_values, PagedCache) and past_key_values.packed:
             past_key_values.write(k, v, self.layer_idx)
+            if not output_attentions and attends_pages(self, q, past_key_values):
+                return attend_pages(self, q.transpose(1, 2).reshape(B, S, -1), past_key_values), None
             return by_spans(attend, q, past_key_values, self.layer_idx, **told).transpose(1, 2).reshape(B, S, -1), None
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx, {"cache_position": cache_position})

@@ -198,7 +198,7 @@ class PagedCache(Cache):
         self, key_states: Float[Tensor, "B K S H"], value_states: Float[Tensor, "B K S H"], layer_idx: int
     ) -> Placement:
         """Append to the rows' pages, and read nothing."""
-        where, store = self._placed(key_states), self.storage[layer_idx]
+        where, store = self.placed(key_states.shape[0], key_states.shape[2]), self.storage[layer_idx]
         new = torch.stack((key_states, value_states)).detach().transpose(2, 3).flatten(1, 2)  # (2, B * S, K, H)
         store.flatten(1, 2).index_copy_(1, where.places.to(store.device), new.to(store.dtype))
         return where
@@ -257,9 +257,9 @@ class PagedCache(Cache):
         rows = rows.view(2, B, P * self.page_size, *store.shape[3:])[:, :, : where.keys].transpose(2, 3)
         return rows[0], rows[1]
 
-    def _placed(self, k: Tensor) -> Placement:
+    def placed(self, B: int, S: int) -> Placement:
+        """The placement, if it is of a pass of B rows of S tokens. Raises InputError for another."""
         where = self._required()
-        B, S = k.shape[0], k.shape[2]
         rows = 1 if self.packed else len(where.table)
         if (rows, len(where.places)) != (B, B * S):
             raise InputError(

@@ -1,7 +1,7 @@
 """A decoder layer on the CPU: five native calls, which read each weight once for all rows.
 
 More rows than eight go through the same calls, a norm and a gate apart, where all weights are codes that are multiplied
-in bytes, or results must not depend on the number of rows; attention goes through torch then.
+in bytes, or results must not depend on the number of rows; attention goes through torch then, but in pages.
 
 Everything that a call needs and that stays the same is put together once a layer: pointers into the modules' own
 tensors, nothing else. Axis letters: B batch, S positions, D hidden, F mlp, N heads, K kv heads, H head_dim, T keys.
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gemmakit.pytorch.attention import attend_pages, attends_pages, native_obstacle
 from gemmakit.pytorch.cache.core import Cache
 from gemmakit.pytorch.fused.reference import MAX_ROWS, FusedLayer, writable
 from gemmakit.pytorch.fused.weights import misfit, weight_of
@@ -27,22 +28,6 @@ from gemmakit.pytorch.shapes import Float, Int
 
 # Below so many bytes a second thread costs more than it saves.
 ALONE = 1 << 18
-_LONGS = ("B", "S", "N", "K", "H", "first", "T", "start", "capacity", "table_row", "mask_row", "mask_query",
-          "blind_row", "blind_query")  # fmt: skip
-_POINTERS = ("q", "k", "v", "cos", "sin", "keys", "values", "y", "mask", "blind")
-_INTS = ("format", "causal", "threads")
-
-
-class Attention(ctypes.Structure):
-    """native.h's Attention."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in _LONGS),
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-        *((name, cpu.Norm) for name in ("q_norm", "k_norm")),
-        *((name, ctypes.c_int32) for name in _INTS),
-        *((name, ctypes.c_float) for name in ("scale", "softcap")),
-    )
 
 
 def fuse(parts: LayerParts, x: Tensor) -> FusedLayer | str:
@@ -115,7 +100,7 @@ class NativeLayer(FusedLayer):
         return self.bytes or is_batch_invariant()
 
     def _decision(self) -> Decision:
-        why = _no_native_attention(self.parts.self_attn)
+        why = native_obstacle(self.parts.self_attn)
         attention = f", attention by torch ({why})" if why else ""
         if is_batch_invariant():
             return Decision(f"{cpu.decision()}{attention}, without gradients, any number of rows alike")
@@ -226,6 +211,9 @@ class NativeLayer(FusedLayer):
         B, S, width = q.shape
         attention = self.parts.self_attn
         H = attention.head_dim
+        if attends_pages(attention, q, cache):
+            norms = self.q_norm, self.k_norm
+            return attend_pages(attention, q, cache, new=(k, v, *tables), norms=norms)
         if B * S > cpu.MAX_ROWS:
             return super().attend(q, k, v, tables, visible, cache, cache_position)
         sizes = (B, k.shape[2] // H, H)
@@ -242,7 +230,7 @@ class NativeLayer(FusedLayer):
         cos, sin = tables
         y = torch.empty_like(q)
         mask, blind = visible.mask, visible.blind
-        call = Attention(
+        call = cpu.Attention(
             B,
             S,
             width // H,
@@ -290,19 +278,11 @@ def native_norm(norm: Any, dtype: torch.dtype) -> cpu.Norm:
 NEW = object()
 
 
-def _no_native_attention(attention: Any) -> str:
-    """Why attention of this layer goes through torch, as it now is; empty where it need not."""
-    kind = attention.config.attn_implementation
-    if kind is not None and kind != "sdpa":
-        return f"attn_implementation is {kind!r}"
-    return "head_dim is odd" if attention.head_dim % 2 else ""
-
-
 def _plain_layer(
     cache: Any, cache_position: Tensor | None, attention: Any, sizes: tuple[int, int, int], visible: Visibility, S: int
 ) -> Any:
     """The cache layer whose buffers the kernel may write to; NEW without a cache, None where torch must attend."""
-    if _no_native_attention(attention):
+    if native_obstacle(attention):
         return None
     if cache is None:
         return NEW

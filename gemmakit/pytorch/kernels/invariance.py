@@ -1,7 +1,7 @@
 """Results of a token that are equal to the bit whichever other tokens are computed with it.
 
 Matrix products choose their form, and with it the order of their sums, by the number of rows; under `batch_invariant`
-those of this package do not, on the CPU. What asks it here is told in `decode_plan()`.
+those of this package do not, on the CPU.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def batch_invariant() -> Generator[None]:
     threads, or whether the token is one of a prompt or a decoding step.
 
     Weights in 8 and 4 bits meet activations in as many bits as their `activation_bits` say, for one row as for many.
-    Holds without gradients, for models whose modules are this package's own and attend through a paged cache.
+    Holds without gradients, for packed passes of what `decode.batch.invariance` finds nothing against: with the native
+    kernels, modules of this package alone.
     """
     token = _asked.set(True)
     try:

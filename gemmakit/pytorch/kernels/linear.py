@@ -8,8 +8,8 @@ native one, on a GPU Triton's. On the CPU many rows go through panels in float32
 With a packed weight, the native kernel computes with the codes as they lie and with x rounded to 16 bits in blocks of
 32 (cpu/inputs.h bounds the error). More rows than eight are multiplied in bytes, with x rounded to 8 bits in blocks of
 32, where the processor is fast at that, gradients are off and the weight's `activation_bits` are 8; else with panels of
-the weight, expanded in turn. Under `batch_invariant` the number of rows decides nothing: x meets codes in
-`activation_bits`, by the native kernels, or a row at a time through torch where there are none.
+the weight, expanded in turn. Under `batch_invariant` the number of rows decides nothing: x meets every weight by the
+native kernels, and codes in `activation_bits`.
 Axis letters: M rows, O outputs, I inputs.
 """
 
@@ -29,7 +29,7 @@ from gemmakit.pytorch.kernels import cpu, triton
 from gemmakit.pytorch.kernels.cpu import MAX_ROWS
 from gemmakit.pytorch.kernels.decision import Decision
 from gemmakit.pytorch.kernels.ids import WeightFormat
-from gemmakit.pytorch.kernels.invariance import is_batch_invariant, one_by_one
+from gemmakit.pytorch.kernels.invariance import is_batch_invariant
 from gemmakit.pytorch.kernels.packed import PackedWeight
 from gemmakit.pytorch.kernels.panels import multiply, multiply_back, product_dtype
 from gemmakit.pytorch.kernels.triton import launch
@@ -61,8 +61,6 @@ def linear(
         and cpu.library() is not None
     ):
         return torch.ops.gemmakit.linear_rows(x, weight, bias)
-    if is_batch_invariant():
-        return one_by_one(lambda row: F.linear(row, weight, bias), x)
     return F.linear(x, weight, bias)
 
 
@@ -109,8 +107,6 @@ def _plain_plan(weight: Tensor) -> Decision:
     elif device.type != "cpu":
         return Decision(f"torch on {device.type}")
     torch_ = f"torch on {device.type}" if device.type in GPU else "torch"
-    if device.type == "cpu" and is_batch_invariant() and (cpu.library() is None or weight.dtype not in known):
-        torch_ += ", a row at a time"
     if weight.dtype not in known:
         return Decision(torch_, f"{dtype_name(weight.dtype)} has no {kernel} kernel")
     if device.type == "cpu" and is_batch_invariant():
@@ -133,11 +129,10 @@ def _packed_plan(packed: PackedWeight) -> Decision:
         return Decision(f"Triton {kind}, up to {launch.constants(device).dequantize_above} rows; beyond that expanded")
     if device.type != "cpu":
         return Decision(f"torch on {device.type}, {kind} expanded")
-    one = ", a row at a time" if is_batch_invariant() else ""
     if cpu.library() is None:
-        return Decision(f"torch, {kind} expanded{one}", cpu.decision().why)
+        return Decision(f"torch, {kind} expanded", cpu.decision().why)
     if not cpu.reads(packed):
-        return Decision(f"torch, {kind} expanded{one}", f"no kernel reads scales of {dtype_name(packed.scale.dtype)}")
+        return Decision(f"torch, {kind} expanded", f"no kernel reads scales of {dtype_name(packed.scale.dtype)}")
     many = "; beyond 8 rows activations in 8 bits" if takes_bytes(packed) else ""
     many = f"; activations in {packed.activation_bits} bits" if is_batch_invariant() else many
     return Decision(f"native {cpu.instruction_set()} {kind}{many}")
@@ -239,8 +234,6 @@ def _packed_on_cpu(
             return _native(x, packed, bias)
         if len(x) <= FEW_ROWS[packed.bits]:
             return few_rows(x, packed, bias)
-    if is_batch_invariant():
-        return one_by_one(lambda row: multiply(row, packed, bias), x)
     return multiply(x, packed, bias)
 
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from instruction_sets import FORMATS, runnable
 
-from gemmakit.pytorch.fused.cpu import Attention
 from gemmakit.pytorch.kernels import cpu
+from gemmakit.pytorch.kernels.cpu import Attention
 from gemmakit.pytorch.kernels.ids import Activation
 from gemmakit.pytorch.kernels.reference import rotate
 from gemmakit.pytorch.layers import GemmaRMSNorm

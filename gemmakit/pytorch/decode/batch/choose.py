@@ -19,22 +19,20 @@ from gemmakit.pytorch.decode.sampling import Exponential, Pick, greedy, sampler
 from gemmakit.pytorch.decode.step import Step
 
 
-def choose_tokens(
-    rows: Sequence[Row], logits: Tensor, apart: bool = False
-) -> tuple[Tensor, Tensor, dict[int, Exception]]:
+def choose_tokens(rows: Sequence[Row], logits: Tensor) -> tuple[Tensor, Tensor, dict[int, Exception]]:
     """The next token of each row (NO_TOKEN where there is none), the scores it comes from, and what went wrong.
 
     logits: (R, V); tokens: int64 (R,), on the device, for which nobody has waited; scores: float32 (R, V), after each
     row's processors. A processor that raises costs its own row only: the exception is given under the row's place.
-    apart: compute every row by itself, so that not even its rounding can depend on the others.
+    Not even the rounding of a row's numbers depends on the others.
     """
-    chain = None if apart else shared_chain(rows)
+    chain = shared_chain(rows)
     if chain is not None:
         return *Step(chain, _picker(rows)).choose(_no_ids(logits), logits), {}
     lines, errors = [line.float() for line in logits.split(1)], {}
     together: dict[tuple[Any, ...], list[int]] = {}
     for i, row in enumerate(rows):
-        if row.by_scores and not apart:
+        if row.by_scores:
             together.setdefault(row.chain, []).append(i)
             continue
         try:
@@ -47,8 +45,6 @@ def choose_tokens(
             for i, line in zip(places, Step(chain).process(_no_ids(group), group).split(1), strict=True):
                 lines[i] = line
     scores = torch.cat(lines)
-    if apart:  # only now: a processor that is interrupted must not find some rows drawn
-        return torch.cat([_picker([row])(line) for row, line in zip(rows, lines, strict=True)]), scores, errors
     return _picker(rows)(scores), scores, errors
 
 

@@ -23,6 +23,7 @@ from gemmakit.pytorch.cache.pages import PagePool
 from gemmakit.pytorch.decode.batch.capture import BatchCapture
 from gemmakit.pytorch.decode.batch.choose import likeliest
 from gemmakit.pytorch.decode.batch.events import EngineStats, Event
+from gemmakit.pytorch.decode.batch.invariance import invariance
 from gemmakit.pytorch.decode.batch.requests import Request, Row, prepare_rows
 from gemmakit.pytorch.decode.batch.runner import Outcome, Runner, Started
 from gemmakit.pytorch.decode.batch.scheduler import Scheduler, Step
@@ -52,8 +53,8 @@ class BatchEngine:
         cuda_graphs: replay decoding passes that come often, where the device can.
         max_waiting, max_waiting_tokens: answers that may wait, beside those for which there is room to run, and the
             prompt tokens of all that wait; None for no limit. One that finds nobody waiting may have any length.
-        batch_invariant: give each request the same bits whatever else runs; by default on the CPU, where a model's
-            modules are this package's own.
+        batch_invariant: give each request the same bits whatever else runs; by default on the CPU, where nothing is
+            against it. The attribute of this name is what was decided, and why.
 
     Raises:
         InputError: a size that is no whole number above 0, or batch_invariant where it cannot be had. NotEnoughMemory:
@@ -95,9 +96,10 @@ class BatchEngine:
         self._overlap = devices[0].type != "cpu" if overlap is None else overlap
         self._captured = BatchCapture(model, self.cache) if cuda_graphs else None
         self._runner = Runner(model, self.cache, self._rows, self._captured)
-        if batch_invariant and devices[0].type != "cpu":
-            raise InputError("batch_invariant is True, but only the CPU's kernels hold it: leave it out.")
-        self._runner.invariant = batch_invariant is not False and devices[0].type == "cpu"
+        self.batch_invariant = invariance(model, batch_invariant)
+        if batch_invariant and self.batch_invariant.why:
+            raise InputError(f"batch_invariant is True, but {self.batch_invariant.why}: leave it out.")
+        self._runner.invariant = not self.batch_invariant.why
         self._flight: Started | None = None
         self._next: Started | None = None  # what was started before the tokens of the flight were read
         self._outcomes: deque[Outcome] = deque()

@@ -94,7 +94,6 @@ class Runner:
 
     def __init__(self, model: CausalLM, cache: PagedCache, rows: Mapping[int, Row], captured: BatchCapture | None):
         self.model, self.cache, self.rows, self.captured = model, cache, rows, captured
-        self.apart = False
         self._on_cpu = model.device.type == "cpu"
         self.invariant = False
 
@@ -203,7 +202,7 @@ class Runner:
         logits = torch.cat([logits for _, logits in ran]) if len(ran) > 1 else ran[0][1]
         # Before processors are called, which may write to what they are given.
         logprobs = {i: logprobs_of(logits[i]) for i, row in enumerate(rows) if row.logprobs is not None}
-        tokens, scores, errors = choose_tokens(rows, logits, self.apart)
+        tokens, scores, errors = choose_tokens(rows, logits)
         return _Choice(parts, tokens, HostCopy(tokens), scores, errors, logprobs)
 
 

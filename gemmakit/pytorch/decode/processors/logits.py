@@ -309,25 +309,28 @@ class TopP(ScoresOnly):
     keep: int = 1
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-        if scores.device.type == "cpu" and scores.shape[-1] > 4 * _HEAD:
-            head = self._of_head(scores)
-            if head is not None:
-                return head
+        if scores.device.type != "cpu" or scores.shape[-1] <= 4 * _HEAD:
+            return self._of_all(scores)
+        kept, reached = self._of_head(scores)
+        if not bool(reached.all()):  # row by row: which way one goes must not depend on the others
+            kept[~reached] = self._of_all(scores[~reached])
+        return kept
+
+    def _of_all(self, scores: Tensor) -> Tensor:
         ascending, order = scores.sort(dim=-1)
         drop = ascending.softmax(-1).cumsum(-1) <= 1 - self.p
         drop[:, -self.keep :] = False
         return scores.masked_fill(drop.scatter(1, order, drop), FORBIDDEN)
 
-    def _of_head(self, scores: Tensor) -> Tensor | None:
-        """The same from the likeliest tokens alone; None when they do not reach p."""
+    def _of_head(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """The same from the likeliest tokens alone, and in which rows (bool, (R,)) they reach p."""
         best, order = scores.topk(_HEAD)
-        probabilities = (best - scores.logsumexp(-1, keepdim=True)).exp()
+        probabilities = scores.softmax(-1).gather(-1, order)
         likelier = probabilities.cumsum(-1) - probabilities  # the probability of the tokens before each
-        if not bool((likelier[:, -1] >= self.p).all()):
-            return None
         drop = likelier >= self.p
         drop[:, : self.keep] = False
-        return torch.full_like(scores, FORBIDDEN).scatter(1, order, best.masked_fill(drop, FORBIDDEN))
+        kept = torch.full_like(scores, FORBIDDEN).scatter(1, order, best.masked_fill(drop, FORBIDDEN))
+        return kept, likelier[:, -1] >= self.p
 
 
 @dataclass(frozen=True)
@@ -357,7 +360,7 @@ class TopH(ScoresOnly):
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         best, index = scores.topk(min(_CANDIDATES, scores.shape[-1]))
-        keep = _entropies(best).cumsum(-1) <= self.share * _entropies(best).sum(-1, keepdim=True)
+        keep = _entropies(best).cumsum(-1) <= self.share * total(_entropies(best))
         keep[:, 0] = True
         return scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).scatter(1, index, ~keep), FORBIDDEN)
 
@@ -371,7 +374,7 @@ class TypicalP(ScoresOnly):
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         logs = scores.log_softmax(-1)
-        entropy = -(logs * logs.exp()).nansum(-1, keepdim=True)
+        entropy = -total((logs * logs.exp()).nan_to_num(0.0))
         distance, order = (-logs - entropy).abs().sort(dim=-1)
         covered = scores.gather(-1, order).softmax(-1).cumsum(-1)
         last = (covered < self.p).sum(-1, keepdim=True).clamp_max(scores.shape[-1] - 1)
@@ -399,7 +402,7 @@ class EtaCutoff(ScoresOnly):
     keep: int = 1
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-        expected = self.floor**0.5 * (-_entropies(scores).sum(-1, keepdim=True)).exp()
+        expected = self.floor**0.5 * (-total(_entropies(scores))).exp()
         return _above(expected.clamp_max(self.floor), scores, self.keep)
 
 
@@ -409,6 +412,11 @@ class RenormalizeLogits(ScoresOnly):
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         return scores.log_softmax(-1)
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum of each row, (B, 1), in an order that neither the rows beside it nor the threads change."""
+    return x.cumsum(-1)[:, -1:]
 
 
 def _above(floor: float | Tensor, scores: Tensor, keep: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from gemmakit.errors import InputError
 from gemmakit.generation import BaseWatermarkingConfig, SynthIDTextWatermarkingConfig, WatermarkingConfig
 from gemmakit.generation.watermarks import watermark_of
-from gemmakit.pytorch.decode.processors.logits import seen
+from gemmakit.pytorch.decode.processors.logits import seen, total
 from gemmakit.pytorch.decode.protocols import Processor
 
 # Candidates that "selfhash" tries a step: trying the whole vocabulary would take minutes.
@@ -173,7 +173,7 @@ class SynthID:
         probabilities = scores.softmax(-1)
         for key in self.settings.keys:
             flips = self.tournament.flips(ngrams, key)
-            share = (flips * probabilities).sum(-1, keepdim=True)
+            share = total(flips * probabilities)
             probabilities = probabilities * (1 + flips - share)
         return probabilities.log()
 

@@ -48,6 +48,26 @@ class Norm(ctypes.Structure):
     _fields_ = (("weight", _POINTER), ("format", ctypes.c_int32), ("eps", _FLOAT), ("gain", _FLOAT))
 
 
+_LONGS = ("B", "S", "N", "K", "H", "first", "T", "start", "capacity", "table_row", "mask_row", "mask_query",
+          "blind_row", "blind_query")  # fmt: skip
+_POINTERS = ("q", "k", "v", "cos", "sin", "keys", "values", "y", "mask", "blind")
+_INTS = ("format", "causal", "threads")
+
+
+class Attention(ctypes.Structure):
+    """native.h's Attention."""
+
+    _fields_ = (
+        *((name, _LONG) for name in _LONGS),
+        *((name, _POINTER) for name in _POINTERS),
+        *((name, Norm) for name in ("q_norm", "k_norm")),
+        *((name, ctypes.c_int32) for name in _INTS),
+        *((name, _FLOAT) for name in ("scale", "softcap")),
+        *((name, _POINTER) for name in ("pages", "starts", "lengths")),
+        *((name, _LONG) for name in ("page_count", "page_size", "window")),
+    )
+
+
 @lru_cache(maxsize=1)
 def _loaded() -> tuple[ctypes.CDLL | None, str]:
     """The library, or None and why not."""
@@ -176,6 +196,48 @@ def project(x: Tensor, matrices: Sequence[Matrix], residual: Tensor | None = Non
     )
     assert not failed, f"project takes rows of 1 to 16 weights' common input, got {tuple(x.shape)}"
     return ys
+
+
+def attend_pages(
+    q: Tensor,
+    store: Tensor,
+    table: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+    new: Sequence[Tensor] = (),
+    norms: Sequence[Norm] = (),
+) -> Tensor:
+    """Attention of rows that lie end to end in q (S, N, H), over their pages; each query alone, to the bit.
+
+    store: (2, pages, page_size, K, H), keys and values. table: (B, P) int64, the pages of each row in order. starts:
+    (B + 1,) int64, where the rows begin in q, and S. lengths: (B,) int64, tokens of each with the new ones. window: of
+    these a query sees the newest so many, up to itself; None for all.
+
+    new: the keys (S, K, H) and values that are still to be written to the pages, and cos and sin (S, H) by which these
+    keys and q are turned before; without them q is turned and the pages hold all. norms: of the heads of q and of k.
+    All of q's dtype, contiguous.
+    """
+    found = library()
+    assert found is not None
+    (S, N, H), (_, _, size, K, _) = q.shape, store.shape
+    y = torch.empty_like(q)
+    keys, values = store[0].data_ptr(), store[1].data_ptr()
+    k, v, cos, sin = (t.data_ptr() for t in new) if new else (None, None, None, None)
+    q_norm, k_norm = norms or (Norm(), Norm())
+    B, P = table.shape
+    call = Attention(
+        B=B, S=S, N=N, K=K, H=H, q=q.data_ptr(), k=k, v=v, cos=cos, sin=sin, keys=keys, values=values, y=y.data_ptr(),
+        q_norm=q_norm, k_norm=k_norm, format=FORMATS[q.dtype], causal=1, threads=torch.get_num_threads(), scale=scale,
+        softcap=softcap or 0.0, pages=table.data_ptr(), starts=starts.data_ptr(), lengths=lengths.data_ptr(),
+        page_count=P, page_size=size, window=window or 0,
+    )  # fmt: skip
+    failed = found.gemmakit_attend(ctypes.byref(call))
+    assert not failed, f"attend takes rows that end within their pages, got {S} positions, {P} pages of {size} a row"
+    return y
 
 
 def expand(m: Matrix, rows: range, to: Tensor) -> None:

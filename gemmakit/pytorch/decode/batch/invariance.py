@@ -1,0 +1,71 @@
+"""Whether a model gives each request of a batch the same bits whatever else runs, and why not."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_modules
+
+from gemmakit.config import GemmaConfig
+from gemmakit.pytorch.attention import GemmaAttention, native_obstacle
+from gemmakit.pytorch.decode.protocols import CausalLM
+from gemmakit.pytorch.fused.weights import misfit, weight_of
+from gemmakit.pytorch.kernels import Decision, cpu
+from gemmakit.pytorch.layers import GemmaMLP, GemmaRMSNorm, GemmaRotaryEmbedding, GemmaScaledEmbedding
+from gemmakit.pytorch.model import GemmaDecoderLayer, GemmaModel
+from gemmakit.pytorch.quantize.modules import QuantizedEmbedding
+from gemmakit.rotary import FOLLOW_LENGTH
+
+HELD, NOT_HELD = "each request's bits are its own", "bits may depend on what else runs"
+# The code that runs beside the projections; that of the head's owner, above this module, is told by its file.
+_KNOWN = {
+    cls.forward
+    for cls in (GemmaModel, GemmaDecoderLayer, GemmaAttention, GemmaMLP, GemmaRMSNorm, GemmaRotaryEmbedding,
+                GemmaScaledEmbedding, QuantizedEmbedding, nn.ModuleList)
+}  # fmt: skip
+_HEADS = "gemmakit.pytorch.heads"
+
+
+def invariance(model: CausalLM, asked: bool | None = None) -> Decision:
+    """Whether `kernels.batch_invariant` holds for packed passes of this model as it now is. asked: False, not to."""
+    why = "batch_invariant is False" if asked is False else _obstacle(model)
+    return Decision(NOT_HELD, why) if why else Decision(HELD)
+
+
+def _obstacle(model: CausalLM) -> str:
+    """Empty where there is none."""
+    if model.device.type != "cpu":
+        return f"the model is on {model.device}, and only the CPU's kernels hold it"
+    if cpu.library() is None:
+        return cpu.decision().why
+    if model.dtype not in cpu.FORMATS:
+        return f"there are no native kernels for {model.dtype}"
+    if torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks:
+        return "torch has a hook for every module"
+    if why := _table(model.config):
+        return why
+    return next((f"{name} {why}" for name, module in model.named_modules() if (why := _of(module, model.dtype))), "")
+
+
+def _table(config: GemmaConfig) -> str:
+    ropes = {config.layer(i).rope for i in range(config.num_hidden_layers)}
+    types = {config.rope(rope)["rope_type"] for rope in ropes} & set(FOLLOW_LENGTH)
+    return f"rotary positions of type {min(types)!r} follow the longest text of a pass" if types else ""
+
+
+def _of(module: nn.Module, dtype: torch.dtype) -> str:
+    """What keeps a module from it."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "has a hook"
+    if own := {"forward", "attend"} & module.__dict__.keys():
+        return f"has a method of its own, {min(own)}"
+    if any(t.device.type != "cpu" for t in (*module._parameters.values(), *module._buffers.values()) if t is not None):
+        return "is not on the CPU"
+    if isinstance(module, GemmaAttention) and (why := native_obstacle(module)):
+        return f"attends through torch: {why}"
+    weight = weight_of(module) if isinstance(module, nn.Linear) else None
+    if weight is not None:
+        why = misfit(module, dtype) or ("" if cpu.reads(weight) else "in a form that the native kernels do not read")
+        return why and f"is {why}"
+    known = type(module).forward in _KNOWN or type(module).forward.__module__ == _HEADS
+    return "" if known else f"is a {type(module).__module__}.{type(module).__qualname__}"
