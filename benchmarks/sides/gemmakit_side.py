@@ -93,6 +93,26 @@ def batch(spec: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def rows(spec: dict[str, Any]) -> dict[str, Any]:
+    """Tokens/s of each count of `rows` that decode side by side in the batch engine, the median of `new` steps."""
+    from gemmakit import BatchEngine, Request
+
+    model, found = load(spec), {}
+    settings = {"max_new_tokens": spec["new"] + 1, "min_new_tokens": spec["new"] + 1, "do_sample": False}
+    for count in spec["rows"]:
+        room = count * (spec["prompt"] + spec["new"] + 32)
+        engine = BatchEngine(model, max_batch_size=count, cache_tokens=room, share_prefixes=False)
+        for i in range(count):
+            engine.add(Request(timing.prompt_ids(spec["prompt"], model.config.vocab_size, seed=i), settings=settings))
+        waiting = set(range(count))
+        while waiting:  # until all have a token, and so are decoding
+            waiting -= {event.id for event in engine.step()}
+        steps = [timing.seconds(engine.step) for _ in range(spec["new"] - 2)]
+        found[f"tokens_per_s_{count}"] = count / statistics.median(steps)
+        found["batch_invariant"] = str(engine.batch_invariant)
+    return {**about(model, spec), **found}
+
+
 def counted_replays() -> Callable[[], int]:
     """What tells how many of the engine's passes were replayed from a graph since now."""
     from gemmakit.pytorch.decode.batch.capture import StaticBatch
@@ -148,5 +168,5 @@ def quality(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    parts = {"generate": generate, "batch": batch, "train": train, "limits": limits, "quality": quality}
+    parts = {"generate": generate, "batch": batch, "rows": rows, "train": train, "limits": limits, "quality": quality}
     side.main(parts, listen_to="gemmakit")

@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import statistics
 import time
 from typing import Any
 
@@ -60,5 +62,55 @@ def generate(spec: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def rows(spec: dict[str, Any]) -> dict[str, Any]:
+    """Tokens/s of each count of `rows` that decode side by side in one low-level batch, the median of `new` steps."""
+    import llama_cpp
+
+    quiet = llama_cpp.llama_log_callback(lambda *_: None)
+    llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
+    llama_cpp.llama_backend_init()
+    model: Any = llama_cpp.llama_model_load_from_file(spec["model"].encode(), llama_cpp.llama_model_default_params())
+    vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+    found = {"side": f"llama.cpp (llama-cpp-python {llama_cpp.__version__})"}
+    for count in spec["rows"]:
+        told = llama_cpp.llama_context_default_params()
+        told.n_ctx, told.n_seq_max = count * (spec["prompt"] + spec["new"] + 32), count
+        told.n_batch = told.n_ubatch = max(512, count)
+        told.n_threads = told.n_threads_batch = spec["threads"]
+        context: Any = llama_cpp.llama_init_from_model(model, told)
+        tokens = [0] * count
+        for row in range(count):
+            ids = timing.prompt_ids(spec["prompt"], vocabulary, seed=row)
+            tokens[row] = _fed(llama_cpp, context, vocabulary, [(t, i, row) for i, t in enumerate(ids)])[row]
+        steps = []
+        for i in range(spec["new"] - 2):
+            started = time.perf_counter()
+            chosen = _fed(llama_cpp, context, vocabulary, [(t, spec["prompt"] + i, r) for r, t in enumerate(tokens)])
+            tokens = [chosen[row] for row in range(count)]
+            steps.append(time.perf_counter() - started)
+        found[f"tokens_per_s_{count}"] = count / statistics.median(steps)
+        llama_cpp.llama_free(context)
+    return found
+
+
+def _fed(llama_cpp: Any, context: Any, vocabulary: int, tokens: list[tuple[int, int, int]]) -> dict[int, int]:
+    """Each row's likeliest next token, after one pass over (token, position, row)."""
+    import numpy as np
+
+    last = {row: i for i, (_, _, row) in enumerate(tokens)}
+    batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
+    batch.n_tokens = len(tokens)
+    for i, (token, position, row) in enumerate(tokens):
+        batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, position, 1, row
+        batch.logits[i] = last[row] == i
+    if llama_cpp.llama_decode(context, batch):
+        raise RuntimeError(f"llama_decode refused {len(tokens)} tokens")
+    shape = (vocabulary,)
+    scores = {row: llama_cpp.llama_get_logits_ith(context, i) for row, i in last.items()}
+    chosen = {row: int(np.ctypeslib.as_array(at, shape=shape).argmax()) for row, at in scores.items()}
+    llama_cpp.llama_batch_free(batch)
+    return chosen
+
+
 if __name__ == "__main__":
-    side.main({"generate": generate})
+    side.main({"generate": generate, "rows": rows})

@@ -296,13 +296,12 @@ def by_spans(
     return torch.cat(out, dim=2)
 
 
-def attends_pages(attention: GemmaAttention, q: Tensor, cache: Cache | None) -> bool:
+def attends_pages(attention: GemmaAttention, q: Tensor, cache: PagedCache) -> bool:
     """Whether a packed pass attends by the native kernel, which reads the pages where they lie: in place of torch's own
     alone, without gradients, whose order of sums depends on threads and rows.
     """
     return (
-        isinstance(cache, PagedCache)
-        and cache.packed
+        cache.packed
         and not native_obstacle(attention)
         and not (attention.training and attention.attention_dropout)
         and cpu.library() is not None

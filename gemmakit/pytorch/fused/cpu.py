@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gemmakit.pytorch.attention import attend_pages, attends_pages, native_obstacle
 from gemmakit.pytorch.cache.core import Cache
+from gemmakit.pytorch.cache.paged import PagedCache
 from gemmakit.pytorch.fused.reference import MAX_ROWS, FusedLayer, writable
 from gemmakit.pytorch.fused.weights import misfit, weight_of
 from gemmakit.pytorch.kernels import Decision, PackedWeight, cpu, is_batch_invariant, one_by_one
@@ -211,7 +212,7 @@ class NativeLayer(FusedLayer):
         B, S, width = q.shape
         attention = self.parts.self_attn
         H = attention.head_dim
-        if attends_pages(attention, q, cache):
+        if isinstance(cache, PagedCache) and attends_pages(attention, q, cache):
             norms = self.q_norm, self.k_norm
             return attend_pages(attention, q, cache, new=(k, v, *tables), norms=norms)
         if B * S > cpu.MAX_ROWS:

@@ -32,6 +32,20 @@ def matrix_parts(m, x_format):
 
 
 def attention_parts(a):
+    return in_pages(a) if a.pages else in_rows(a)
+
+
+def in_pages(a):
+    size, longs = _SIZES.get(a.format, 4), lambda at, n: (ctypes.c_int64 * n).from_address(at)
+    tokens, pages = longs(a.starts, a.B + 1)[a.B], max(longs(a.pages, a.B * a.page_count)) + 1
+    q, kv, cache = (n * a.H * size for n in (tokens * a.N, tokens * a.K, pages * a.page_size * a.K))
+    norms = {f"{name}.weight": a.H * _SIZES.get(getattr(a, name).format, 4) for name in ("q_norm", "k_norm")}
+    return {"q": q, "y": q, "k": kv, "v": kv, "cos": tokens * a.H * size, "sin": tokens * a.H * size, "keys": cache,
+            "values": cache, "pages": 8 * a.B * a.page_count, "starts": 8 * (a.B + 1), "lengths": 8 * a.B,
+            **norms}  # fmt: skip
+
+
+def in_rows(a):
     size = _SIZES.get(a.format, 4)
     q, kv = a.B * a.S * a.N * a.H * size, a.B * a.S * a.K * a.H * size
     table = (a.table_row * (a.B - 1) + a.S * a.H) * size
@@ -156,6 +170,9 @@ def _project_norm_add(call, m, x_format, x, rows, norm, residual, y, threads):
 def _attend(call, a):
     one = a._obj
     sound = one.B * one.S <= cpu.MAX_ROWS and 0 <= one.start <= one.T - one.S and one.capacity >= one.T
+    if one.pages:
+        lengths = (ctypes.c_int64 * one.B).from_address(one.lengths)
+        sound = max(lengths) <= one.page_count * one.page_size
     # A call that is to be refused has sizes that say nothing of its memory.
     call.structure(0, 0, one, attention_parts if sound else lambda one: {}, back=("y", "keys", "values"))
 

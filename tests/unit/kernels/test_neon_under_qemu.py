@@ -16,8 +16,9 @@ ROOT = HERE.parents[2]
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 # A processor with products of bytes and one without.
 PROCESSORS = {"neondot": "max", "neon": "cortex-a72"}
-TESTS = ["test_native_linear.py", "test_packed_linear.py", "test_multiply.py", "test_panels.py",
-         "test_accuracy_step.py", "test_seams.py", "test_seams_of_the_family.py"]  # fmt: skip
+TESTS = ["test_native_linear.py", "test_packed_linear.py", "test_multiply.py", "test_panels.py", "test_seams.py",
+         "test_accuracy_step.py", "test_attend_pages.py", "test_batch_invariant.py",
+         "test_seams_of_the_family.py"]  # fmt: skip
 # They start another process, or look at how the library of this machine is loaded.
 NOT_HERE = "asked_for or switched_off or without_the_library"
 

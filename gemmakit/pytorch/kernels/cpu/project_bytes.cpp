@@ -2,9 +2,10 @@
 //
 // x is rounded to 8 bits in blocks of 32 inputs of a token. A piece of the weight's rows, a few blocks of them at a
 // time, is laid out as bytes in the first cache, where all tokens meet it; sums of a block are exact, blocks are summed in
-// float32 in the order of the inputs, whatever the other tokens are.
+// float32 in the order of the inputs, whatever the other tokens are. A few tokens meet the weight as it is read
+// (bytes_few.h), in the same order.
 
-#include "bytes.h"
+#include "bytes_few.h"
 
 namespace {
 
@@ -38,18 +39,14 @@ void sums_of(const Matrix& w, int64_t from, int64_t rows, const Tiles& x, int64_
   }
 }
 
+// The sums of L outputs of a token, from `from` on and before `end`, to their places.
 template <int F, int FORMAT>
-void finish(const Matrix& w, int64_t from, int64_t rows, int64_t token, int64_t tokens, int64_t next,
-            const float* sums, void* y, const void* residual) {
-  for (int64_t m = token; m < token + tokens; m++)
-    for (int64_t r = 0; r < rows; r += L) {  // the room for sums is larger than a piece, so all L can be read
-      int64_t at_y = m * w.out + from + r, end = m * w.out + from + rows;
-      V v = gather(sums + r * next + m - token, next);
-      if (FORMAT == INT8_ROWS) v = mul(v, take<F32>(w.scale, from + r, from + rows));
-      v = add(v, w.bias ? take<F>(w.bias, from + r, from + rows) : zero());
-      if (residual) v = add(rounded<F>(v), take<F>(residual, at_y, end));
-      give<F>(y, at_y, end, v);
-    }
+void finish(const Matrix& w, int64_t from, int64_t end, int64_t token, V v, void* y, const void* residual) {
+  int64_t row = token * w.out;
+  if (FORMAT == INT8_ROWS) v = mul(v, take<F32>(w.scale, from, end));
+  v = add(v, w.bias ? take<F>(w.bias, from, end) : zero());
+  if (residual) v = add(rounded<F>(v), take<F>(residual, row + from, row + end));
+  give<F>(y, row + from, row + end, v);
 }
 
 // OUTS rows of the weight from `from` on against `count` tiles from `tile` on; x has `tokens` in all.
@@ -59,8 +56,9 @@ void multiply_piece(const Matrix& w, const Tiles& x, int64_t tokens, int64_t fro
   int64_t rows = w.out - from < OUTS ? w.out - from : OUTS, next = (count + 1) * L, first = tile * L;
   float* sums = scratch<float, 13>(OUTS * next);
   sums_of<FORMAT>(w, from, rows, x, tile, count, sums);
-  finish<F, FORMAT>(w, from, rows, first, tokens - first < count * L ? tokens - first : count * L, next, sums, y,
-                    residual);
+  for (int64_t m = first; m < tokens && m < first + count * L; m++)
+    for (int64_t r = 0; r < rows; r += L)  // the room for sums is larger than a piece, so all L can be read
+      finish<F, FORMAT>(w, from + r, from + rows, m, gather(sums + r * next + m - first, next), y, residual);
 }
 
 template <int F>
@@ -96,8 +94,40 @@ void multiply_some(const Matrix* w, int count, const void* x, int64_t tokens, in
   }
 }
 
+template <int F, int FORMAT>
+void multiply_strip(const Matrix& w, const Rows& x, int M, int64_t row, void* y, const void* residual) {
+  float sums[FEW * L];
+  strip_sums_of<FORMAT>(M, std::make_integer_sequence<int, FEW>())(strip_of<FORMAT>(w, row), x, sums);
+  for (int m = 0; m < M; m++) finish<F, FORMAT>(w, row, w.out, m, load(sums + m * L), y, residual);
+}
+
+// Bytes of a weight that a thread takes at a time.
+constexpr int64_t SHARE = 1 << 18;
+
+// Up to FEW rows of x.
+template <int F>
+void multiply_few(const Matrix* w, int count, const void* x, int M, void* const* y, const void* residual, int threads) {
+  int64_t blocks = (w->in + BLOCK - 1) / BLOCK;
+  Rows rows = {scratch<int8_t, 1>(blocks * BLOCK * M), scratch<float, 14>(blocks * M), scratch<float, 15>(blocks * M),
+               scratch<int32_t, 1>(blocks * M), blocks};
+  for (int m = 0; m < M; m++) fill_rows<F>(x, w->in, m, M, rows);
+#pragma omp parallel num_threads(threads) if (w->out * w->in > 1 << 18)
+  for (int i = 0; i < count; i++) {
+    auto strip = w[i].format == INT4        ? multiply_strip<F, INT4>
+                 : w[i].format == INT8_ROWS ? multiply_strip<F, INT8_ROWS>
+                                            : multiply_strip<F, INT8_GROUPS>;
+    int64_t bytes = w[i].in * L / (w[i].format == INT4 ? 2 : 1), all = (w[i].out + L - 1) / L;
+    int64_t each = all / (8 * threads) < SHARE / bytes ? all / (8 * threads) : SHARE / bytes;
+    each = each < 1 ? 1 : each;
+#pragma omp for schedule(dynamic, 1) nowait
+    for (int64_t p = 0; p < all; p += each)
+      for (int64_t s = p; s < p + each && s < all; s++) strip(w[i], rows, M, s * L, y[i], residual);
+  }
+}
+
 template <int F>
 int run(const Matrix* w, int count, const void* x, int64_t rows, void* const* y, const void* residual, int threads) {
+  if (rows <= FEW) return multiply_few<F>(w, count, x, rows, y, residual, threads), 0;
   for (int64_t done = 0; done < rows; done += MOST_TOKENS) {
     int64_t tokens = rows - done < MOST_TOKENS ? rows - done : MOST_TOKENS;
     multiply_some<F>(w, count, at<F>(x, done * w->in), tokens, done, y,

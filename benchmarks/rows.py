@@ -1,0 +1,110 @@
+"""Rows that decode side by side: what a step of several costs beside one, in turn with llama.cpp's low-level batch.
+
+    python benchmarks/rows.py --llama-python llama/bin/python [--kind bf16 int8 int4] [--rows 1 2 4 8 16] [--layers 18]
+
+Greedy steps of the batch engine, same bits whatever else runs, on random weights of the 2B shape or of its first
+layers; tokens/s of all rows together. GGUF files of the same shape are written to --gguf once. The result is written
+after every measurement: Ctrl-C keeps what there is.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from checkpoints import fields, shapes
+from output import finish
+from rounds import Rounds, Side, interleave
+
+from gemmakit import GemmaConfig, GemmaTokenizer, demo_model
+from gemmakit.bench.measure import STD
+from gemmakit.checkpoint.formats.gguf_writing import write_gguf
+from gemmakit.cli.env import about, available_cores
+from gemmakit.text.gguf import vocabulary_of
+
+RESULT = Path(__file__).parent / "results" / "cpu_rows_2b.json"
+# Ours, and llama.cpp's of as many bits: Q8_0 and Q4_0 have a scale for 32 weights.
+KINDS = {"bf16": (None, "BF16"), "int8": ("int8", "Q8_0"), "int4": ("int4", "Q4_0")}
+
+
+def write_shape(path: Path, config: GemmaConfig, kind: str) -> Path:
+    """A GGUF of this shape, the same draws over and over: no speed depends on them."""
+    if path.exists():
+        return path
+    print(f"writing {path}", file=sys.stderr)
+    pool = torch.empty(1 << 22).normal_(0.0, STD, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    def drawn(shape: tuple[int, ...]) -> Callable[[], torch.Tensor]:
+        def make() -> torch.Tensor:
+            if len(shape) == 1:
+                return torch.zeros(shape, dtype=torch.bfloat16)
+            count = shape[0] * shape[1]
+            return pool.repeat(-(-count // len(pool)))[:count].view(shape)
+
+        return make
+
+    tensors = {name: drawn(shape) for name, shape in shapes(config)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return write_gguf(path, config, tensors, vocabulary_of(GemmaTokenizer.from_pretrained(demo_model())), kind)
+
+
+def sides(kind: str, args: argparse.Namespace) -> list[Side]:
+    config = {**fields(args.size), "num_hidden_layers": args.layers}
+    quantize, gguf = KINDS[kind]
+    spec = {"part": "rows", **{name: getattr(args, name) for name in ("rows", "threads", "prompt", "new")}}
+    chosen = {"config": config, "dtype": "bfloat16", "device": "cpu", "quantize": quantize}
+    ours = Side("gemmakit", "gemmakit_side", {**spec, **chosen})
+    if args.llama_python is None:
+        print("llama.cpp is left out: name an interpreter that has it with --llama-python", file=sys.stderr)
+        return [ours]
+    path = args.gguf / f"{args.size}-{args.layers}-{gguf}.gguf"
+    model = str(write_shape(path, GemmaConfig(**config), gguf))
+    return [ours, Side(f"llama.cpp {gguf}", "llamacpp", {**spec, "model": model}, args.llama_python)]
+
+
+def summary(found: Rounds, rows: list[int]) -> dict[str, Any]:
+    """By side the medians, and what a step of so many rows takes beside one of one row; ratios of ours to theirs."""
+    keys = {count: f"tokens_per_s_{count}" for count in rows}
+    out: dict[str, Any] = {"rounds": found.rounds, "failed": found.failed}
+    for label in found.labels():
+        medians = found.medians(label)
+        rates = {count: medians[key] for count, key in keys.items() if key in medians}
+        out[label] = {"tokens_per_s": rates}
+        if 1 in rates:
+            out[label]["step_over_one_row"] = {c: round(c * rates[1] / rate, 3) for c, rate in rates.items()}
+    ours, *others = found.labels()
+    for label in others:
+        ratios = found.ratios(ours, label)
+        out[label]["ours_over_theirs"] = {count: ratios[key] for count, key in keys.items() if key in ratios}
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kind", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 2, 4, 8, 16])
+    parser.add_argument("--size", default="2b", help="the shape: 2b, or tiny for a trial")
+    parser.add_argument("--layers", type=int, default=18)
+    parser.add_argument("--prompt", type=int, default=16, help="tokens of each row's prompt")
+    parser.add_argument("--new", type=int, default=32, help="tokens of each row")
+    parser.add_argument("--threads", type=int, default=available_cores())
+    parser.add_argument("--rounds", type=int, default=3, help="processes a side")
+    parser.add_argument("--llama-python", help="interpreter that has llama-cpp-python")
+    parser.add_argument("--gguf", type=Path, default=Path("rows-gguf"), help="folder of the GGUF files")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    args = parser.parse_args()
+    result = {"what": f"tokens/s of rows that decode side by side, {args.size} shape, {args.layers} layers",
+              **about(args.threads), "layers": args.layers}  # fmt: skip
+    for kind in args.kind:
+
+        def keep(found: Rounds, kind: str = kind) -> None:
+            result[kind] = summary(found, args.rows)
+            finish(result, args.out, ())
+
+        interleave(sides(kind, args), args.rounds, say=lambda m: print(m, file=sys.stderr), keep=keep)
+
+
+if __name__ == "__main__":
+    main()
