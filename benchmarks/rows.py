@@ -8,6 +8,7 @@ after every measurement: Ctrl-C keeps what there is.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,6 @@ from typing import Any
 
 import torch
 from checkpoints import fields, shapes
-from output import finish
 from rounds import Rounds, Side, interleave
 
 from gemmakit import GemmaConfig, GemmaTokenizer, demo_model
@@ -67,7 +67,9 @@ def sides(kind: str, args: argparse.Namespace) -> list[Side]:
 def summary(found: Rounds, rows: list[int]) -> dict[str, Any]:
     """By side the medians, and what a step of so many rows takes beside one of one row; ratios of ours to theirs."""
     keys = {count: f"tokens_per_s_{count}" for count in rows}
-    out: dict[str, Any] = {"rounds": found.rounds, "failed": found.failed}
+    kept = ("side", "instruction_set", "batch_invariant", *keys.values())
+    each = [{side: {k: v for k, v in got.items() if k in kept} for side, got in r.items()} for r in found.rounds]
+    out: dict[str, Any] = {"rounds": each, "failed": found.failed}
     for label in found.labels():
         medians = found.medians(label)
         rates = {count: medians[key] for count, key in keys.items() if key in medians}
@@ -101,9 +103,12 @@ def main() -> None:
 
         def keep(found: Rounds, kind: str = kind) -> None:
             result[kind] = summary(found, args.rows)
-            finish(result, args.out, ())
+            args.out.write_text(json.dumps(result, indent=1) + "\n")
 
         interleave(sides(kind, args), args.rounds, say=lambda m: print(m, file=sys.stderr), keep=keep)
+        for label in result[kind]:
+            if label not in ("rounds", "failed"):
+                print(kind, label, json.dumps(result[kind][label]), flush=True)
 
 
 if __name__ == "__main__":

@@ -38,8 +38,8 @@ def serve(
         bool | None,
         Option(
             "--batch-invariant/--no-batch-invariant",
-            help="The same bits whatever else runs, which the CPU gives if left out; or long prompts of 8-bit weights "
-            "sooner.",
+            help="The same bits whatever else runs and on any number of threads, which the CPU gives where it can if "
+            "left out.",
         ),
     ] = None,
     allowed_host: Annotated[

@@ -7,11 +7,14 @@ import warnings
 from dataclasses import replace
 
 import pytest
-from rounds import SIDES, Side, run_command
+import rows
+from rounds import SIDES, Rounds, Side, run_command
 
 import gemmakit
 from gemmakit.bench import timing
 from gemmakit.errors import InputError
+from gemmakit.pytorch.decode.batch import invariance
+from gemmakit.pytorch.kernels import cpu
 
 sys.path.insert(0, str(SIDES))
 import side
@@ -108,6 +111,19 @@ def test_gemmakit_is_measured_with_what_it_has_to_read():
     read, token = found["weight_bytes"], found["kv_bytes_a_token"]
     # The middle one of three steps after 8 (or 32) tokens reads those, one more, and one that came before it.
     assert found["bytes_a_token"] == {"0": read + 10 * token, "32": read + 34 * token}
+
+
+def test_rows_side_by_side_are_measured_with_what_was_decided():
+    found = measured("gemmakit_side", part="rows", rows=[1, 2], new=4)
+    assert {"tokens_per_s_1", "tokens_per_s_2"} <= set(found)
+    assert found["batch_invariant"].startswith(invariance.HELD if cpu.library() else invariance.NOT_HELD)
+
+
+def test_a_step_of_more_rows_is_told_beside_one_of_one():
+    found = Rounds([{"a": {"tokens_per_s_1": 10.0, "tokens_per_s_8": 64.0}, "b": {"tokens_per_s_8": 32.0}}])
+    told = rows.summary(found, [1, 8])
+    assert told["a"] == {"tokens_per_s": {1: 10.0, 8: 64.0}, "step_over_one_row": {1: 1.0, 8: 1.25}}
+    assert told["b"]["ours_over_theirs"] == {8: 2.0}
 
 
 @pytest.mark.slow

@@ -186,8 +186,9 @@ INLINE void add_block(const I (&codes)[PARTS<FORMAT>][STEPS], V scale, V offset,
   }
 }
 
-// Bytes ahead in a row that are asked for: the memory takes longer than a chunk.
-constexpr int64_t SOON = 8 * WIDTH;
+// Bytes ahead in a row that are asked for, into the second cache: L rows a power of two apart meet in one set of the
+// first, which holds fewer.
+constexpr int64_t SOON = 24 * WIDTH;
 
 template <int FORMAT, int M>
 void strip_sums(const Strip& s, const Rows& x, float* sums) {
@@ -200,7 +201,7 @@ void strip_sums(const Strip& s, const Rows& x, float* sums) {
       scales_of<FORMAT>(s, block, blocks - block < L ? blocks - block : L, scale, offset);
     int64_t from = block * BYTES<FORMAT>, soon = from + SOON;
     const uint8_t* const* ahead = soon < row_bytes ? s.rows : s.next;
-    for (int r = 0; r < L; r++) __builtin_prefetch(ahead[r] + (soon < row_bytes ? soon : soon - row_bytes), 0, 3);
+    for (int r = 0; r < L; r++) __builtin_prefetch(ahead[r] + (soon < row_bytes ? soon : soon - row_bytes), 0, 2);
     Chunk<FORMAT> codes;
     if (from + bytes <= row_bytes) {
       turn_codes<FORMAT>(s.rows, from, codes);

@@ -95,7 +95,7 @@ inline int64_t plain_rows(const Matrix& w, const Inputs& x, int64_t from, int64_
 template <int F, int M>
 void plain(const Matrix& w, const Inputs& x, int64_t from, int64_t to, float* sums) {
   // Four weight streams keep the memory busy while M is small; more accumulators than registers would spill.
-  constexpr int R = M <= 4 ? 4 : 2;
+  constexpr int R = M <= 4 ? 4 : L == 16 ? 3 : 2;
   int64_t done = plain_rows<F, M, R>(w, x, from, to, sums);
   plain_rows<F, M, 1>(w, x, done, to, sums + (done - from) * M);
 }
