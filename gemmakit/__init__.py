@@ -96,9 +96,14 @@ __all__ = ["__version__", *_MODULES, *(name for name, home in _HOME.items() if h
 
 
 def __getattr__(name: str) -> Any:
-    if name not in (*_HOME, *_MODULES):
-        raise AttributeError(f"module 'gemmakit' has no attribute {name!r}")
     import importlib
+
+    if name not in (*_HOME, *_MODULES):
+        # Names that only transformers has are looked up where they are, so that the package's own stay few.
+        others = importlib.import_module("gemmakit.compat") if name[:1].isupper() or name == "set_seed" else None
+        if others is None or name not in others.__all__:
+            raise AttributeError(f"module 'gemmakit' has no attribute {name!r}")
+        return getattr(others, name)
 
     if name in _MODULES:
         return importlib.import_module(f"gemmakit.{name}")
