@@ -82,7 +82,7 @@ def written(value: Any) -> list[str | None]:
     elif isinstance(value, list):
         items = [written(item) for item in value]
     else:
-        return [{None: "null", True: "true", False: "false"}.get(value, str(value))]
+        return [json.dumps(value)]
     inside = [piece for place, item in enumerate(items) for piece in ([","] if place else []) + item]
     return ["{", *inside, "}"] if isinstance(value, dict) else ["[", *inside, "]"]
 

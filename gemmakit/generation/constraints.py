@@ -9,6 +9,9 @@ from typing import Any, cast
 from gemmakit.checks import is_whole
 from gemmakit.errors import GenerationConfigError
 
+# An expression for the space between the parts of a JSON text. Bounded: a model that is unsure would write it for ever.
+JSON_BLANK = r"[\x20\x0A\x0D\x09]{1,32}"
+
 
 class Constraint:
     """Fulfilled by any one of some phrases, each a tuple of token ids; no phrase begins with another one."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from gemmakit.serve.protocol import Message, NamedTool, Tool
 from gemmakit.serve.refusals import Refusal
-from gemmakit.text.call_grammar import call_grammar
+from gemmakit.text.answer_grammar import answer_grammar
 from gemmakit.text.response import ResponseParser, Thought
 
 ToolChoice = str | NamedTool | None
@@ -67,22 +67,40 @@ class ToolUse:
     """Which tools a conversation has. told: what the template is told of them, None where nothing may be called.
 
     forced: those of which one must be called; None where the model decides. parallel: whether there may be several
-    calls.
+    calls. strict: the names of those whose schema is followed wherever they are called.
     """
 
     told: list[dict[str, Any]] | None = None
     forced: list[dict[str, Any]] | None = None
     parallel: bool = True
+    strict: frozenset[str] = frozenset()
 
-    def grammar(self, tokenizer: Any, prompt: Sequence[int], thought: bool) -> str | None:
-        """What an answer must be in which a call is forced. thought: whether the model may think before it calls."""
-        if self.forced is None:
-            return None
-        thinking = ResponseParser(tokenizer, prompt=prompt).thinking
+    def grammar(self, tokenizer: Any, prompt: Sequence[int], thought: bool, schema: Any = None) -> str | None:
+        """What an answer must be; None where it may be anything, or what its schema alone says.
+
+        thought: whether the model may think before it answers. schema: of an answer that calls nothing.
+        """
+        parser = ResponseParser(tokenizer, prompt=prompt)
+        how: dict[str, Any] = {"parallel": self.parallel, "thought": thought, "thinking": parser.thinking}
         try:
-            return call_grammar(tokenizer, self.forced, parallel=self.parallel, thought=thought, thinking=thinking)
+            if self.forced is not None:
+                return answer_grammar(tokenizer, self.forced, **how)
+            tools = [self._as_called(tool) for tool in self.told or ()]
+            if schema is not None and (tools or thought or parser.thinking):
+                schema = schema if isinstance(schema, dict) else {}
+                return answer_grammar(tokenizer, tools, must_call=False, schema=schema, **how)
+            if self.strict:
+                return answer_grammar(tokenizer, tools, must_call=False, **how)
         except RecursionError:
             raise Refusal(400, "the tools' parameters are nested too deep to be followed.", param="tools") from None
+        return None
+
+    def _as_called(self, tool: dict[str, Any]) -> dict[str, Any]:
+        """A tool that may be called with anything, unless it is strict."""
+        function = tool["function"]
+        if function["name"] in self.strict:
+            return tool
+        return {"function": {"name": function["name"], "parameters": {"type": "object"}}}
 
 
 def chosen_tools(tools: Sequence[Tool] | None, choice: ToolChoice, parallel: bool, can: bool) -> ToolUse:
@@ -103,7 +121,8 @@ def chosen_tools(tools: Sequence[Tool] | None, choice: ToolChoice, parallel: boo
     may = told if choice == "required" else [tool for tool in told if tool["function"]["name"] == named]
     if named is not None and not may:
         raise Refusal(400, f"tool_choice names {named!r:.80}, which is none of the tools.", param="tool_choice")
-    return ToolUse(told, may or None, parallel)
+    strict = frozenset(tool.function.name for tool in tools if tool.function.strict)
+    return ToolUse(told, may or None, parallel, strict)
 
 
 _FUNCTION = {"name", "description", "parameters"}

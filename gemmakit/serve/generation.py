@@ -89,20 +89,20 @@ def make_request(
     best_of: int | None = None,
     logprobs: int | None = None,
     prompt_logprobs: int | None = None,
-    calls: str | None = None,
+    answer: str | None = None,
     one_call: bool = False,
 ) -> Request:
     """What the engine is asked. max_tokens: None for as many as there is room for. chat: end where a turn does.
 
-    calls: the grammar of calls that must be made. one_call: end where the first call does.
+    answer: a grammar of what must be answered, of a call for instance. one_call: end where the first call does.
     """
     settings = settings_of(body)
     settings |= shape_of(response_format, settings)
-    if calls is not None:
+    if answer is not None:
         if shape := next((name for name in SHAPES if name in settings), None):
             said = f"tool_choice asks for a call, which cannot follow the {shape} that is asked for: give one of them."
             raise Refusal(400, said, param="tool_choice")
-        settings["grammar"] = calls
+        settings["grammar"] = answer
     settings["max_new_tokens"] = max(1, served.context - len(prompt)) if max_tokens is None else max_tokens
     if settings.get("min_new_tokens", 0) > settings["max_new_tokens"]:
         raise Refusal(400, f"min_tokens is {body.min_tokens}, but max_tokens is {max_tokens}.", param="min_tokens")

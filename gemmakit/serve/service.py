@@ -24,9 +24,9 @@ from gemmakit.serve.conversation import (
     template_variables,
 )
 from gemmakit.serve.feeder import Feeder
-from gemmakit.serve.generation import Answers, make_request
+from gemmakit.serve.generation import SHAPES, Answers, make_request, shape_of
 from gemmakit.serve.metrics import Metrics
-from gemmakit.serve.protocol import Body, Message, Sampling, Tool
+from gemmakit.serve.protocol import Body, Message, ResponseFormat, Sampling, Tool
 from gemmakit.serve.refusals import Refusal
 from gemmakit.serve.served import ServedModel
 from gemmakit.serve.settings import ServeSettings
@@ -141,6 +141,7 @@ class Service:
         tool_choice: ToolChoice = None,
         parallel: bool = True,
         thinks: bool | None = None,
+        response_format: ResponseFormat | None = None,
         **wanted: Any,
     ) -> Answers:
         """The answers to a conversation. thinks: whether the model is to think first. wanted: as in make_request."""
@@ -149,9 +150,17 @@ class Service:
         use = chosen_tools(tools, tool_choice, parallel, served.has_tools)
         prompt = await self.prompt(messages, use, variables)
         may_think = bool(variables.get("enable_thinking"))
-        calls = await served.aside(use.grammar, served.tokenizer, prompt, may_think)
+        form = shape_of(response_format, {})
+        shaped = any(getattr(body, name) is not None for name in SHAPES)  # an answer that the client describes itself
+        grammar: str | None = None
+        if use.forced is not None or not shaped:
+            schema = form.get("json_schema")
+            grammar = await served.aside(use.grammar, served.tokenizer, prompt, may_think, schema)
+        if grammar is not None and use.forced is None:
+            response_format = None  # the grammar holds it
+        wanted |= {"response_format": response_format, "answer": grammar}
         one_call = use.told is not None and not parallel
-        asked = self.make(request, body, prompt, chat=True, calls=calls, one_call=one_call, **wanted)
+        asked = self.make(request, body, prompt, chat=True, one_call=one_call, **wanted)
 
         def reader() -> Reader:
             parser = ResponseParser(served.tokenizer, prompt=prompt, calls=use.told is not None)

@@ -263,6 +263,61 @@ def test_parameters_that_hold_themselves_are_followed_or_refused_at_once(thinker
         assert said.status_code in (200, 400), said.text
 
 
+# -- what else shapes an answer ----------------------------------------------------------------------------------------
+
+SHAPE = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"enum": [1, 2]}}}
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_json_is_asked_of_the_answer_and_not_of_the_thought(thinker: Running, opened: bool):
+    """Whether the template begins the thought itself, as Gemma 4's does in one of its revisions, or the model."""
+    tokenizer = thinker.service.ready().tokenizer
+    template = tokenizer.chat_template
+    end, start = (by_id(tokenizer, f" {name}").strip("<[]> ") for name in ("<channel|>", "<|channel>"))
+    try:
+        if opened:
+            tokenizer.chat_template = template.replace("{%- endif -%}\n", "{%- endif -%}") + "<|channel>thought\n"
+        asked = {"messages": ASK, "response_format": SHAPE, "chat_template_kwargs": {"enable_thinking": True}}
+        # The random model would think for ever: it likes to end its thought, and begins it where nobody has.
+        bias = {end: 100} if opened else {start: 90, end: 100}
+        said = thinker.post("/v1/chat/completions", **asked, logit_bias=bias, max_tokens=60, temperature=0).json()
+    finally:
+        tokenizer.chat_template = template
+    message = said["choices"][0]["message"]
+    assert message["content"] in ("1", "2") and said["choices"][0]["finish_reason"] == "stop", said
+
+
+def test_json_and_calls_are_both_answers(client: Any, thinker: Running):
+    start = by_id(thinker.service.ready().tokenizer, " <|tool_call>").strip("<[]> ")
+    tools = [{"type": "function", "function": {**WEATHER, "strict": True}}]
+    asked = dict(model=NAME, messages=ASK, tools=tools, response_format=SHAPE, max_tokens=100, temperature=0)
+    text, called = (
+        client.chat.completions.create(**asked, parallel_tool_calls=False, logit_bias={start: bias}).choices[0]
+        for bias in (-100, 100)
+    )
+    assert text.message.content in ("1", "2") and text.finish_reason == "stop"
+    assert called.message.content is None and checked(called.message.tool_calls[0]) == "weather"
+
+
+def test_a_strict_tool_is_called_as_its_schema_says_and_the_model_is_free_not_to(client: Any, thinker: Running):
+    start = by_id(thinker.service.ready().tokenizer, " <|tool_call>").strip("<[]> ")
+    tools = [{"type": "function", "function": {**WEATHER, "strict": True}}]
+    asked = dict(model=NAME, messages=ASK, tools=tools, max_tokens=60, temperature=0, parallel_tool_calls=False)
+    called = client.chat.completions.create(**asked, logit_bias={start: 100}).choices[0]
+    assert called.finish_reason == "tool_calls" and checked(called.message.tool_calls[0]) == "weather"
+    said = client.chat.completions.create(**asked, logit_bias={start: -100}).choices[0]
+    assert said.message.content and said.message.tool_calls is None
+
+
+def test_a_stop_text_is_found_in_thoughts_and_in_calls(thinker: Running, spoken: Any):
+    asked = {"messages": ASK, "tools": TOOLS, "temperature": 0, **spoken}
+    told = thinker.post("/v1/chat/completions", **asked, stop="ask").json()["choices"][0]
+    assert told["message"]["reasoning"] == "They " and not told["message"]["content"]
+    assert told["finish_reason"] == "stop"
+    told = thinker.post("/v1/chat/completions", **asked, stop="TC").json()["choices"][0]
+    assert told["message"]["content"] == 'Well: <|tool_call>call:clock{zone:<|"|>U' and told["finish_reason"] == "stop"
+
+
 # -- forgeries ---------------------------------------------------------------------------------------------------------
 
 

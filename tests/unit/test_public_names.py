@@ -21,7 +21,7 @@ BY_MODULE = {
     "gemmakit.utils.attention_visualizer": ["AttentionMaskVisualizer"],
     "gemmakit.text.tools": ["tool_schema"],
     "gemmakit.text.response": ["parse_tool_calls", "ResponseParser", "ResponseForm", "Thought"],
-    "gemmakit.text.call_grammar": ["call_grammar"],
+    "gemmakit.text.answer_grammar": ["answer_grammar"],
     "gemmakit.text.prompts": ["Prompts"],
     "gemmakit.flax": None,
 }

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from gemmakit.errors import GenerationConfigError, InputError, MissingDependency
 from gemmakit.generation import GenerationConfig
+from gemmakit.generation.constraints import JSON_BLANK
 from gemmakit.pytorch.decode.processors.logits import FORBIDDEN
 from gemmakit.pytorch.decode.token_bytes import Tokenizer, token_table
 
 SETTINGS = ("json_schema", "regex", "grammar")
-# Space between the parts of a JSON text. Bounded: a model that is unsure would write blanks for ever.
-_BLANK = r"[\x20\x0A\x0D\x09]{1,32}"
 # A server is asked for the same shape many times over; each takes from milliseconds to a second to make ready.
 _KEPT_SHAPES = 64
 _engines: WeakKeyDictionary[Any, dict[Any, _Engine]] = WeakKeyDictionary()
@@ -63,7 +62,7 @@ def _grammar(library: Any, name: str, value: Any) -> str:
     try:
         schema = json.loads(value) if isinstance(value, str) else value
         text = json.dumps({} if schema is True else schema)
-        return library.LLMatcher.grammar_from_json_schema(text, {"whitespace_pattern": _BLANK})
+        return library.LLMatcher.grammar_from_json_schema(text, {"whitespace_pattern": JSON_BLANK})
     except (TypeError, ValueError) as e:
         raise GenerationConfigError(f"json_schema is no JSON: {e}") from e
 

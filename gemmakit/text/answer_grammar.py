@@ -1,4 +1,4 @@
-"""A grammar of the calls that an answer must make: a JSON schema in the notation in which Gemma writes arguments."""
+"""A grammar of what an answer may be: thoughts, calls as schemas allow in the notation that Gemma writes, JSON."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any, cast
 
+from gemmakit.generation.constraints import JSON_BLANK
 from gemmakit.text.response import ResponseForm
 
 Schema = Mapping[str, Any]
 
 # Names of arguments that stand without quotes; the notation ends others at the first of its own signs.
-_BARE = re.compile(r"[^\s:,{}\[\]<>\"']+")
+_BARE = re.compile(r"[^\s\x00-\x1f\x7f:,{}\[\]<>\"']{1,64}")
 _WHOLE = r"-?(0|[1-9][0-9]{0,15})"
 _NUMBER = rf"{_WHOLE}(\.[0-9]{{1,15}})?([eE][+-]?[0-9]{{1,2}})?"
 _NOTHING: Schema = {"type": "object", "properties": {}}
@@ -21,23 +22,26 @@ _ANYTHING: Schema = {}
 _DEPTH = 32  # of schemas inside one another; what is deeper may be any value
 
 
-def call_grammar(
+def answer_grammar(
     tokenizer: Any,
-    tools: Sequence[Schema],
+    tools: Sequence[Schema] = (),
     *,
+    must_call: bool = True,
     parallel: bool = True,
+    schema: Schema | None = None,
     thought: bool = False,
     thinking: bool = False,
 ) -> str:
-    """What an answer may be that calls at least one of these tools, as a Lark grammar for generate(grammar=...).
+    """What an answer may be, as a Lark grammar for generate(grammar=...): a thought first, then calls of these tools.
 
     Arguments come in the order of the alphabet, as templates write them, those that a schema requires always. What a
     schema says of types, enum, const, properties, items, anyOf and its kin is followed, other limits are not.
 
-    tools: JSON schemas, as `tools.tool_schema` gives them. parallel: whether several calls may follow one another.
-    thought: whether a thought may come first. thinking: whether the prompt has begun one.
+    tools: JSON schemas, as `tools.tool_schema` gives them. must_call: whether one of them must be called; else the
+    answer may be text with calls in it or, with a `schema`, one JSON value instead of calls. parallel: whether several
+    calls may be made. thought: whether a thought may come first. thinking: whether the prompt has begun one.
     """
-    return _Grammar(tokenizer).of(tools, parallel, thought, thinking)
+    return _Grammar(tokenizer).of(tools, must_call, parallel, schema, thought, thinking)
 
 
 class _Grammar:
@@ -50,19 +54,40 @@ class _Grammar:
         self._count = count()
         self._schemas: dict[int, str] = {}  # and by which part of a schema: one that holds itself is a rule that does
 
-    def of(self, tools: Sequence[Schema], parallel: bool, thought: bool, thinking: bool) -> str:
+    def of(
+        self,
+        tools: Sequence[Schema],
+        must_call: bool,
+        parallel: bool,
+        schema: Schema | None,
+        thought: bool,
+        thinking: bool,
+    ) -> str:
         form = self.form
-        calls = [self._call(cast(Schema, tool["function"])) for tool in tools]
-        self._rules["call"] = f"{self._mark(form.call)} ({' | '.join(calls)}) {self._mark(form.call_end)}"
-        start = "call+" if parallel else "call"
-        if form.thought and form.thought_end and (thought or thinking):
-            begun = "" if thinking else f"{self._mark(form.thought)} {_quoted(form.label)} "
-            text = f"{begun}TEXT? {self._mark(form.thought_end)}"
-            start = f"{text} {start}" if thinking else f"({text})? {start}"
+        thinks = bool(form.thought and form.thought_end)
+        if thinks:
+            end = f"TEXT? {self._mark(form.thought_end or '')}"
+            self._rules["thought"] = f"{self._mark(form.thought or '')} {_quoted(form.label)} {end}"
+            self._rules["rest"] = end
+        if tools:
+            calls = " | ".join(self._call(cast(Schema, tool["function"])) for tool in tools)
+            self._rules["call"] = f"{self._mark(form.call)} ({calls}) {self._mark(form.call_end)}"
+        if schema is not None:
+            blank = {"x-guidance": {"whitespace_pattern": JSON_BLANK}}
+            self._rules["json"] = f"%json {json.dumps({**schema, **blank})}"
+        several = "call+" if parallel else "call"
+        if must_call:
+            answer = several
+        elif schema is not None:
+            answer = f"({several} | json)" if tools else "json"
+        else:
+            inside = " | ".join([*(["call"] if tools else []), *(["thought"] if thinks and thought else [])])
+            answer = f"TEXT? (({inside}) TEXT?)*" if inside else "TEXT?"
+        first = "rest " if thinks and thinking else "thought? " if thinks and thought else ""
         # Of a token that is letters to the vocabulary the first character tells.
         anything = r"/(.|\n)+/" if len(self._ids) == len(form.names) else r"/[^<]+/"
-        lines = [f"start: {start}", *(f"{name}: {rule}" for name, rule in self._rules.items()), f"TEXT: {anything}"]
-        return "\n".join(lines) + "\n"
+        rules = (f"{name}: {rule}" for name, rule in self._rules.items())
+        return "\n".join([f"start: {first}{answer}", *rules, f"TEXT: {anything}"]) + "\n"
 
     def _mark(self, name: str) -> str:
         """A token: by its id, so that no letters can stand for it."""
