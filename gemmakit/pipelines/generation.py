@@ -120,7 +120,7 @@ class TextGenerationPipeline(Pipeline):
 
         def answer(prompt: Any, row: list[int], new: list[int]) -> Record:
             if skip_special_tokens and not clean_up_tokenization_spaces and not isinstance(prompt, str):
-                return self.tokenizer.parse_response(new, row, calls=tools is not None)
+                return self.tokenizer.parse_response(new, prefix=row, calls=tools is not None)
             text = self.tokenizer.decode(
                 new,
                 skip_special_tokens=skip_special_tokens,

@@ -92,25 +92,30 @@ class Chat:
         waits = self._engine.token_to_id(self.response_form.results)
         return [index for index in (self.end_of_turn_id, waits) if index is not None]
 
-    def parse_response(self: Any, response: Any, prompt: Sequence[int] = (), calls: bool = True) -> Any:
+    def parse_response(self: Any, response: Any, *, prefix: Any = None, calls: bool = True) -> Any:
         """An answer as the message that a conversation goes on with.
 
         response: the ids that were generated, or their text with special tokens; a list of either gives a list.
-        prompt: the ids in front of them, which may have begun a thought. calls: False where nothing may be called.
+        prefix: the prompt in the same kind, or one for each of a list: it may have begun a thought. calls: False where
+        nothing may be called.
 
         Returns {"role": "assistant", "content": ...}, with "reasoning" where the model thought aloud, and "tool_calls"
         where it called something. A call that is malformed or cut off is part of the content.
         """
-        if isinstance(response, str):
-            parser = ResponseParser(form=self.response_form, calls=calls)
-            ends = [self.eos_token, *self.convert_ids_to_tokens(self.answer_ends)]
-            while end := next((end for end in ends if end and response.rstrip().endswith(end)), None):
-                response = response.rstrip().removesuffix(end)
-        else:
-            response = to_lists(response)
-            if response and isinstance(response[0], (list, str)):
-                return [self.parse_response(one, prompt, calls) for one in response]
-            parser = ResponseParser(self, prompt=prompt, calls=calls)
+        response, prefix = to_lists(response), to_lists(prefix)
+        if isinstance(response, list) and response and not isinstance(response[0], int):
+            each = prefix if isinstance(prefix, list) and prefix and not isinstance(prefix[0], int) else None
+            prefixes = [prefix] * len(response) if each is None else each
+            pairs = zip(response, prefixes, strict=True)
+            return [self.parse_response(one, prefix=before, calls=calls) for one, before in pairs]
+        if not isinstance(response, str):
+            parser = ResponseParser(self, prompt=prefix or (), calls=calls)
+            return message_of([*parser.push(response), *parser.finish()])
+        parser = ResponseParser(form=self.response_form, calls=calls)
+        parser.push(prefix or "")
+        ends = [self.eos_token, *self.convert_ids_to_tokens(self.answer_ends)]
+        while end := next((end for end in ends if end and response.rstrip().endswith(end)), None):
+            response = response.rstrip().removesuffix(end)
         return message_of([*parser.push(response), *parser.finish()])
 
     def get_chat_template(self, chat_template: str | None = None, tools: Any = None) -> str:

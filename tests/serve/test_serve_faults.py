@@ -141,9 +141,9 @@ def test_too_long_is_400_with_both_counts(server: Running):
 
 
 def test_unknown_fields_are_accepted_and_counted(server: Running):
-    before = server.service.unknown_fields["chat_template_kwargs"]
-    assert server.post("/v1/chat/completions", **CHAT, chat_template_kwargs={"x": 1}).status_code == 200
-    assert server.service.unknown_fields["chat_template_kwargs"] == before + 1
+    before = server.service.unknown_fields["mirostat"]
+    assert server.post("/v1/chat/completions", **CHAT, mirostat={"x": 1}).status_code == 200
+    assert server.service.unknown_fields["mirostat"] == before + 1
     for i in range(200):
         server.service.count_unknown(type("Body", (), {"unknown": [f"made-up-{i}"]}))
     assert len(server.service.unknown_fields) < 100

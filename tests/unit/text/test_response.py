@@ -222,7 +222,14 @@ def test_a_prompt_may_have_begun_the_thought(tokenizer: Any) -> None:
         parser = ResponseParser(tokenizer, prompt=opened)
         assert together([*parser.push(ids), *parser.finish()]) == ("Yes", "Hm.", [])
     closed = [*opened, token(tokenizer, "<channel|>")]
-    assert tokenizer.parse_response(ids, closed)["content"] == "Hm.\nYes"
+    assert tokenizer.parse_response(ids, prefix=closed)["content"] == "Hm.\nYes"
+    for both in (
+        ([ids, ids], [opened, closed]),
+        [[tokenizer.decode(ids)] * 2, list(map(tokenizer.decode, (opened, closed)))],
+    ):
+        first, second = tokenizer.parse_response(both[0], prefix=both[1])
+        assert first["reasoning"] == "Hm." and first["content"] == "Yes"
+        assert "reasoning" not in second and second["content"].startswith("Hm.\n")
 
 
 def test_a_call_inside_a_thought_is_a_call(tokenizer: Any) -> None:
