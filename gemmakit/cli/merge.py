@@ -7,13 +7,27 @@ from typing import Annotated
 
 from typer import Argument
 
+from gemmakit.errors import InputError
+
 
 def merge(
     model: Annotated[str, Argument(help="Folder or Hub id that the adapter is for, or demo.")],
     adapter: Annotated[Path, Argument(help="Folder with adapter_config.json, from gemmakit tune or peft.")],
-    out: Annotated[Path, Argument(help="Folder for the whole model.")],
+    out: Annotated[Path, Argument(help="Folder for the whole model, or a .gguf file for the adapter alone.")],
 ) -> int:
-    """Fold an adapter into the weights, and save a model like any other: gemmakit convert makes a GGUF file of it."""
+    """Fold an adapter into the weights, and save a model like any other: gemmakit convert makes a GGUF file of it.
+
+    Where OUT ends in .gguf, the adapter alone is written, for llama.cpp's --lora beside a GGUF file of the model.
+    """
+    if out.suffix == ".gguf":
+        from gemmakit.auto import AutoConfig
+        from gemmakit.hub import demo_model
+        from gemmakit.pytorch.adapters import adapter_to_gguf
+
+        if out.exists():
+            raise InputError(f"{out} exists: name another file.")
+        print(adapter_to_gguf(adapter, out, AutoConfig.from_pretrained(demo_model() if model == "demo" else model)))
+        return 0
     from gemmakit.tune import merge as fold
 
     fold(model, adapter, out)

@@ -28,6 +28,7 @@ def serve(
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
     revision: o.Revision = None,
+    adapter: o.Adapter = None,
     max_batch_size: Annotated[int, Option(metavar="N", min=1, help="Answers that are generated side by side.")] = 8,
     max_waiting: Annotated[int, Option(metavar="N", min=1, help="Requests that may wait; then 429.")] = 256,
     cache_bytes: Annotated[int | None, Option(metavar="N", min=1, help="Memory for keys and values.")] = None,
@@ -87,7 +88,7 @@ def serve(
     loading = Loading(
         str(model or gemmakit.demo_model()),
         tuple(served_model_name or (_name(model),)),
-        dict(device_map=device, dtype=dtype, revision=revision),
+        dict(device_map=device, dtype=dtype, revision=revision, **({"adapter": adapter} if adapter else {})),
         context,
         dict(
             max_batch_size=max_batch_size,

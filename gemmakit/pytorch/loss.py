@@ -100,6 +100,9 @@ def chunked_loss(
     check("loss_chunk_size", chunk, Whole(1), InputError)
     flat, target = hidden.flatten(0, 1), targets.to(hidden.device, torch.long).flatten()
     if _is_plain(head):
+        if flat.device.type == "cpu" and not torch.compiler.is_compiling():  # a device would have to be waited for
+            learnt = (target != IGNORED_LABEL).nonzero()[:, 0]
+            flat, target = (flat, target) if len(learnt) == len(target) else (flat[learnt], target[learnt])
         total = _Fused.apply(flat, head.weight, head.bias, target, chunk, softcap, torch.is_grad_enabled())
     else:
         total = _by_module(head, flat, target, chunk, softcap)

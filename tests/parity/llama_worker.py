@@ -1,7 +1,7 @@
 """Run by another Python, which has llama-cpp-python: a job as JSON on standard input, its results on standard output.
 
 Job: {"gguf": path, "texts": [...], "special": bool, "prompts": [[id, ...], ...], "new_tokens": n}; and where wanted
-"context", a length for all of them, "threads", and "pieces": [[id, ...], ...].
+"context", a length for all of them, "threads", "lora", the path of an adapter, and "pieces": [[id, ...], ...].
 Results: "ids" of each text; for each prompt the greedy "continuations" and the "gaps" between the best two logits; for
 each piece the sum of -log p of its tokens but the first, "losses".
 """
@@ -42,7 +42,7 @@ def main():
         n_ctx=job.get("context", 512), n_threads=job.get("threads", 1), n_threads_batch=job.get("threads", 1),
         verbose=False, type_k=0, type_v=0, flash_attn=False, seed=0,
     )  # fmt: skip
-    model = llama_cpp.Llama(job["gguf"], **settings)
+    model = llama_cpp.Llama(job["gguf"], lora_path=job.get("lora"), **settings)
     found = {"ids": [model.tokenize(t.encode(), add_bos=True, special=job["special"]) for t in job["texts"]]}
     made = [continuation(model, ids, job["new_tokens"]) for ids in job["prompts"]]
     found["continuations"], found["gaps"] = [tokens for tokens, _ in made], [gaps for _, gaps in made]

@@ -16,6 +16,7 @@ import gemmakit
 from gemmakit import AutoModelForCausalLM, AutoTokenizer, GemmaConfig
 from gemmakit.checkpoint import open_checkpoint
 from gemmakit.checkpoint.formats.gguf_writing import write_gguf
+from gemmakit.pytorch.adapters import LoraConfig, adapter_to_gguf, add_adapter, save_adapter
 from gemmakit.text.gguf import vocabulary_of
 
 PYTHON = os.environ.get("GEMMAKIT_LLAMA_PYTHON")
@@ -144,6 +145,29 @@ def test_twenty_prompts_continue_the_same(folder, tokenizer, kind):
     print(f"{kind}: {steps - len(parted)} of {steps} steps alike; others (prompt, step, after the end, gap): {parted}")
     assert [where for where in parted if not where[2]] == []
     assert all(gap < NEAR for *_, gap in parted)
+
+
+def test_an_adapter_in_gguf_changes_what_llama_cpp_says_as_it_does_here(folder, tokenizer, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(folder / "F32.gguf", dtype=torch.float32)
+    config = LoraConfig(r=4, lora_alpha=8)
+    add_adapter(model, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B"):
+                parameter.normal_(0.0, 0.02, generator=torch.Generator().manual_seed(len(name)))
+    save_adapter(model, config, tmp_path)
+    adapter_to_gguf(tmp_path, tmp_path / "adapter.gguf", model.config)
+    asked = prompts(tokenizer)[:10]
+    plain = job(folder / "F32.gguf", prompts=asked)["continuations"]
+    found = job(folder / "F32.gguf", prompts=asked, lora=str(tmp_path / "adapter.gguf"))
+    assert found["continuations"] != plain
+    parted = 0
+    for ids, tokens, gaps in zip(asked, found["continuations"], found["gaps"], strict=True):
+        ours = model(torch.tensor([[*ids, *tokens[:-1]]])).logits[0, len(ids) - 1 :].argmax(-1).tolist()
+        wrong = [i for i in range(NEW_TOKENS) if tokens[i] != ours[i]]
+        assert all(gaps[i] < NEAR for i in wrong)
+        parted += len(wrong)
+    assert parted < 0.02 * NEW_TOKENS * len(asked)
 
 
 @pytest.mark.parametrize(("kind", "share"), [("Q8_0", 0.97), ("Q4_0", 0.9)])

@@ -97,7 +97,26 @@ def write_gguf(
             "resize_token_embeddings first."
         )
     metadata = {**_model_keys(config, kind, name or path.stem), **_word_keys(vocabulary, config.vocab_size)}
-    items = _plan(dict(tensors), config, kind)
+    return _replace(path, metadata, _plan(dict(tensors), config, kind))
+
+
+def write_gguf_adapter(path: Name, config: GemmaConfig, alpha: float, tensors: Mapping[str, Any]) -> Path:
+    """Write a low-rank adapter as a GGUF file that llama.cpp puts beside a model, replacing the one there; its path.
+
+    config: of the model that it is for. alpha: updates are scaled by alpha / rank. tensors, written in float32:
+    "blk.0.attn_q.weight.lora_a" (r, I) and "....lora_b" (O, r). Raises as `write_gguf`.
+    """
+    path = Path(path).expanduser()
+    metadata: dict[str, Any] = {"general.architecture": config.kind.gguf_architecture, "general.type": "adapter"}
+    metadata |= {"adapter.type": "lora", "adapter.lora.alpha": float(alpha), "general.name": path.stem}
+    items = [
+        _Item(name, TYPES["F32"], tuple(describe(value)[1]), partial(_encoded, name, value, "F32"))
+        for name, value in tensors.items()
+    ]
+    return _replace(path, metadata, items)
+
+
+def _replace(path: Path, metadata: Mapping[str, Any], items: list[_Item]) -> Path:
     with saving_into(path.parent) as staging:
         header = _header(staging / "header", metadata, items)
         require_disk(path, [len(header), *(item.nbytes + _padding(item.nbytes) for item in items)])

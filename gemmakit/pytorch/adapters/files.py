@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemmakit.checkpoint.formats.gguf import gguf_name
+from gemmakit.checkpoint.formats.gguf_writing import write_gguf_adapter
 from gemmakit.checkpoint.formats.safetensors import SafetensorsFile
 from gemmakit.checkpoint.save import save_file
+from gemmakit.config import GemmaConfig
 from gemmakit.errors import CheckpointError, InputError, UnsafeFile
 from gemmakit.files import read_json_object, write_text
 from gemmakit.pytorch.adapters.config import LoraConfig
@@ -44,17 +47,7 @@ def load_adapter(model: ModelMethods, folder: Name) -> LoraConfig:
     where there is a pickle alone, which is never run.
     """
     folder = Path(folder).expanduser()
-    if not (folder / CONFIG).is_file():
-        raise CheckpointError(f"{folder} holds no adapter: there is no {CONFIG}. gemmakit tune and peft write one.")
-    if not (folder / WEIGHTS).is_file():
-        if (folder / PICKLE).is_file():
-            raise UnsafeFile(
-                f"{folder} has {PICKLE}, a pickle, which can run code, and no {WEIGHTS}: it is not opened. Load it "
-                "with peft where you trust it, and save it again."
-            )
-        raise CheckpointError(f"{folder} has {CONFIG} but no {WEIGHTS}: download or save it again.")
-    config = LoraConfig.from_dict(read_json_object(folder / CONFIG), str(folder / CONFIG))
-    stored = read_tensors(folder / WEIGHTS)
+    config, stored = _read(folder)
     add_adapter(model, config)
     for name, adapter in adapters_of(model).items():
         _check_base(name, adapter, stored.pop(f"{_PREFIX}{name}.base_layer.weight", None), str(folder))
@@ -66,6 +59,49 @@ def load_adapter(model: ModelMethods, folder: Name) -> LoraConfig:
     for parameter in wanted.values():
         parameter.requires_grad_(False)
     return config
+
+
+def base_of(folder: Name) -> str | None:
+    """The model that an adapter says it is for; None where it says none, or the folder holds no adapter."""
+    path = Path(folder).expanduser() / CONFIG
+    return read_json_object(path).get("base_model_name_or_path") if path.is_file() else None
+
+
+def _read(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
+    if not (folder / CONFIG).is_file():
+        raise CheckpointError(f"{folder} holds no adapter: there is no {CONFIG}. gemmakit tune and peft write one.")
+    if not (folder / WEIGHTS).is_file():
+        if (folder / PICKLE).is_file():
+            raise UnsafeFile(
+                f"{folder} has {PICKLE}, a pickle, which can run code, and no {WEIGHTS}: it is not opened. Load it "
+                "with peft where you trust it, and save it again."
+            )
+        raise CheckpointError(f"{folder} has {CONFIG} but no {WEIGHTS}: download or save it again.")
+    settings = LoraConfig.from_dict(read_json_object(folder / CONFIG), str(folder / CONFIG))
+    return settings, read_tensors(folder / WEIGHTS)
+
+
+def adapter_to_gguf(folder: Name, out: Name, config: GemmaConfig) -> Path:
+    """Write the adapter of a folder as a GGUF file for llama.cpp's --lora; its path. config: of the model it is for.
+
+    Raises InputError for what llama.cpp's adapters cannot say: DoRA, and adapters of the embedding.
+    """
+    folder = Path(folder).expanduser()
+    settings, stored = _read(folder)
+    if settings.use_dora:
+        raise InputError(
+            f"{folder} is a DoRA, which GGUF adapters cannot say: gemmakit merge it, and convert the model."
+        )
+    tensors: dict[str, Tensor] = {}
+    for key, tensor in stored.items():
+        name, _, part = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
+        theirs = gguf_name(f"{name}.weight", config.model_type) if part in ("lora_A", "lora_B") else None
+        if theirs is None:
+            raise InputError(f"{folder} adapts {name or key}, which GGUF adapters cannot: gemmakit merge it instead.")
+        # llama.cpp scales all of them by alpha / rank.
+        scale = settings.scaling(name) * settings.rank(name) / settings.lora_alpha if part == "lora_B" else 1.0
+        tensors[f"{theirs}.{part.lower()}"] = tensor.float() * scale
+    return write_gguf_adapter(out, config, settings.lora_alpha, tensors)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
