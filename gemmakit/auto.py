@@ -126,7 +126,7 @@ class AutoModelForTokenClassification(_AutoModel):
 def _refuse_encoder(name: Name, hub: HubOptions) -> None:
     stored = _stored(name, hub)
     made = stored.get("architectures") or []
-    if stored.get("use_bidirectional_attention") and made and not str(made[0]).endswith("ForCausalLM"):
+    if stored.get("use_bidirectional_attention") in (True, "all") and made and not str(made[0]).endswith("ForCausalLM"):
         raise InputError(
             f"{str(name)!r} is a {made[0]} whose tokens see those after them: it cannot generate. "
             "Use EmbeddingModel for vectors, or AutoModel for hidden states."

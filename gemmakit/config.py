@@ -12,22 +12,18 @@ from dataclasses import KW_ONLY, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from gemmakit.checks import FLAG, OneOf, Real, Whole, check, check_fields
+from gemmakit.checks import FLAG, Real, Whole, check, check_fields
 from gemmakit.dtypes import dtype_name
 from gemmakit.errors import CheckpointError, ConfigError
 from gemmakit.family import (
     FULL_ATTENTION,
-    LAYER_TYPES,
     OPTIONAL,
     PRESETS,
     SLIDING_ATTENTION,
     Kind,
-    LayerSpec,
-    kept_heads,
     kind_of,
     member_class,
     members,
-    pruned_heads,
     set_layer_types,
     text_part,
 )
@@ -35,6 +31,7 @@ from gemmakit.files import read_json_object, write_text
 from gemmakit.gguf import read_gguf_header
 from gemmakit.gguf_settings import config_values
 from gemmakit.hub import HubOptions, find_file, find_gguf
+from gemmakit.layer_spec import LayerSpec, check_layers, head_dim, kept_heads, kv_heads, layer_spec, pruned_heads
 from gemmakit.rotary import changed_ropes, check_rope, merged_rope, merged_ropes, refuse_local, without_theta
 from gemmakit.spellings import Spelling, refuse_misspelled
 
@@ -94,11 +91,20 @@ class GemmaConfig:
             Gemma 3's holds one such dictionary a kind of layer: {"sliding_attention": ..., "full_attention": ...}.
         rope_scaling: the older spelling of the same without theta (`{"type": ..., "factor": ...}`), of full layers.
         rope_local_base_freq: the older name of window layers' base.
-        use_bidirectional_attention: every token sees every non-padding token.
+        use_bidirectional_attention: every token sees every non-padding token; Gemma 4's files say "all" for that, and
+            "vision" for tokens of an image alone, of which text has none.
         query_pre_attn_scalar: attention scores are multiplied by this to the -1/2; None for head_dim.
         sliding_window: keys that a query of a window layer sees, itself included.
         layer_types: what each layer attends to, "sliding_attention" or "full_attention".
         attn_logit_softcapping, final_logit_softcapping: scores and logits are capped, cap * tanh(x / cap).
+        global_head_dim, num_global_key_value_heads: of full layers, where they differ; the heads only where values are
+            keys. Files that say it of single layers (`per_layer_config`) are read too.
+        attention_k_eq_v: in full layers one projection gives keys and values.
+        num_kv_shared_layers: so many of the last layers read the keys and values of an earlier one.
+        use_double_wide_mlp: those layers' MLP is twice as wide.
+        enable_moe_block: a mixture of experts; refused.
+        hidden_size_per_layer_input, vocab_size_per_layer_input: width and ids of the embedding that every layer has of
+            its own; 0 wide for none.
         pruned_heads: {layer: query heads that are gone}, in the numbers of the whole model; gives a saved pruned model
             its shapes.
         num_labels, id2label, label2id, problem_type, classifier_dropout: for the classification heads.
@@ -140,18 +146,26 @@ class GemmaConfig:
         lambda c, value: c._with_rope(FULL_ATTENTION, merged_rope(c.rope_theta, None, value)),
     )
     rope_local_base_freq: Spelling[float | None] = Spelling(
-        lambda c: c.rope(SLIDING_ATTENTION)["rope_theta"] if c.kind.rope_bases else None,
+        lambda c: c.rope(SLIDING_ATTENTION)["rope_theta"] if c.kind.ropes else None,
         lambda c, value: c._with_rope(SLIDING_ATTENTION, {**c.rope(SLIDING_ATTENTION), "rope_theta": value}),
     )
     hidden_activation: Spelling[str | Callable[[Any], Any]] = Spelling(
         lambda c: c.hidden_act, lambda c, value: {"hidden_act": _activation(value)}
     )
-    use_bidirectional_attention: bool | None = None
+    use_bidirectional_attention: bool | str | None = None
     query_pre_attn_scalar: Annotated[float | None, _ABOVE_ZERO] = None
     sliding_window: Annotated[int | None, Whole(1)] = None
     layer_types: list[str] | None = None
     attn_logit_softcapping: Annotated[float | None, _ABOVE_ZERO] = None
     final_logit_softcapping: Annotated[float | None, _ABOVE_ZERO] = None
+    global_head_dim: Annotated[int | None, _HEADS] = None
+    num_global_key_value_heads: Annotated[int | None, _HEADS] = None
+    attention_k_eq_v: Annotated[bool | None, FLAG] = None
+    num_kv_shared_layers: Annotated[int | None, Whole(0)] = None
+    use_double_wide_mlp: Annotated[bool | None, FLAG] = None
+    enable_moe_block: Annotated[bool | None, FLAG] = None
+    hidden_size_per_layer_input: Annotated[int | None, Whole(0, 2**16)] = None
+    vocab_size_per_layer_input: Annotated[int | None, Whole(1, 2**31 - 1)] = None
     pruned_heads: dict[int, list[int]] = field(default_factory=dict[int, "list[int]"])
     num_labels: Spelling[int] = Spelling(lambda c: len(c.id2label), lambda c, value: _labels(value, {}, {}))
     id2label: dict[int, str] = field(default_factory=dict[int, str])
@@ -184,7 +198,7 @@ class GemmaConfig:
         activation = given["hidden_activation"]
         self.hidden_act = _activation(self.hidden_act if activation is None else activation)
         ropes = [given[name] for name in ("rope_theta", "rope_scaling", "rope_local_base_freq")]
-        self.rope_parameters = merged_ropes(self.kind.rope_bases, self.rope_parameters, *ropes)
+        self.rope_parameters = merged_ropes(self.kind.ropes, self.rope_parameters, *ropes)
         if self.layer_types is None and "layer_types" in self.kind.defaults:
             self.layer_types = self.kind.layer_types(self.num_hidden_layers)
         self.pruned_heads = pruned_heads(self.pruned_heads)
@@ -220,33 +234,24 @@ class GemmaConfig:
 
     def layer(self, index: int) -> LayerSpec:
         """What layer `index`, counted from 0, is made of."""
-        queries, kv = self.heads(index)
-        kind = FULL_ATTENTION if self.layer_types is None else self.layer_types[index]
-        scalar = self.head_dim if self.query_pre_attn_scalar is None else self.query_pre_attn_scalar
-        return LayerSpec(
-            head_dim=self.head_dim,
-            num_attention_heads=len(queries),
-            num_key_value_heads=len(kv),
-            intermediate_size=self.intermediate_size,
-            scale=scalar**-0.5,
-            rope=kind if self.kind.rope_bases else FULL_ATTENTION,
-            window=self._window() if kind == SLIDING_ATTENTION else None,
-            softcap=self.attn_logit_softcapping if self.kind.capped else None,
-        )
+        return layer_spec(self, index)
 
-    def _window(self) -> int | None:
-        """Keys that a query of a window layer sees on its own side, itself included."""
-        window = self.sliding_window
-        if window is None or not (self.kind.halves_window and self.use_bidirectional_attention):
-            return window
-        return window // 2 + 1
+    def kv_layers(self) -> list[LayerSpec]:
+        """The layers that keep keys and values, from the first; those that read another layer's come after them."""
+        specs = map(self.layer, range(self.num_hidden_layers))
+        return [spec for spec in specs if spec.kv_source is None]
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a token sees none that comes after it. "vision" lets but the tokens of an image see each other."""
+        return self.use_bidirectional_attention in (None, False, "vision")
 
     def cache_size(self, tokens: int) -> int:
         """How many numbers the keys and values are that a sequence of so many tokens is read by, all layers together.
 
         Of a window layer those in its window.
         """
-        specs = [self.layer(i) for i in range(self.num_hidden_layers)]
+        specs = self.kv_layers()
         seen = [tokens if spec.window is None else min(tokens, spec.window) for spec in specs]
         return sum(2 * s.num_key_value_heads * s.head_dim * n for s, n in zip(specs, seen, strict=True))
 
@@ -258,56 +263,45 @@ class GemmaConfig:
         gone = set(self.pruned_heads.get(layer, ()) if gone is None else gone)
         if not 0 <= layer < self.num_hidden_layers:
             raise ConfigError(f"layer {layer} does not exist: there are {self.num_hidden_layers}, counted from 0.")
-        return kept_heads(layer, self.num_attention_heads, self.num_key_value_heads, gone)
+        return kept_heads(layer, self.num_attention_heads, kv_heads(self, layer), gone)
 
     def rope(self, name: str) -> dict[str, Any]:
         """The settings of the rotary table that a `LayerSpec.rope` names."""
-        return self.rope_parameters[name] if self.kind.rope_bases else self.rope_parameters
+        return self.rope_parameters[name] if self.kind.ropes else self.rope_parameters
+
+    def rotary_dim(self, name: str) -> int:
+        """Width of the heads that the rotary table of that name turns."""
+        return head_dim(self, name)
 
     def _with_rope(self, name: str, rope: dict[str, Any]) -> dict[str, Any]:
         """The field rope_parameters with another table of that name."""
-        if name == SLIDING_ATTENTION and not self.kind.rope_bases:
+        if name == SLIDING_ATTENTION and not self.kind.ropes:
             refuse_local(rope["rope_theta"])
-        return {"rope_parameters": {**self.rope_parameters, name: rope} if self.kind.rope_bases else rope}
+        return {"rope_parameters": {**self.rope_parameters, name: rope} if self.kind.ropes else rope}
 
     # -- validation ------------------------------------------------------------------------------------------------
 
     def validate(self) -> None:
         """Refuse what no model can be built from. Raises ConfigError."""
         check_fields(self, ConfigError)
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ConfigError(
-                f"num_key_value_heads is {self.num_key_value_heads}, which does not divide num_attention_heads = "
-                f"{self.num_attention_heads}: every key/value head must serve the same number of query heads."
-            )
-        if self.head_dim % 2:
-            raise ConfigError(f"head_dim is {self.head_dim}; rotary embeddings rotate halves, so it must be even.")
+        for name in ("num_key_value_heads", "num_global_key_value_heads"):
+            if self.num_attention_heads % (getattr(self, name) or 1):
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)}, which does not divide num_attention_heads = "
+                    f"{self.num_attention_heads}: every key/value head must serve the same number of query heads."
+                )
+        for name in ("head_dim", "global_head_dim"):
+            if (width := getattr(self, name) or 0) % 2:
+                raise ConfigError(f"{name} is {width}; rotary embeddings rotate halves, so it must be even.")
         for name in ("pad_token_id", "bos_token_id"):
             self._check_token(name, getattr(self, name))
         for token in self.eos_token_ids:
             self._check_token("eos_token_id", token)
-        for name in self.kind.rope_bases or (FULL_ATTENTION,):
-            check_rope(self.rope(name), self.head_dim)
-        self._check_layers()
+        for name in self.kind.ropes or (FULL_ATTENTION,):
+            check_rope(self.rope(name), self.rotary_dim(name))
+        check_layers(self)
         for layer in self.pruned_heads:
             self.heads(layer)
-
-    def _check_layers(self) -> None:
-        for name in OPTIONAL:
-            if name not in self.kind.defaults and getattr(self, name) is not None:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; {self.kind.title} has no such setting.")
-        types = self.layer_types
-        if types is None:
-            return
-        if not isinstance(types, list) or len(types) != self.num_hidden_layers:  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ConfigError(
-                f"layer_types is {types!r}; it must be a list that says of each of num_hidden_layers = "
-                f"{self.num_hidden_layers} layers what it attends to."
-            )
-        for i, kind in enumerate(types):
-            check(f"layer_types[{i}]", kind, OneOf(*LAYER_TYPES), ConfigError)
-        if SLIDING_ATTENTION in types and self.sliding_window is None:
-            raise ConfigError("layer_types has window layers and sliding_window is None: say how many keys they see.")
 
     def _check_token(self, name: str, token: int | None) -> None:
         # Released files hold -1 for "there is no such token".
@@ -322,7 +316,10 @@ class GemmaConfig:
         if name not in PRESETS:
             raise ConfigError(f"there is no preset {name!r}; the presets are {', '.join(PRESETS)}.")
         values = {**PRESETS[name], **overrides}
-        return member_class(cls, values.pop("model_type"))(**values)
+        model_type = values.pop("model_type")
+        set_layer_types(kind_of(model_type), values, values.get("num_hidden_layers"))
+        values.pop("sliding_window_pattern", None)
+        return member_class(cls, model_type)(**values)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], **overrides: Any) -> GemmaConfig:
@@ -396,10 +393,9 @@ class GemmaConfig:
         if callable(self.hidden_act):
             out["hidden_act"] = getattr(self.hidden_act, "__name__", repr(self.hidden_act))
         out["hidden_activation"] = out["hidden_act"]
-        out["rope_theta"] = self.rope_theta
-        out["rope_scaling"] = self.rope_scaling
-        if self.kind.rope_bases:
-            out["rope_local_base_freq"] = self.rope_local_base_freq
+        if self.kind.older_rope_keys:
+            out |= {"rope_theta": self.rope_theta, "rope_scaling": self.rope_scaling}
+            out |= {"rope_local_base_freq": self.rope_local_base_freq} if self.kind.ropes else {}
         if self.dtype is not None:
             out["torch_dtype"] = self.dtype
         if not self.pruned_heads:
@@ -485,7 +481,7 @@ def _head_dim(hidden_size: Any, heads: Any) -> int:
 def _merged(kind: Kind, values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     """A file's values with those of a call over them, whatever spelling each uses for the same thing."""
     values = dict(values)
-    old = merged_ropes(kind.rope_bases, *(values.pop(name, None) for name in _ROPE_SPELLINGS))
+    old = merged_ropes(kind.ropes, *(values.pop(name, None) for name in _ROPE_SPELLINGS))
     # Said to be None, settings are the default ones; not said, the file's.
     none: dict[str, Any] = {key: {} for key in ("rope_parameters", "rope_scaling") & overrides.keys()}
     given = [none.get(name) if overrides.get(name) is None else overrides[name] for name in _ROPE_SPELLINGS]
@@ -494,7 +490,7 @@ def _merged(kind: Kind, values: dict[str, Any], overrides: dict[str, Any]) -> di
         if name in overrides and other not in overrides:
             values.pop(other, None)
     set_layer_types(kind, values, {**kind.defaults, **values, **overrides}.get("num_hidden_layers"))
-    return {**values, **overrides, "rope_parameters": changed_ropes(kind.rope_bases, old, *given)}
+    return {**values, **overrides, "rope_parameters": changed_ropes(kind.ropes, old, *given)}
 
 
 globals().update(members(GemmaConfig))

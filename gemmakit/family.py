@@ -1,10 +1,9 @@
-"""What each Gemma is, as data: a member of the family is a row of `KINDS`, a layer of one is a `LayerSpec`."""
+"""What each Gemma is, as data: a member of the family is a row of `KINDS`."""
 
 from __future__ import annotations
 
 import importlib
-from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -43,11 +42,14 @@ class Kind:
     title: what people call these models. norms: of a layer. classes: the public names, by their role.
     gguf_architecture: the name in a GGUF file; None where there is none. defaults: of its configuration, where they are
     not Gemma 1's; the settings of `OPTIONAL` that are not among them are not its own. pattern: each so many-th layer
-    attends to everything, the others to a window, where `layer_types` does not say; 1 for no windows. rope_bases: the
-    tables that `rope_parameters` holds apart, and their default base; empty where one table serves all layers.
-    norm_offset: a norm multiplies by norm_offset + weight. q_norm, k_norm, v_norm: whether each head's query, key or
-    value is normed. capped: whether `attn_logit_softcapping` is heeded. halves_window: a bidirectional model's
-    `sliding_window` counts both sides.
+    attends to everything, the others to a window, where `layer_types` does not say; 1 for no windows. ends_full: the
+    last layer attends to everything, whatever the pattern. ropes: the tables that `rope_parameters` holds apart, and
+    their default settings; empty where one table serves all layers. older_rope_keys: whether config.json says them in
+    the older spellings too. norm_offset: a norm multiplies by norm_offset + weight. q_norm, k_norm, v_norm: whether
+    each head's query, key or value is normed, a value without a weight. scale: of scores; None for
+    `query_pre_attn_scalar`'s. capped: whether `attn_logit_softcapping` is heeded. halves_window: a bidirectional
+    model's `sliding_window` counts both sides. layer_scalar: whether a layer's result is multiplied by a stored number.
+    in_flax: whether the second backend runs it.
     """
 
     title: str
@@ -56,13 +58,18 @@ class Kind:
     gguf_architecture: str | None
     defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])
     pattern: int = 1
-    rope_bases: Mapping[str, float] = field(default_factory=dict[str, float])
+    ends_full: bool = False
+    ropes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
+    older_rope_keys: bool = True
     norm_offset: float = 1.0
     q_norm: bool = False
     k_norm: bool = False
     v_norm: bool = False
+    scale: float | None = None
     capped: bool = False
     halves_window: bool = False
+    layer_scalar: bool = False
+    in_flax: bool = True
 
     @property
     def norms_outputs(self) -> bool:
@@ -71,27 +78,10 @@ class Kind:
 
     def layer_types(self, layers: int) -> list[str]:
         """What each of so many layers attends to."""
-        return [FULL_ATTENTION if (i + 1) % self.pattern == 0 else SLIDING_ATTENTION for i in range(layers)]
-
-
-@dataclass(frozen=True)
-class LayerSpec:
-    """One layer: what may differ from layer to layer. `GemmaConfig.layer` makes it; both backends build from it.
-
-    window: keys a query sees, itself included; None for all before it. rope: which rotary table, by the name that
-    `GemmaConfig.rope` takes. scale, softcap: scores times scale are capped, softcap * tanh(s / softcap); None for no
-    cap. kv_source: the layer whose keys and values this one reads; None for its own.
-    """
-
-    head_dim: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    intermediate_size: int
-    scale: float
-    rope: str = FULL_ATTENTION
-    window: int | None = None
-    softcap: float | None = None
-    kv_source: int | None = None
+        full = {layers - 1} if self.ends_full else set[int]()
+        return [
+            FULL_ATTENTION if i in full or (i + 1) % self.pattern == 0 else SLIDING_ATTENTION for i in range(layers)
+        ]
 
 
 # Settings that only some members have; a configuration of the others holds None.
@@ -101,6 +91,14 @@ OPTIONAL = (
     "layer_types",
     "attn_logit_softcapping",
     "final_logit_softcapping",
+    "global_head_dim",
+    "num_global_key_value_heads",
+    "attention_k_eq_v",
+    "num_kv_shared_layers",
+    "use_double_wide_mlp",
+    "enable_moe_block",
+    "hidden_size_per_layer_input",
+    "vocab_size_per_layer_input",
 )
 
 
@@ -156,7 +154,10 @@ KINDS: dict[str, Kind] = {
             "max_position_embeddings": 131072,
         },
         pattern=6,
-        rope_bases={SLIDING_ATTENTION: 10_000.0, FULL_ATTENTION: 1_000_000.0},
+        ropes={
+            SLIDING_ATTENTION: {"rope_type": "default", "rope_theta": 10_000.0},
+            FULL_ATTENTION: {"rope_type": "default", "rope_theta": 1_000_000.0},
+        },
         q_norm=True,
         k_norm=True,
         halves_window=True,
@@ -170,13 +171,61 @@ KINDS: dict[str, Kind] = {
         pattern=2,
         capped=True,
     ),
+    "gemma4_text": Kind(
+        title="Gemma 4",
+        norms=_SANDWICH,
+        classes=_classes("Gemma4", decoder="Gemma4Text", config="Gemma4Text", heads="Gemma4Text"),
+        gguf_architecture=None,
+        defaults={
+            **{name: value for name, value in _SIZES.items() if name != "query_pre_attn_scalar"},
+            "vocab_size": 262144,
+            "num_hidden_layers": 30,
+            "max_position_embeddings": 131072,
+            "sliding_window": 512,
+            "final_logit_softcapping": None,
+            "global_head_dim": 512,
+            "num_global_key_value_heads": None,
+            "attention_k_eq_v": False,
+            "num_kv_shared_layers": 0,
+            "use_double_wide_mlp": False,
+            "enable_moe_block": False,
+            "hidden_size_per_layer_input": 256,
+            "vocab_size_per_layer_input": 262144,
+        },
+        pattern=6,
+        ends_full=True,
+        ropes={
+            SLIDING_ATTENTION: {"rope_type": "default", "rope_theta": 10_000.0},
+            FULL_ATTENTION: {"rope_type": "proportional", "rope_theta": 1_000_000.0, "partial_rotary_factor": 0.25},
+        },
+        older_rope_keys=False,
+        norm_offset=0.0,
+        q_norm=True,
+        k_norm=True,
+        v_norm=True,
+        scale=1.0,
+        halves_window=True,
+        layer_scalar=True,
+        in_flax=False,
+    ),
 }
 # Checkpoints of text beside images or sound: the member that their `text_config` is.
-TEXT_OF = {"gemma3": "gemma3_text"}
+TEXT_OF = {"gemma3": "gemma3_text", "gemma4": "gemma4_text", "gemma4_unified": "gemma4_unified_text"}
+# Other names of a member, and what a file that uses one leaves out.
+OTHER_NAMES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma4_unified_text": (
+        "gemma4_text",
+        dict(max_position_embeddings=262144, sliding_window=1024, use_bidirectional_attention="vision",
+             hidden_size_per_layer_input=0),
+    ),
+}  # fmt: skip
 
 _GEMMA3 = dict(vocab_size=262208, sliding_window=1024, rope_scaling={"rope_type": "linear", "factor": 8.0})
 _GEMMA3_SMALL = dict(vocab_size=262144, sliding_window=512, max_position_embeddings=32768, num_attention_heads=4,
                      num_key_value_heads=1)  # fmt: skip
+_GEMMA4 = dict(model_type="gemma4_text", final_logit_softcapping=30.0)
+_GEMMA4_DENSE = dict(_GEMMA4, hidden_size_per_layer_input=0, attention_k_eq_v=True, sliding_window=1024,
+                     max_position_embeddings=262144, use_bidirectional_attention="vision")  # fmt: skip
 
 # Sizes by name, each with its model_type. Source: arXiv:2403.08295, 2408.00118, 2503.19786, 2509.20354; the released
 # config.json files.
@@ -204,6 +253,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "embeddinggemma-300m": dict(model_type="gemma3_text", vocab_size=262144, sliding_window=512, hidden_size=768,
                                 intermediate_size=1152, num_hidden_layers=24, num_attention_heads=3,
                                 num_key_value_heads=1, max_position_embeddings=2048, use_bidirectional_attention=True),
+    "gemma4-e2b": dict(_GEMMA4, hidden_size=1536, intermediate_size=6144, num_hidden_layers=35, num_key_value_heads=1,
+                       sliding_window_pattern=5, num_kv_shared_layers=20, use_double_wide_mlp=True),
+    "gemma4-e4b": dict(_GEMMA4, hidden_size=2560, intermediate_size=10240, num_hidden_layers=42, num_key_value_heads=2,
+                       num_kv_shared_layers=18),
+    "gemma4-12b": dict(_GEMMA4_DENSE, hidden_size=3840, intermediate_size=15360, num_hidden_layers=48,
+                       num_attention_heads=16, num_key_value_heads=8, num_global_key_value_heads=1),
+    "gemma4-31b": dict(_GEMMA4_DENSE, hidden_size=5376, intermediate_size=21504, num_hidden_layers=60,
+                       num_attention_heads=32, num_key_value_heads=16, num_global_key_value_heads=4),
 }  # fmt: skip
 
 
@@ -263,7 +320,19 @@ def member_class(cls: type[T], model_type: str) -> type[T]:
 
 
 def text_part(values: dict[str, Any]) -> dict[str, Any]:
-    """Of a checkpoint of text beside images or sound, the settings of the text. Raises ConfigError if it has none."""
+    """The settings of the text, by the member's own name and keys, of a checkpoint that may read images or sound too.
+
+    Raises ConfigError if it has none.
+    """
+    text = _text_config(values)
+    known = OTHER_NAMES.get(text.get("model_type"))  # type: ignore[arg-type]
+    if known is not None:
+        name, left_out = known
+        text = {**left_out, **text, "model_type": name}
+    return without_layer_config(text)
+
+
+def _text_config(values: dict[str, Any]) -> dict[str, Any]:
     own = TEXT_OF.get(values.get("model_type"))  # type: ignore[arg-type]
     if own is None:
         return dict(values)
@@ -282,6 +351,31 @@ _AROUND_TEXT = ("eos_token_id", "bos_token_id", "pad_token_id", "tie_word_embedd
                 "quantization_config")  # fmt: skip
 
 
+# What other libraries say of single layers, and the settings that say it of all full layers.
+_OF_FULL_LAYERS = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}
+
+
+def without_layer_config(values: dict[str, Any]) -> dict[str, Any]:
+    """A file's settings with those that it says of single layers (`per_layer_config`) said of all full layers.
+
+    Raises ConfigError where that is not what they are.
+    """
+    layers = values.get("per_layer_config")
+    if layers is None:
+        return values
+    values = {name: value for name, value in values.items() if name != "per_layer_config"}
+    said: list[Any] = [*layers.values()] if isinstance(layers, dict) else [layers]
+    alike = all(isinstance(one, dict) and one == said[0] and one.keys() <= _OF_FULL_LAYERS.keys() for one in said)
+    types = values.get("layer_types")
+    full = None if types is None else {i for i, name in enumerate(types) if name == FULL_ATTENTION}
+    if not alike or (full is not None and {int(i) for i in layers if str(i).isdigit()} != full):
+        raise ConfigError(
+            f"per_layer_config is {layers!r}; gemmakit's layers differ by their kind alone: head_dim and "
+            "num_key_value_heads may be said of all full layers, the same of each."
+        )
+    return {**values, **{_OF_FULL_LAYERS[name]: value for name, value in (said[0] if said else {}).items()}}
+
+
 def set_layer_types(kind: Kind, values: dict[str, Any], layers: Any) -> None:
     """What so many layers attend to: the first that a file lists; older files say the pattern instead."""
     types, pattern = values.get("layer_types"), values.get("sliding_window_pattern")
@@ -291,34 +385,3 @@ def set_layer_types(kind: Kind, values: dict[str, Any], layers: Any) -> None:
         values["layer_types"] = types[:layers] if layers <= len(cast("list[Any]", types)) else None
     elif isinstance(pattern, int) and pattern > 0:
         values["layer_types"] = replace(kind, pattern=pattern).layer_types(layers)
-
-
-def pruned_heads(stored: Any) -> dict[int, list[int]]:
-    """What a configuration says is gone, {layer: query heads}; JSON's keys are text. Raises ConfigError."""
-    try:
-        return {int(layer): sorted({*map(int, heads)}) for layer, heads in (stored or {}).items() if len(heads)}
-    except (AttributeError, TypeError, ValueError) as e:
-        raise ConfigError(f"pruned_heads is {stored!r}; it must be {{layer: [query heads]}}.") from e
-
-
-def kept_heads(layer: int, heads: int, kv_heads: int, gone: Collection[int]) -> tuple[list[int], list[int]]:
-    """The query heads and the kv heads that a layer keeps without the query heads `gone`.
-
-    Query heads are numbered as in the unpruned model, from 0 to heads - 1; query head n reads kv head
-    n // (heads // kv_heads), which goes with its last query head. Raises ConfigError for a head that there is not, and
-    where the kv heads that stay would serve different numbers of query heads, which attention cannot compute.
-    """
-    wrong = sorted(n for n in gone if not 0 <= n < heads)
-    if wrong:
-        raise ConfigError(f"head {wrong[0]} of layer {layer} does not exist: there are {heads} heads, counted from 0.")
-    queries = [n for n in range(heads) if n not in gone]
-    served = Counter(n // (heads // kv_heads) for n in queries)
-    if not queries:
-        raise ConfigError(f"all {heads} heads of layer {layer} would go: at least one must stay.")
-    if len(set(served.values())) > 1:
-        raise ConfigError(
-            f"without heads {sorted(gone)}, the key/value heads of layer {layer} would serve "
-            f"{', '.join(str(served[g]) for g in sorted(served))} query heads: take whole groups of "
-            f"{heads // kv_heads}, or equally many from every group that stays."
-        )
-    return queries, sorted(served)

@@ -145,7 +145,7 @@ def _attention(header: GgufHeader, values: Mapping[str, Any]) -> dict[str, Any]:
     window = _whole(header, "attention.sliding_window", required=False)
     if window is not None and window > 0:
         return {**found, "sliding_window": window, "layer_types": _layer_types(header, layers)}
-    if window is None and not kind.rope_bases:
+    if window is None and not kind.ropes:
         return {**found, "layer_types": _layer_types(header, layers)}  # Gemma 2's window is understood
     return {**found, "layer_types": [FULL_ATTENTION] * layers}
 
@@ -174,9 +174,9 @@ def _rope(header: GgufHeader) -> dict[str, Any]:
     table: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
     if kind == "linear" and factor not in (0.0, 1.0):
         table = {"rope_type": "linear", "rope_theta": theta, "factor": factor}
-    if not header.kind.rope_bases:
+    if not header.kind.ropes:
         return table
-    local = header.get(f"{prefix}rope.freq_base_swa", float, header.kind.rope_bases[SLIDING_ATTENTION])
+    local = header.get(f"{prefix}rope.freq_base_swa", float, header.kind.ropes[SLIDING_ATTENTION]["rope_theta"])
     return {SLIDING_ATTENTION: {"rope_type": "default", "rope_theta": local}, FULL_ATTENTION: table}
 
 

@@ -25,6 +25,7 @@ _ROPE_REQUIRED = {
     "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "longrope": ("short_factor", "long_factor"),
+    "proportional": (),
 }
 ROPE_TYPES = tuple(_ROPE_REQUIRED)
 _POSITIVE = Real(0.0, above=True)
@@ -38,6 +39,7 @@ _ROPE_RANGES = {
     "mscale_all_dim": Real(0.0),
     "low_freq_factor": _POSITIVE,
     "high_freq_factor": _POSITIVE,
+    "partial_rotary_factor": Real(0.0, 1.0, above=True),
 }
 
 
@@ -60,30 +62,29 @@ def merged_rope(
     return merged
 
 
+Tables = Mapping[str, Mapping[str, Any]]
+
+
 def merged_ropes(
-    bases: Mapping[str, float],
+    tables: Tables,
     parameters: dict[str, Any] | None,
     theta: float | None,
     scaling: dict[str, Any] | None,
     local_theta: float | None,
 ) -> dict[str, Any]:
-    """All spellings merged: one dictionary, or where `bases` names several tables one of each name.
+    """All spellings merged: one dictionary, or where `tables` names several and their defaults one of each name.
 
     theta and scaling are those of full layers, local_theta that of window layers.
     """
-    if not bases:
+    if not tables:
         refuse_local(local_theta)
         return merged_rope(theta, parameters, scaling)
-    apart = _apart(bases, parameters)
-    thetas = {FULL_ATTENTION: theta, SLIDING_ATTENTION: local_theta}
-    scalings = {FULL_ATTENTION: scaling}
-    return {
-        name: merged_rope(thetas.get(name), apart.get(name), scalings.get(name), base) for name, base in bases.items()
-    }
+    defaults = {name: dict(rope) for name, rope in tables.items()}
+    return changed_ropes(tables, defaults, parameters, theta, scaling, local_theta)
 
 
 def changed_ropes(
-    bases: Mapping[str, float],
+    tables: Tables,
     old: dict[str, Any],
     parameters: dict[str, Any] | None,
     theta: float | None,
@@ -91,10 +92,10 @@ def changed_ropes(
     local_theta: float | None,
 ) -> dict[str, Any]:
     """Merged settings `old` under those that a call gives, in any spelling; a base stays unless another is given."""
-    if bases:
-        apart = _apart(bases, parameters)
+    if tables:
+        apart = _apart(tables, parameters)
         own = {FULL_ATTENTION: (theta, scaling), SLIDING_ATTENTION: (local_theta, None)}
-        return {name: _changed_rope(old[name], apart.get(name), *own.get(name, (None, None))) for name in bases}
+        return {name: _changed_rope(old[name], apart.get(name), *own.get(name, (None, None))) for name in tables}
     refuse_local(local_theta)
     return _changed_rope(old, parameters, theta, scaling)
 
@@ -113,12 +114,12 @@ def _changed_rope(
     return merged_rope(theta, parameters, scaling, old["rope_theta"])
 
 
-def _apart(bases: Mapping[str, float], parameters: dict[str, Any] | None) -> dict[str, Any]:
+def _apart(tables: Tables, parameters: dict[str, Any] | None) -> dict[str, Any]:
     """Settings by table; those that name none are full layers'."""
-    if parameters is None or not isinstance(parameters, dict) or parameters.keys() <= bases.keys():  # pyright: ignore[reportUnnecessaryIsInstance]
+    if parameters is None or not isinstance(parameters, dict) or parameters.keys() <= tables.keys():  # pyright: ignore[reportUnnecessaryIsInstance]
         return parameters or {}
     if any(isinstance(value, dict) for value in parameters.values()):
-        raise ConfigError(f"rope_parameters names {', '.join(parameters)}; the tables are {', '.join(bases)}.")
+        raise ConfigError(f"rope_parameters names {', '.join(parameters)}; the tables are {', '.join(tables)}.")
     return {FULL_ATTENTION: parameters}
 
 
@@ -135,7 +136,7 @@ def check_rope(rope: dict[str, Any], head_dim: int) -> None:
     for name, value in rope.items():
         if isinstance(value, dict):
             raise ConfigError(f"rope settings name {name!r} apart: Gemma's layers are of one kind, with one rotation.")
-    if rope.get("partial_rotary_factor") not in (None, 1):
+    if kind != "proportional" and rope.get("partial_rotary_factor") not in (None, 1):
         raise ConfigError(f"partial_rotary_factor is {rope['partial_rotary_factor']!r}; Gemma rotates whole heads.")
     for name in _ROPE_REQUIRED[kind]:
         if name not in rope or (rope[name] is None and kind != "yarn"):
@@ -258,6 +259,14 @@ def _longrope(rope: dict[str, Any], exponents: Array, limit: int, length: Any, a
     return arrays.where(length > trained, long, short), scaling
 
 
+def _proportional(rope: dict[str, Any], exponents: Array, _: int, __: Any, arrays: Arrays) -> tuple[Array, float]:
+    """Only the first features of each half turn, as fast as if all did; the others stand still."""
+    inv_freq, scaling = _default(rope, exponents)
+    turning = int((rope.get("partial_rotary_factor") or 1.0) * 2 * len(exponents) // 2)
+    still = arrays.arange(len(exponents)) >= turning
+    return arrays.where(still, 0.0, inv_freq) / (rope.get("factor") or 1.0), scaling
+
+
 _FREQUENCIES: dict[str, Callable[..., tuple[Array, float]]] = {
     "default": _default,
     "linear": _linear,
@@ -265,4 +274,5 @@ _FREQUENCIES: dict[str, Callable[..., tuple[Array, float]]] = {
     "yarn": _yarn,
     "llama3": _llama3,
     "longrope": _longrope,
+    "proportional": _proportional,
 }

@@ -141,6 +141,7 @@ class Checkpoint:
 _TEXT = {"language_model.model.": "model.", "language_model.lm_head.": "lm_head.", "model.language_model.": "model."}
 _IMAGES = (
     "vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.",
+    "model.embed_vision.", "model.audio_tower.", "model.embed_audio.",
     *google.IMAGES, *orbax.IMAGES,
 )  # fmt: skip
 

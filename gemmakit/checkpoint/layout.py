@@ -2,7 +2,8 @@
 
 Loading into either backend, converting and inspecting ask `differences`.
 
-Axis letters: D hidden, F mlp, N heads, K kv heads, H head_dim, V vocabulary, C labels.
+Axis letters: D hidden, F mlp, N heads, K kv heads, H head_dim, V vocabulary, C labels, L layers, P width of a layer's
+own embedding.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from gemmakit.checkpoint.checkpoint import Checkpoint
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import CheckpointError
 from gemmakit.family import KINDS, PRESETS, Kind, kind_of, role_of
+from gemmakit.layer_spec import LayerSpec, kv_heads
 
 PREFIX = "model."
 # Heads that another class of this family may or may not have.
@@ -40,6 +42,18 @@ MLP: dict[str, tuple[str, ...]] = {
     "mlp.up_proj.weight": ("F", "D"),
     "mlp.down_proj.weight": ("D", "F"),
 }
+# Where layers have embeddings of their own, P wide, of which one table holds all L.
+PER_LAYER: dict[str, tuple[str, ...]] = {
+    "per_layer_input_gate.weight": ("P", "D"),
+    "per_layer_projection.weight": ("D", "P"),
+    "post_per_layer_input_norm.weight": ("D",),
+}
+PER_LAYER_TABLES: dict[str, tuple[str, ...]] = {
+    "embed_tokens_per_layer.weight": ("VP", "LP"),
+    "per_layer_model_projection.weight": ("LP", "D"),
+    "per_layer_projection_norm.weight": ("P",),
+}
+SCALAR = "layer_scalar"
 
 
 def tensor_shapes(config: GemmaConfig, architecture: str = "GemmaForCausalLM") -> dict[str, Shape]:
@@ -47,6 +61,10 @@ def tensor_shapes(config: GemmaConfig, architecture: str = "GemmaForCausalLM") -
     role = _role(architecture)
     prefix, D = "" if role == BARE else PREFIX, config.hidden_size
     shapes: dict[str, Shape] = {prefix + EMBEDDING: (config.vocab_size, D)}
+    if P := config.hidden_size_per_layer_input:
+        rows = config.vocab_size_per_layer_input or config.vocab_size
+        axes = {"P": P, "LP": config.num_hidden_layers * P, "VP": rows, "D": D}
+        shapes |= {prefix + name: tuple(axes[a] for a in shape) for name, shape in PER_LAYER_TABLES.items()}
     for i in range(config.num_hidden_layers):
         shapes.update({f"{prefix}layers.{i}.{name}": shape for name, shape in _layer(config, i).items()})
     shapes[f"{prefix}norm.weight"] = (D,)
@@ -59,15 +77,25 @@ def _layer(config: GemmaConfig, index: int) -> dict[str, Shape]:
         "D": config.hidden_size,
         "F": spec.intermediate_size,
         "NH": config.num_attention_heads * spec.head_dim,
-        "KH": config.num_key_value_heads * spec.head_dim,
+        "KH": kv_heads(config, index) * spec.head_dim,
         "H": spec.head_dim,
+        "P": config.hidden_size_per_layer_input or 0,
     }
     first, *others = _norms(kind)
-    biases = {f"{name.removesuffix('weight')}bias": (axis,) for name, (axis, _) in ATTENTION.items()}
-    norms = {**dict.fromkeys(_head_norms(kind), ("H",)), **dict.fromkeys(others, ("D",))}
-    names = {first: ("D",), **ATTENTION, **norms, **MLP}
+    attention = {name: shape for name, shape in ATTENTION.items() if not _is_elsewhere(name, spec)}
+    head_norms = [name for name in _head_norms(kind) if not _is_elsewhere(name, spec)]
+    biases = {f"{name.removesuffix('weight')}bias": (axis,) for name, (axis, _) in attention.items()}
+    names = {first: ("D",), **attention, **dict.fromkeys(head_norms, ("H",)), **dict.fromkeys(others, ("D",)), **MLP}
     names |= biases if config.attention_bias else {}
-    return {name: tuple(axes[a] for a in shape) for name, shape in names.items()}
+    names |= PER_LAYER if axes["P"] else {}
+    shapes = {name: tuple(axes[a] for a in shape) for name, shape in names.items()}
+    return {**shapes, SCALAR: (1,)} if kind.layer_scalar else shapes
+
+
+def _is_elsewhere(name: str, spec: LayerSpec) -> bool:
+    """Whether a layer goes without this part of its attention, for another gives what it would."""
+    part = name.split(".")[1]
+    return (part == "v_proj" and spec.values_are_keys) or (part[0] in "kv" and spec.kv_source is not None)
 
 
 def _head(config: GemmaConfig, role: str) -> dict[str, Shape]:
@@ -231,10 +259,15 @@ def released_size(shapes: Mapping[str, Shape]) -> str | None:
 
 
 def _member(shapes: Mapping[str, Shape]) -> str:
-    """The model_type, by the norms of the first layer."""
+    """The model_type, by the norms of the first layer, and whether it has a scalar."""
     layer = f"{PREFIX}layers.0."
-    found = {name.removeprefix(layer) for name in shapes if name.startswith(layer) and name.endswith("norm.weight")}
-    return next((name for name, kind in KINDS.items() if found == {*_norms(kind), *_head_norms(kind)}), "gemma")
+    held = {name.removeprefix(layer) for name in shapes if name.startswith(layer)}
+    found = {name for name in held - PER_LAYER.keys() if name.endswith("norm.weight") or name == SCALAR}
+
+    def own(kind: Kind) -> set[str]:
+        return {*_norms(kind), *_head_norms(kind), *([SCALAR] if kind.layer_scalar else [])}
+
+    return next((name for name, kind in KINDS.items() if found == own(kind)), "gemma")
 
 
 def _norms(kind: Kind) -> list[str]:

@@ -14,10 +14,10 @@ from flax import struct
 
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import ConfigError
-from gemmakit.family import LayerSpec
 from gemmakit.flax.cache import append
 from gemmakit.flax.layers import FlaxGemmaRMSNorm, FlaxLinear, RotaryTables, rotate
 from gemmakit.flax.masks import Visibility
+from gemmakit.layer_spec import LayerSpec
 
 
 class Attend(Protocol):

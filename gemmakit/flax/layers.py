@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemmakit.config import GemmaConfig
-from gemmakit.family import FULL_ATTENTION, LayerSpec
+from gemmakit.family import FULL_ATTENTION
+from gemmakit.layer_spec import LayerSpec
 from gemmakit.rotary import FOLLOW_LENGTH, Arrays, frequencies
 
 Initializer = Callable[..., jax.Array]

@@ -15,12 +15,13 @@ import jax.numpy as jnp
 from flax import struct
 
 from gemmakit.config import GemmaConfig
-from gemmakit.family import LayerSpec, members
+from gemmakit.family import members
 from gemmakit.flax.attention import FlaxGemmaAttention, Told, Wanted
 from gemmakit.flax.cache import Cache, capacity
 from gemmakit.flax.layers import FlaxGemmaMLP, FlaxGemmaRMSNorm, FlaxGemmaScaledEmbedding, rotary_tables, stream_scale
 from gemmakit.flax.masks import visibility
 from gemmakit.flax.pretrained import FlaxGemmaPreTrainedModel
+from gemmakit.layer_spec import LayerSpec
 from gemmakit.outputs import BaseModelOutputWithPast
 
 
@@ -191,7 +192,7 @@ class FlaxGemmaModule(nn.Module):
                 queries=S,
                 keys=S if cache is None else capacity(cache),
                 past=past,
-                causal=not c.use_bidirectional_attention if is_causal is None else is_causal,
+                causal=c.is_causal if is_causal is None else is_causal,
                 position_ids=position_ids if cache is None else None,
                 window=window,
                 whole=mixed or wanted.attentions,

@@ -105,6 +105,8 @@ class FlaxGemmaPreTrainedModel(Generic[Output]):
         if not isinstance(config, GemmaConfig):
             raise InputError(f"config is a {type(config).__name__}; give a GemmaConfig, or use from_pretrained.")
         member_class(type(self), config.model_type)  # refuses another member's
+        if not config.kind.in_flax:
+            raise ConfigError(f"{config.kind.title} runs in PyTorch alone: use {config.kind.classes['causal_lm']}.")
         shapes = {replace(config.layer(i), rope="", window=None) for i in range(config.num_hidden_layers)}
         if scan_layers and len(shapes) > 1:
             raise ConfigError("scan_layers=True needs layers of one shape, and this model's differ: leave it out.")

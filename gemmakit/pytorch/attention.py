@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -306,7 +306,7 @@ def attends_pages(attention: GemmaAttention, q: Tensor, cache: PagedCache) -> bo
         and not (attention.training and attention.attention_dropout)
         and cpu.library() is not None
         and q.dtype in cpu.FORMATS
-        and q.dtype == cache.storage[attention.layer_idx].dtype
+        and q.dtype == cache.storage[attention.kv_layer].dtype
         and q.is_cpu
         and not torch.is_grad_enabled()
     )
@@ -332,7 +332,7 @@ def attend_pages(
     new: keys and values (1, S, KH) that are not yet in the pages, cos and sin (1, 1, S, H); q and these keys are normed
     and turned then.
     """
-    layer, (_, S, _), H = attention.layer_idx, q.shape, attention.head_dim
+    layer, (_, S, _), H = attention.kv_layer, q.shape, attention.head_dim
     where, window = cache.placed(1, S), cache.windows[layer]
     assert where.starts is not None
     rows = [t.to(q.dtype).contiguous().view(S, -1, H) for t in (q, *new)]
@@ -370,8 +370,33 @@ def implementation(name: str | None) -> str:
     return name
 
 
+class SharedKeys:
+    """Keys and values of one forward pass that later layers read too, as the layer that made them saw them.
+
+    sources: the layers whose keys and values others read.
+    """
+
+    def __init__(self, sources: Collection[int]):
+        self.sources = sources
+        self._held: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def hold(self, layer_idx: int, k: Float[Tensor, "B K T H"], v: Float[Tensor, "B K T H"]) -> None:
+        if layer_idx in self.sources:
+            self._held[layer_idx] = k, v
+
+    def of(self, layer_idx: int, device: torch.device) -> tuple[Float[Tensor, "B K T H"], Float[Tensor, "B K T H"]]:
+        """On `device`, to which they are moved once."""
+        k, v = self._held[layer_idx]
+        if k.device != device:
+            k, v = self._held[layer_idx] = k.to(device), v.to(device)
+        return k, v
+
+
 class GemmaAttention(nn.Module):
-    """Multi-query, grouped-query or multi-head attention with rotary positions."""
+    """Multi-query, grouped-query or multi-head attention with rotary positions.
+
+    A layer that reads another's keys and values has projections of queries alone.
+    """
 
     def __init__(self, config: GemmaConfig, layer_idx: int):
         super().__init__()
@@ -384,12 +409,15 @@ class GemmaAttention(nn.Module):
         D, H, bias = config.hidden_size, spec.head_dim, config.attention_bias
         N, K = spec.num_attention_heads, spec.num_key_value_heads
         self.q_proj = Linear(D, N * H, bias=bias)
-        self.k_proj = Linear(D, K * H, bias=bias)
-        self.v_proj = Linear(D, K * H, bias=bias)
+        own = spec.kv_source is None
+        self.kv_layer = layer_idx if spec.kv_source is None else spec.kv_source  # whose keys and values are read
+        self.k_proj = Linear(D, K * H, bias=bias) if own else None
+        self.v_proj = Linear(D, K * H, bias=bias) if own and not spec.values_are_keys else None
         self.o_proj = Linear(N * H, D, bias=bias)
-        kind = config.kind
-        self.q_norm = GemmaRMSNorm(H, config.rms_norm_eps, offset=kind.norm_offset) if kind.q_norm else None
-        self.k_norm = GemmaRMSNorm(H, config.rms_norm_eps, offset=kind.norm_offset) if kind.k_norm else None
+        kind, eps = config.kind, config.rms_norm_eps
+        self.q_norm = GemmaRMSNorm(H, eps, offset=kind.norm_offset) if kind.q_norm else None
+        self.k_norm = GemmaRMSNorm(H, eps, offset=kind.norm_offset) if kind.k_norm and own else None
+        self.v_norm = GemmaRMSNorm(H, eps, weighted=False) if kind.v_norm and own else None
 
     def forward(
         self,
@@ -399,43 +427,58 @@ class GemmaAttention(nn.Module):
         past_key_values: Cache | None = None,
         cache_position: Int[Tensor, " S"] | None = None,
         output_attentions: bool = False,
+        shared: SharedKeys | None = None,
     ) -> tuple[Float[Tensor, "B S D"], Float[Tensor, "B N S T"] | None]:
-        """What the layer adds and, when asked, the weights."""
-        q, k, v = (project(hidden_states) for project in (self.q_proj, self.k_proj, self.v_proj))
-        arguments = (position_embeddings, visible, past_key_values, cache_position, output_attentions)
+        """What the layer adds and, when asked, the weights. shared: where layers leave keys and values for others."""
+        q = self.q_proj(hidden_states)
+        k = None if self.k_proj is None else self.k_proj(hidden_states)
+        v = k if self.v_proj is None else self.v_proj(hidden_states)
+        arguments = (position_embeddings, visible, past_key_values, cache_position, output_attentions, shared)
         out, weights = self.attend(q, k, v, *arguments)
         return self.o_proj(out), weights
 
     def attend(
         self,
         q: Float[Tensor, "B S NH"],
-        k: Float[Tensor, "B S KH"],
-        v: Float[Tensor, "B S KH"],
+        k: Float[Tensor, "B S KH"] | None,
+        v: Float[Tensor, "B S KH"] | None,
         position_embeddings: RotaryTables,
         visible: Visibility,
         past_key_values: Cache | None = None,
         cache_position: Int[Tensor, " S"] | None = None,
         output_attentions: bool = False,
+        shared: SharedKeys | None = None,
     ) -> tuple[Float[Tensor, "B S NH"], Float[Tensor, "B N S T"] | None]:
-        """What happens between the projections; NH is N * H, KH is K * H."""
+        """What happens between the projections; NH is N * H, KH is K * H. k, v: None where another layer's are read."""
         B, S, _ = q.shape
-        q, k, v = (x.view(B, S, -1, self.head_dim).transpose(1, 2) for x in (q, k, v))
-        q = q if self.q_norm is None else self.q_norm(q)
-        k = k if self.k_norm is None else self.k_norm(k)
+        q = self._heads(q, self.q_norm)
         cos, sin = position_embeddings
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q = rotate(q, cos, sin)
+        if k is not None and v is not None:
+            k, v = rotate(self._heads(k, self.k_norm), cos, sin), self._heads(v, self.v_norm)
         # The fused kernels keep no weights, so whoever asks for them gets the written-out form for this call.
         attend = eager if output_attentions else IMPLEMENTATIONS[self.config.attn_implementation or "sdpa"]
         dropout = self.attention_dropout if self.training else 0.0
         told: dict[str, Any] = {"scale": self.scaling, "dropout": dropout, "softcap": self.softcap}
         if isinstance(past_key_values, PagedCache) and past_key_values.packed:
-            past_key_values.write(k, v, self.layer_idx)
+            if k is not None and v is not None:
+                past_key_values.write(k, v, self.kv_layer)
             if not output_attentions and attends_pages(self, q, past_key_values):
                 return attend_pages(self, q.transpose(1, 2).reshape(B, S, -1), past_key_values), None
-            return by_spans(attend, q, past_key_values, self.layer_idx, **told).transpose(1, 2).reshape(B, S, -1), None
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx, {"cache_position": cache_position})
+            return by_spans(attend, q, past_key_values, self.kv_layer, **told).transpose(1, 2).reshape(B, S, -1), None
+        if k is None or v is None:
+            assert shared is not None
+            k, v = shared.of(self.kv_layer, q.device)
+        else:
+            if past_key_values is not None:
+                k, v = past_key_values.update(k, v, self.layer_idx, {"cache_position": cache_position})
+            if shared is not None:
+                shared.hold(self.layer_idx, k, v)
         if visible.last is not None:
             k, v = k[:, :, -visible.last :], v[:, :, -visible.last :]
         out, weights = attend(q, k, v, visible, **told)
         return out.transpose(1, 2).reshape(B, S, -1), weights
+
+    def _heads(self, x: Float[Tensor, "B S NH"], norm: GemmaRMSNorm | None) -> Float[Tensor, "B N S H"]:
+        x = x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
+        return x if norm is None else norm(x)

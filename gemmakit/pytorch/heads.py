@@ -84,6 +84,7 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         *,
         is_causal: bool | None = None,
+        per_layer_inputs: Float[Tensor, "B S L P"] | None = None,
         num_items_in_batch: int | Tensor | None = None,
         loss_chunk_size: int | None = None,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
@@ -119,6 +120,7 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
             True,
             cache_position,
             is_causal=is_causal,
+            per_layer_inputs=per_layer_inputs,
         )
         hidden = out.last_hidden_state
         targets = None if labels is None else next_labels(labels, attention_mask, position_ids)

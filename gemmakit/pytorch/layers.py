@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from gemmakit.config import GemmaConfig
-from gemmakit.family import FULL_ATTENTION, LayerSpec, Norms
+from gemmakit.family import FULL_ATTENTION, Norms
+from gemmakit.layer_spec import LayerSpec
 from gemmakit.pytorch.kernels import is_batch_invariant, linear, one_by_one
 from gemmakit.pytorch.kernels.ids import Activation
 from gemmakit.pytorch.kernels.reference import ACTIVATION_OF, ACTIVATIONS
@@ -28,8 +29,8 @@ STREAM_SCALES = {torch.float16: 2.0**-7}
 class GemmaRMSNorm(nn.Module):
     """x * rsqrt(mean(x^2) + eps) * (offset + weight), all in float32, cast last. Source: arXiv:1910.07467.
 
-    reads_stream, writes_stream: whether what comes in, or what goes out, is a residual stream that `STREAM_SCALES`
-    scales in some dtypes.
+    weighted: whether there is a weight; without one nothing is multiplied. reads_stream, writes_stream: whether what
+    comes in, or what goes out, is a residual stream that `STREAM_SCALES` scales in some dtypes.
     """
 
     def __init__(
@@ -38,13 +39,15 @@ class GemmaRMSNorm(nn.Module):
         eps: float = 1e-6,
         *,
         offset: float = 1.0,
+        weighted: bool = True,
         reads_stream: bool = False,
         writes_stream: bool = False,
     ):
         super().__init__()
         self.eps, self.offset = eps, offset
         self.reads_stream, self.writes_stream = reads_stream, writes_stream
-        self.weight = nn.Parameter(torch.full((dim,), 1.0 - offset))
+        self.weight: nn.Parameter | None
+        self.register_parameter("weight", nn.Parameter(torch.full((dim,), 1.0 - offset)) if weighted else None)
 
     def eps_of(self, dtype: torch.dtype) -> float:
         """What is added to the mean square of activations of `dtype`."""
@@ -57,16 +60,17 @@ class GemmaRMSNorm(nn.Module):
     def forward(self, x: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows D"]:
         """In x's dtype."""
         eps, gain = self.eps_of(x.dtype), self.gain_of(x.dtype)
-        if gain == 1.0 and self.offset == 1.0 and fuses(x, self.weight):
-            return rms_norm(x, self.weight, eps)
+        weight = self.weight
+        if weight is not None and gain == 1.0 and self.offset == 1.0 and fuses(x, weight):
+            return rms_norm(x, weight, eps)
         y = x.float()
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
-        # The weight multiplies before the cast: afterwards the half formats would round twice.
-        y = y * (self.offset + self.weight.float())
+        if weight is not None:  # before the cast: afterwards the half formats would round twice
+            y = y * (self.offset + weight.float())
         return (y if gain == 1.0 else y * gain).type_as(x)
 
     def extra_repr(self) -> str:
-        return f"{tuple(self.weight.shape)}, eps={self.eps}"
+        return f"{'no weight' if self.weight is None else tuple(self.weight.shape)}, eps={self.eps}"
 
 
 class Linear(nn.Linear):
@@ -80,7 +84,14 @@ class Linear(nn.Linear):
 
 
 class GemmaScaledEmbedding(nn.Embedding):
-    """Token embedding times sqrt(D), the factor rounded to the weight's dtype (7B: 55.5 in bfloat16)."""
+    """Token embedding times sqrt(D), the factor rounded to the weight's dtype (7B: 55.5 in bfloat16).
+
+    scaled_by: the D of the factor; None for the width of a row.
+    """
+
+    def __init__(self, rows: int, width: int, padding_idx: int | None = None, *, scaled_by: int | None = None):
+        super().__init__(rows, width, padding_idx)
+        self.scaled_by = scaled_by or width
 
     def reset_parameters(self) -> None:
         pass  # the model fills it
@@ -89,7 +100,7 @@ class GemmaScaledEmbedding(nn.Embedding):
     def embed_scale(self) -> Float[Tensor, ""]:
         """What rows are multiplied by; the name that peft asks for."""
         # A Python float would multiply unrounded; a 0-d tensor of the weight's dtype rounds as training did.
-        return torch.full((), self.embedding_dim**0.5, dtype=self.weight.dtype, device=self.weight.device)
+        return torch.full((), self.scaled_by**0.5, dtype=self.weight.dtype, device=self.weight.device)
 
     def forward(self, input: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows D"]:
         return super().forward(input) * self.embed_scale
@@ -108,6 +119,11 @@ _NUMBERS = {
 }
 
 
+def activated(act: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """act(x); under `batch_invariant` each number as if it stood alone."""
+    return one_by_one(act, x) if is_batch_invariant() else act(x)
+
+
 class GemmaMLP(nn.Module):
     """down(act(gate(x)) * up(x)). Source: arXiv:2002.05202."""
 
@@ -122,9 +138,7 @@ class GemmaMLP(nn.Module):
     def forward(self, x: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows D"]:
         if fuses(x) and self.act_fn in ACTIVATION_OF:
             return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), ACTIVATION_OF[self.act_fn]))
-        gate = self.gate_proj(x)
-        gate = one_by_one(self.act_fn, gate) if is_batch_invariant() else self.act_fn(gate)
-        return self.down_proj(gate * self.up_proj(x))
+        return self.down_proj(activated(self.act_fn, self.gate_proj(x)) * self.up_proj(x))
 
 
 class LayerNorms(NamedTuple):
@@ -179,7 +193,7 @@ class LayerParts(NamedTuple):
     def norm_modules(self) -> list[tuple[str, Any]]:
         """Each by its name: the layer's, then those of heads."""
         own = list(zip(self.norm_names, self.norms, strict=True))
-        own += [(name, self.self_attn._modules.get(name)) for name in ("q_norm", "k_norm")]
+        own += [(name, self.self_attn._modules.get(name)) for name in ("q_norm", "k_norm", "v_norm")]
         return [(name, norm) for name, norm in own if name and norm is not None]
 
 
@@ -201,7 +215,7 @@ class GemmaRotaryEmbedding(nn.Module):
         self.config = config
         self.rope = rope
         self.inv_freq: Tensor
-        self.register_buffer("inv_freq", torch.empty(config.head_dim // 2), persistent=False)
+        self.register_buffer("inv_freq", torch.empty(config.rotary_dim(rope) // 2), persistent=False)
         self.attention_scaling = 1.0
         self.reset_parameters()
 
@@ -244,4 +258,4 @@ def rope_frequencies(
 
     float32: Any = {"dtype": torch.float32, "device": device}
     arrays = Arrays(lambda n: torch.arange(n, **float32), lambda numbers: torch.tensor(numbers, **float32), where)
-    return frequencies(config.rope(name), config.head_dim, config.max_position_embeddings, length, arrays)
+    return frequencies(config.rope(name), config.rotary_dim(name), config.max_position_embeddings, length, arrays)

@@ -247,7 +247,9 @@ class ModelMethods(nn.Module):
             return push_folder(folder, repo_id, **kwargs)
 
 
-def assign(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Make `parameter` the one that is called `name`, in dotted form."""
-    owner, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(owner), attribute, parameter)
+def assign(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Make `tensor` the parameter, or the buffer, that is called `name`, in dotted form."""
+    path, _, attribute = name.rpartition(".")
+    owner = model.get_submodule(path)
+    parameter = attribute not in owner._buffers and not isinstance(tensor, nn.Parameter)
+    setattr(owner, attribute, nn.Parameter(tensor) if parameter else tensor)

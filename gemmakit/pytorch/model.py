@@ -6,7 +6,7 @@ Source: arXiv:2403.08295. Parameter names are those of the released checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError, TokenOutOfRange
 from gemmakit.family import FULL_ATTENTION, layer_type, members
 from gemmakit.outputs import BaseModelOutputWithPast
-from gemmakit.pytorch.attention import MASKLESS, SEGMENTED, GemmaAttention
+from gemmakit.pytorch import per_layer
+from gemmakit.pytorch.attention import MASKLESS, SEGMENTED, GemmaAttention, SharedKeys
 from gemmakit.pytorch.cache import Cache, DynamicCache, cache_of
 from gemmakit.pytorch.fused import fused_layer
 from gemmakit.pytorch.layers import (
@@ -41,8 +42,11 @@ from gemmakit.pytorch.shapes import Float, Int, Shaped
 class GemmaDecoderLayer(nn.Module):
     """x + after_attention(attention(before_attention(x))), then x + after_mlp(mlp(before_mlp(x))).
 
-    The four norms are those of `family.Norms`, None for none.
+    The four norms are those of `family.Norms`, None for none. Where layers have embeddings of their own, then x + what
+    `per_layer` adds; where they have one, times their `layer_scalar`.
     """
+
+    layer_scalar: Tensor | None
 
     def __init__(self, config: GemmaConfig, layer_idx: int):
         super().__init__()
@@ -51,6 +55,9 @@ class GemmaDecoderLayer(nn.Module):
         self.mlp = GemmaMLP(config, config.layer(layer_idx))
         for name, norm in layer_norms(config).items():
             self.add_module(name, norm)
+        for name, module in per_layer.layer_parts(config).items():
+            self.add_module(name, module)
+        self.register_buffer("layer_scalar", torch.ones(1) if config.kind.layer_scalar else None)
 
     def forward(
         self,
@@ -60,19 +67,26 @@ class GemmaDecoderLayer(nn.Module):
         past_key_values: Cache | None = None,
         cache_position: Int[Tensor, " S"] | None = None,
         output_attentions: bool = False,
+        shared: SharedKeys | None = None,
+        layer_input: Float[Tensor, "B S P"] | None = None,
     ) -> tuple[Float[Tensor, "B S D"], Float[Tensor, "B N S T"] | None]:
         """The next hidden states; the attention weights when asked.
 
-        A decoding step takes the fused form of this layer where there is one: see `fused`.
+        A decoding step takes the fused form of this layer where there is one: see `fused`. shared: where layers leave
+        keys and values for others. layer_input: the embedding of the tokens that is this layer's own.
         """
         x, told = hidden_states, (position_embeddings, visible, past_key_values, cache_position)
         fused = fused_layer(self, x, output_attentions)
         if fused is not None:
-            return fused(x, *told), None
-        before, after, before_mlp, after_mlp = self.norms()
-        attended, weights = self.self_attn(before(x), *told, output_attentions)
-        x = x + through(after, attended)
-        return x + through(after_mlp, self.mlp(before_mlp(x))), weights
+            x, weights = fused(x, *told), None
+        else:
+            before, after, before_mlp, after_mlp = self.norms()
+            attended, weights = self.self_attn(before(x), *told, output_attentions, shared)
+            x = x + through(after, attended)
+            x = x + through(after_mlp, self.mlp(before_mlp(x)))
+        if layer_input is not None:
+            x = x + per_layer.added(self, x, layer_input)
+        return x if self.layer_scalar is None else x * self.layer_scalar, weights
 
     def norms(self) -> LayerNorms:
         own = self._modules
@@ -109,6 +123,9 @@ class GemmaModel(GemmaPreTrainedModel):
         self.ropes = {spec.rope: _rotary_name(spec.rope) for spec in self.specs}
         for rope, name in self.ropes.items():
             self.add_module(name, GemmaRotaryEmbedding(config, rope))
+        for name, module in per_layer.model_parts(config, pad).items():
+            self.add_module(name, module)
+        self.kv_sources = frozenset(spec.kv_source for spec in self.specs if spec.kv_source is not None)
         self.post_init()
 
     def forward(
@@ -125,6 +142,7 @@ class GemmaModel(GemmaPreTrainedModel):
         cache_position: Int[Tensor, " S"] | None = None,
         *,
         is_causal: bool | None = None,
+        per_layer_inputs: Float[Tensor, "B S L P"] | None = None,
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """Run the decoder.
 
@@ -140,6 +158,8 @@ class GemmaModel(GemmaPreTrainedModel):
             cache_position: (S,) places in a StaticCache.
             is_causal: False lets every token see all others that are not padding; by default as the configuration
                 says (`use_bidirectional_attention`).
+            per_layer_inputs: (B, S, layers, width), where layers have embeddings of their own, those of the tokens; by
+                default looked up by input_ids or, with inputs_embeds alone, by the tokens that these are of.
 
         Raises:
             InputError (a ValueError): not exactly one of input_ids and inputs_embeds, or shapes that do not fit.
@@ -155,6 +175,11 @@ class GemmaModel(GemmaPreTrainedModel):
             inputs_embeds = self._embed(input_ids)
         elif input_ids is not None:
             raise InputError("both input_ids and inputs_embeds are given: give exactly one of them.")
+        if recompute and self.kv_sources and how.get("use_reentrant"):
+            raise InputError(
+                "use_reentrant is True, under which no gradient reaches keys and values that other layers read too: "
+                "call gradient_checkpointing_enable() without it."
+            )
         if recompute and past_key_values is not None:
             raise InputError(
                 "past_key_values is given in training with gradient checkpointing, which runs layers twice and would "
@@ -166,7 +191,7 @@ class GemmaModel(GemmaPreTrainedModel):
         B, S, _ = inputs_embeds.shape
         device = inputs_embeds.device
         past, keys = (0, S) if cache is None else cache.span(S, cache_position)
-        causal = not config.use_bidirectional_attention if is_causal is None else is_causal
+        causal = config.is_causal if is_causal is None else is_causal
         if cache is not None and cache.packed:
             visible = dict.fromkeys(self.windows, Visibility(None, causal=True))
         else:
@@ -195,11 +220,13 @@ class GemmaModel(GemmaPreTrainedModel):
         scale = STREAM_SCALES.get(dtype, 1.0) if self.scales_stream else 1.0
         hidden = inputs_embeds if scale == 1.0 else inputs_embeds * scale
         all_hidden, all_weights = [], []
+        extras = self._layer_inputs(input_ids, inputs_embeds, per_layer_inputs)
+        shared = SharedKeys(self.kv_sources) if self.kv_sources else None
         for i, (layer, spec) in enumerate(zip(self.layers, self.specs, strict=False)):
             if output_hidden_states:
                 all_hidden.append(hidden if scale == 1.0 else hidden / scale)
             told = (tables[spec.rope], visible[spec.window], cache, cache_position, output_attentions)
-            arguments = (hidden, *told)
+            arguments = (hidden, *told, shared, extras[i])
             again = recompute and i % self.checkpointing_every == 0
             hidden, weights = checkpoint(layer, *arguments, **how) if again else layer(*arguments)
             if output_attentions:
@@ -237,6 +264,28 @@ class GemmaModel(GemmaPreTrainedModel):
         }
         return {window: made[hides] for window, hides in hiding.items()}
 
+    def _layer_inputs(
+        self,
+        ids: Int[Tensor, "B S"] | None,
+        embeds: Float[Tensor, "B S D"],
+        tokens: Float[Tensor, "B S L P"] | None,
+    ) -> Sequence[Float[Tensor, "B S P"] | None]:
+        """What each layer reads beside the stream; None where it reads nothing."""
+        wide = self.config.hidden_size_per_layer_input
+        if not wide:
+            if tokens is not None:
+                raise InputError(
+                    "per_layer_inputs is given, and the layers of this model have no embeddings of their own."
+                )
+            return [None] * len(self.layers)
+        if tokens is None:
+            ids = per_layer.ids_of(self.embed_tokens, embeds) if ids is None else ids
+            tokens = per_layer.token_inputs(self, ids)
+        expected = (*embeds.shape[:2], self.config.num_hidden_layers, wide)
+        if tuple(tokens.shape) != expected:
+            raise InputError(f"per_layer_inputs has shape {tuple(tokens.shape)}; it must be {expected}.")
+        return per_layer.layer_inputs(self, embeds, tokens).unbind(2)
+
     def _embed(self, input_ids: Int[Tensor, "B S"] | None) -> Float[Tensor, "B S D"]:
         if input_ids is None:
             raise InputError("neither input_ids nor inputs_embeds is given: give exactly one of them.")
@@ -262,7 +311,7 @@ class GemmaModel(GemmaPreTrainedModel):
         legacy = isinstance(past, tuple | list)
         if not legacy and (cache := cache_of(past)) is not None:
             return cache, False
-        layers = len(self.layers)
+        layers = len(self.config.kv_layers())
         if not isinstance(past, (tuple, list)) or len(past) not in (0, layers):
             found = f"{len(past)} layers" if isinstance(past, (tuple, list)) else f"a {type(past).__name__}"
             raise InputError(f"past_key_values is {found}; give a gemmakit Cache, or (key, value) of {layers} layers.")

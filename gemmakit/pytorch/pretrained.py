@@ -301,7 +301,7 @@ def _load(
         tensor = read(key)
         if not replace_with_quantized(quantizer, model, name, tensor, device, dtype):
             tensor = tensor.to(device).to(dtype if tensor.is_floating_point() else None)
-            assign(model, name, nn.Parameter(tensor))
+            assign(model, name, tensor)
     _enter(model, mapped)
     model._set_quantizer(quantizer)
     complete(model, found.fresh, dtype, device)
@@ -309,9 +309,9 @@ def _load(
 
 
 def wanted_shapes(model: GemmaPreTrainedModel) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the parameters that a checkpoint of this model stores: all but the tied ones."""
+    """Name -> shape of the tensors that a checkpoint of this model stores: all but the tied ones."""
     tied = _tied(model)
-    return {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False) if n not in tied}
+    return {n: tuple(t.shape) for n, t in model.state_dict().items() if n not in tied}
 
 
 def _enter(model: nn.Module, mapped: set[int]) -> None:
@@ -400,7 +400,7 @@ def complete(
     like = next(known, torch.float32)
     for name in fresh:
         shape = model.get_parameter(name).shape
-        assign(model, name, nn.Parameter(torch.empty(shape, dtype=dtype or like, device=device)))
+        assign(model, name, torch.empty(shape, dtype=dtype or like, device=device))
         with torch.no_grad():
             owner, _, only = name.rpartition(".")
             _init_module(model.get_submodule(owner), model.config.initializer_range, only)

@@ -20,7 +20,7 @@ from gemmakit.hub import HubOptions, find_file, local_directory
 from gemmakit.pytorch.heads import GemmaForCausalLM, GemmaForSequenceClassification, GemmaForTokenClassification
 from gemmakit.pytorch.kernels import PackedWeight
 from gemmakit.pytorch.model import GemmaModel
-from gemmakit.pytorch.pretrained import GemmaPreTrainedModel
+from gemmakit.pytorch.pretrained import GemmaPreTrainedModel, wanted_shapes
 from gemmakit.pytorch.quantize import rounding
 from gemmakit.pytorch.quantize.gptq import calibrate, memory_bytes
 from gemmakit.pytorch.quantize.loading import replace_with_quantized
@@ -146,8 +146,7 @@ def _hollow(config: GemmaConfig) -> Any:
 def _stored(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
     """Parameter name -> tensor name, once every difference between model and file has been named."""
     tied = model.tied_weights if model.config.tie_word_embeddings else {}
-    parameters = model.named_parameters(remove_duplicate=False)
-    found = differences({n: tuple(p.shape) for n, p in parameters if n not in tied}, checkpoint.shapes(), tied)
+    found = differences(wanted_shapes(model), checkpoint.shapes(), tied)
     found.refuse(checkpoint.where, type(model).__name__)
     found.warn(checkpoint.where, type(model).__name__, stacklevel=3)
     warn_of_copies(checkpoint, found.copies, stacklevel=3)

@@ -90,7 +90,7 @@ class AttentionMaskVisualizer:
         from gemmakit.pytorch.masks import visibility
 
         (B, S), device = ids.shape, ids.device
-        causal = not self.config.use_bidirectional_attention if is_causal is None else is_causal
+        causal = self.config.is_causal if is_causal is None else is_causal
         seen = visibility(
             attention_mask, batch=B, queries=S, keys=S, past=0, causal=causal, position_ids=position_ids, device=device
         )

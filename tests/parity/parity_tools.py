@@ -23,6 +23,9 @@ def randomise(model, seed=0):
                 parameter.normal_(0.1, 0.3, generator=generator)
             else:
                 parameter.normal_(0.0, 0.2, generator=generator)
+        for name, stored in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                stored.uniform_(0.6, 1.1, generator=generator)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Gemma 2, Gemma 3 and VaultGemma against transformers, prompts and answers several windows long.
+"""Gemma 2, Gemma 3, VaultGemma and Gemma 4 against transformers, prompts and answers several windows long.
 
 Tolerances as in test_forward_matches_transformers, for the same reasons; through up to 7 layers instead of 3.
 transformers refuses sdpa for models with capped scores, so there its side is eager whatever ours is.
@@ -49,7 +49,10 @@ def test_logits_equal_the_oracle_in_every_dtype_and_padding(pair, member, attn, 
     for padding in PADDING:
         ids, mask = batch(padding, width=LENGTH)
         ours, theirs = run(both.ours, ids, mask).logits, run(both.theirs, ids, mask).logits
-        assert apart(ours, theirs, mask) < TOLERANCE[dtype], padding
+        # Gemma 4 does not scale scores down, so that a rounded one moves its weight by more: in float16 the oracle is
+        # 2^-7.1 from its own float32 logits.
+        room = 2 if KINDS[member].scale == 1.0 else 1
+        assert apart(ours, theirs, mask) < room * TOLERANCE[dtype], padding
 
 
 @everyone
@@ -173,7 +176,15 @@ def test_given_4d_masks_and_embeddings_equal_the_oracle(pair, member):
     for mask in (seen, added):
         assert apart(run(both.ours, ids, mask).logits, theirs) < FLOAT32
     embeds = torch.randn(2, LENGTH, 48, generator=torch.Generator().manual_seed(2))
-    ours, theirs = (run(m, None, inputs_embeds=embeds).logits for m in (both.ours, both.theirs))
+    more = {}
+    if width := both.ours.config.hidden_size_per_layer_input:
+        # Without them, the tokens that the embeddings are of are looked for: here there are none.
+        with pytest.raises(gemmakit.errors.InputError, match="is no token's embedding"):
+            run(both.ours, None, inputs_embeds=embeds)
+        own = both.ours.model.embed_tokens(ids)
+        assert torch.equal(run(both.ours, None, inputs_embeds=own).logits, run(both.ours, ids).logits)
+        more = dict(per_layer_inputs=torch.randn(2, LENGTH, len(both.ours.model.layers), width))
+    ours, theirs = (run(m, None, inputs_embeds=embeds, **more).logits for m in (both.ours, both.theirs))
     assert apart(ours, theirs) < FLOAT32
 
 
@@ -291,7 +302,8 @@ def test_float16_does_not_overflow_where_the_oracle_does(pair, tmp_path):
 @everyone
 def test_configurations_mean_the_same_in_both_libraries(member, tmp_path):
     classes = KINDS[member].classes
-    for fields in ({}, {**COMMON, **SHAPES["mqa"], **MEMBERS[member]}, dict(sliding_window=99, num_hidden_layers=5)):
+    fewer = dict(sliding_window=99, num_hidden_layers=5)
+    for fields in ({}, {**COMMON, **SHAPES["mqa"], **MEMBERS[member]}, fewer):
         ours, theirs = (
             getattr(gemmakit, classes["config"])(**fields),
             getattr(transformers, classes["config"])(**fields),
@@ -301,10 +313,17 @@ def test_configurations_mean_the_same_in_both_libraries(member, tmp_path):
         read = getattr(transformers, classes["config"]).from_pretrained(tmp_path / "ours")
         mine = gemmakit.AutoConfig.from_pretrained(tmp_path / "theirs")
         assert type(mine).__name__ == classes["config"]
+        for oracle in (theirs, read):  # where its layers differ, it asks which one is meant
+            oracle.allow_global_per_layer_attribute_access = True
+        assert len({tuple(map(c.layer, range(c.num_hidden_layers))) for c in (ours, mine)}) == 1
         for a, b in ((ours, theirs), (ours, read), (mine, theirs)):
             for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim",
                          "num_attention_heads", "num_key_value_heads", "query_pre_attn_scalar", "sliding_window",
                          "layer_types", "attn_logit_softcapping", "final_logit_softcapping",
                          "max_position_embeddings", "hidden_activation", "eos_token_id"):  # fmt: skip
-                assert getattr(a, name) == getattr(b, name), name
+                assert getattr(a, name, None) == getattr(b, name, None), name
             assert a.rope_parameters == b.rope_parameters
+        for i, spec in enumerate(map(ours.layer, range(ours.num_hidden_layers))):
+            for one in (theirs, read):
+                told = one.per_layer_config[i] if classes["config"] == "Gemma4TextConfig" else one
+                assert (spec.head_dim, spec.num_key_value_heads) == (told.head_dim, told.num_key_value_heads)

@@ -11,6 +11,7 @@ from gemmakit import GemmaConfig
 from gemmakit.checkpoint.layout import tensor_shapes
 from gemmakit.errors import ConfigError
 from gemmakit.family import FULL_ATTENTION, KINDS, OPTIONAL, PRESETS, SLIDING_ATTENTION, kind_of, role_of
+from gemmakit.pytorch.pretrained import wanted_shapes
 
 
 def test_a_layer_says_its_shape_and_scale():
@@ -44,7 +45,8 @@ def test_every_member_names_its_norms_and_classes():
         assert kind.norms.before_attention
         assert kind.norms.before_mlp
         assert set(kind.classes) == roles
-        assert set(kind.defaults) >= {name for name in OPTIONAL if kind.defaults}
+        common = {"layer_types", "sliding_window", "final_logit_softcapping"}
+        assert common <= set(OPTIONAL) & set(kind.defaults) or not kind.defaults
         for role, name in kind.classes.items():
             assert role_of(name) == role_of(f"Flax{name}") == (model_type, role)
             public = getattr(gemmakit, name)
@@ -84,10 +86,12 @@ def test_presets_have_the_released_models_number_of_parameters(size):
 
 @pytest.mark.parametrize("size", PRESETS)
 def test_checkpoints_hold_what_the_model_of_their_class_has(size):
-    config = GemmaConfig.preset(size, num_hidden_layers=7, hidden_size=32, intermediate_size=48, vocab_size=64)
+    fewer = dict(num_hidden_layers=12, hidden_size=32, intermediate_size=48, vocab_size=64)
+    shared = dict(num_kv_shared_layers=5) if PRESETS[size].get("num_kv_shared_layers") else {}
+    config = GemmaConfig.preset(size, **fewer, **shared)
     with torch.device("meta"):
         model = getattr(gemmakit, config.kind.classes["causal_lm"])(config)
-    assert tensor_shapes(config) == {n: tuple(p.shape) for n, p in model.named_parameters()}
+    assert tensor_shapes(config) == wanted_shapes(model)
 
 
 REFUSED = {

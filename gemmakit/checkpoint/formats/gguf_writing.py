@@ -184,7 +184,7 @@ def _model_keys(config: GemmaConfig, kind: str, name: str) -> dict[str, Any]:
     """What llama.cpp wants to know of a model. Raises ConfigError for what its Gemma cannot do."""
     architecture = config.kind.gguf_architecture
     rope = config.rope(FULL_ATTENTION)
-    local = config.rope(SLIDING_ATTENTION) if config.kind.rope_bases else rope
+    local = config.rope(SLIDING_ATTENTION) if config.kind.ropes else rope
     wrong = {
         f"model_type={config.model_type!r}": architecture is None,
         "tie_word_embeddings=False": not config.tie_word_embeddings,
@@ -192,9 +192,9 @@ def _model_keys(config: GemmaConfig, kind: str, name: str) -> dict[str, Any]:
         f"hidden_act={config.hidden_act!r}": config.hidden_act != "gelu_pytorch_tanh",
         f"rope_type={rope['rope_type']!r}": rope["rope_type"] not in ("default", "linear"),
         f"rope_type={local['rope_type']!r} in window layers": local is not rope and local["rope_type"] != "default",
-        "use_bidirectional_attention=True": bool(config.use_bidirectional_attention),
+        "use_bidirectional_attention=True": not config.is_causal,
         f"scores scaled by {config.layer(0).scale:g}": config.layer(0).scale != _their_scale(config),
-        "no layer with a window": config.kind.pattern > 1 and not config.kind.rope_bases and not any(_windows(config)),
+        "no layer with a window": config.kind.pattern > 1 and not config.kind.ropes and not any(_windows(config)),
         "attn_logit_softcapping=None": config.kind.capped and not config.attn_logit_softcapping,
         "final_logit_softcapping=None": config.kind.capped and not config.final_logit_softcapping,
     }
@@ -239,7 +239,7 @@ def _attention_keys(config: GemmaConfig, local: dict[str, Any]) -> dict[str, Any
     keys: dict[str, Any] = {"attention.sliding_window": next(filter(None, windows), 0)}
     if any(windows):  # llama.cpp stops where a pattern has no window at all
         keys["attention.sliding_window_pattern"] = [window is not None for window in windows]
-    if config.kind.rope_bases:
+    if config.kind.ropes:
         keys["rope.freq_base_swa"] = float(local["rope_theta"])
     caps = {name: getattr(config, name) for name in ("attn_logit_softcapping", "final_logit_softcapping")}
     keys |= {name: float(cap) for name, cap in caps.items() if cap and (config.kind.capped or name.startswith("final"))}

@@ -475,12 +475,11 @@ class StaticCache(Cache):
         if max_cache_len is not None:
             check("max_cache_len", max_cache_len, Whole(1), InputError)
         self.max_cache_len = max_cache_len or config.max_position_embeddings
-        self.layers = [CacheLayer(self.max_cache_len) for _ in range(config.num_hidden_layers)]
+        self.layers = [CacheLayer(self.max_cache_len) for _ in config.kv_layers()]
         for layer in self.layers[1:]:
             layer.first = self.layers[0]
         if max_batch_size is not None and dtype is not None:
-            for i, layer in enumerate(self.layers):
-                spec = config.layer(i)
+            for spec, layer in zip(config.kv_layers(), self.layers, strict=True):
                 shape = (max_batch_size, spec.num_key_value_heads, self.max_cache_len, spec.head_dim)
                 layer._keys = torch.zeros(shape, dtype=dtype, device=device)
                 layer._values = torch.zeros(shape, dtype=dtype, device=device)

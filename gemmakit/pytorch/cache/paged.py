@@ -123,14 +123,14 @@ class PagedCache(Cache):
         self.placement: Placement | None = None
         if isinstance(devices, torch.device | str):
             devices = [torch.device(devices)] * config.num_hidden_layers
-        specs = [config.layer(i) for i in range(config.num_hidden_layers)]
+        specs = config.kv_layers()
         self.windows = [spec.window for spec in specs]
         needed = (pages + 1) * page_size * bytes_per_token(config, dtype)
         self._check_memory(needed, devices)
         # (2, pages + 1, page_size, K, H): keys and values; the heads of a token lie together, as they come.
         self.storage = [
             torch.zeros((2, pages + 1, page_size, s.num_key_value_heads, s.head_dim), dtype=dtype, device=device)
-            for s, device in zip(specs, devices, strict=True)
+            for s, device in zip(specs, devices, strict=False)
         ]
 
     # -- for the engine --------------------------------------------------------------------------------------------
@@ -291,5 +291,4 @@ class PagedCache(Cache):
 
 def bytes_per_token(config: GemmaConfig, dtype: torch.dtype) -> int:
     """Bytes that the keys and values of one token take in all layers."""
-    specs = [config.layer(i) for i in range(config.num_hidden_layers)]
-    return sum(2 * spec.num_key_value_heads * spec.head_dim for spec in specs) * dtype.itemsize
+    return sum(2 * spec.num_key_value_heads * spec.head_dim for spec in config.kv_layers()) * dtype.itemsize

@@ -105,12 +105,12 @@ class WindowCache(DynamicCache):
 
     def __init__(self, config: GemmaConfig):
         super().__init__(config=config)
-        self.windows = [config.layer(i).window for i in range(config.num_hidden_layers)]
+        self.windows = [spec.window for spec in config.kv_layers()]
 
     @staticmethod
     def pays(config: GemmaConfig, length: int) -> bool:
         """Whether `length` tokens pass a window."""
-        windows = [config.layer(i).window for i in range(config.num_hidden_layers)]
+        windows = [spec.window for spec in config.kv_layers()]
         return any(window is not None and window < length for window in windows)
 
     def __getitem__(self, layer_idx: int) -> tuple[Tensor, Tensor]:

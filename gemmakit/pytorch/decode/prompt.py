@@ -435,7 +435,7 @@ class Unpacking(Cache):
 def packing_pays(model: CausalLM, mask: Tensor) -> bool:
     """Whether to run these prompts without their padding. mask: bool (R, P)."""
     config = model.config
-    if config.attn_implementation not in IMPLEMENTATIONS or config.use_bidirectional_attention:
+    if config.attn_implementation not in IMPLEMENTATIONS or not config.is_causal:
         return False
     tokens = int(mask.sum())
     few_enough = tokens <= (1 - WORTH_PADDING) * mask.numel()

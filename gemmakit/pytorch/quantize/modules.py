@@ -104,9 +104,16 @@ class QuantizedLinear(QuantizedWeight, nn.Linear):
 class QuantizedEmbedding(QuantizedWeight, GemmaScaledEmbedding):
     """Rows of codes, dequantized and rounded to `compute_dtype`, then scaled as GemmaScaledEmbedding does."""
 
-    def __init__(self, packed: PackedWeight, compute_dtype: torch.dtype, padding_idx: int | None = None):
+    def __init__(
+        self,
+        packed: PackedWeight,
+        compute_dtype: torch.dtype,
+        padding_idx: int | None = None,
+        scaled_by: int | None = None,
+    ):
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim = packed.shape
+        self.scaled_by = scaled_by or self.embedding_dim
         self.padding_idx, self.max_norm, self.norm_type = padding_idx, None, 2.0
         self.scale_grad_by_freq = self.sparse = False
         self.compute_dtype = compute_dtype
@@ -115,7 +122,7 @@ class QuantizedEmbedding(QuantizedWeight, GemmaScaledEmbedding):
     @property
     def embed_scale(self) -> Tensor:
         """As of the plain embedding, in the dtype that rows are rounded to."""
-        return torch.full((), self.embedding_dim**0.5, dtype=self.compute_dtype, device=self.weight.device)
+        return torch.full((), self.scaled_by**0.5, dtype=self.compute_dtype, device=self.weight.device)
 
     def forward(self, input: Tensor) -> Tensor:
         """input: (B, S) ids -> (B, S, D). IndexError for an id that there is not."""

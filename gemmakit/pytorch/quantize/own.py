@@ -109,7 +109,7 @@ class WeightOnlyQuantizer:
 def _module(module: nn.Module, packed: PackedWeight, dtype: torch.dtype) -> nn.Module:
     """What takes the place of a projection or embedding. An embedding learns the model's dtype once all is loaded."""
     if isinstance(module, nn.Embedding):
-        return QuantizedEmbedding(packed, dtype, module.padding_idx)
+        return QuantizedEmbedding(packed, dtype, module.padding_idx, getattr(module, "scaled_by", None))
     return QuantizedLinear(packed)
 
 

@@ -19,6 +19,18 @@ MEMBERS = {
     "gemma2": dict(_CAPPED, layer_types=_BOTH),
     "gemma3_text": dict(_WINDOWED, layer_types=_BOTH),
     "vaultgemma": dict(_CAPPED, layer_types=_BOTH[::-1]),
+    # Its last two layers read the keys and values of the first two, and each has an embedding of its own.
+    "gemma4_text": dict(
+        {name: value for name, value in _WINDOWED.items() if name != "query_pre_attn_scalar"},
+        num_hidden_layers=4,
+        layer_types=_BOTH * 2,
+        num_kv_shared_layers=2,
+        global_head_dim=12,
+        attention_k_eq_v=True,
+        num_global_key_value_heads=1,
+        hidden_size_per_layer_input=4,
+        vocab_size_per_layer_input=VOCAB,
+    ),
 }
 
 
@@ -30,7 +42,7 @@ def model(seed=0, spread=0.5, vocab=VOCAB, layers=2, member="gemma"):
         num_key_value_heads=2, head_dim=8, max_position_embeddings=96,
     )  # fmt: skip
     config, kind = (getattr(gemmakit, KINDS[member].classes[role]) for role in ("config", "causal_lm"))
-    made = kind(config(**sizes, **MEMBERS.get(member, {}))).double().eval()
+    made = kind(config(**{**sizes, **MEMBERS.get(member, {})})).double().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in made.named_parameters():

@@ -96,6 +96,7 @@ def test_blocks_are_kept_as_they_are_and_norms_of_heads_are_no_projections(tmp_p
     ("changes", "said"),
     [
         (dict(model_type="vaultgemma"), "model_type='vaultgemma'"),
+        (dict(model_type="gemma4_text"), "model_type='gemma4_text'"),
         (dict(model_type="gemma2", query_pre_attn_scalar=77), "scores scaled by 0.1139"),
         (dict(model_type="gemma2", attn_logit_softcapping=None), "attn_logit_softcapping=None"),
         (dict(model_type="gemma2", layer_types=["full_attention"] * 2), "no layer with a window"),

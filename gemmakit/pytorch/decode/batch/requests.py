@@ -280,7 +280,7 @@ def refuse_unbatched(model: GemmaConfig, config: GenerationConfig) -> None:
     """Raises InputError for what only generate() can do, or for a model whose keys depend on later tokens."""
     mode = config.get_generation_mode()
     wanted = {
-        "use_bidirectional_attention": bool(model.use_bidirectional_attention),
+        "use_bidirectional_attention": not model.is_causal,
         f"the strategy {mode}": mode not in ("greedy_search", "sample"),
         "num_return_sequences above 1 (see n of a Request)": (config.num_return_sequences > 1),
         "guidance_scale": config.guidance_scale not in (None, 1),
