@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import gemmakit
 from gemmakit.checkpoint.checkpoint import open_checkpoint
@@ -60,6 +60,25 @@ def test_the_text_is_loaded_and_saved_as_a_model_of_text(tmp_path, names):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "gemma3_text"
 
 
+@pytest.mark.parametrize("kind", ["gemma4", "gemma4_unified"])
+def test_gemma_4s_text_is_loaded_from_beside_images_and_sound(tmp_path, kind):
+    """In an encoder-free folder the text goes by another name, and says nothing of embeddings a layer."""
+    sizes = {name: value for name, value in SIZES.items() if name != "query_pre_attn_scalar"}
+    more = dict(hidden_size_per_layer_input=6 if kind == "gemma4" else 0, vocab_size_per_layer_input=128)
+    model = gemmakit.Gemma4ForCausalLM(gemmakit.Gemma4TextConfig(**sizes, **more, global_head_dim=24)).eval()
+    text = json.loads(model.config.to_json_string())
+    if kind == "gemma4_unified":
+        text = {k: v for k, v in text.items() if not k.endswith("per_layer_input")} | {"model_type": f"{kind}_text"}
+    write(model, tmp_path, "modules", model_type=kind, text_config=text, audio_config={})
+    tensors = load_file(tmp_path / "model.safetensors")
+    others = {f"model.{part}.weight": torch.ones(3) for part in ("embed_vision", "audio_tower", "embed_audio")}
+    save_file({**tensors, **others}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded = gemmakit.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is gemmakit.Gemma4ForCausalLM
+    ids = torch.tensor([[2, 5, 9, 7, 3, 8]])
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
 @pytest.mark.parametrize("names", PREFIXES)
 def test_converting_quantizing_and_inspecting_leave_the_images_out_and_say_so(tmp_path, names):
     model = text_model()
@@ -89,9 +108,7 @@ def test_a_folder_without_a_text_config_is_refused_by_name(tmp_path):
         gemmakit.AutoModelForCausalLM.from_pretrained(write(text_model(), tmp_path, text_config=None))
 
 
-@pytest.mark.parametrize(
-    "model_type", ["gemma3n", "gemma4", "gemma4_text", "paligemma", "t5gemma", "siglip_vision_model"]
-)
+@pytest.mark.parametrize("model_type", ["gemma3n", "gemma3n_text", "paligemma", "t5gemma", "siglip_vision_model"])
 def test_other_models_are_refused_by_name_with_what_runs(tmp_path, model_type):
     folder = write(text_model(), tmp_path, model_type=model_type)
     with pytest.raises(ConfigError, match=f"'{model_type}'.*gemmakit runs.*Gemma 3"):
