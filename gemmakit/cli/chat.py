@@ -68,6 +68,7 @@ def chat(
         pipe = gemmakit.pipeline("text-generation", model, device_map=device, dtype=dtype, revision=revision,
                                  adapter=adapter)  # fmt: skip
         variables = o.template_variables(think, pipe.tokenizer.template_reads("enable_thinking"))
+        settings |= o.thinking_room(think, settings, pipe.model.config.max_position_embeddings)
         talk = Conversation(pipe, settings, system, variables=variables)
     else:
         from gemmakit.cli.remote import ServerConversation, connect
@@ -75,6 +76,7 @@ def chat(
         local = {"--device": device != "auto", "--dtype": dtype != "auto", "--revision": revision, "--adapter": adapter}
         there = connect(server, api_key, model, local)
         variables = o.template_variables(think, there.thinks)
+        settings |= o.thinking_room(think, settings, there.context)
         talk = ServerConversation(None, settings, system, variables=variables, server=there)
     at_terminal = sys.stdin is not None and sys.stdin.isatty()
     if at_terminal:

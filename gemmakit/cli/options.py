@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +24,12 @@ Revision = Annotated[str | None, Option(metavar="NAME", help="Branch, tag or com
 
 MaxNewTokens = Annotated[
     int | None,
-    Option("--max-new-tokens", "-n", metavar="N", help="At most N; if left out, 256 or what the context holds."),
+    Option(
+        "--max-new-tokens",
+        "-n",
+        metavar="N",
+        help="At most N; if left out, 256 (2048 with --think) or what the context holds.",
+    ),
 ]
 Stop = Annotated[list[str] | None, Option(metavar="TEXT", help="End after this text; may be repeated.")]
 Sample = Annotated[
@@ -39,7 +45,7 @@ MinP = Annotated[
 RepetitionPenalty = Annotated[float | None, Option(metavar="X", help="Above 1 discourages repetition.")]
 Think = Annotated[
     bool | None,
-    Option("--think/--no-think", help="Let a model think first that can, as Gemma 4; else its template's own way."),
+    Option("--think/--no-think", help="Let a model think first that can; else its template's own way."),
 ]
 Seed = Annotated[int | None, Option(metavar="N", help="Sample, the same way every time.")]
 
@@ -50,6 +56,7 @@ KEY_VARIABLE = "GEMMAKIT_API_KEY"
 ApiKey = Annotated[str | None, Option(metavar="KEY", help=f"For --server; or in {KEY_VARIABLE}.")]
 
 DEFAULT_NEW_TOKENS = 256  # what --max-new-tokens promises
+THINKING_NEW_TOKENS = 2048  # the same for an answer with thoughts, where the context holds four times as many
 
 # A person who sets one of these wants the answer drawn, not the likeliest.
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
@@ -60,6 +67,13 @@ def template_variables(think: bool | None, can: bool) -> dict[str, Any]:
     if think and not can:
         raise InputError("--think: this model's chat template knows no thinking; leave it out.")
     return {} if think is None else {"enable_thinking": think}
+
+
+def thinking_room(think: bool | None, settings: Mapping[str, Any], context: int) -> dict[str, Any]:
+    """The setting that gives thoughts room, unless the person has said how much there is."""
+    if not think or "max_new_tokens" in settings or not context:
+        return {}
+    return {"max_new_tokens": max(1, min(THINKING_NEW_TOKENS, context // 4))}
 
 
 def given(**options: Any) -> dict[str, Any]:

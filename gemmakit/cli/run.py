@@ -132,6 +132,7 @@ def run(
         say: Say = partial(answer, pipe, **settings)
         if chat:
             variables = o.template_variables(think, pipe.tokenizer.template_reads("enable_thinking"))
+            settings |= o.thinking_room(think, settings, pipe.model.config.max_position_embeddings)
             say = partial(ask, pipe, variables=variables, **settings)
         return _end(_each(say, prompts, sink), stats, f"; loaded in {loaded_s:.2f} s")
 
@@ -150,6 +151,7 @@ def _server(
 
     server = connect(url, key, model, local)
     variables = o.template_variables(think, server.thinks)
+    settings = {**settings, **o.thinking_room(think, settings, server.context)}
 
     def say(text: str, write: Write) -> Answer:
         said = [{"role": "user", "content": text}] if chat else text

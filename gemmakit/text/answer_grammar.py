@@ -201,7 +201,8 @@ class _Grammar:
                 return _quoted("{}")
             self._anything()
             return self._rule('"{" (pair ("," pair)*)? "}"')
-        required = set(cast("Sequence[str]", schema.get("required") or ()))
+        listed = schema.get("required")
+        required: list[Any] = list(listed) if isinstance(listed, list) else []
         first, later = '"}"', '"}"'  # what may come when nothing, and when something, is written already
         for name, inner in sorted(cast(Schema, properties).items(), reverse=True):
             item = f"{self._key(name)} {self._value(inner, root, depth + 1)}"
