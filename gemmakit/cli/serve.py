@@ -43,6 +43,13 @@ def serve(
             "left out.",
         ),
     ] = None,
+    speculate: Annotated[
+        bool | None,
+        Option(
+            "--speculate/--no-speculate",
+            help="Check tokens that a text proposes to itself, several a step; if left out, where no bit changes.",
+        ),
+    ] = None,
     allowed_host: Annotated[
         list[str] | None, Option(metavar="NAME", help="A name this server goes by; * for any. May be repeated.")
     ] = None,
@@ -95,6 +102,7 @@ def serve(
             max_waiting=max_waiting,
             cache_bytes=cache_bytes,
             batch_invariant=batch_invariant,
+            speculate=speculate,
         ),
     )
 

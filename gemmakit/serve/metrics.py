@@ -95,6 +95,8 @@ class _Now(Collector):
             (CounterMetricFamily, "prefix_cache_queries", "Tokens of prompts looked up.", stats.prefix_queries),
             (CounterMetricFamily, "prefix_cache_hits", "Tokens of prompts found computed.", stats.prefix_hits),
             (CounterMetricFamily, "num_preemptions", "Answers sent back for want of pages.", stats.preemptions),
+            (CounterMetricFamily, "spec_decode_num_draft_tokens", "Tokens proposed.", stats.draft_tokens),
+            (CounterMetricFamily, "spec_decode_num_accepted_tokens", "Proposed and right.", stats.accepted_tokens),
         ):
             family = kind(f"vllm:{name}", what, labels=["model_name"])
             family.add_metric([self.model], value)

@@ -61,8 +61,8 @@ PROMPT = [2, *range(300, 400)]
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[tuple[Running, Gate]]:
-    """A server of two rows whose prompts are read 16 tokens at a time, and its gate."""
-    with serving(max_batch_size=2, prefill_tokens=16) as server:
+    """A server of two rows whose prompts are read 16 tokens at a time, and a token a step; and its gate."""
+    with serving(max_batch_size=2, prefill_tokens=16, speculate=False) as server:
         gate = Gate(server)
         yield server, gate
         gate.open()

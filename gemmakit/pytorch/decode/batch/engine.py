@@ -22,6 +22,7 @@ from gemmakit.pytorch.cache.paged import PagedCache, bytes_per_token
 from gemmakit.pytorch.cache.pages import PagePool
 from gemmakit.pytorch.decode.batch.capture import BatchCapture
 from gemmakit.pytorch.decode.batch.choose import likeliest
+from gemmakit.pytorch.decode.batch.drafts import Speculation, speculation
 from gemmakit.pytorch.decode.batch.events import EngineStats, Event
 from gemmakit.pytorch.decode.batch.invariance import invariance
 from gemmakit.pytorch.decode.batch.requests import Request, Row, prepare_rows
@@ -55,10 +56,12 @@ class BatchEngine:
             prompt tokens of all that wait; None for no limit. One that finds nobody waiting may have any length.
         batch_invariant: give each request the same bits whatever else runs; by default on the CPU, where nothing is
             against it. The attribute of this name is what was decided, and why.
+        speculate: let requests check tokens that their own text so far proposes, so that a step may give several; by
+            default where that changes no bit, for batch_invariant. The attribute says whether it does, and why not.
 
     Raises:
-        InputError: a size that is no whole number above 0, or batch_invariant where it cannot be had. NotEnoughMemory:
-            the cache does not fit.
+        InputError: a size that is no whole number above 0, or batch_invariant or speculate where it cannot be had.
+        NotEnoughMemory: the cache does not fit.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class BatchEngine:
         max_waiting: int | None = None,
         max_waiting_tokens: int | None = None,
         batch_invariant: bool | None = None,
+        speculate: bool | None = None,
     ):
         sizes = {"max_batch_size": max_batch_size, "page_size": page_size, "prefill_tokens": prefill_tokens}
         limits = {"max_waiting": max_waiting, "max_waiting_tokens": max_waiting_tokens}
@@ -100,6 +104,10 @@ class BatchEngine:
         if batch_invariant and self.batch_invariant.why:
             raise InputError(f"batch_invariant is True, but {self.batch_invariant.why}: leave it out.")
         self._runner.invariant = not self.batch_invariant.why
+        self.speculate = speculation(self.batch_invariant, self._overlap, speculate)
+        if speculate and self.speculate.why:
+            raise InputError(f"speculate is True, but {self.speculate.why}: leave it out.")
+        self._speculation = None if self.speculate.why else Speculation(self._rows, self.scheduler.pool)
         self._flight: Started | None = None
         self._next: Started | None = None  # what was started before the tokens of the flight were read
         self._outcomes: deque[Outcome] = deque()
@@ -159,11 +167,12 @@ class BatchEngine:
         now, pool = self.scheduler, self.scheduler.pool
         used = 1 - pool.idle / pool.pages
         counts = now.prefix_queries, now.prefix_hits, now.preemptions
-        return EngineStats(len(now.running), len(now.waiting), used, *counts)
+        drafts = (0, 0) if self._speculation is None else (self._speculation.proposed, self._speculation.accepted)
+        return EngineStats(len(now.running), len(now.waiting), used, *counts, *drafts)
 
     @torch.no_grad()
     def step(self) -> list[Event]:
-        """Run every row that can run by one token or part of a prompt; what came of it, at most one token a request.
+        """Run every row that can run by a token (by several where it speculates) or part of a prompt; what came of it.
 
         What a request's own processors and criteria raise, and scores with no finite number, end that request with an
         "error". Anything else (a KeyboardInterrupt, memory) is raised and leaves everything as it was: step again.
@@ -213,10 +222,13 @@ class BatchEngine:
         if self._flight is None:
             if not self.scheduler.has_work:
                 return
-            self._flight = self._start(self.scheduler.plan())
+            step = self.scheduler.plan()
+            self._flight = self._start(step if self._speculation is None else self._speculation.drafted(step))
         if self._overlap and self._next is None:
             self._next = self._start_ahead(self._flight)
         self._outcomes = self._flight.read()
+        if self._speculation is not None:
+            self._speculation.learn(self._flight.parts, [one.part for one in self._outcomes if one.token is not None])
         self._flight, self._next = self._next, None
 
     def _start_ahead(self, flight: Started) -> Started | None:

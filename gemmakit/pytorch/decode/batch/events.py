@@ -65,7 +65,7 @@ class EngineStats:
 
     running, waiting: answers now. cache_usage: the part of the pages that are held, 0 to 1. prefix_queries,
     prefix_hits: tokens of prompts that were looked up, and found computed. preemptions: answers that were sent back to
-    waiting for want of pages.
+    waiting for want of pages. draft_tokens, accepted_tokens: that were proposed, and that were right.
     """
 
     running: int
@@ -74,3 +74,5 @@ class EngineStats:
     prefix_queries: int
     prefix_hits: int
     preemptions: int
+    draft_tokens: int
+    accepted_tokens: int

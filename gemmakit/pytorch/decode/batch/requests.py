@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from gemmakit.pytorch.decode.protocols import CausalLM
 from gemmakit.pytorch.decode.sampling import row_generators
 from gemmakit.pytorch.decode.step import Step
 from gemmakit.streamers import AnswerText
+
+if TYPE_CHECKING:
+    from gemmakit.pytorch.decode.batch.drafts import Drafts
 
 MAX_ANSWERS = 128
 MAX_LOGPROBS = 20
@@ -93,7 +96,7 @@ class Row:
     the tokens once more, on the device, for processors and criteria that read them; or None. added, started, spoke:
     when it was added, first ran, gave its first token, by the monotonic clock. prompt_logprobs: those found so far.
     silent: whether only these are wanted. group, held, total: with best_of, its answers, the events of this one, and
-    the sum of its log probabilities.
+    the sum of its log probabilities. drafts: what it proposes to itself, once it does.
     """
 
     id: int
@@ -112,6 +115,7 @@ class Row:
     spoke: float | None = None
     held: list[Event] = field(default_factory=list)
     total: float = 0.0
+    drafts: Drafts | None = None
 
     @property
     def prompt_length(self) -> int:

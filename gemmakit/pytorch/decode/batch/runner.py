@@ -74,15 +74,21 @@ class Started:
         return {part.sequence.id: i for i, part in enumerate(part for c in self.choices for part in c.parts)}
 
     def read(self) -> deque[Outcome]:
-        """Waits for the tokens."""
-        found = {part.sequence.id: Outcome(part) for part in self.parts}
+        """Waits for the tokens. Of a part with a draft, all that follow what was picked, a token an outcome."""
+        found = {part.sequence.id: [Outcome(part)] for part in self.parts}
+        drafts = {part.sequence.id: part.draft for part in self.parts}
         for choice in self.choices:
             for i, (part, token) in enumerate(zip(choice.parts, choice.copy.read(), strict=True)):
+                told, draft = found[part.sequence.id], drafts[part.sequence.id]
                 scores = None if choice.scores is None else choice.scores[i : i + 1]
-                found[part.sequence.id] = Outcome(part, token, scores, choice.errors.get(i), choice.logprobs.get(i))
+                outcome = Outcome(part, token, scores, choice.errors.get(i), choice.logprobs.get(i))
+                if told[-1].token is None:
+                    told[:] = [outcome]
+                elif told[-1].token == draft[len(told) - 1]:
+                    told.append(outcome)
         for id, logprobs in self.prompt_logprobs.items():
-            found[id].prompt_logprobs = logprobs
-        return deque(found.values())
+            found[id][0].prompt_logprobs = logprobs
+        return deque(outcome for told in found.values() for outcome in told)
 
 
 class Runner:
@@ -130,15 +136,16 @@ class Runner:
     def _packed(
         self, parts: Sequence[Part], before: Started | None, scored: dict[int, list[PromptLogprob]]
     ) -> tuple[Sequence[Part], Tensor]:
-        """Parts of any length as one row: those that choose, and the logits (R, V) of their last tokens.
+        """Parts of any length as one row: those that choose, a token each, and the logits (R, V) they choose from.
 
         scored: takes what is asked of the prompts' own tokens.
         """
         where, model = self.cache.place(_spans(parts), packed=True), self.model
         ids = self._ids(parts, before)[None]
         begins = list(accumulate((part.end - part.start for part in parts), initial=0))
-        chosen = [part for part in parts if part.last]
-        last = sent([end - 1 for part, end in zip(parts, begins[1:], strict=True) if part.last], model.device)
+        chosen = [one for part in parts for one in part.deciding]
+        ends = [end + one.end - part.end for part, end in zip(parts, begins[1:], strict=True) for one in part.deciding]
+        last = sent([end - 1 for end in ends], model.device)
         asked = [(part, at) for part, at in zip(parts, begins, strict=False) if self._row(part).unscored(part)]
         if chosen and not asked:
             return chosen, forward(model, ids, self.cache, None, where.positions, keep=last).logits[0]
@@ -167,7 +174,7 @@ class Runner:
 
     def _replayed(self, parts: Sequence[Part], before: Started | None) -> _Choice | Tensor | None:
         """What the recorded pass gives: tokens, or logits where rows choose apart; None where there is no such pass."""
-        if self.captured is None or not all(part.last for part in parts):
+        if self.captured is None or not all(part.last and not part.draft for part in parts):
             return None
         rows = [self._row(part) for part in parts]
         if any(row.unscored(part) for row, part in zip(rows, parts, strict=True)):
@@ -209,7 +216,7 @@ class Runner:
 def _inputs(parts: Sequence[Part], before: Started | None) -> tuple[list[int], Tensor | None]:
     """The tokens of the parts; or the places of their one token among those that are still on the device, and these."""
     if before is None:
-        return [token for part in parts for token in part.sequence.tokens[part.start : part.end]], None
+        return [token for part in parts for token in part.tokens], None
     order = before.order
     return [order[part.sequence.id] for part in parts], before.tokens
 

@@ -57,12 +57,26 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Part:
-    """Tokens start..end of a sequence, to be run in one pass; `last` if its next token can be picked then."""
+    """Tokens start..end of a sequence, to be run in one pass; `last` if its next token can be picked then.
+
+    draft: tokens that are proposed to follow the sequence's own; the part ends with them.
+    """
 
     sequence: Sequence
     start: int
     end: int
     last: bool
+    draft: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> list[int]:
+        return [*self.sequence.tokens[self.start : self.end], *self.draft]
+
+    @property
+    def deciding(self) -> list[Part]:
+        """The parts, without a draft, whose next tokens can be picked: this one and each that ends within its draft."""
+        own = self.end - len(self.draft)
+        return [Part(self.sequence, self.start, end, True) for end in range(own, self.end + 1)] if self.last else []
 
 
 @dataclass(frozen=True)
