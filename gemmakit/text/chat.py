@@ -76,7 +76,7 @@ class Chat:
     @property
     def end_of_turn_id(self) -> int | None:
         """The id that ends a turn, or None where the vocabulary has no turns."""
-        found = (self._engine.token_to_id(turn[1]) for turn in (TURN_TOKENS, LATER_TURN_TOKENS))
+        found = (self._engine.token_to_id(turn[1]) for turn in (LATER_TURN_TOKENS, TURN_TOKENS))
         return next((index for index in found if index is not None), None)
 
     @property

@@ -264,3 +264,8 @@ def test_calls_are_found_in_a_text() -> None:
     assert together([part for letter in text for part in parser.push(letter)] + parser.finish())[:2] == ("ab", "x")
     with pytest.raises(InputError, match="form"):
         ResponseParser()
+
+
+def test_an_answer_ends_with_its_turn_or_where_it_waits_for_results(tokenizer: Any) -> None:
+    assert tokenizer.answer_ends == tokenizer.convert_tokens_to_ids(["<turn|>", "<|tool_response>"])
+    assert tokenizer.end_of_turn_id == token(tokenizer, "<turn|>")
