@@ -94,23 +94,43 @@ void multiply_some(const Matrix* w, int count, const void* x, int64_t tokens, in
   }
 }
 
+// Rows of x meet a strip FEW at a time, of which the first read it from the memory. Of more, tiles cost less.
+constexpr int GROUPS = 3;
+
+struct Few {
+  Rows x[GROUPS];
+  int count[GROUPS], groups;
+};
+
 template <int F, int FORMAT>
-void multiply_strip(const Matrix& w, const Rows& x, int M, int64_t row, void* y, const void* residual) {
+void multiply_strip(const Matrix& w, const Few& few, int64_t row, void* y, const void* residual) {
   float sums[FEW * L];
-  strip_sums_of<FORMAT>(M, std::make_integer_sequence<int, FEW>())(strip_of<FORMAT>(w, row), x, sums);
-  for (int m = 0; m < M; m++) finish<F, FORMAT>(w, row, w.out, m, load(sums + m * L), y, residual);
+  Strip strip = strip_of<FORMAT>(w, row);
+  for (int g = 0, done = 0; g < few.groups; done += few.count[g++]) {
+    strip_sums_of<FORMAT>(few.count[g], std::make_integer_sequence<int, FEW>())(strip, few.x[g], sums);
+    for (int m = 0; m < few.count[g]; m++)
+      finish<F, FORMAT>(w, row, w.out, done + m, load(sums + m * L), y, residual);
+  }
 }
 
 // Bytes of a weight that a thread takes at a time.
 constexpr int64_t SHARE = 1 << 18;
 
-// Up to FEW rows of x.
+// Up to GROUPS * FEW rows of x.
 template <int F>
 void multiply_few(const Matrix* w, int count, const void* x, int M, void* const* y, const void* residual, int threads) {
   int64_t blocks = (w->in + BLOCK - 1) / BLOCK;
-  Rows rows = {scratch<int8_t, 1>(blocks * BLOCK * M), scratch<float, 14>(blocks * M), scratch<float, 15>(blocks * M),
-               scratch<int32_t, 1>(blocks * M), blocks};
-  for (int m = 0; m < M; m++) fill_rows<F>(x, w->in, m, M, rows);
+  int8_t* q = scratch<int8_t, 1>(blocks * BLOCK * M);
+  float *scale = scratch<float, 14>(blocks * M), *minus = scratch<float, 15>(blocks * M);
+  int32_t* back = scratch<int32_t, 1>(blocks * M);
+  Few few;
+  few.groups = (M + FEW - 1) / FEW;
+  for (int g = 0, done = 0; g < few.groups; done += few.count[g++]) {
+    int some = few.count[g] = (M - done + few.groups - g - 1) / (few.groups - g);
+    int64_t from = done * blocks;
+    few.x[g] = {q + from * BLOCK, scale + from, minus + from, back + from, blocks};
+    for (int m = 0; m < some; m++) fill_rows<F>(at<F>(x, done * w->in), w->in, m, some, few.x[g]);
+  }
 #pragma omp parallel num_threads(threads) if (w->out * w->in > 1 << 18)
   for (int i = 0; i < count; i++) {
     auto strip = w[i].format == INT4        ? multiply_strip<F, INT4>
@@ -121,13 +141,13 @@ void multiply_few(const Matrix* w, int count, const void* x, int M, void* const*
     each = each < 1 ? 1 : each;
 #pragma omp for schedule(dynamic, 1) nowait
     for (int64_t p = 0; p < all; p += each)
-      for (int64_t s = p; s < p + each && s < all; s++) strip(w[i], rows, M, s * L, y[i], residual);
+      for (int64_t s = p; s < p + each && s < all; s++) strip(w[i], few, s * L, y[i], residual);
   }
 }
 
 template <int F>
 int run(const Matrix* w, int count, const void* x, int64_t rows, void* const* y, const void* residual, int threads) {
-  if (rows <= FEW) return multiply_few<F>(w, count, x, rows, y, residual, threads), 0;
+  if (rows <= GROUPS * FEW) return multiply_few<F>(w, count, x, rows, y, residual, threads), 0;
   for (int64_t done = 0; done < rows; done += MOST_TOKENS) {
     int64_t tokens = rows - done < MOST_TOKENS ? rows - done : MOST_TOKENS;
     multiply_some<F>(w, count, at<F>(x, done * w->in), tokens, done, y,
