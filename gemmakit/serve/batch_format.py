@@ -163,7 +163,9 @@ def _short_line(row: Row, body: Mapping[str, Any]) -> dict[str, Any]:
         vectors = [item["embedding"] for item in body["data"]]
         return {**line, **({"embedding": vectors[0]} if len(vectors) == 1 else {"embeddings": vectors})}
     choices = body["choices"]
-    if len(choices) > 1 or choices[0].get("logprobs") or choices[0].get("message", {}).get("tool_calls"):
+    message: Mapping[str, Any] = choices[0].get("message", {})
+    if len(choices) > 1 or choices[0].get("logprobs") or message.get("tool_calls"):
         return {**line, "choices": choices}
-    text = choices[0]["text"] if "text" in choices[0] else choices[0]["message"]["content"]
-    return {**line, "text": text, "finish_reason": choices[0]["finish_reason"]}
+    text = choices[0]["text"] if "text" in choices[0] else message["content"]
+    thought = {"reasoning": message["reasoning"]} if "reasoning" in message else {}
+    return {**line, "text": text, **thought, "finish_reason": choices[0]["finish_reason"]}

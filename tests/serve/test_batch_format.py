@@ -121,6 +121,8 @@ def test_an_answer_to_a_short_line_is_its_text():
     assert result_line(row, 200, CHAT) == expected
     completion = {**CHAT, "choices": [{"index": 0, "text": "92", "finish_reason": "stop", "logprobs": None}]}
     assert result_line(row, 200, completion) == expected
+    thinking = [{**CHAT["choices"][0], "message": {**CHAT["choices"][0]["message"], "reasoning": "Hm."}}]
+    assert result_line(row, 200, {**CHAT, "choices": thinking}) == {**expected, "reasoning": "Hm."}
 
 
 def test_what_a_short_answer_has_no_word_for_is_given_whole():
