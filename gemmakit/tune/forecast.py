@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from gemmakit.tune.optimizer import STATE_BYTES
 from gemmakit.tune.run import prepare
 from gemmakit.tune.settings import TuneSettings
 from gemmakit.tune.train import Trainer
-
-_ADAM_BYTES = 4 + 8  # a gradient, two moments, in float32
 
 
 def forecast(settings: TuneSettings) -> Iterator[str]:
@@ -22,7 +21,7 @@ def forecast(settings: TuneSettings) -> Iterator[str]:
     yield f"{len(lengths)} units of {min(lengths)} to {max(lengths)} tokens, {sum(lengths):,} in all"
     yield f"{trainer.total} steps of {settings.batch_size} x {settings.accumulate} units"
     yield f"{trained:,} parameters are trained of {made.model.num_parameters():,}"
-    state = trained * _ADAM_BYTES
+    state = trained * STATE_BYTES
     yield f"memory: {weights / 1e6:.1f} MB of weights, {state / 1e6:.1f} MB of gradients and moments, and activations"
     longest = sorted(range(len(lengths)), key=lambda unit: -lengths[unit])[: settings.batch_size]
     tokens, seconds = 0, 0.0

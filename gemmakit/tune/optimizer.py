@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gemmakit.tune.settings import TuneSettings
 
+STATE_BYTES = 12  # a parameter: its gradient and two moments, in float32
 STATES = ("step", "exp_avg", "exp_avg_sq")
 
 

@@ -17,6 +17,7 @@ import torch
 
 import gemmakit
 from gemmakit.auto import AutoModelForCausalLM, AutoTokenizer
+from gemmakit.checkpoint import require_memory
 from gemmakit.errors import InputError
 from gemmakit.files import read_json_object, sampled_digest, write_text
 from gemmakit.hub import demo_model
@@ -34,6 +35,7 @@ from gemmakit.tune.data import Refusals, Source, find_splits, read
 from gemmakit.tune.examples import Encoder, Example, Pair, Question
 from gemmakit.tune.judge import accuracy
 from gemmakit.tune.objectives import NextTokens, Objective, Preferences, reference_logprobs
+from gemmakit.tune.optimizer import STATE_BYTES
 from gemmakit.tune.settings import FREE, TuneSettings
 from gemmakit.tune.train import Step, Trainer, mean_loss
 
@@ -107,9 +109,10 @@ def _model(settings: TuneSettings, source: str | Path) -> tuple[Any, LoraConfig 
         if model.is_quantized:
             raise InputError(f"{source} is quantized, and codes cannot be trained: leave --full out, which is QLoRA.")
         for name, parameter in model.named_parameters():
-            # Mapped from the file until now: an optimizer writes.
-            parameter.data = parameter.data.clone()
             parameter.requires_grad_(not any(f".{part}." in f".{name}." for part in settings.freeze))
+        _require_memory(model, sum(p.nbytes for p in model.parameters()))
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()  # mapped from the file until now: an optimizer writes
         adapter = None
     else:
         alpha = 2.0 * settings.rank if settings.alpha is None else settings.alpha
@@ -120,9 +123,19 @@ def _model(settings: TuneSettings, source: str | Path) -> tuple[Any, LoraConfig 
         add_adapter(model, adapter)
     if not any(p.requires_grad for p in model.parameters()):
         raise InputError(f"freeze {settings.freeze} leaves nothing to train.")
+    if adapter is not None:
+        _require_memory(model)
     if settings.checkpointing:
         model.gradient_checkpointing_enable()
     return model, adapter
+
+
+def _require_memory(model: Any, more: int = 0) -> None:
+    """NotEnoughMemory where gradients and moments, and `more` bytes, are over what the host has free."""
+    if model.device.type == "cpu":
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        remedy = "Train an adapter instead of --full, a smaller --rank, or beside --qlora int4; or --freeze parameters."
+        require_memory(more + trained * STATE_BYTES, f"training {trained:,} parameters", remedy=remedy)
 
 
 def _device(name: str) -> Any:
