@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from gemmakit.checks import FLAG, Real, Whole, check, check_fields
+from gemmakit.config_files import ConfigFiles
 from gemmakit.dtypes import dtype_name
 from gemmakit.errors import CheckpointError, ConfigError
 from gemmakit.family import (
@@ -27,7 +28,7 @@ from gemmakit.family import (
     set_layer_types,
     text_part,
 )
-from gemmakit.files import read_json_object, write_text
+from gemmakit.files import read_json_object
 from gemmakit.gguf import read_gguf_header
 from gemmakit.gguf_settings import config_values
 from gemmakit.hub import HubOptions, find_file, find_gguf
@@ -64,7 +65,7 @@ def _keeps_unknown(cls: type[T]) -> type[T]:
 
 @_keeps_unknown
 @dataclass(eq=False, repr=False)
-class GemmaConfig:
+class GemmaConfig(ConfigFiles):
     """The settings of a Gemma model; the defaults are those of Gemma 7B, in the other members' classes their own.
 
     Args:
@@ -408,10 +409,6 @@ class GemmaConfig:
         """`to_dict` as indented JSON, with sorted keys and a line end."""
         plain = lambda value: value.item() if hasattr(value, "item") else str(value)  # noqa: E731  a number of numpy
         return json.dumps(self.to_dict(), indent=2, sort_keys=True, default=plain) + "\n"
-
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write config.json into `directory`, replacing an older one at once."""
-        write_text(Path(directory) / "config.json", self.to_json_string())
 
     def update(self, values: dict[str, Any]) -> None:
         """Change fields in place. Raises ConfigError for an impossible value or a misspelt name."""

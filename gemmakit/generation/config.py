@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import re
+import tempfile
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from gemmakit.files import read_json_object, write_text
 from gemmakit.generation import rules
 from gemmakit.generation.settings import DEFAULTS, REFUSED, Settings
 from gemmakit.generation.watermarks import BaseWatermarkingConfig, watermark_of
-from gemmakit.hub import HubOptions, find_file
+from gemmakit.hub import HubOptions, find_file, push_folder
 
 T = TypeVar("T")
 FILE = "generation_config.json"
@@ -166,8 +167,11 @@ class GenerationConfig(Settings):
 
     # -- checking --------------------------------------------------------------------------------------------------
 
-    def validate(self, vocab_size: int | None = None) -> None:
-        """Check every field. Raises GenerationConfigError, and with a vocabulary size TokenOutOfRange."""
+    def validate(self, vocab_size: int | None = None, strict: bool = True) -> None:
+        """Check every field; strict is accepted, there is no laxer check.
+
+        Raises GenerationConfigError, and with a vocabulary size TokenOutOfRange.
+        """
         self._settle()
         unread = self._from_file.intersection(rules.unread(lambda name: getattr(self, name)))
         try:
@@ -275,6 +279,18 @@ class GenerationConfig(Settings):
     def to_json_string(self) -> str:
         """`to_dict` as indented JSON, with sorted keys and a line end."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True, default=_plain) + "\n"
+
+    to_diff_dict = to_dict
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
+        """Write `to_dict` as one file, which a reader finds whole."""
+        write_text(Path(json_file_path), self.to_json_string())
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Upload generation_config.json; kwargs go to `gemmakit.hub.push_folder`. The address comes back."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return push_folder(folder, repo_id, **kwargs)
 
     def save_pretrained(self, directory: str | os.PathLike[str], config_file_name: str = FILE) -> None:
         """Write generation_config.json into `directory`."""

@@ -419,6 +419,11 @@ class GemmaAttention(nn.Module):
         self.k_norm = GemmaRMSNorm(H, eps, offset=kind.norm_offset) if kind.k_norm and own else None
         self.v_norm = GemmaRMSNorm(H, eps, weighted=False) if kind.v_norm and own else None
 
+    @property
+    def num_key_value_groups(self) -> int:
+        """Query heads that share a key."""
+        return self.q_proj.out_features // self.k_proj.out_features
+
     def forward(
         self,
         hidden_states: Float[Tensor, "B S D"],

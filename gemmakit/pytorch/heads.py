@@ -171,6 +171,14 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
             **kwargs,
         }
 
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], is_encoder_decoder: bool = False, num_new_tokens: int = 1
+    ) -> dict[str, Any]:
+        """The arguments of the next `prepare_inputs_for_generation`, for libraries that step a model themselves."""
+        mask = model_kwargs.get("attention_mask")
+        more = {} if mask is None else {"attention_mask": F.pad(mask, (0, num_new_tokens), value=1)}
+        return {**model_kwargs, **more, "past_key_values": outputs.past_key_values}
+
 
 class GemmaForSequenceClassification(GemmaPreTrainedModel):
     """Gemma with a linear head on the right-most token of each row that is not padding."""

@@ -26,6 +26,12 @@ class ModelMethods(nn.Module):
     # A decoder layer adds to what came into it, so it must be whole on one device.
     _no_split_modules: ClassVar[list[str]] = ["GemmaDecoderLayer"]
     supports_gradient_checkpointing: ClassVar[bool] = True
+    # What transformers' models say of themselves to other libraries.
+    config_class: ClassVar[type[GemmaConfig]] = GemmaConfig
+    main_input_name: ClassVar[str] = "input_ids"
+    is_parallelizable: ClassVar[bool] = False
+    _keys_to_ignore_on_save: ClassVar[list[str] | None] = None
+    model_tags: list[str] | None = None
 
     config: GemmaConfig
     gradient_checkpointing: bool
@@ -53,6 +59,32 @@ class ModelMethods(nn.Module):
     @property
     def base_model(self) -> nn.Module:
         return getattr(self, self.base_model_prefix, self)
+
+    @property
+    def dummy_inputs(self) -> dict[str, Tensor]:
+        """ids (3, 5) that any of these models takes."""
+        ids = torch.arange(15, device=self.device).view(3, 5)
+        return {"input_ids": ids % self.config.vocab_size}
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """Whether it has generate()."""
+        return hasattr(cls, "generate")
+
+    def get_decoder(self) -> nn.Module:
+        """The decoder without a head."""
+        return self.base_model
+
+    def set_decoder(self, decoder: nn.Module) -> None:
+        """Take another decoder under the head."""
+        if self.base_model is self:
+            raise InputError(f"{type(self).__name__} is a decoder itself.")
+        setattr(self, self.base_model_prefix, decoder)
+
+    def add_model_tags(self, tags: str | list[str]) -> None:
+        """Words for a model card; kept in `model_tags`."""
+        new = [tags] if isinstance(tags, str) else list(tags)
+        self.model_tags = list(dict.fromkeys([*(self.model_tags or ()), *new]))
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Parameters, a tied one counted once."""

@@ -17,6 +17,7 @@ from gemmakit.checks import Whole, check
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError, PromptTooLong
 from gemmakit.pytorch.cache.files import load_cache, save_cache
+from gemmakit.pytorch.cache.names import CacheNames
 from gemmakit.pytorch.shapes import Bool, Float, Int, Shaped
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ class CacheLayer:
             self._keys, self._values = keys, values
 
 
-class Cache:
+class Cache(CacheNames):
     """The keys and values of every layer.
 
     Reads like the older tuple too: `cache[i]` is (keys, values) of layer i, `len(cache)` counts layers.

@@ -77,6 +77,11 @@ class LogitsProcessorList(list[Any]):
 class StoppingCriteriaList(list[Any]):
     """Criteria; when called, bool (B,), True where any of them ends the row."""
 
+    @property
+    def max_length(self) -> int | None:
+        """The smallest length that a criterion ends rows at, None where none does."""
+        return min((c.max_length for c in self if isinstance(getattr(c, "max_length", None), int)), default=None)
+
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         done = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
         for criterion in self:
