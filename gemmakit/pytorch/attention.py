@@ -408,6 +408,7 @@ class GemmaAttention(nn.Module):
         self.attention_dropout = config.attention_dropout
         D, H, bias = config.hidden_size, spec.head_dim, config.attention_bias
         N, K = spec.num_attention_heads, spec.num_key_value_heads
+        self.num_key_value_groups = spec.num_attention_heads // spec.num_key_value_heads
         self.q_proj = Linear(D, N * H, bias=bias)
         own = spec.kv_source is None
         self.kv_layer = layer_idx if spec.kv_source is None else spec.kv_source  # whose keys and values are read
@@ -418,11 +419,6 @@ class GemmaAttention(nn.Module):
         self.q_norm = GemmaRMSNorm(H, eps, offset=kind.norm_offset) if kind.q_norm else None
         self.k_norm = GemmaRMSNorm(H, eps, offset=kind.norm_offset) if kind.k_norm and own else None
         self.v_norm = GemmaRMSNorm(H, eps, weighted=False) if kind.v_norm and own else None
-
-    @property
-    def num_key_value_groups(self) -> int:
-        """Query heads that share a key."""
-        return self.q_proj.out_features // self.k_proj.out_features
 
     def forward(
         self,
