@@ -448,9 +448,7 @@ def test_a_configuration_too_large_to_build_is_refused_at_once(field):
 
 
 def test_a_field_that_is_not_there_says_what_it_may_be_called():
-    with pytest.raises(
-        AttributeError, match=r"no field '_attn_implementation'\. Its name here is 'attn_implementation'"
-    ):
-        GemmaConfig()._attn_implementation
+    with pytest.raises(AttributeError, match=r"no field '_sliding_window'\. Its name here is 'sliding_window'"):
+        GemmaConfig()._sliding_window
     with pytest.raises(AttributeError, match=r"no field 'window_size'\.$"):
         GemmaConfig().window_size
