@@ -289,8 +289,7 @@ class Calling:
             out["overflow_to_sample_mapping"] = sources
         elif not batched and options["return_tensors"] is None:
             out = BatchEncoding((key, value[0]) for key, value in out.items())
-        if options["is_split_into_words"]:
-            out._words = [row.words or [] for row in rows]
+        out._rows, out._spell = rows, self._engine.id_to_token
         return out.convert_to_tensors(options["return_tensors"])
 
     def encode(self, text: Any, text_pair: Any = None, **options: Any) -> Any:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from gemmakit.errors import InputError, MissingDependency
 from gemmakit.text.vocabulary import Offsets
@@ -21,7 +21,8 @@ class BatchEncoding(dict[str, Any]):
     `model.generate(**inputs)`, `inputs["input_ids"]` and `inputs.input_ids` all work.
     """
 
-    _words: list[list[int | None]] | None = None
+    _rows: list[Row] | None = None
+    _spell: Callable[[int], str | None] | None = None
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -48,11 +49,127 @@ class BatchEncoding(dict[str, Any]):
                 self[key] = make(key, [value] if prepend_batch_axis else value)
         return self
 
+    # -- where tokens come from: rows by `batch_index`, or the first where only a token, word or character is given
+
+    @property
+    def n_sequences(self) -> int | None:
+        """Texts a row: 2 for pairs; None for what no tokenizer made."""
+        return None if not self._rows else 1 + any(kind for row in self._rows for kind in row.types)
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether it knows the characters of its tokens: GemmaTokenizerFast, with return_offsets_mapping=True."""
+        return bool(self._rows) and self._row(0).offsets is not None
+
+    @property
+    def encodings(self) -> list[Row] | None:
+        """The rows: `ids`, `types`, `special`, `mask`, and `offsets` and `words` where they are known."""
+        return self._rows
+
+    def tokens(self, batch_index: int = 0) -> list[str]:
+        """The tokens of a row, as the vocabulary writes them."""
+        row = self._row(batch_index)
+        if self._spell is None:
+            raise InputError("this BatchEncoding was pickled or copied without its tokenizer: ask that for the tokens.")
+        return [self._spell(index) or "" for index in row.ids]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_rows": self._rows}  # a tokenizer is not part of what it gave
+
     def word_ids(self, batch_index: int = 0) -> list[int | None]:
         """The word of each token, for input given with `is_split_into_words=True`; None for special tokens."""
-        if self._words is None:
+        words = self._row(batch_index).words if self._rows else None
+        if words is None:
             raise InputError("word_ids needs input that was given as words, with is_split_into_words=True.")
-        return self._words[batch_index]
+        return words
+
+    def sequence_ids(self, batch_index: int = 0) -> list[int | None]:
+        """0 for tokens of the first text, 1 for those of the second, None for special tokens and padding."""
+        row = self._row(batch_index)
+        return [None if special else kind for special, kind in zip(row.special, row.types, strict=True)]
+
+    def token_to_sequence(self, batch_or_token_index: int, token_index: int | None = None) -> int | None:
+        """Which text a token is of."""
+        batch, token = _place(batch_or_token_index, token_index)
+        return self.sequence_ids(batch)[token]
+
+    def token_to_word(self, batch_or_token_index: int, token_index: int | None = None) -> int | None:
+        """Which word a token is of."""
+        batch, token = _place(batch_or_token_index, token_index)
+        return self.word_ids(batch)[token]
+
+    def token_to_chars(self, batch_or_token_index: int, token_index: int | None = None) -> CharSpan | None:
+        """The characters of its text that a token is; None for special tokens."""
+        batch, token = _place(batch_or_token_index, token_index)
+        return None if self._row(batch).special[token] else CharSpan(*self._offsets(batch)[token])
+
+    def char_to_token(
+        self, batch_or_char_index: int, char_index: int | None = None, sequence_index: int = 0
+    ) -> int | None:
+        """The first token that a character of a text is in; None where it is in none, cut off for instance."""
+        batch, char = _place(batch_or_char_index, char_index)
+        places = zip(self.sequence_ids(batch), self._offsets(batch), strict=True)
+        found = (i for i, (text, (start, stop)) in enumerate(places) if text == sequence_index and start <= char < stop)
+        return next(found, None)
+
+    def word_to_tokens(
+        self, batch_or_word_index: int, word_index: int | None = None, sequence_index: int = 0
+    ) -> TokenSpan | None:
+        """The tokens of a word, first and one after the last; None for a word without tokens."""
+        batch, word = _place(batch_or_word_index, word_index)
+        texts = zip(self.sequence_ids(batch), self.word_ids(batch), strict=True)
+        found = [i for i, pair in enumerate(texts) if pair == (sequence_index, word)]
+        return TokenSpan(found[0], found[-1] + 1) if found else None
+
+    def char_to_word(
+        self, batch_or_char_index: int, char_index: int | None = None, sequence_index: int = 0
+    ) -> int | None:
+        """Which word the first token at a character is of."""
+        batch, char = _place(batch_or_char_index, char_index)
+        token = self.char_to_token(batch, char, sequence_index)
+        return None if token is None else self.token_to_word(batch, token)
+
+    def word_to_chars(
+        self, batch_or_word_index: int, word_index: int | None = None, sequence_index: int = 0
+    ) -> CharSpan | None:
+        """The characters of a word, in the word itself, as its tokens cover them."""
+        batch, word = _place(batch_or_word_index, word_index)
+        tokens = self.word_to_tokens(batch, word, sequence_index)
+        if tokens is None:
+            return None
+        offsets = self._offsets(batch)
+        return CharSpan(offsets[tokens.start][0], offsets[tokens.end - 1][1])
+
+    def _row(self, batch_index: int) -> Row:
+        if not self._rows:
+            raise InputError("this BatchEncoding was not made by a tokenizer's call: it knows its entries alone.")
+        return self._rows[batch_index]
+
+    def _offsets(self, batch_index: int) -> Offsets:
+        offsets = self._row(batch_index).offsets
+        if offsets is None:
+            raise InputError(
+                "characters need return_offsets_mapping=True in the call of the tokenizer, of GemmaTokenizerFast."
+            )
+        return offsets
+
+
+class CharSpan(NamedTuple):
+    """Characters start to end, the last not included."""
+
+    start: int
+    end: int
+
+
+class TokenSpan(NamedTuple):
+    """Tokens start to end, the last not included."""
+
+    start: int
+    end: int
+
+
+def _place(batch_or_index: int, index: int | None) -> tuple[int, int]:
+    return (0, batch_or_index) if index is None else (batch_or_index, index)
 
 
 @dataclass
