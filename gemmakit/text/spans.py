@@ -1,7 +1,9 @@
 """Which tokens of a chat the assistant says: what a model learns, found without a template made for training.
 
 A turn is what the template writes after the prompt of that turn, as a server would send it: up to the token that ends
-the turn. So the ids before it are to the last one those that the model is asked with.
+the turn. So the ids before it are to the last one those that the model is asked with. Some templates open a turn with
+more than they write of it afterwards, as with an empty thought: such a turn begins where the two part. Some write what
+a tool gave back into the turn that called it: such a turn is said up to there.
 """
 
 from __future__ import annotations
@@ -31,13 +33,15 @@ def assistant_spans(
             raise TemplateError("message 0 is the assistant's: a user must speak first, or the turn has no prompt.")
         prompt = render(chat[:index], True)
         upto = text if index == len(chat) - 1 else render(chat[: index + 1], False)
-        same, end = _common_start(upto, text), _end(upto, len(prompt), ends)
-        if not same.startswith(prompt) or len(same) < end:
+        same = _common_start(upto, text)
+        start = len(_common_start(prompt, same))
+        end = next((place for place in _ends(upto, start, ends) if place <= len(same)), None)
+        if (start < len(prompt) and start <= len(render(chat[:index], False))) or end is None:
             raise TemplateError(
                 f"the chat template writes messages up to {index} otherwise once the chat goes on, so that the "
                 "assistant would learn to answer what it is never asked: give a row of its own to each answer."
             )
-        found.append((len(prompt), end))
+        found.append((start, end))
     return found
 
 
@@ -45,10 +49,10 @@ def _common_start(one: str, other: str) -> str:
     return one[: next((i for i, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), len(other))]
 
 
-def _end(text: str, start: int, ends: Sequence[str]) -> int:
-    """After the last token that ends a turn; else after the last character that is no blank."""
-    places = [place + len(token) for token in ends if (place := text.rfind(token, start)) >= 0]
-    return max(places, default=max(start, len(text.rstrip())))
+def _ends(text: str, start: int, ends: Sequence[str]) -> list[int]:
+    """Behind the last token that ends a turn, then before it; without one, behind the last character but blanks."""
+    last, token = max(((text.rfind(token, start), token) for token in ends), default=(-1, ""))
+    return [max(start, len(text.rstrip()))] if last < 0 else [last + len(token), last]
 
 
 def assistant_mask(tokenizer: Any, ids: Sequence[int], spans: Sequence[Span], text: str, cut: str) -> list[int]:

@@ -1,5 +1,8 @@
 """What the assistant says in a chat is marked in every turn, with the token that ends it, under any template."""
 
+import copy
+
+import gemma4_form
 import pytest
 
 import gemmakit
@@ -73,6 +76,23 @@ def test_a_template_that_rewrites_what_was_said_is_refused(tokenizer):
     with pytest.raises(TemplateError, match="a row of its own"):
         learnt(tokenizer, CHAT[1:], chat_template=FORGETFUL)
     assert learnt(tokenizer, CHAT[1:3], chat_template=FORGETFUL) == [" 3 + 4 = 7 <end_of_turn>"]
+
+
+def test_a_turn_that_is_opened_with_an_empty_thought_begins_behind_its_opening(tokenizer):
+    tokenizer = gemma4_form.equip(copy.deepcopy(tokenizer))
+    call = {"function": {"name": "add", "arguments": {"a": 3, "b": 4}}}
+    chat = [
+        *CHAT[1:4],
+        {"role": "assistant", "tool_calls": [call], "reasoning": "I should add."},
+        {"role": "tool", "name": "add", "content": 7},
+        {"role": "assistant", "content": "7"},
+    ]
+    prompt = tokenizer.apply_chat_template(chat[:3], add_generation_prompt=True, tokenize=False)
+    assert prompt.endswith("<|channel>thought\n<channel|>")
+    assert learnt(tokenizer, chat[:2]) == ["3 + 4 = 7<turn|>"]
+    said = learnt(tokenizer, chat)
+    assert said[0] == "3 + 4 = 7<turn|>"
+    assert said[1].endswith("call:add{a:3,b:4}<tool_call|>") and said[2] == "7<turn|>"
 
 
 def test_an_assistant_that_nobody_asked_and_a_mask_of_no_ids_are_refused(tokenizer):
