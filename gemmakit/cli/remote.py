@@ -61,7 +61,7 @@ class Server:
         cards = self._get("GET", "/v1/models").get("data") or [{}]
         self.model = str(model or cards[0].get("id", ""))
         self.context = int(cards[0].get("max_model_len") or 0)
-        self.thinks = "thinking" in cards[0].get("capabilities", ())
+        self.thinks = "thinking" in (cards[0].get("capabilities") or ())
 
     def prompt(self, said: str | list[dict[str, str]], variables: Mapping[str, Any]) -> Prompt:
         name = "prompt" if isinstance(said, str) else "messages"

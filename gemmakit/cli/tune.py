@@ -117,7 +117,7 @@ def tune(
     from gemmakit.tune.settings import read_toml
 
     if resume:
-        if model is None or data is not None or out is not None or config is not None or overwrite:
+        if model is None or data is not None or out is not None or config is not None or overwrite or show or dry_run:
             raise InputError("--resume takes the folder of the run alone: gemmakit tune DIR --resume.")
         with _told(given.get("log_steps", 10)) as tell:
             return _end(go_on(model, tell=tell, **given))

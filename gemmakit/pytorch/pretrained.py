@@ -57,7 +57,7 @@ _LOADING: Accepted = {
         "kernels are gemmakit's own and chosen by themselves; model.decode_plan() says which",
     ),
     "tp_plan": ((None,), 'spread the layers with device_map="auto"'),
-    "adapter_kwargs": ((None,), "load the adapter with peft.PeftModel.from_pretrained(model, folder)"),
+    "adapter_kwargs": ((None,), "load the adapter with gemmakit.pytorch.adapters.load_adapter(model, folder)"),
 }
 _SAVING: Accepted = {
     "safe_serialization": ((None, True), "only safetensors are written; torch.save(model.state_dict(), path) pickles"),
@@ -324,6 +324,11 @@ def _enter(model: nn.Module, mapped: set[int]) -> None:
 
 def _saved(model: GemmaPreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint: all but the tied ones, which loading makes again."""
+    if adapted := next((name for name in tensors if ".base_layer." in name), None):
+        raise InputError(
+            f"{adapted.partition('.base_layer.')[0]} has an adapter, which a checkpoint of the model has no place for: "
+            "gemmakit.pytorch.adapters has save_adapter, which writes it alone, and merge_adapter, which folds it in."
+        )
     tied, names = _tied(model), model.state_dict().keys()
     if tensors.keys() - names or names - tensors.keys() - tied.keys():
         other = sorted((tensors.keys() - names) | (names - tensors.keys() - tied.keys()))

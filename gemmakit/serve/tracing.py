@@ -87,7 +87,7 @@ class Tracing:
             await self.app(scope, receive, send)
             return
         begun, state = Begun(), scope.setdefault("state", {})
-        span, status = self._span(operation, self.service.model.name, scope, begun), 499  # unless there is an answer
+        span, status = self._span(operation, self.service.model.name, scope, begun), 0
 
         async def sending(message: Message) -> None:
             nonlocal status
@@ -97,8 +97,11 @@ class Tracing:
 
         try:
             await self.app(scope, receive, sending)
+        except Exception:
+            status = status or 500  # whoever answers it stands around this
+            raise
         finally:
-            self._end(span, status, state, begun)
+            self._end(span, status or 499, state, begun)  # without an answer: its client left
 
     def _span(self, operation: str, model: str, scope: Scope, begun: Begun) -> Span:
         from opentelemetry.context import get_current

@@ -157,7 +157,7 @@ def _cell(name: str, value: str) -> Any:
     if name in NESTED and value[:1] in "[{":
         try:
             return json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             return value
     return value
 

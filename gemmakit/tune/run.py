@@ -31,7 +31,7 @@ from gemmakit.pytorch.adapters import (
 )
 from gemmakit.pytorch.placement import parse_device
 from gemmakit.tune import report, state
-from gemmakit.tune.data import Refusals, Source, find_splits, read
+from gemmakit.tune.data import Source, find_splits, read
 from gemmakit.tune.examples import Encoder, Example, Pair, Question
 from gemmakit.tune.judge import accuracy
 from gemmakit.tune.objectives import NextTokens, Objective, Preferences, reference_logprobs
@@ -155,13 +155,8 @@ def _encoded(settings: TuneSettings, encoder: Encoder, rows: Any) -> list[Any]:
 
 
 def _questions(encoder: Encoder, source: Source, settings: TuneSettings) -> list[Question]:
-    refused, found = Refusals(), list[Question]()
-    for row in source.rows[: settings.judge_rows]:
-        question = encoder.question(row)
-        if question is not None:
-            found.append(question)
-    refused.end()
-    return found
+    made = map(encoder.question, source.rows[: settings.judge_rows])
+    return [question for question in made if question is not None]
 
 
 def _check_amount(settings: TuneSettings, rows: int) -> None:

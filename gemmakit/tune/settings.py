@@ -110,7 +110,7 @@ class TuneSettings:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str) -> TuneSettings:
-        """Raises InputError for a key that there is not, naming the closest, and for what is missing."""
+        """Raises InputError for a key that there is not, naming those there are, and for what is missing."""
         names = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(values.keys() - names)
         if unknown:

@@ -38,9 +38,12 @@ def load(folder: Path) -> State | None:
     if not (folder / NAME).is_file():
         return None
     file = SafetensorsFile(folder / NAME)
-    told: dict[str, Any] = json.loads(file.metadata.get("gemmakit.tune", "{}"))
-    if not {"step", "skipped"} <= told.keys():
-        raise CheckpointError(f"{folder / NAME} is not a state that gemmakit tune saved.")
+    try:
+        told: Any = json.loads(file.metadata.get("gemmakit.tune", "{}"))
+    except ValueError:
+        told = None
+    if not isinstance(told, dict) or not {"step", "skipped"} <= told.keys():
+        raise CheckpointError(f"{folder / NAME} is not a state that gemmakit tune saved: begin anew with --overwrite.")
     try:
         tensors = {name: file.tensor(name, "pt", "cpu").clone() for name in file.tensors}
     finally:

@@ -77,6 +77,7 @@ def test_refusals_are_one_line_and_write_nothing(said, tiny, rows, tmp_path):
         ((tiny, rows, "--out", out, "--full", "--dora"), "leave --dora out"),
         ((tiny, rows, "--out", out, "--columns", "prompt"), "prompt=question"),
         ((tiny, rows, "--out", out, "--resume"), "the folder of the run alone"),
+        ((tmp_path, "--resume", "--dry-run"), "the folder of the run alone"),
         ((tmp_path, "--resume"), "no run to go on with"),
         ((tiny, tmp_path / "none.jsonl", "--out", out), "neither a file nor a folder"),
         (("--config", bad, "--out", out), "not valid TOML"),

@@ -163,6 +163,9 @@ def test_a_thought_before_calls_goes_back_to_the_model_in_every_dialect(thinker:
     }
     told = thinker.post("/v1/responses", input=[*ASK, item, *calls, *outputs], max_output_tokens=1).json()
     assert told["usage"]["input_tokens"] == count
+    abandoned = thinker.post("/v1/responses", input=[item, *ASK, *calls, *outputs], max_output_tokens=1).json()
+    plain = thinker.post("/v1/responses", input=[*ASK, *calls, *outputs], max_output_tokens=1).json()
+    assert abandoned["usage"]["input_tokens"] == plain["usage"]["input_tokens"]  # a thought is of its own turn
 
 
 # -- calls that must be made -------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import sys
 import threading
@@ -144,6 +145,20 @@ def test_what_was_refused_and_who_left_say_so(traced: Collected):
 
     span, _ = traced.of(leave)
     assert span.attributes["error.type"] == "left" and span.attributes["gen_ai.response.finish_reasons"] == ("left",)
+
+
+def test_what_nobody_expected_is_the_server_s_error(traced: Collected):
+    async def broken(*_: Any) -> None:
+        raise RuntimeError("broken")
+
+    made = tracing.Tracing(broken, tracing.find_tracer(), traced.server.service)
+    scope = {"type": "http", "path": "/v1/completions", "method": "POST", "headers": []}
+    traced.exporter.clear()
+    with pytest.raises(RuntimeError):
+        asyncio.run(made(scope, None, None))
+    (span,) = traced.exporter.get_finished_spans()
+    assert (span.attributes["http.response.status_code"], span.attributes["error.type"]) == (500, "500")
+    assert span.status.status_code == StatusCode.ERROR
 
 
 def test_only_what_asks_the_model_is_traced(traced: Collected):

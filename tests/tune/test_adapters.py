@@ -210,6 +210,25 @@ def test_a_pickle_is_never_opened(tmp_path):
         load_adapter(tiny(), tmp_path / "nowhere")
 
 
+def test_a_model_with_an_adapter_is_not_saved_as_one_without(tmp_path):
+    model = tiny()
+    add_adapter(model, LoraConfig(r=2))
+    with pytest.raises(InputError, match=r"save_adapter.*merge_adapter"):
+        model.save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "changes", [{"target_modules": "["}, {"rank_pattern": {"(": 2}}, {"rank_pattern": {"q_proj": 0}}]
+)
+def test_settings_of_a_file_that_mean_nothing_are_refused(tmp_path, changes):
+    saved(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(InputError, match=r"regular expression|rank_pattern"):
+        load_adapter(tiny(), tmp_path)
+
+
 def test_codes_refuse_to_be_merged_with_the_remedy(tmp_path):
     import gemmakit
 

@@ -11,6 +11,7 @@ from gemmakit.errors import NumericalError
 from gemmakit.pytorch.loss import row_logprobs
 from gemmakit.tune import TuneSettings
 from gemmakit.tune.batches import Order, packs
+from gemmakit.tune.judge import SPARE_TOKENS, parts
 from gemmakit.tune.optimizer import Optimizer, learning_rate, rounded_at_random
 from gemmakit.tune.run import prepare
 from gemmakit.tune.train import MAX_SKIPPED, Trainer
@@ -211,3 +212,13 @@ def test_frozen_parameters_stay_and_the_rest_moves(tiny, chats):
     assert moved and moved == set(found.trained)
     assert not [n for n in moved if "embed_tokens" in n or ".layers.0." in n]
     assert gemmakit.GemmaForCausalLM.from_pretrained(tiny).config.tie_word_embeddings
+
+
+def test_no_question_shortens_the_answer_to_another():
+    prompts, answers = [100, 20, 90, 5, 5], [3, 60, 2, 110, 1]
+    asked = list(parts(prompts, answers, 128))
+    assert sorted(i for part in asked for i in part) == [0, 1, 2, 3, 4]
+    for part in asked:
+        widest = max(prompts[i] for i in part) + max(answers[i] for i in part) + SPARE_TOKENS
+        assert len(part) == 1 or widest <= 128
+    assert len(asked) < len(prompts)

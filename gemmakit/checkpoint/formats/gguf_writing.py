@@ -107,6 +107,11 @@ def write_gguf_adapter(path: Name, config: GemmaConfig, alpha: float, tensors: M
     "blk.0.attn_q.weight.lora_a" (r, I) and "....lora_b" (O, r). Raises as `write_gguf`.
     """
     path = Path(path).expanduser()
+    if config.kind.gguf_architecture is None:
+        raise ConfigError(
+            f"there is no GGUF form of {config.kind.title} to put an adapter beside: gemmakit merge makes it part of "
+            "the model."
+        )
     metadata: dict[str, Any] = {"general.architecture": config.kind.gguf_architecture, "general.type": "adapter"}
     metadata |= {"adapter.type": "lora", "adapter.lora.alpha": float(alpha), "general.name": path.stem}
     items = [

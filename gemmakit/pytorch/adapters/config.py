@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
-from gemmakit.checks import FLAG, Real, Whole, check_fields
+from gemmakit.checks import FLAG, Real, Whole, check, check_fields
 from gemmakit.errors import InputError
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -32,7 +32,8 @@ class LoraConfig:
     whole name, or "all-linear": every projection but the head. use_dora: the columns' length is learnt apart from their
     direction. rank_pattern, alpha_pattern: other numbers for modules whose names end so.
 
-    Raises InputError for numbers out of range. Sources: arXiv:2106.09685, arXiv:2312.03732, arXiv:2402.09353.
+    Raises InputError for numbers out of range and for what is no regular expression.
+    Sources: arXiv:2106.09685, arXiv:2312.03732, arXiv:2402.09353.
     """
 
     r: Annotated[int, Whole(1)] = 16
@@ -46,6 +47,15 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, InputError)
+        for key, r in self.rank_pattern:
+            check(f"rank_pattern[{key!r}]", r, Whole(1), InputError)
+        for key, alpha in self.alpha_pattern:
+            check(f"alpha_pattern[{key!r}]", alpha, Real(0, above=True), InputError)
+        expressions = [key for key, _ in (*self.rank_pattern, *self.alpha_pattern)]
+        if isinstance(self.target_modules, str):
+            expressions.append(self.target_modules)
+        for expression in expressions:
+            _check_expression(expression)
 
     def rank(self, name: str) -> int:
         return next((r for key, r in self.rank_pattern if _ends(key, name)), self.r)
@@ -92,6 +102,13 @@ class LoraConfig:
         known["target_modules"] = targets if isinstance(targets, str) else tuple(sorted(targets))
         known |= {key: tuple(dict(known.get(key, {})).items()) for key in ("rank_pattern", "alpha_pattern")}
         return cls(**known)
+
+
+def _check_expression(text: str) -> None:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise InputError(f"{text!r} is no regular expression for names of modules: {error}.") from None
 
 
 def _ends(pattern: str, name: str) -> bool:

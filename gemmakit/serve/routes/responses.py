@@ -89,7 +89,8 @@ def _messages(body: ResponsesRequest) -> list[Message]:
             continue
         message = _message(item, place)
         if message.role == "assistant" and thought:
-            message.reasoning, thought = thought, ""
+            message.reasoning = thought
+        thought = ""  # of the turn it stands in, not of a later one
         last = found[-1] if found else None
         # Calls are items of their own, and yet of the turn in which they were made.
         if message.tool_calls and not message.reasoning and last is not None and last.role == "assistant":
