@@ -27,7 +27,7 @@ from gemmakit.pytorch.decode.generate import GenerationMixin
 from gemmakit.pytorch.fused import layers_plan
 from gemmakit.pytorch.kernels import linear_plan
 from gemmakit.pytorch.layers import Linear
-from gemmakit.pytorch.loss import IGNORED_LABEL, causal_loss, check_labels, chunked_loss, next_labels
+from gemmakit.pytorch.loss import IGNORED_LABEL, causal_loss, check_labels, chunked_loss, next_labels, warn_of_nothing
 from gemmakit.pytorch.model import GemmaModel
 from gemmakit.pytorch.pretrained import GemmaPreTrainedModel
 from gemmakit.pytorch.quantize import QuantizedLinear
@@ -124,6 +124,8 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
         )
         hidden = out.last_hidden_state
         targets = None if labels is None else next_labels(labels, attention_mask, position_ids)
+        if targets is not None and num_items_in_batch is None:
+            warn_of_nothing(targets)
         kept = _kept(logits_to_keep)
         hidden, targets = hidden[:, kept, :], None if targets is None else targets[:, kept]
         if loss_chunk_size is not None:
@@ -372,6 +374,7 @@ def sequence_loss(logits: Tensor, labels: Tensor, problem: str | None) -> Tensor
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    warn_of_nothing(labels)
     return F.cross_entropy(logits.float(), labels.to(logits.device, torch.long), ignore_index=IGNORED_LABEL)
 
 

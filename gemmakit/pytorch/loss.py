@@ -8,6 +8,7 @@ Source of the idea, gradients computed with the loss: Liger Kernel, arXiv:2410.1
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,6 +37,16 @@ def causal_loss(
         return F.cross_entropy(flat, target, ignore_index=IGNORED_LABEL)
     total = F.cross_entropy(flat, target, ignore_index=IGNORED_LABEL, reduction="sum")
     return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
+
+
+def warn_of_nothing(targets: Int[Tensor, "*any"]) -> None:
+    """Say that a mean over no target is NaN, which the next step would spread over every weight."""
+    if not torch.compiler.is_compiling() and not bool((targets != IGNORED_LABEL).any()):
+        warnings.warn(
+            f"nothing is left to learn: every target is {IGNORED_LABEL}, so the mean loss is NaN. Leave the batch out, "
+            "or pass num_items_in_batch to sum over several.",
+            stacklevel=4,
+        )
 
 
 def next_labels(

@@ -1,5 +1,7 @@
 """What is learnt from rows does not depend on how they are laid out: padded on either side, packed, or in parts."""
 
+import warnings
+
 import pytest
 import torch
 import transformers
@@ -145,3 +147,19 @@ def test_a_mask_over_past_tokens_hides_by_its_last_columns():
     labels = torch.tensor([[5, 6, 7]])
     mask = torch.tensor([[0, 1, 0, 1, 1]])
     assert next_labels(labels, mask).tolist() == [[-100, 7, -100]]
+
+
+@pytest.mark.parametrize("kind", ["GemmaForCausalLM", "GemmaForTokenClassification", "GemmaForSequenceClassification"])
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_a_mean_over_nothing_is_said(kind, chunk):
+    """transformers gives NaN and is silent; a sum over several batches is no such mean."""
+    model, ids = tiny(kind=getattr(gemmakit, kind)), torch.cat(rows())[None]
+    causal = kind == "GemmaForCausalLM"
+    labels = torch.full((1,) if kind.endswith("SequenceClassification") else ids.shape, -100)
+    how = dict(loss_chunk_size=chunk) if causal else {}
+    with pytest.warns(UserWarning, match="nothing is left to learn: every target is -100"):
+        assert model(ids, labels=labels, **how).loss.isnan()
+    if causal:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert model(ids, labels=labels, num_items_in_batch=3, **how).loss == 0
