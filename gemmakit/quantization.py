@@ -18,6 +18,7 @@ STORAGE_DTYPES = ("uint8", "int8", "float16", "bfloat16", "float32", "float64")
 QUANT_TYPES = ("fp4", "nf4")
 GROUP_SIZES = (32, 128)
 _EMBEDDING, _HEAD, _CLASSIFIER = "embed_tokens", "lm_head", "score"
+_TABLE = "embed_tokens_per_layer"  # read by row, as an embedding that is not also the head
 
 
 class _ModuleNames:
@@ -180,6 +181,8 @@ class WeightOnlyConfig:
         last = module.rpartition(".")[2]
         if last == _CLASSIFIER or self.keeps(module):
             return None
+        if last == _TABLE:
+            return self.layout(head=True)
         if last not in (_EMBEDDING, _HEAD):
             return self.layout(head=False)
         if tied and any(map(self.keeps, (_EMBEDDING, f"model.{_EMBEDDING}", _HEAD))):

@@ -15,7 +15,7 @@ import torch
 
 from gemmakit.bench import STARTED
 from gemmakit.bench.timing import Work, anonymous_bytes, decode_key, filled, memory, prompt_ids, rates, seconds
-from gemmakit.checkpoint.layout import tensor_shapes
+from gemmakit.checkpoint.layout import SCALAR, tensor_shapes
 from gemmakit.checkpoint.memory import free_memory_bytes
 from gemmakit.config import GemmaConfig
 from gemmakit.dtypes import dtype_name
@@ -38,7 +38,7 @@ TINY: dict[str, Any] = dict(hidden_size=96, intermediate_size=320, num_hidden_la
 STD = 0.02
 POOL = 16_777_213  # draws that are repeated; a prime, so that no two rows are alike
 WINDOW = 512  # tokens that quality reads together, <bos> included
-EMBEDDING, HEAD = "model.embed_tokens.", "lm_head."
+EMBEDDING, HEAD, TABLE = "model.embed_tokens.", "lm_head.", "model.embed_tokens_per_layer."
 
 
 # -- the model ---------------------------------------------------------------------------------------------------------
@@ -77,23 +77,26 @@ def load(
 def random_model(
     config: GemmaConfig, dtype: torch.dtype, device: torch.device, quantization: Any = None
 ) -> GemmaForCausalLM:
-    """Weights from N(0, 0.02), norms zero, made on the device one after another and quantized at once: never all twice.
+    """Weights from N(0, 0.02), made on the device one after another and quantized at once: never all twice.
 
-    The same `POOL` draws are repeated: drawing all of a 7B would take a CPU minutes, and no speed depends on it.
+    Norms multiply by 1. The same `POOL` draws are repeated: drawing all of a 7B would take a CPU minutes, and no speed
+    depends on it.
     """
     with torch.device("meta"):
         model = GemmaForCausalLM(config)
     quantizer = quantizer_for(config, quantization, HEADS)
     pool = torch.empty(POOL, device=device).normal_(0.0, STD).to(dtype)
     tied = model.tied_weights if config.tie_word_embeddings else {}
-    for name, like in list(model.named_parameters(remove_duplicate=False)):
+    for name, like in list(model.state_dict().items()):
         if name not in tied:
-            tensor = torch.zeros(like.shape, dtype=dtype, device=device)
+            norm = 1.0 - config.kind.norm_offset if name.endswith("norm.weight") else 0.0
+            start = 1.0 if name.endswith(SCALAR) else norm
+            tensor = torch.full(like.shape, start, dtype=dtype, device=device)
             if tensor.ndim > 1:
                 for part in tensor.view(-1).split(len(pool)):
                     part.copy_(pool[: len(part)])
             if not replace_with_quantized(quantizer, model, name, tensor, device, dtype):
-                assign(model, name, torch.nn.Parameter(tensor))
+                assign(model, name, tensor)
     model._set_quantizer(quantizer)
     complete(model, [], dtype, device)
     return model.eval()
@@ -106,12 +109,12 @@ def weights_read(model: GemmaForCausalLM) -> dict[str, Any]:
     """weight_bytes that a decoding step reads, head_bytes of them and head_dtype.
 
     Counted over the model's own tensors, in the format they are in: codes, scales and zeros of packed weights too. Of
-    an embedding table that is not also the head only a row is read, which is left out.
+    an embedding table that is not also the head, all layers' own one too, only a row is read, which is left out.
     """
     tensors = model.state_dict()
     head = {n: t for n, t in tensors.items() if n.startswith(HEAD)}
     head = head or {n: t for n, t in tensors.items() if n.startswith(EMBEDDING)}
-    layers = sum(t.nbytes for n, t in tensors.items() if not n.startswith((HEAD, EMBEDDING)))
+    layers = sum(t.nbytes for n, t in tensors.items() if not n.startswith((HEAD, EMBEDDING, TABLE)))
     head_bytes = sum(t.nbytes for t in head.values())
     dtype = next(t.dtype for n, t in head.items() if n.endswith("weight"))
     return {
@@ -123,7 +126,9 @@ def linear_weights(config: GemmaConfig) -> int:
     """Elements of the projections of all layers, without the head."""
     shapes = tensor_shapes(config)
     return sum(
-        prod(shape) for name, shape in shapes.items() if len(shape) > 1 and not name.startswith((EMBEDDING, HEAD))
+        prod(shape)
+        for name, shape in shapes.items()
+        if len(shape) > 1 and not name.startswith((EMBEDDING, HEAD, TABLE))
     )
 
 

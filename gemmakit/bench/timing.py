@@ -151,8 +151,7 @@ def above_zero(took_s: float) -> float:
 
 def filled(torch: Any, model: Any, cache: Any, context: int) -> Any:
     """The cache with random keys and values for `context` tokens."""
-    for layer in range(model.config.num_hidden_layers):
-        spec = model.config.layer(layer)
+    for layer, spec in enumerate(model.config.kv_layers()):
         shape = (1, spec.num_key_value_heads, context, spec.head_dim)
         k, v = (torch.randn(shape, dtype=model.dtype, device=model.device) for _ in "kv")
         cache.update(k, v, layer)

@@ -139,9 +139,9 @@ def memory(config: GemmaConfig, architecture: str | None = None) -> dict[str, di
 
 def _quantized_bytes(name: str, shape: tuple[int, ...], group: int | None) -> int:
     module = name.rpartition(".")[0]
-    if name.endswith(".weight") and module.endswith(("embed_tokens", "lm_head")):
+    if name.endswith(".weight") and module.endswith(("embed_tokens", "embed_tokens_per_layer", "lm_head")):
         group = None
-    elif not (name.endswith(".weight") and module.endswith("_proj")):
+    elif not name.endswith(".weight") or len(shape) != 2:
         return 2 * prod(shape)
     rows, columns = shape
     if group is None:

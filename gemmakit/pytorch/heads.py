@@ -21,6 +21,7 @@ from gemmakit.outputs import (
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
+from gemmakit.pytorch import per_layer
 from gemmakit.pytorch.attention import capped
 from gemmakit.pytorch.cache import Cache, counted_positions
 from gemmakit.pytorch.decode.generate import GenerationMixin
@@ -60,6 +61,8 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
         plan["seams"] = str(layers_plan(self.model.layers))
         layer = self.model.layers[0]
         matrices = {name.split(".")[-1]: m for name, m in layer.named_modules() if name.endswith("_proj")}
+        for table in per_layer.tables(self):
+            plan[per_layer.TABLE] = per_layer.plan(table)
         for name, module in {**matrices, "lm_head": self.lm_head}.items():
             if isinstance(module, QuantizedLinear | Linear):
                 weight = module.packed if isinstance(module, QuantizedLinear) else module.weight

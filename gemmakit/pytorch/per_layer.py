@@ -47,6 +47,18 @@ def layer_parts(config: GemmaConfig) -> dict[str, nn.Module]:
     }
 
 
+def tables(model: nn.Module) -> list[Any]:
+    """The tables of a model: one where layers have embeddings of their own, else none."""
+    return [module for name, module in model.named_modules() if name.rpartition(".")[2] == TABLE]
+
+
+def plan(table: Any) -> str:
+    """Where its rows are read, in words."""
+    held = sum(t.nbytes for t in (*table.parameters(), *table.buffers()))
+    where = "the mapped file, which is not brought into memory" if getattr(table, "stays_in_file", False) else "memory"
+    return f"a row a token of {held / 1e9:.2f} GB, from {where}"
+
+
 def token_inputs(model: Any, ids: Int[Tensor, "B S"]) -> Float[Tensor, "B S L P"]:
     """The tokens' part, from the table. Raises TokenOutOfRange."""
     table, L = getattr(model, TABLE), len(model.layers)

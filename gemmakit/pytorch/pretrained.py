@@ -26,6 +26,7 @@ from gemmakit.generation import GenerationConfig
 from gemmakit.gguf import read_gguf_header
 from gemmakit.gguf_settings import matrices_dtype
 from gemmakit.hub import HubOptions, find_gguf, push_saved, refuse_code
+from gemmakit.pytorch import per_layer
 from gemmakit.pytorch.attention import implementation
 from gemmakit.pytorch.methods import ModelMethods, assign
 from gemmakit.pytorch.placement import DeviceMap, MaxMemory, one_device, spread
@@ -315,8 +316,19 @@ def wanted_shapes(model: GemmaPreTrainedModel) -> dict[str, tuple[int, ...]]:
 
 
 def _enter(model: nn.Module, mapped: set[int]) -> None:
-    """Bring in what the model keeps at addresses of the mapped file from now on, beside whatever comes next."""
-    kept = [t for t in (*model.parameters(), *model.buffers()) if t.device.type == "cpu" and t.data_ptr() in mapped]
+    """Bring in what the model keeps at addresses of the mapped file from now on, beside whatever comes next.
+
+    A table of which a step reads a row a token stays in the file.
+    """
+    by_row = {id(t): module for module in per_layer.tables(model) for t in (*module.parameters(), *module.buffers())}
+    kept: list[torch.Tensor] = []
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type != "cpu" or tensor.data_ptr() not in mapped:
+            continue
+        if id(tensor) in by_row:
+            by_row[id(tensor)].stays_in_file = True
+        else:
+            kept.append(tensor)
     pieces = dict.fromkeys((t.data_ptr(), t.nbytes) for t in kept if t.nbytes)
     if pieces:
         fault_in(list(pieces), kept)

@@ -51,11 +51,16 @@ def calibrate(
         report: called with the name of each layer that is done.
 
     Raises:
-        InputError: ids of another shape.
+        InputError: ids of another shape; Gemma 4.
         NumericalError: activations that are not finite.
     """
     if ids.dim() != 2 or not ids.numel() or ids.is_floating_point():
         raise InputError(f"calibration_ids is {ids.dtype} of shape {tuple(ids.shape)}; it must be ids of shape (R, S).")
+    if model.config.kind.layer_scalar:
+        raise InputError(
+            f"{model.config.kind.title} is not calibrated on a text here, as its layers read each other's keys: "
+            "quantize without calibration."
+        )
     base = model.base_model
     prefix = "" if base is model else f"{model.base_model_prefix}."
     calls = _first_calls(base, ids.to(model.device))
