@@ -218,14 +218,27 @@ def test_a_model_with_an_adapter_is_not_saved_as_one_without(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_a_rank_that_the_matrices_have_not_is_refused_before_memory_is_taken_for_it(tmp_path):
+    saved(tmp_path, r=10**13)
+    with pytest.raises(InputError, match="says rank 10000000000000"):
+        load_adapter(tiny(), tmp_path)
+
+
 @pytest.mark.parametrize(
-    "changes", [{"target_modules": "["}, {"rank_pattern": {"(": 2}}, {"rank_pattern": {"q_proj": 0}}]
+    "changes",
+    [
+        {"target_modules": "["},
+        {"target_modules": 5},
+        {"rank_pattern": {"(": 2}},
+        {"rank_pattern": {"q_proj": 0}},
+        {"rank_pattern": ["q_proj"]},
+    ],
 )
 def test_settings_of_a_file_that_mean_nothing_are_refused(tmp_path, changes):
     saved(tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-    with pytest.raises(InputError, match=r"regular expression|rank_pattern"):
+    with pytest.raises(InputError, match=r"regular expression|rank_pattern|target_modules"):
         load_adapter(tiny(), tmp_path)
 
 

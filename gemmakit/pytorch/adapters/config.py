@@ -99,9 +99,18 @@ class LoraConfig:
             )
         known = {key: value for key, value in values.items() if key in fields and value is not None}
         targets = known.get("target_modules", PROJECTIONS)
+        if not isinstance(targets, str) and not _all_text(targets):
+            raise InputError(f"{where}: target_modules is {targets!r:.60}; it must be a text or a list of texts.")
+        for key in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(known.get(key, {}), dict):
+                raise InputError(f"{where}: {key} is {known[key]!r:.60}; it must map names of modules to numbers.")
         known["target_modules"] = targets if isinstance(targets, str) else tuple(sorted(targets))
         known |= {key: tuple(dict(known.get(key, {})).items()) for key in ("rank_pattern", "alpha_pattern")}
         return cls(**known)
+
+
+def _all_text(values: Any) -> bool:
+    return isinstance(values, list | tuple) and all(isinstance(value, str) for value in values)
 
 
 def _check_expression(text: str) -> None:

@@ -19,7 +19,7 @@ from gemmakit.errors import CheckpointError, InputError, UnsafeFile
 from gemmakit.files import read_json_object, write_text
 from gemmakit.pytorch.adapters.config import LoraConfig
 from gemmakit.pytorch.adapters.modules import Adapter
-from gemmakit.pytorch.adapters.place import adapters_of, add_adapter
+from gemmakit.pytorch.adapters.place import adapters_of, add_adapter, targets_of
 from gemmakit.pytorch.methods import ModelMethods
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -48,6 +48,7 @@ def load_adapter(model: ModelMethods, folder: Name) -> LoraConfig:
     """
     folder = Path(folder).expanduser()
     config, stored = _read(folder)
+    _check_ranks(model, config, stored, str(folder))
     add_adapter(model, config)
     for name, adapter in adapters_of(model).items():
         _check_base(name, adapter, stored.pop(f"{_PREFIX}{name}.base_layer.weight", None), str(folder))
@@ -126,6 +127,17 @@ def _check_base(name: str, adapter: Adapter, weight: Tensor | None, where: str) 
         raise InputError(
             f"the adapter {where} brings a weight of {name} that is not this model's, {tuple(weight.shape)} where it "
             f"has {tuple(own.shape)}: it was made for another model, or for one whose vocabulary was resized."
+        )
+
+
+def _check_ranks(model: ModelMethods, config: LoraConfig, stored: dict[str, Tensor], where: str) -> None:
+    """Before anything is made by them: a settings file may name any number."""
+    held = max((t.shape[0] for key, t in stored.items() if ".lora_A" in key or ".lora_embedding_A" in key), default=0)
+    named = max(map(config.rank, targets_of(model, config)))
+    if named > held:
+        raise InputError(
+            f"the adapter {where} is damaged: {CONFIG} says rank {named}, and the matrices of {WEIGHTS} have at most "
+            f"{held}. Download or save it again."
         )
 
 

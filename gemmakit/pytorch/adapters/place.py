@@ -20,7 +20,7 @@ def add_adapter(model: ModelMethods, config: LoraConfig) -> list[str]:
     if adapters_of(model):
         raise InputError("the model has an adapter already: merge_adapter it first, or load the model again.")
     modules: dict[str, nn.Module] = dict(model.named_modules())
-    names = _targets(model, modules, config)
+    names = targets_of(model, config)
     model.requires_grad_(False)
     for name in names:
         module, r, scaling = modules[name], config.rank(name), config.scaling(name)
@@ -36,8 +36,9 @@ def add_adapter(model: ModelMethods, config: LoraConfig) -> list[str]:
     return names
 
 
-def _targets(model: ModelMethods, modules: dict[str, nn.Module], config: LoraConfig) -> list[str]:
-    head = model.get_output_embeddings()
+def targets_of(model: ModelMethods, config: LoraConfig) -> list[str]:
+    """The names of the modules that `config` puts an adapter around. Raises InputError where there is none."""
+    modules, head = dict(model.named_modules()), model.get_output_embeddings()
     if config.target_modules == ALL_LINEAR:
         return [name for name, module in modules.items() if isinstance(module, nn.Linear) and module is not head]
     names = [name for name in modules if name and config.targets(name)]
