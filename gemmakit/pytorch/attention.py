@@ -431,12 +431,17 @@ class GemmaAttention(nn.Module):
         shared: SharedKeys | None = None,
     ) -> tuple[Float[Tensor, "B S D"], Float[Tensor, "B N S T"] | None]:
         """What the layer adds and, when asked, the weights. shared: where layers leave keys and values for others."""
-        q = self.q_proj(hidden_states)
-        k = None if self.k_proj is None else self.k_proj(hidden_states)
-        v = k if self.v_proj is None else self.v_proj(hidden_states)
+        q, k, v = self.project(hidden_states)
         arguments = (position_embeddings, visible, past_key_values, cache_position, output_attentions, shared)
         out, weights = self.attend(q, k, v, *arguments)
         return self.o_proj(out), weights
+
+    def project(
+        self, x: Float[Tensor, "B S D"]
+    ) -> tuple[Float[Tensor, "B S NH"], Float[Tensor, "B S KH"] | None, Float[Tensor, "B S KH"] | None]:
+        """Queries, keys and values before norms and rotation; None for keys and values of another layer."""
+        k = None if self.k_proj is None else self.k_proj(x)
+        return self.q_proj(x), k, k if self.v_proj is None else self.v_proj(x)
 
     def attend(
         self,

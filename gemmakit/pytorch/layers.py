@@ -187,8 +187,9 @@ class LayerParts(NamedTuple):
     act_fn: Callable[[Tensor], Tensor]
 
     def projections(self) -> list[tuple[str, Any]]:
-        """Each by its name."""
-        return [(name, module) for name, module in zip(self._fields, self, strict=True) if name.endswith("_proj")]
+        """Each by its name, of those that the layer has."""
+        named = zip(self._fields, self, strict=True)
+        return [(name, module) for name, module in named if name.endswith("_proj") and module is not None]
 
     def norm_modules(self) -> list[tuple[str, Any]]:
         """Each by its name: the layer's, then those of heads."""

@@ -78,7 +78,7 @@ class GemmaDecoderLayer(nn.Module):
         x, told = hidden_states, (position_embeddings, visible, past_key_values, cache_position)
         fused = fused_layer(self, x, output_attentions)
         if fused is not None:
-            x, weights = fused(x, *told), None
+            x, weights = fused(x, *told, shared), None
         else:
             before, after, before_mlp, after_mlp = self.norms()
             attended, weights = self.self_attn(before(x), *told, output_attentions, shared)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gemmakit.pytorch.attention import attend_pages, attends_pages, native_obstacle
+from gemmakit.pytorch.attention import SharedKeys, attend_pages, attends_pages, native_obstacle
 from gemmakit.pytorch.cache.core import Cache
 from gemmakit.pytorch.cache.paged import PagedCache
 from gemmakit.pytorch.fused.reference import MAX_ROWS, FusedLayer, writable
@@ -44,7 +44,7 @@ def fuse(parts: LayerParts, x: Tensor) -> FusedLayer | str:
         if found:
             return f"{name} is {found}"
     for name, norm in parts.norm_modules():
-        if norm.weight.dtype not in cpu.FORMATS:
+        if norm.weight is not None and norm.weight.dtype not in cpu.FORMATS:
             return f"{name} is in {norm.weight.dtype}"
     return NativeLayer(parts, x.dtype)
 
@@ -52,7 +52,9 @@ def fuse(parts: LayerParts, x: Tensor) -> FusedLayer | str:
 class Stack:
     """Projections that share their input, as one native call takes them."""
 
-    def __init__(self, *modules: nn.Module):
+    def __init__(self, *parts: nn.Module | None):
+        """None for a projection that the layer does without."""
+        modules = [module for module in parts if module is not None]
         weights = [(weight_of(m), m.bias) for m in modules]
         self.fastest = _matrices([cpu.matrix(weight, bias) for weight, bias in weights])  # type: ignore[arg-type]
         self.invariant = _matrices([cpu.matrix(w, b, getattr(w, "activation_bits", 0)) for w, b in weights])  # type: ignore[arg-type]
@@ -101,7 +103,7 @@ class NativeLayer(FusedLayer):
         return self.bytes or is_batch_invariant()
 
     def _decision(self) -> Decision:
-        why = native_obstacle(self.parts.self_attn)
+        why = _obstacle(self.parts.self_attn)
         attention = f", attention by torch ({why})" if why else ""
         if is_batch_invariant():
             return Decision(f"{cpu.decision()}{attention}, without gradients, any number of rows alike")
@@ -110,9 +112,9 @@ class NativeLayer(FusedLayer):
 
     def norm_qkv(
         self, x: Float[Tensor, "B S D"]
-    ) -> tuple[Float[Tensor, "B S NH"], Float[Tensor, "B S KH"], Float[Tensor, "B S KH"]]:
-        q, k, v = self._norm_project(x, self.norms.before_attention, self.qkv)
-        return q, k, v
+    ) -> tuple[Float[Tensor, "B S NH"], Float[Tensor, "B S KH"] | None, Float[Tensor, "B S KH"] | None]:
+        q, *kv = self._norm_project(x, self.norms.before_attention, self.qkv)
+        return (q, kv[0], kv[-1]) if kv else (q, None, None)
 
     def attention_add(
         self, attended: Float[Tensor, "B S NH"], residual: Float[Tensor, "B S D"]
@@ -201,28 +203,31 @@ class NativeLayer(FusedLayer):
     def attend(
         self,
         q: Float[Tensor, "B S NH"],
-        k: Float[Tensor, "B S KH"],
-        v: Float[Tensor, "B S KH"],
+        k: Float[Tensor, "B S KH"] | None,
+        v: Float[Tensor, "B S KH"] | None,
         tables: RotaryTables,
         visible: Visibility,
         cache: Cache | None,
         cache_position: Int[Tensor, " S"] | None,
+        shared: SharedKeys | None = None,
     ) -> Float[Tensor, "B S NH"]:
         """What the native kernel does not take goes through torch, cache and all."""
         B, S, width = q.shape
         attention = self.parts.self_attn
         H = attention.head_dim
+        if k is None or v is None or _obstacle(attention):
+            return super().attend(q, k, v, tables, visible, cache, cache_position, shared)
         if isinstance(cache, PagedCache) and attends_pages(attention, q, cache):
             norms = self.q_norm, self.k_norm
             return attend_pages(attention, q, cache, new=(k, v, *tables), norms=norms)
         if B * S > cpu.MAX_ROWS:
-            return super().attend(q, k, v, tables, visible, cache, cache_position)
+            return super().attend(q, k, v, tables, visible, cache, cache_position, shared)
         sizes = (B, k.shape[2] // H, H)
         held = _plain_layer(cache, cache_position, attention, sizes, visible, S)
         past = 0 if held is None or held is NEW else int(held.length)
         last = past + S if visible.last is None else visible.last
         if held is None or not _says(visible, last) or not _fit(q, tables, held):
-            return super().attend(q, k, v, tables, visible, cache, cache_position)
+            return super().attend(q, k, v, tables, visible, cache, cache_position, shared)
         if held is NEW:
             keys, values = k.new_empty(B, sizes[1], S, H), k.new_empty(B, sizes[1], S, H)
             start, end = 0, S
@@ -272,18 +277,25 @@ def native_norm(norm: Any, dtype: torch.dtype) -> cpu.Norm:
     if norm is None:
         return cpu.Norm()
     weight = norm.weight
-    return cpu.Norm(weight.data_ptr(), cpu.FORMATS[weight.dtype], norm.eps_of(dtype), norm.gain_of(dtype))
+    return cpu.Norm(weight.data_ptr(), cpu.FORMATS[weight.dtype], norm.eps_of(dtype), norm.gain_of(dtype), norm.offset)
 
 
 # Stands for a cache layer where there is no cache: the new keys are all there are.
 NEW = object()
 
 
+def _obstacle(attention: Any) -> str:
+    """Why attention from the projections on goes through torch, as it now is; empty where it need not."""
+    if attention.kv_layer != attention.layer_idx:
+        return f"it reads the keys of layer {attention.kv_layer}"
+    return native_obstacle(attention) if attention.v_norm is None else "values are normed"
+
+
 def _plain_layer(
     cache: Any, cache_position: Tensor | None, attention: Any, sizes: tuple[int, int, int], visible: Visibility, S: int
 ) -> Any:
     """The cache layer whose buffers the kernel may write to; NEW without a cache, None where torch must attend."""
-    if native_obstacle(attention):
+    if _obstacle(attention):
         return None
     if cache is None:
         return NEW

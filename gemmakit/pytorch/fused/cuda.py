@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gemmakit.pytorch.attention import SharedKeys
 from gemmakit.pytorch.cache.core import Cache
 from gemmakit.pytorch.cache.paged import PagedCache
 from gemmakit.pytorch.fused.reference import FusedLayer, writable
@@ -35,6 +36,9 @@ def fuse(parts: LayerParts, x: Tensor) -> FusedLayer | str:
         found = misfit(module, x.dtype)
         if found:
             return f"{name} is {found}"
+    for name, norm in parts.norm_modules():
+        if norm.offset != 1.0:
+            return f"{name} multiplies by {norm.offset} + weight"
     return TritonLayer(parts, x)
 
 
@@ -138,18 +142,21 @@ class TritonLayer(FusedLayer):
     def attend(
         self,
         q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
         tables: tuple[Tensor, Tensor],
         visible: Visibility,
         cache: Cache | None,
         cache_position: Tensor | None,
+        shared: SharedKeys | None = None,
     ) -> Tensor:
         """What the kernel does not take goes through torch, cache and all.
 
         cache_position: the S places follow each other.
         """
         attention, room = self.parts.self_attn, None
+        if k is None or v is None:
+            return super().attend(q, k, v, tables, visible, cache, cache_position, shared)
         if available(self.device) and _takes(q, tables, visible, attention):
             room = _room(q, k, cache, cache_position, attention, visible)
         if room is not None:
@@ -163,7 +170,7 @@ class TritonLayer(FusedLayer):
             if cache is not None and room.places is None:
                 layer = cache.layers[attention.layer_idx]
                 layer.crop(int(layer.length) - k.shape[1])  # torch claims the places once more
-        return super().attend(q, k, v, tables, visible, cache, cache_position)
+        return super().attend(q, k, v, tables, visible, cache, cache_position, shared)
 
 
 def _operand(module: nn.Module) -> Operand:

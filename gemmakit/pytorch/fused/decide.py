@@ -139,9 +139,6 @@ class FusionDecision:
             known = weight_of(module) is not None if kind is nn.Linear else type(module) is kind
             if not known:
                 return f"{name} is a {type(module).__module__}.{type(module).__qualname__}"
-        for name, norm in parts.norm_modules():
-            if norm.offset != 1.0:
-                return f"{name} multiplies by {norm.offset} + weight"
         if isinstance(parts.act_fn, nn.Module):
             return "its activation is a module"
         elsewhere = {str(t.device) for h in self.holders for t in h.values() if t is not None} - {str(self.device)}
@@ -161,7 +158,7 @@ def _named(parts: LayerParts) -> list[tuple[str, Any, type[nn.Module]]]:
         ("self_attn", parts.self_attn, GemmaAttention),
         ("mlp", parts.mlp, GemmaMLP),
         *((name, norm, GemmaRMSNorm) for name, norm in parts.norm_modules()),
-        *((name, module, nn.Linear) for name, module in parts.projections() if module is not None),
+        *((name, module, nn.Linear) for name, module in parts.projections()),
     ]
 
 

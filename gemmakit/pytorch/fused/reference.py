@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from gemmakit.pytorch.attention import SharedKeys
 from gemmakit.pytorch.cache import Cache
 from gemmakit.pytorch.cache.core import CacheLayer
 from gemmakit.pytorch.cache.window import WindowLayer
@@ -50,31 +51,33 @@ class FusedLayer:
         visible: Visibility,
         cache: Cache | None,
         cache_position: Int[Tensor, " S"] | None,
+        shared: SharedKeys | None = None,
     ) -> Float[Tensor, "B S D"]:
-        """The whole layer."""
+        """The whole layer, but for what `per_layer` adds and the layer's scalar."""
         q, k, v = self.norm_qkv(x)
-        x = self.attention_add(self.attend(q, k, v, tables, visible, cache, cache_position), x)
+        x = self.attention_add(self.attend(q, k, v, tables, visible, cache, cache_position, shared), x)
         return self.mlp_add(self.norm_gate_up(x), x)
 
     def norm_qkv(
         self, x: Float[Tensor, "B S D"]
-    ) -> tuple[Float[Tensor, "B S NH"], Float[Tensor, "B S KH"], Float[Tensor, "B S KH"]]:
-        """NH is N * H, KH is K * H."""
-        p, normed = self.parts, self.parts.norms.before_attention(x)
-        return p.q_proj(normed), p.k_proj(normed), p.v_proj(normed)
+    ) -> tuple[Float[Tensor, "B S NH"], Float[Tensor, "B S KH"] | None, Float[Tensor, "B S KH"] | None]:
+        """NH is N * H, KH is K * H; None for keys and values of another layer."""
+        return self.parts.self_attn.project(self.parts.norms.before_attention(x))
 
     def attend(
         self,
         q: Float[Tensor, "B S NH"],
-        k: Float[Tensor, "B S KH"],
-        v: Float[Tensor, "B S KH"],
+        k: Float[Tensor, "B S KH"] | None,
+        v: Float[Tensor, "B S KH"] | None,
         tables: RotaryTables,
         visible: Visibility,
         cache: Cache | None,
         cache_position: Int[Tensor, " S"] | None,
+        shared: SharedKeys | None = None,
     ) -> Float[Tensor, "B S NH"]:
         """Norm and rotate q and k, append k and v to the cache, attend."""
-        return self.parts.self_attn.attend(q, k, v, tables, visible, cache, cache_position)[0]
+        attention = self.parts.self_attn
+        return attention.attend(q, k, v, tables, visible, cache, cache_position, shared=shared)[0]
 
     def attention_add(
         self, attended: Float[Tensor, "B S NH"], residual: Float[Tensor, "B S D"]

@@ -51,7 +51,7 @@ def normal(*shape, dtype=torch.float32, seed=0, size=1.0):
 
 
 def native_norm(w, eps=1e-6, gain=1.0):
-    return cpu.Norm(w.data_ptr(), cpu.FORMATS[w.dtype], eps, gain)
+    return cpu.Norm(w.data_ptr(), cpu.FORMATS[w.dtype], eps, gain, 1.0)
 
 
 def norm(x, w, eps, residual=None, gain=1.0):

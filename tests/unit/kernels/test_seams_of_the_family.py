@@ -1,4 +1,4 @@
-"""The fused decoding step of Gemma 2, Gemma 3 and VaultGemma against their modules: norms of heads, windows, caps."""
+"""The fused decoding step of Gemma 2 to 4 and VaultGemma against their modules: norms of heads, windows, caps."""
 
 import itertools
 import sys
@@ -27,7 +27,16 @@ SIZES = dict(vocab_size=130, hidden_size=40, intermediate_size=64, num_attention
              head_dim=12, max_position_embeddings=512, sliding_window=WINDOW, query_pre_attn_scalar=20,
              num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])  # fmt: skip
 CAPS = dict(attn_logit_softcapping=5.0, final_logit_softcapping=30.0)
-MEMBERS = {"gemma2": CAPS, "gemma3_text": {}, "vaultgemma": CAPS}
+MEMBERS = {
+    "gemma2": CAPS,
+    "gemma3_text": {},
+    "vaultgemma": CAPS,
+    "gemma4_text": dict(
+        num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2, num_kv_shared_layers=2,
+        query_pre_attn_scalar=None, global_head_dim=20, attention_k_eq_v=True, num_global_key_value_heads=1,
+        hidden_size_per_layer_input=6, vocab_size_per_layer_input=130, final_logit_softcapping=30.0,
+    ),
+}  # fmt: skip
 # Layers as released, one of each kind, with fewer tokens.
 REAL = {
     "gemma3 270M": ("gemma3_text", dict(hidden_size=640, intermediate_size=2048, num_attention_heads=4,
@@ -38,6 +47,8 @@ REAL = {
                     num_key_value_heads=4, head_dim=256, query_pre_attn_scalar=256, attn_logit_softcapping=50.0)),
 }  # fmt: skip
 everyone = pytest.mark.parametrize("member", MEMBERS)
+# Whose attention is native too: Gemma 4's values are normed, and its last layers read others' keys, which torch does.
+whole = pytest.mark.parametrize("member", [member for member in MEMBERS if not KINDS[member].v_norm])
 
 
 def model_of(member, seed=0, **changes):
@@ -118,7 +129,7 @@ def test_cached_steps_of_every_member_equal_the_modules(member, dtype, context, 
         assert far(run(), modules_only(run)) <= FAR[dtype], (B, S, kind)
 
 
-@everyone
+@whole
 @torch.no_grad()
 def test_a_cache_that_forgets_moves_its_keys_as_often_as_it_must(member, never_by_torch, modules_only):
     """A buffer is full after about 80 tokens; then what is kept goes to its beginning."""
@@ -134,7 +145,15 @@ def test_a_cache_that_forgets_moves_its_keys_as_often_as_it_must(member, never_b
     assert far(torch.cat(got, 1), expected[:, 20:]) <= FAR[torch.float32]
 
 
-@everyone
+def test_a_layer_whose_attention_torch_computes_says_why():
+    said = str(layers_plan(model_of("gemma4_text").model.layers))
+    assert "layers 0 to 1: native" in said
+    assert "attention by torch (values are normed)" in said
+    assert "layers 2 to 2: native" in said
+    assert "attention by torch (it reads the keys of layer 0)" in said
+
+
+@whole
 @pytest.mark.parametrize("kind", [DynamicCache, WindowCache])
 @torch.no_grad()
 def test_a_step_of_every_member_runs_native_and_says_so(member, kind, never_by_torch):
@@ -150,7 +169,7 @@ def test_a_step_of_every_member_runs_native_and_says_so(member, kind, never_by_t
     model(ids[:, 20:24], past_key_values=cache)
 
 
-@everyone
+@whole
 @torch.no_grad()
 def test_what_a_window_has_left_behind_is_not_read(member):
     model, ids = model_of(member, layer_types=["sliding_attention"] * 2), prompts(1, 4 * WINDOW + 2)

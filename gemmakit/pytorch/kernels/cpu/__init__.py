@@ -45,7 +45,13 @@ class Matrix(ctypes.Structure):
 class Norm(ctypes.Structure):
     """native.h's Norm; without arguments, no norm."""
 
-    _fields_ = (("weight", _POINTER), ("format", ctypes.c_int32), ("eps", _FLOAT), ("gain", _FLOAT))
+    _fields_ = (
+        ("weight", _POINTER),
+        ("format", ctypes.c_int32),
+        ("eps", _FLOAT),
+        ("gain", _FLOAT),
+        ("offset", _FLOAT),
+    )
 
 
 _LONGS = ("B", "S", "N", "K", "H", "first", "T", "start", "capacity", "table_row", "mask_row", "mask_query",

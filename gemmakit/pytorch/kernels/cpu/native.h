@@ -35,12 +35,12 @@ struct Matrix {
   const void* bias;   // (out) in x's format, or null
 };
 
-// RMSNorm: x / sqrt(mean(x^2) + eps) * (1 + w) * gain in float32, rounded once to x's format. w (width) is BF16, F16 or
+// RMSNorm: x / sqrt(mean(x^2) + eps) * (offset + w) * gain in float32, rounded once to x's format. w (width) is BF16, F16 or
 // F32.
 struct Norm {
   const void* weight;  // null for no norm
   int32_t format;
-  float eps, gain;
+  float eps, gain, offset;
 };
 
 // Attention of S new positions a row, with what is around it. q and y (B, S, N * H), k and v (B, S, K * H) have one

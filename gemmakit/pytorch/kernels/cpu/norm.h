@@ -25,7 +25,7 @@ void norm_row(const void* x, int64_t width, const Norm& norm, const void* residu
   float total = sum(add(add(squares[0], squares[1]), add(squares[2], squares[3])));
   V factor = splat(1.0f / sqrtf(total / (float)width + norm.eps)), gain = splat(norm.gain);
   for (i = 0; i < width; i += L) {
-    V scale = add(splat(1.0f), take<W>(norm.weight, i, width));
+    V scale = add(splat(norm.offset), take<W>(norm.weight, i, width));
     V normed = mul(mul(mul(take<F>(x, i, width), factor), scale), gain);
     if (residual) normed = add(rounded<F>(normed), take<F>(residual, i, width));
     give<F>(y, i, width, normed);
