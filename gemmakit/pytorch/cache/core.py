@@ -40,6 +40,8 @@ def _sizes(x: Float[Tensor, "B K T H"]) -> tuple[int, int, int]:
 class CacheLayer:
     """One layer's buffers (B, K, capacity, H), of which the first `length` positions hold something."""
 
+    forgotten = 0  # positions before those of the buffers, held no more
+
     def __init__(self, capacity: int | None):
         self.fixed = capacity
         self.length: int | Tensor = 0

@@ -230,9 +230,10 @@ class NativeLayer(FusedLayer):
             return super().attend(q, k, v, tables, visible, cache, cache_position, shared)
         if held is NEW:
             keys, values = k.new_empty(B, sizes[1], S, H), k.new_empty(B, sizes[1], S, H)
-            start, end = 0, S
+            start, end, forgotten = 0, S, 0
         else:
             keys, values, start, end = held.claim(sizes, S, k)
+            forgotten = held.forgotten
         cos, sin = tables
         y = torch.empty_like(q)
         mask, blind = visible.mask, visible.blind
@@ -266,6 +267,7 @@ class NativeLayer(FusedLayer):
             torch.get_num_threads(),
             attention.scaling,
             attention.softcap or 0.0,
+            forgotten=forgotten,
         )
         failed = self.library.gemmakit_attend(ctypes.byref(call))
         assert not failed, f"attend takes 1 to {cpu.MAX_ROWS} positions, got {B} rows of {S}"

@@ -115,7 +115,7 @@ def test_new_keys_go_to_their_pages_normed_and_turned(dtype):
     angles = torch.rand(S, H // 2) * 9
     cos, sin = (f(torch.cat((angles, angles), -1)).to(dtype) for f in (torch.cos, torch.sin))
     weights = [torch.randn(H).to(dtype) for _ in range(2)]
-    norms = [cpu.Norm(w.data_ptr(), cpu.FORMATS[dtype], 1e-6, 1.0) for w in weights]
+    norms = [cpu.Norm(w.data_ptr(), cpu.FORMATS[dtype], 1e-6, 1.0, 1.0) for w in weights]
     k, v = torch.cat(one.k), torch.cat(one.v)
     spans = [(0, 0, 9), (1, 0, 6)]
     one.store[:] = 0

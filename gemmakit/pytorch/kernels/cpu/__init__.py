@@ -70,7 +70,7 @@ class Attention(ctypes.Structure):
         *((name, ctypes.c_int32) for name in _INTS),
         *((name, _FLOAT) for name in ("scale", "softcap")),
         *((name, _POINTER) for name in ("pages", "starts", "lengths")),
-        *((name, _LONG) for name in ("page_count", "page_size", "window")),
+        *((name, _LONG) for name in ("page_count", "page_size", "window", "forgotten")),
     )
 
 

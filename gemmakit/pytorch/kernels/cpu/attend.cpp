@@ -112,8 +112,8 @@ struct Found {
 // The keys of one piece, those of a tile's p-th.
 template <int F>
 void look(const Tile& tile, int64_t p, const void* q, const float* wide_q, const Found& out) {
-  int64_t begin = (tile.from() / PIECE + p) * PIECE, to = least(begin + PIECE, tile.to());
-  int64_t from = most(begin, tile.from() / TILE * TILE);
+  int64_t begin = tile.aligned(tile.from(), PIECE) + p * PIECE, to = least(begin + PIECE, tile.to());
+  int64_t from = most(begin, tile.aligned(tile.from(), TILE));
   out.clear(tile);
   float* scores = scratch<float, 1>(tile.queries * TILE);
   Block blocks[2];
@@ -237,11 +237,11 @@ bool known(const Norm& norm) { return !norm.weight || norm_row_of<F32>(norm); }
 // Where the new tokens of rows of one length go, and what they see.
 bool in_rows(const Attention& a) {
   return a.S >= 1 && a.B * a.S <= MAX_ROWS && a.first >= 0 && a.first <= a.start && a.start + a.S <= a.T &&
-         a.T <= a.capacity && a.k && !a.window;
+         a.T <= a.capacity && a.k && !a.window && a.forgotten >= 0;
 }
 
 bool in_pages(const Attention& a) {
-  bool sound = a.page_size >= 1 && a.causal && !a.mask && !a.blind && a.window >= 0 && a.starts[0] == 0;
+  bool sound = a.page_size >= 1 && a.causal && !a.mask && !a.blind && a.window >= 0 && !a.forgotten && a.starts[0] == 0;
   for (int64_t b = 0; sound && b < a.B; b++) {
     int64_t count = a.starts[b + 1] - a.starts[b];
     sound = count >= 1 && count <= a.lengths[b] && a.lengths[b] <= a.page_count * a.page_size;

@@ -65,10 +65,12 @@ struct Tile {
   // The keys that any of its queries sees.
   int64_t from() const { return a.window ? most(row.first, row.start + s + 1 - a.window) : row.first; }
   int64_t to() const { return a.causal ? row.start + s + count : row.end; }
-  int64_t pieces() const { return (to() + PIECE - 1) / PIECE - from() / PIECE; }
+  // Where the first key of a block or piece stands that holds key t, `forgotten` ones before it counted: below 0 perhaps.
+  int64_t aligned(int64_t t, int64_t size) const { return (t + a.forgotten) / size * size - a.forgotten; }
+  int64_t pieces() const { return (aligned(to() - 1, PIECE) - aligned(from(), PIECE)) / PIECE + 1; }
 };
 
-// The keys and values of a block, each where it lies; the last stands for those behind it.
+// The keys and values of a block, each where it lies; the first and the last stand for those that are not there.
 struct Block {
   const char *keys[TILE], *values[TILE];
 
@@ -76,7 +78,7 @@ struct Block {
   void find(const Tile& tile, int64_t t, int64_t count) {
     int64_t bytes = tile.a.H * size_of<F>;
     for (int64_t i = 0; i < TILE; i++) {
-      int64_t at = place_of(tile.a, tile.row, tile.head, t + (i < count ? i : count - 1)) * bytes;
+      int64_t at = place_of(tile.a, tile.row, tile.head, most((int64_t)0, t + (i < count ? i : count - 1))) * bytes;
       keys[i] = (const char*)tile.a.keys + at, values[i] = (const char*)tile.a.values + at;
     }
   }

@@ -49,7 +49,8 @@ struct Norm {
 // where `causal`, not those after a query's own place. Where softcap is not 0, scores are capped:
 // softcap * tanh(score / softcap). mask, or null: bytes, not 0 where query s of row b may look at key t, at
 // b * mask_row + s * mask_query + t - first. blind, or null: bytes, not 0 for queries that give zeros, at
-// b * blind_row + s * blind_query.
+// b * blind_row + s * blind_query. forgotten: so many keys were there before the first and are held no more; sums are
+// taken in the order of where keys once stood.
 //
 // Where pages is not null, rows lie end to end, the new positions of row b at starts[b]..starts[b + 1], so that q, k, v,
 // y, cos and sin have starts[B] positions; keys and values are (pages, page_size, K, H). Row b holds lengths[b] tokens
@@ -65,7 +66,7 @@ struct Attention {
   int32_t format, causal, threads;
   float scale, softcap;
   const int64_t *pages, *starts, *lengths;
-  int64_t page_count, page_size, window;
+  int64_t page_count, page_size, window, forgotten;
 };
 
 // Every kernel, as DO(name, parameters, arguments). All give 0, or 1 where the arguments are outside what they take.
