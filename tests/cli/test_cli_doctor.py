@@ -222,7 +222,7 @@ def test_small_files_that_are_broken_are_problems_too(tiny, tmp_path, capsys):
     for file in tiny.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "tokenizer.model").write_bytes(b"\x0a\xff")
-    (tmp_path / "generation_config.json").write_text('{"temperature": -1}')
+    (tmp_path / "generation_config.json").write_text('{"do_sample": true, "temperature": -1}')
     report = examined(capsys, tmp_path, code=2)
     assert [problem["file"] for problem in report["problems"]] == ["generation_config.json", "tokenizer"]
     assert report["tokenizer"]["loads"] is False

@@ -136,7 +136,10 @@ def test_bfloat16_is_close_to_pytorchs_and_as_near_to_float32(member, name):
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3"])
 def test_a_stream_too_large_for_float16_is_carried_scaled(tmp_path, name):
-    """Norms of 30,000 on what enters the stream: unscaled it would pass 65,504. 2^-7 is as far as 11 bits agree."""
+    """Norms of 30,000 on what enters the stream: unscaled it would pass 65,504.
+
+    2^-6: a few roundings of 2^-11 a layer, of which the farthest logit adds up as many as the processor's sums have.
+    """
     model = make_torch(**SHAPES["gqa"], **MEMBERS[name])
     with torch.no_grad():
         for at, parameter in model.named_parameters():
@@ -148,7 +151,7 @@ def test_a_stream_too_large_for_float16_is_carried_scaled(tmp_path, name):
     out = half(ids, mask, output_hidden_states=True)
     truth = torch_run(model, ids, mask, output_hidden_states=True)
     assert float(truth.hidden_states[-2].abs().max()) > 65504
-    assert apart(out.logits, truth.logits, mask) < 2**-7
+    assert apart(out.logits, truth.logits, mask) < 2**-6
 
 
 @pytest.mark.parametrize("name", MEMBERS)

@@ -94,7 +94,7 @@ def test_dtype_is_of_the_computation_not_of_the_parameters(fresh, dtype):
 def test_outputs_read_by_name_key_and_index_and_as_a_tuple(fresh):
     ids, _ = batch()
     out = fresh(ids, output_hidden_states=True)
-    assert out.keys() == ["logits", "hidden_states"]
+    assert list(out.keys()) == ["logits", "hidden_states"]
     assert out["logits"] is out.logits is out[0]
     plain = fresh(ids, return_dict=False, past_key_values=fresh.init_cache(3, 11))
     assert [type(x) for x in plain[1:]] == [dict]

@@ -189,14 +189,15 @@ def test_packed_documents_equal_the_oracle(pair):
         assert apart(plain, theirs) > 0.01  # packing does change something here
 
 
-def test_an_all_ones_mask_turns_packing_off_as_in_the_oracle(pair):
-    """A mask says who sees whom; positions then only place. The same on every device."""
+def test_documents_stay_apart_beside_a_mask_beside_which_the_oracle_mixes_them(pair):
+    """Most collators pass a mask of ones with packed rows."""
     ids, _ = batch("none", rows=2, width=9)
     positions = torch.cat((torch.arange(5), torch.arange(4)))[None].expand(2, -1)
     asked = dict(position_ids=positions, use_cache=False)
     both = pair("gqa")
     ours, theirs = (run(m, ids, torch.ones_like(ids), **asked).logits for m in (both.ours, both.theirs))
-    assert apart(ours, theirs) < FLOAT32
+    assert apart(ours, run(both.theirs, ids, None, **asked).logits) < FLOAT32
+    assert apart(theirs, ours) > 0.01
 
 
 @pytest.mark.parametrize("keep", [1, 4, torch.tensor([0, 3, 10])], ids=["one", "four", "tensor"])

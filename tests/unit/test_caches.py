@@ -101,7 +101,7 @@ def test_another_models_cache_is_refused(model, ids, kind):
 
 
 def test_unknown_kinds_and_settings_are_refused(model):
-    with pytest.raises(InputError, match=r"no cache 'sliding'.*dynamic, static"):
+    with pytest.raises(InputError, match=r"no cache 'sliding'.*dynamic.*static"):
         new_cache("sliding", model.config, 8)
     with pytest.raises(InputError, match="quantized cache does not take 'bits'"):
         new_cache("quantized", model.config, 8, {"bits": 4})
