@@ -63,15 +63,17 @@ def calibrate(
         )
     base = model.base_model
     prefix = "" if base is model else f"{model.base_model_prefix}."
-    calls = _first_calls(base, ids.to(model.device))
-    for i, layer in enumerate(base.layers):
+    told = _calls(base, ids.to(model.device))
+    hidden = [call.hidden for call in told[0]]
+    for i, (layer, calls) in enumerate(zip(base.layers, told, strict=True)):
+        for call, entering in zip(calls, hidden, strict=True):
+            call.hidden = entering
         dtypes = {name: p.dtype for name, p in layer.named_parameters()}
         layer.float()
         name = f"{prefix}layers.{i}"
         for stage in STAGES:
             _quantize_stage(layer, stage, name, calls, quantizer)
-        for call in calls:
-            call.hidden = call.run(layer)
+        hidden = [call.run(layer) for call in calls]
         for name_, p in layer.named_parameters():
             p.data = p.data.to(dtypes[name_]) if p.is_floating_point() else p.data
         report(name)
@@ -102,23 +104,32 @@ class _Stop(Exception):
     pass
 
 
-def _first_calls(base: Any, ids: Tensor) -> list[_Call]:
-    """What the first layer is called with: hidden states in float32."""
-    calls: list[_Call] = []
+def _calls(base: Any, ids: Tensor) -> list[list[_Call]]:
+    """What each layer is called with, its own window and rotary table; no layer runs. Hidden states are the first's,
+    in float32.
+    """
+    told: list[list[_Call]] = [[] for _ in base.layers]
 
-    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append(_Call(args, kwargs))
-        raise _Stop
+    def keep(i: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+            told[i].append(_Call(args, kwargs))
+            if i + 1 == len(told):
+                raise _Stop
+            return args[0], None
 
-    handle = base.layers[0].register_forward_pre_hook(keep, with_kwargs=True)
+        return forward
+
+    for i, layer in enumerate(base.layers):
+        layer.forward = keep(i)
     try:
         for piece in ids.split(_TEXTS):
             embedded = base.embed_tokens(piece).float()
             with suppress(_Stop):
                 base(inputs_embeds=embedded, use_cache=False)
     finally:
-        handle.remove()
-    return calls
+        for layer in base.layers:
+            del layer.forward
+    return told
 
 
 def _quantize_stage(
