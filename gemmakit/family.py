@@ -175,7 +175,7 @@ KINDS: dict[str, Kind] = {
         title="Gemma 4",
         norms=_SANDWICH,
         classes=_classes("Gemma4", decoder="Gemma4Text", config="Gemma4Text", heads="Gemma4Text"),
-        gguf_architecture=None,
+        gguf_architecture="gemma4",
         defaults={
             **{name: value for name, value in _SIZES.items() if name != "query_pre_attn_scalar"},
             "vocab_size": 262144,

@@ -19,7 +19,7 @@ from gemmakit.config import GemmaConfig
 from gemmakit.errors import CheckpointError, GemmakitError
 from gemmakit.generation import GenerationConfig
 from gemmakit.gguf import read_gguf_header
-from gemmakit.gguf_settings import config_values
+from gemmakit.gguf_settings import config_values, is_setting
 from gemmakit.quantization import WeightOnlyConfig, stored_parts
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -269,6 +269,8 @@ def _as_gguf_has_it(found: Findings, path: Path) -> None:
     found.dtypes.clear()
     header = read_gguf_header(path)
     for theirs, held in header.tensors.items():
+        if is_setting(header, theirs):
+            continue
         info = TensorInfo(held.kind.name, tuple(held.shape), held.begin, held.end)
         found.tensors[released_name(theirs, header.require_gemma()) or theirs] = info
         found.dtypes[info.dtype] = found.dtypes.get(info.dtype, 0) + prod(info.shape)

@@ -24,6 +24,9 @@ PREFIX = "model."
 HEADS = ("lm_head.", "score.")
 # A table that early releases stored and that every model computes.
 COMPUTED = ("rotary_emb.inv_freq",)
+# Of layers that read the keys and values of others, whose releases store some all the same.
+_QUERY, _KEY = ".self_attn.q_proj.weight", ".self_attn.k_proj.weight"
+_KEYS = (_KEY, ".self_attn.v_proj.weight", ".self_attn.k_norm.weight")
 # Roles in `family.Kind.classes`.
 CAUSAL, SEQUENCE, TOKEN, BARE = "causal_lm", "sequence_classification", "token_classification", "model"
 
@@ -185,7 +188,9 @@ def differences(
     heads: bool = True,
     ignore_mismatched: bool = False,
 ) -> Differences:
-    """Compare what a model wants with what a file holds, name -> shape each. Tables that every model computes are none.
+    """Compare what a model wants with what a file holds, name -> shape each.
+
+    Tables that every model computes are none, nor are keys of layers that read those of others.
 
     tied: names that the model does not store -> the wanted ones that they share. heads: those may be absent or left
     over, because another class of the family wrote the file; ignore_mismatched: and be of another shape, to start anew.
@@ -200,7 +205,16 @@ def differences(
     read = {name: key for name, key in names.items() if key not in other or key in misshapen}
     absent = [name for name in wanted if name not in read]
     used = {*names.values(), *tied}
-    extra = [name for name in held if name not in used and not name.endswith(COMPUTED)]
+    without_keys = {name.removesuffix(_QUERY) for name in wanted if name.endswith(_QUERY)}
+    without_keys -= {name.removesuffix(_KEY) for name in wanted if name.endswith(_KEY)}
+
+    def never_read(name: str) -> bool:
+        owner = name.partition(".self_attn.")[0]
+        return name.endswith(COMPUTED) or bool(
+            name.endswith(_KEYS) and {owner, PREFIX + owner, owner.removeprefix(PREFIX)} & without_keys
+        )
+
+    extra = [name for name in held if name not in used and not never_read(name)]
     return Differences(
         names=read,
         missing=[name for name in absent if not free(name)],

@@ -1,6 +1,7 @@
 """The vocabulary of a tokenizer as a GGUF file holds it, both ways.
 
-GGUF holds the pieces of a SentencePiece model with their scores and types, which is all that decides ids. Two things
+GGUF holds the pieces of a SentencePiece model with their scores and types, which is all that decides ids; of Gemma 4
+the merges instead of the scores, which say the same. Two things
 are spelled otherwise there: user-defined pieces have spaces where SentencePiece has U+2581, because llama.cpp looks for
 them before it escapes spaces; and tokens that only programs should write are control pieces, which llama.cpp finds in
 text only when asked to.
@@ -14,7 +15,7 @@ from typing import Any
 
 from gemmakit.errors import CheckpointError, TokenizerError
 from gemmakit.gguf import GgufHeader, Texts, read_gguf_header, show
-from gemmakit.gguf_settings import SPECIAL_IDS, TEMPLATE, WORDS, Entry, Vocabulary, special_ids
+from gemmakit.gguf_settings import MERGED, SPECIAL_IDS, TEMPLATE, WORDS, Entry, Vocabulary, special_ids
 from gemmakit.text.vocabulary import SPACE, AddedToken
 from gemmakit.text.vocabulary_files import (
     CONTROL,
@@ -27,6 +28,7 @@ from gemmakit.text.vocabulary_files import (
     Piece,
     check_piece,
     check_text_of,
+    scores_of,
 )
 
 NAMED = ("bos", "eos", "pad", "unk", "mask")
@@ -64,14 +66,14 @@ def read_vocabulary(header: GgufHeader) -> Vocabulary:
     """Raises CheckpointError: no tokenizer, one of another kind, lists of different lengths, ids out of range."""
     header.require_gemma()
     model = header.get(f"{WORDS}model", str, "")
-    if model != "llama":
+    if model not in ("llama", MERGED):
         raise CheckpointError(
             f"{header.path} has a tokenizer of the kind {show(model)}; Gemma's is 'llama', SentencePiece pieces "
-            "with scores. Take the tokenizer from the model's own repository."
+            f"with scores, or {MERGED!r}, pieces and merges. Take the tokenizer from the model's own repository."
         )
     if header.get(f"{WORDS}add_space_prefix", bool, False):
         raise CheckpointError(f"{header.path}: {WORDS}add_space_prefix is true; Gemma's tokenizer adds no space.")
-    entries = _entries(header)
+    entries = _entries(header, merged=model == MERGED)
     special = special_ids(header)
     for name, index in special.items():
         if not 0 <= index < len(entries):
@@ -86,13 +88,29 @@ def read_vocabulary(header: GgufHeader) -> Vocabulary:
     )
 
 
-def _entries(header: GgufHeader) -> list[Entry]:
+def _entries(header: GgufHeader, merged: bool) -> list[Entry]:
+    """Pieces with the scores of the file or, merged, with those that its list of merges means."""
     texts = header.metadata.get(f"{WORDS}tokens")
     if not isinstance(texts, Texts):
         raise CheckpointError(f"{header.path} has no list {WORDS}tokens, so it holds no tokenizer.")
-    scores = _column(header, "scores", len(texts), float)
+    scores = [] if merged else _column(header, "scores", len(texts), float)
     types = _column(header, "token_type", len(texts), int)
-    return list(map(Entry, texts, scores, types))
+    if not merged:
+        return list(map(Entry, texts, scores, types))
+    score = scores_of(_merges(header))
+    pieces = enumerate(zip(texts, types, strict=True))
+    return [Entry(text, score(text, i) if kind == NORMAL else 0.0, kind) for i, (text, kind) in pieces]
+
+
+def _merges(header: GgufHeader) -> list[tuple[str, str]]:
+    merges = header.metadata.get(f"{WORDS}merges")
+    if not isinstance(merges, Texts):
+        raise CheckpointError(f"{header.path} has no list {WORDS}merges, which says how pieces are joined.")
+    pairs = [merge.partition(" ") for merge in merges]
+    wrong = next((i for i, (left, _, right) in enumerate(pairs) if not left or not right), None)
+    if wrong is not None:
+        raise CheckpointError(f"{header.path}: item {wrong} of {WORDS}merges is no pair of pieces.")
+    return [(left, right) for left, _, right in pairs]
 
 
 def _column(header: GgufHeader, key: str, count: int, kind: type) -> list[Any]:
@@ -160,6 +178,7 @@ def vocabulary_of(tokenizer: Any) -> Vocabulary:
         tokenizer.add_bos_token,
         tokenizer.add_eos_token,
         templates,
+        model.merges(),
     )
 
 

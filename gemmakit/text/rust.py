@@ -31,6 +31,7 @@ from gemmakit.text.vocabulary_files import (
     Piece,
     merges_of,
     read_json,
+    scores_of,
     vocab_of,
 )
 
@@ -172,9 +173,7 @@ class RustEngine:
                     f"piece {text!r} has the id {index}, and there are {len(texts)} pieces: ids have holes."
                 )
             texts[index] = text
-        rank: dict[str, int] = {}
-        for left, right in (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]):
-            rank.setdefault(left + right, len(rank))
+        score = scores_of(merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
         fallback, unknown = bool(model.get("byte_fallback")), model.get("unk_token")
         pieces = []
         for index, text in enumerate(texts):
@@ -184,7 +183,7 @@ class RustEngine:
                 pieces.append(Piece(byte, 0.0, BYTE))
             else:
                 kind = _kind(text, text == unknown, fallback, self.added.get(index))
-                pieces.append(Piece(text, -float(rank.get(text, len(rank) + index)) if kind == NORMAL else 0.0, kind))
+                pieces.append(Piece(text, score(text, index) if kind == NORMAL else 0.0, kind))
         return ModelFile.of_pieces(pieces, {"unk": vocab[unknown]} if unknown in vocab else {})
 
     def tokenizer_json(self, before: Sequence[int], after: Sequence[int]) -> str:

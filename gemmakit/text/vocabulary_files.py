@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -186,6 +186,14 @@ class ModelFile:
                 if text[:cut] in parts and text[cut:] in parts:
                     merges.append((text[:cut], text[cut:]))  # noqa: PERF401 (the comprehension slices twice more)
         return merges
+
+
+def scores_of(merges: Iterable[Sequence[str]]) -> Callable[[str, int], float]:
+    """Of a piece and its id, the score by which SentencePiece joins as a list of merges says, best first."""
+    rank: dict[str, int] = {}
+    for left, right in merges:
+        rank.setdefault(left + right, len(rank))
+    return lambda text, index: -float(rank.get(text, len(rank) + index))
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int, int | bytes, bytes]]:

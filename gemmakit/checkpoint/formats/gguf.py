@@ -20,7 +20,7 @@ from gemmakit.checkpoint.arrays import BITS, TensorInfo, numpy_dtype, to_jax
 from gemmakit.errors import CheckpointError
 from gemmakit.family import KINDS
 from gemmakit.gguf import MAGIC, PLAIN, GgufHeader, GgufTensor, read_gguf_header
-from gemmakit.gguf_settings import EMBEDDING, HEAD, matrices_dtype
+from gemmakit.gguf_settings import EMBEDDING, HEAD, TABLE, is_setting, matrices_dtype
 
 # The blocks that are read as numbers.
 DECODED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
@@ -32,6 +32,12 @@ _BITS = {"Q4_0": 4, "Q8_0": 8}
 # -- names -------------------------------------------------------------------------------------------------------------
 
 _WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+# Where layers have embeddings of their own.
+_WHOLE_PER_LAYER = {
+    "per_layer_token_embd": "model.embed_tokens_per_layer",
+    "per_layer_model_proj": "model.per_layer_model_projection",
+    "per_layer_proj_norm": "model.per_layer_projection_norm",
+}
 _LAYER = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -41,46 +47,64 @@ _LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_LAYER_PER_LAYER = {
+    "inp_gate": "per_layer_input_gate",
+    "proj": "per_layer_projection",
+    "post_norm": "post_per_layer_input_norm",
+}
 # A layer's norms in the order of `family.Norms`.
 _NORMS = ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")
-_THEIR_LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
-_OUR_LAYER = re.compile(r"model\.layers\.(\d+)\.([\w.]+)\.(weight|bias)")
+_THEIR_SCALAR, _OUR_SCALAR = "layer_output_scale.weight", "layer_scalar"
+_THEIR_LAYER = re.compile(r"blk\.(\d+)\.([\w.]+)")
+_OUR_LAYER = re.compile(r"model\.layers\.(\d+)\.([\w.]+)")
 
 
 @cache
-def _layer_names(model_type: str) -> dict[str, str]:
-    """Within a layer, their name -> that of the released checkpoint."""
+def _names(model_type: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Of the whole model, and within a layer: their name -> that of the released checkpoint."""
     kind = KINDS[model_type]
+    has_own = "hidden_size_per_layer_input" in kind.defaults
     norms = {theirs: ours for theirs, ours in zip(_NORMS, kind.norms, strict=True) if ours}
     heads = {f"attn_{part}_norm": f"self_attn.{part}_norm" for part in "qk" if getattr(kind, f"{part}_norm")}
-    return {**_LAYER, **norms, **heads}
+    whole = {**_WHOLE, **(_WHOLE_PER_LAYER if has_own else {})}
+    layer = {**_LAYER, **norms, **heads, **(_LAYER_PER_LAYER if has_own else {})}
+    parts = {f"{theirs}.{end}": f"{ours}.{end}" for theirs, ours in layer.items() for end in ("weight", "bias")}
+    parts |= {_THEIR_SCALAR: _OUR_SCALAR} if kind.layer_scalar else {}
+    return {f"{theirs}.weight": f"{ours}.weight" for theirs, ours in whole.items()}, parts
+
+
+@cache
+def _their_names(model_type: str) -> tuple[dict[str, str], dict[str, str]]:
+    """The inverse of `_names`."""
+    whole, layer = ({ours: theirs for theirs, ours in names.items()} for names in _names(model_type))
+    return whole, layer
 
 
 def released_name(name: str, model_type: str = "gemma") -> str | None:
     """ "blk.3.attn_q.weight" -> "model.layers.3.self_attn.q_proj.weight"; None for what this Gemma does not have."""
+    whole, layer = _names(model_type)
     match = _THEIR_LAYER.fullmatch(name)
-    if match:
-        part = _layer_names(model_type).get(match[2])
-        return part and f"model.layers.{match[1]}.{part}.{match[3]}"
-    owner, _, kind = name.rpartition(".")
-    return f"{_WHOLE[owner]}.{kind}" if owner in _WHOLE and kind == "weight" else None
+    part = layer.get(match[2]) if match else None
+    return f"model.layers.{match[1]}.{part}" if match and part else whole.get(name)
 
 
 def gguf_name(name: str, model_type: str = "gemma") -> str | None:
     """The inverse; a model without a head writes the same names without "model."."""
     name = name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
+    whole, layer = _their_names(model_type)
     match = _OUR_LAYER.fullmatch(name)
-    if match:
-        part = {ours: theirs for theirs, ours in _layer_names(model_type).items()}.get(match[2])
-        return part and f"blk.{match[1]}.{part}.{match[3]}"
-    owner, _, kind = name.rpartition(".")
-    whole = {ours: theirs for theirs, ours in _WHOLE.items()}
-    return f"{whole[owner]}.{kind}" if owner in whole and kind == "weight" else None
+    part = layer.get(match[2]) if match else None
+    return f"blk.{match[1]}.{part}" if match and part else whole.get(name)
 
 
 def is_norm(name: str) -> bool:
-    """Whether this (in the released checkpoint's naming) is a norm's weight w, which GGUF stores as 1 + w."""
+    """Whether this is a norm's weight w, which GGUF stores as 1 + w where the model multiplies by that."""
     return name.endswith("norm.weight")
+
+
+def is_vector(name: str) -> bool:
+    """Whether this, by either name, is never rounded: a norm's weight, or what a layer's result is multiplied by."""
+    return is_norm(name) or name.endswith((_OUR_SCALAR, _THEIR_SCALAR))
 
 
 # -- a file as named arrays --------------------------------------------------------------------------------------------
@@ -119,8 +143,11 @@ class GgufFile:
         self.dtype = dtype or matrices_dtype(header)
         self.quantization, kept = stored_quantization(header) if keep_quantized else (None, frozenset[str]())
         self._makers: dict[str, Callable[[str], Any]] = {}  # framework "pt" or "np" -> an array on the CPU
+        self._norm_offset = header.kind.norm_offset
         tensors: dict[str, TensorInfo] = {}
         for name, held in header.tensors.items():
+            if is_setting(header, name):
+                continue
             for part, info, make in self._parts(_named(header, model_type, name, held), held, name in kept):
                 tensors[part], self._makers[part] = info, make
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors)
@@ -137,7 +164,7 @@ class GgufFile:
 
     def _parts(self, name: str, held: GgufTensor, keep: bool) -> Iterator[tuple[str, TensorInfo, Callable[[str], Any]]]:
         """What a tensor of the file is given out as: names, and for each what it is and how it is made."""
-        if is_norm(name):
+        if is_norm(name) and self._norm_offset:
             yield name, _made("float32", held.shape), partial(self._norm, name, held)
         elif held.kind.name in PLAIN:
             info = TensorInfo(PLAIN[held.kind.name], held.shape, held.begin, held.end)
@@ -153,7 +180,7 @@ class GgufFile:
     def _norm(self, name: str, held: GgufTensor, framework: str) -> Any:
         """The file's 1 + w, less 1."""
         stored = self._view(name, held, framework)
-        return (stored.float() if framework == "pt" else stored.astype("float32")) - 1
+        return (stored.float() if framework == "pt" else stored.astype("float32")) - self._norm_offset
 
     def _dequantized(self, name: str, held: GgufTensor, framework: str) -> Any:
         """Every block as numbers, rounded once to the dtype; beside the result it takes a few MB."""
@@ -206,7 +233,7 @@ def _named(header: GgufHeader, model_type: str, name: str, held: GgufTensor) -> 
     ours, kind = released_name(name, model_type), held.kind.name
     if ours is None:
         raise CheckpointError(f"{header.path} holds {name!r:.120}, for which Gemma has no place. It is another model.")
-    readable = tuple(PLAIN) if is_norm(ours) else (*PLAIN, *DECODED)
+    readable = tuple(PLAIN) if is_vector(ours) else (*PLAIN, *DECODED)
     if kind not in readable:
         raise CheckpointError(
             f"{header.path}: {name} is of type {kind}; gemmakit reads {', '.join(readable)}. Take a file of one of "
@@ -239,12 +266,13 @@ def stored_quantization(header: GgufHeader) -> tuple[dict[str, Any] | None, froz
     """What of a file stays in its own blocks, as gemmakit's `quantization_config`, and the file's names of those.
 
     All projections of Q4_0, or all of Q8_0, if these are a quarter of all; and the embedding, which is the head, if its
-    type fits beside them. Everything else becomes plain numbers. (None, nothing) if there is nothing to keep.
+    type fits beside them; and where layers have embeddings of their own those, if they have the type of the embedding.
+    Everything else becomes plain numbers. (None, nothing) if there is nothing to keep.
     """
     model_type = header.require_gemma()
     held = {name: tensor.kind.name for name, tensor in header.tensors.items() if len(tensor.shape) == 2}
     heads = [name for name in (EMBEDDING, HEAD) if name in held]
-    projections = {name: kind for name, kind in held.items() if name not in heads}
+    projections = {name: kind for name, kind in held.items() if name not in (*heads, TABLE)}
     counts = Counter(projections.values())
     most = max(_BITS, key=lambda kind: counts[kind])
     kept = [name for name, kind in projections.items() if kind == most and 4 * counts[most] >= len(projections)]
@@ -253,14 +281,20 @@ def stored_quantization(header: GgufHeader) -> tuple[dict[str, Any] | None, froz
     fits = head_kinds in ({"Q8_0"}, {kind}) and kind in _BITS
     if not kept and not fits:
         return None, frozenset()
+    plain = {*projections} - {*kept}
+    if TABLE in held and fits and held[TABLE] in head_kinds:
+        heads.append(TABLE)
+    elif TABLE in held:
+        plain.add(TABLE)
     bits, head = _BITS[kind], _BITS[head_kinds.pop()] if fits else None
-    others = sorted(str(released_name(name, model_type)).removesuffix(".weight") for name in {*projections} - {*kept})
+    others = sorted(str(released_name(name, model_type)).removesuffix(".weight") for name in plain)
     config = {
         "quant_method": "gemmakit",
         "bits": bits,
         "group_size": BLOCK,
         "head_bits": head,
         "head_group_size": BLOCK if (bits, head) == (4, 8) else None,
-        "modules_to_not_convert": (others if kept else ["model.layers"]) or None,
+        "modules_to_not_convert": (others if kept else ["model.layers", *(n for n in others if "layers." not in n)])
+        or None,
     }
     return config, frozenset([*kept, *(heads if fits else ())])

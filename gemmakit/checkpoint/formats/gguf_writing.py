@@ -13,28 +13,23 @@ from typing import Any
 import numpy as np
 
 from gemmakit.checkpoint.arrays import describe, made
-from gemmakit.checkpoint.formats.gguf import BLOCK, gguf_name, is_norm
+from gemmakit.checkpoint.formats.gguf import BLOCK, gguf_name, is_norm, is_vector
+from gemmakit.checkpoint.formats.gguf_keys import FILE_TYPES, model_keys, own_rope_types, word_keys
 from gemmakit.checkpoint.layout import tensor_shapes
 from gemmakit.checkpoint.save import require_disk, saving_into, sync_directory, write
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import ConfigError, InputError, MissingDependency
-from gemmakit.family import FULL_ATTENTION, SLIDING_ATTENTION
-from gemmakit.gguf import PLAIN, TYPES, BlockType
+from gemmakit.family import FULL_ATTENTION
+from gemmakit.gguf import TYPES, BlockType
 from gemmakit.gguf_settings import (
-    DERIVED,
     EMBEDDING,
-    REQUIRED,
-    SHARED_SCALE,
-    SPECIAL_IDS,
-    TEMPLATE,
-    WORDS,
-    Entry,
+    ROPE_FACTORS,
+    STANDS_STILL,
+    TABLE,
     Vocabulary,
 )
 from gemmakit.hub import Name
 
-# general.file_type: what most of the tensors are
-FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}
 _CHUNK_ELEMENTS = 1 << 20
 _GROUPS = (32, 128)
 _ALIGNMENT = 32
@@ -74,7 +69,8 @@ def write_gguf(
             in 8 or 4 bits comes as gemmakit stores it: codes under its name, "..._scale", "..._zero".
         vocabulary: `gemmakit.text.gguf.vocabulary_of` a tokenizer.
         kind: of the matrices: F32, F16, BF16, Q8_0 or Q4_0. Norms are always F32. With Q4_0 the embedding, which is the
-            head too, is Q8_0; a matrix whose rows are no multiple of 32 is F16, as llama.cpp has it. Codes of groups of
+            head too, is Q8_0, and so is that which layers have of their own; a matrix whose rows are no multiple of 32
+            is F16, as llama.cpp has it. Codes of groups of 32 that Q8_0 or Q4_0 can hold are copied as they are.
             32 that Q8_0 or Q4_0 can hold are copied as they are.
         name: general.name; by default the file's.
 
@@ -96,7 +92,7 @@ def write_gguf(
             f"the tokenizer has {len(vocabulary.entries)} tokens and the model {config.vocab_size} rows for them: "
             "resize_token_embeddings first."
         )
-    metadata = {**_model_keys(config, kind, name or path.stem), **_word_keys(vocabulary, config.vocab_size)}
+    metadata = {**model_keys(config, kind, name or path.stem), **word_keys(vocabulary, config)}
     return _replace(path, metadata, _plan(dict(tensors), config, kind))
 
 
@@ -182,96 +178,6 @@ def _padding(size: int) -> int:
     return -size % _ALIGNMENT
 
 
-# -- its keys ----------------------------------------------------------------------------------------------------------
-
-
-def _model_keys(config: GemmaConfig, kind: str, name: str) -> dict[str, Any]:
-    """What llama.cpp wants to know of a model. Raises ConfigError for what its Gemma cannot do."""
-    architecture = config.kind.gguf_architecture
-    rope = config.rope(FULL_ATTENTION)
-    local = config.rope(SLIDING_ATTENTION) if config.kind.ropes else rope
-    wrong = {
-        f"model_type={config.model_type!r}": architecture is None,
-        "tie_word_embeddings=False": not config.tie_word_embeddings,
-        "attention_bias=True": config.attention_bias,
-        f"hidden_act={config.hidden_act!r}": config.hidden_act != "gelu_pytorch_tanh",
-        f"rope_type={rope['rope_type']!r}": rope["rope_type"] not in ("default", "linear"),
-        f"rope_type={local['rope_type']!r} in window layers": local is not rope and local["rope_type"] != "default",
-        "use_bidirectional_attention=True": not config.is_causal,
-        f"scores scaled by {config.layer(0).scale:g}": config.layer(0).scale != _their_scale(config),
-        "no layer with a window": config.kind.pattern > 1 and not config.kind.ropes and not any(_windows(config)),
-        "attn_logit_softcapping=None": config.kind.capped and not config.attn_logit_softcapping,
-        "final_logit_softcapping=None": config.kind.capped and not config.final_logit_softcapping,
-    }
-    found = [what for what, is_wrong in wrong.items() if is_wrong]
-    if found:
-        raise ConfigError(
-            f"the model has {', '.join(found)}, which llama.cpp's Gemma cannot express: it would compute something "
-            "else. Save it as safetensors."
-        )
-    keys: dict[str, Any] = {key: getattr(config, field) for key, field in {**REQUIRED, **DERIVED}.items()}
-    keys["attention.value_length"] = config.head_dim
-    keys["attention.layer_norm_rms_epsilon"] = float(config.rms_norm_eps)
-    keys["rope.freq_base"] = float(rope["rope_theta"])
-    if rope["rope_type"] == "linear":
-        keys |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
-    keys |= _attention_keys(config, local)
-    return {
-        "general.architecture": architecture,
-        "general.type": "model",
-        "general.name": name,
-        **{f"{architecture}.{key}": value for key, value in keys.items()},
-        "general.file_type": FILE_TYPES[kind],
-        **({} if kind in PLAIN else {"general.quantization_version": 2}),
-    }
-
-
-def _their_scale(config: GemmaConfig) -> float:
-    """How llama.cpp scales scores: it knows the largest models by their number of layers."""
-    shared = config.num_hidden_layers == SHARED_SCALE.get(config.model_type)
-    return (config.hidden_size // config.num_attention_heads if shared else config.head_dim) ** -0.5
-
-
-def _windows(config: GemmaConfig) -> list[int | None]:
-    return [config.layer(i).window for i in range(config.num_hidden_layers)]
-
-
-def _attention_keys(config: GemmaConfig, local: dict[str, Any]) -> dict[str, Any]:
-    """Windows and which layers have one, their rotary table, caps; nothing of Gemma 1."""
-    if config.kind.pattern == 1:
-        return {}
-    windows = _windows(config)
-    keys: dict[str, Any] = {"attention.sliding_window": next(filter(None, windows), 0)}
-    if any(windows):  # llama.cpp stops where a pattern has no window at all
-        keys["attention.sliding_window_pattern"] = [window is not None for window in windows]
-    if config.kind.ropes:
-        keys["rope.freq_base_swa"] = float(local["rope_theta"])
-    caps = {name: getattr(config, name) for name in ("attn_logit_softcapping", "final_logit_softcapping")}
-    keys |= {name: float(cap) for name, cap in caps.items() if cap and (config.kind.capped or name.startswith("final"))}
-    return keys
-
-
-def _word_keys(vocabulary: Vocabulary, size: int) -> dict[str, Any]:
-    """The tokenizer.* keys of a model with `size` ids; ids without a piece get one that no text has."""
-    spare = [Entry(f"[PAD{index}]", -1000.0, 5) for index in range(len(vocabulary.entries), size)]
-    entries = [*vocabulary.entries, *spare]
-    named = {name: text for name, text in vocabulary.templates.items() if name != "default"}
-    return {
-        f"{WORDS}model": "llama",
-        f"{WORDS}pre": "default",
-        f"{WORDS}tokens": [entry.text for entry in entries],
-        f"{WORDS}scores": [float(entry.score) for entry in entries],
-        f"{WORDS}token_type": [entry.type for entry in entries],
-        **{f"{WORDS}{SPECIAL_IDS[name]}_token_id": index for name, index in vocabulary.special.items()},
-        f"{WORDS}add_bos_token": vocabulary.add_bos,
-        f"{WORDS}add_eos_token": vocabulary.add_eos,
-        f"{WORDS}add_space_prefix": False,
-        **({TEMPLATE: vocabulary.templates["default"]} if "default" in vocabulary.templates else {}),
-        **({"tokenizer.chat_templates": list(named)} if named else {}),
-        **{f"{TEMPLATE}.{name}": text for name, text in named.items()},
-    }
-
-
 # -- its tensors -------------------------------------------------------------------------------------------------------
 
 
@@ -294,40 +200,57 @@ def _plan(tensors: dict[str, Any], config: GemmaConfig, kind: str) -> list[_Item
     lacking = [theirs for theirs in shapes if theirs not in given]
     if lacking:
         raise InputError(f"{len(lacking)} tensors of the configuration are missing, first {lacking[0]!r}.")
-    return [_item(theirs, given[theirs], tensors, shape, kind) for theirs, shape in shapes.items()]
+    offset = config.kind.norm_offset
+    items = [_item(theirs, given[theirs], tensors, shape, kind, offset) for theirs, shape in shapes.items()]
+    return [*items, *_rope_factors(config)]
+
+
+def _rope_factors(config: GemmaConfig) -> list[_Item]:
+    """Where only a part of a head's features turns, the tensor that says so."""
+    if "proportional" not in own_rope_types(config):
+        return []
+    rope, half = config.rope(FULL_ATTENTION), config.rotary_dim(FULL_ATTENTION) // 2
+    part = rope.get("partial_rotary_factor") if rope["rope_type"] == "proportional" else None
+    turning = half if part is None else int(part * 2 * half // 2)
+    factors = np.where(np.arange(half) < turning, 1.0, STANDS_STILL).astype(np.float32)
+    return [_Item(ROPE_FACTORS, TYPES["F32"], (half,), lambda: iter([factors.data]))]
 
 
 def _weight_of(key: str) -> str:
     return key.removesuffix("_scale").removesuffix("_zero")
 
 
-def _item(theirs: str, key: str, tensors: dict[str, Any], shape: tuple[int, ...], kind: str) -> _Item:
+def _item(
+    theirs: str, key: str, tensors: dict[str, Any], shape: tuple[int, ...], kind: str, norm_offset: float
+) -> _Item:
     if f"{key}_scale" in tensors:
         return _packed_item(theirs, key, tensors, shape, kind)
     found = describe(tensors[key])[1]
     if found != shape:
         raise InputError(f"tensor {key!r} has shape {found}, and the configuration asks for {shape}.")
     chosen = _kind_for(theirs, shape, kind)
-    return _Item(theirs, TYPES[chosen], shape, partial(_encoded, key, tensors[key], chosen))
+    more = norm_offset if is_norm(theirs) else 0.0
+    return _Item(theirs, TYPES[chosen], shape, partial(_encoded, key, tensors[key], chosen, more))
 
 
 def _kind_for(theirs: str, shape: tuple[int, ...], kind: str) -> str:
-    if is_norm(theirs):
+    if is_vector(theirs):
         return "F32"
     if kind.startswith("Q") and shape[-1] % BLOCK:
         return "F16"
-    return "Q8_0" if kind == "Q4_0" and theirs == EMBEDDING else kind
+    return "Q8_0" if kind == "Q4_0" and theirs in (EMBEDDING, TABLE) else kind
 
 
 # -- numbers ---------------------------------------------------------------------------------------------------------
 
 
-def _encoded(key: str, value: Any, kind: str) -> Iterator[Any]:
+def _encoded(key: str, value: Any, kind: str, more: float = 0.0) -> Iterator[Any]:
+    """more: what is stored on top of the numbers, of a norm that multiplies by that + its weight."""
     array = made(value)
     rows = max(1, _CHUNK_ELEMENTS // max(1, prod(array.shape[1:])))
     for begin in range(0, len(array), rows):
         piece = array[begin : begin + rows]
-        yield _bytes(key, _floats(piece) + 1 if is_norm(key) else piece, kind)
+        yield _bytes(key, _floats(piece) + np.float32(more) if more else piece, kind)
 
 
 def _bytes(key: str, piece: Any, kind: str) -> Any:

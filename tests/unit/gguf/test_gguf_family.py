@@ -1,5 +1,7 @@
 """GGUF files of Gemma 2 and 3: llama.cpp's names, windows, tables, caps, scale; what it cannot express is refused."""
 
+import re
+
 import pytest
 import torch
 from gguf_models import CONFIG, tensors_of, vocabulary
@@ -15,6 +17,17 @@ TABLES = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
 }
+GEMMA4 = dict(
+    model_type="gemma4_text", sliding_window_pattern=2, global_head_dim=64, final_logit_softcapping=30.0,
+    rope_parameters={
+        "sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
+        "full_attention": {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25},
+    },
+)  # fmt: skip
+GEMMA4_DENSE = dict(GEMMA4, attention_k_eq_v=True, num_global_key_value_heads=1, hidden_size_per_layer_input=0)
+# The last two of six layers read the keys of others.
+GEMMA4_SMALL = dict(GEMMA4, num_kv_shared_layers=2, use_double_wide_mlp=True, hidden_size_per_layer_input=32,
+                    vocab_size_per_layer_input=CONFIG["vocab_size"])  # fmt: skip
 MEMBERS = {
     "gemma2": dict(model_type="gemma2", num_hidden_layers=4),
     "gemma2 with caps of its own": dict(
@@ -27,6 +40,8 @@ MEMBERS = {
         final_logit_softcapping=30.0,
     ),
     "gemma3 without windows": dict(model_type="gemma3_text", num_hidden_layers=2, layer_types=MIXED[:1] * 2),
+    "gemma4 dense": dict(GEMMA4_DENSE, num_hidden_layers=4),
+    "gemma4 of small size": dict(GEMMA4_SMALL, num_hidden_layers=6),
 }  # fmt: skip
 
 
@@ -37,6 +52,9 @@ def made(seed=0, **changes):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.2, generator=generator)
+        for layer in model.model.layers:
+            if layer.layer_scalar is not None:
+                layer.layer_scalar.fill_(0.75)
     return model.eval()
 
 
@@ -54,10 +72,11 @@ def test_what_is_written_is_read_as_the_same_model(tmp_path, member):
         assert again.config.rope(again.config.layer(i).rope) == model.config.rope(model.config.layer(i).rope), i
     assert again.config.final_logit_softcapping == model.config.final_logit_softcapping
     ids = torch.randint(0, CONFIG["vocab_size"], (1, 30), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():  # 1 + w loses bits that w has
+    lossy = "norm" if model.config.kind.norm_offset else "nothing"  # 1 + w loses bits that w has
+    with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-3, atol=1e-3)
-    for (name, ours), theirs in zip(model.named_parameters(), again.parameters(), strict=True):
-        assert "norm" in name or torch.equal(ours, theirs), name
+    for (name, ours), theirs in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
+        assert lossy in name or torch.equal(ours, theirs), name
 
 
 def test_tensors_have_llama_cpps_names_and_norms_are_stored_with_their_one(tmp_path):
@@ -82,8 +101,102 @@ def test_tensors_have_llama_cpps_names_and_norms_are_stored_with_their_one(tmp_p
     assert (keys["gemma3.rope.freq_base"], keys["gemma3.rope.freq_base_swa"]) == (1e6, 1e4)
 
 
+def test_gemma_4_has_the_names_and_keys_of_llama_cpps_converter(tmp_path):
+    """Source: conversion/gemma.py and the tensor table of gguf-py."""
+    gguf = pytest.importorskip("gguf")
+    model = made(**MEMBERS["gemma4 of small size"])
+    reader = gguf.GGUFReader(written(model, tmp_path / "x.gguf"))
+    held = {tensor.name: torch.tensor(tensor.data.copy()) for tensor in reader.tensors}
+    known = {gguf.TENSOR_NAMES[tensor] for tensor in gguf.MODEL_TENSORS[gguf.MODEL_ARCH.GEMMA4]}
+    assert {re.sub(r"^blk\.\d+", "blk.{bid}", name).removesuffix(".weight") for name in held} <= known
+    layer = model.model.layers[1]
+    for name, tensor in {
+        "per_layer_token_embd": model.model.embed_tokens_per_layer.weight,
+        "per_layer_model_proj": model.model.per_layer_model_projection.weight,
+        "per_layer_proj_norm": model.model.per_layer_projection_norm.weight,
+        "blk.1.inp_gate": layer.per_layer_input_gate.weight,
+        "blk.1.proj": layer.per_layer_projection.weight,
+        "blk.1.post_norm": layer.post_per_layer_input_norm.weight,
+        "blk.1.layer_output_scale": layer.layer_scalar,
+        "blk.1.attn_k_norm": layer.self_attn.k_norm.weight,
+    }.items():
+        assert torch.equal(held[f"{name}.weight"], tensor), name
+    assert held["rope_freqs.weight"].tolist() == [1.0] * 8 + [torch.tensor(1e30).item()] * 24
+    assert "blk.4.attn_k.weight" not in held
+    keys = {key.removeprefix("gemma4."): field.contents() for key, field in reader.fields.items()}
+    assert keys["feed_forward_length"] == [96] * 4 + [192] * 2
+    assert keys["attention.head_count_kv"] == 2
+    assert keys["attention.sliding_window_pattern"] == [True, False] * 3
+    assert (keys["attention.shared_kv_layers"], keys["embedding_length_per_layer_input"]) == (2, 32)
+    for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
+        assert (keys[key], keys[f"{key}_swa"]) == (64, 32)
+    assert keys["tokenizer.ggml.model"] == "gemma4"
+
+
+@pytest.mark.parametrize("kind", [gemmakit.GemmaTokenizer, gemmakit.GemmaTokenizerFast])
+def test_merges_give_back_the_tokenizer_that_scores_make(tmp_path, kind):
+    path = written(made(**MEMBERS["gemma4 dense"]), tmp_path / "x.gguf", "F16")
+    ours, again = kind.from_pretrained(gemmakit.demo_model()), kind.from_pretrained(path)
+    for text in ("the letter list", "  two\t\tand\n\n\n", "漢字 🙂 \0", "<start_of_turn>user <0x41>"):
+        assert again(text)["input_ids"] == ours(text)["input_ids"]
+    assert gemmakit.GemmaConfig.from_pretrained(path).eos_token_id == [1, 107]
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "said"),
+    [
+        ("attention.head_count_kv", [2, 1, 1, 1], "layers of one kind have the same number"),
+        ("feed_forward_length", [96, 96, 96, 192], "may be twice as wide"),
+        ("attention.value_length_swa", 16, "value_length_swa is 16"),
+        ("attention.head_count", 2, "attn_q.weight has the shape"),
+        ("tokenizer.ggml.merges", ["ab", "a b"], "item 0 of tokenizer.ggml.merges"),
+    ],
+)
+def test_settings_that_contradict_the_tensors_are_refused(tmp_path, monkeypatch, key, change, said):
+    from gemmakit.checkpoint.formats import gguf_writing
+
+    model, honest = made(**MEMBERS["gemma4 dense"]), {}
+    for part in ("model_keys", "word_keys"):
+        honest[part] = getattr(gguf_writing, part)
+        full = key if key.startswith("tokenizer") else f"gemma4.{key}"
+        more = {full: change}
+        monkeypatch.setattr(
+            gguf_writing,
+            part,
+            lambda *a, part=part, more=more: {k: more.get(k, v) for k, v in honest[part](*a).items()},
+        )
+    path = written(model, tmp_path / "x.gguf", "F16")
+    reader = gemmakit.GemmaTokenizer if key.startswith("tokenizer") else gemmakit.GemmaConfig
+    with pytest.raises(CheckpointError, match=re.escape(said)):
+        reader.from_pretrained(path)
+
+
+def test_keys_of_layers_that_read_those_of_others_are_passed_over(tmp_path):
+    """Google's releases hold some, and llama.cpp's converter carries them along."""
+    gguf = pytest.importorskip("gguf")
+    model = made(**MEMBERS["gemma4 of small size"])
+    path = written(model, tmp_path / "x.gguf")
+    reader, more = gguf.GGUFReader(path), tmp_path / "more.gguf"
+    writer = gguf.GGUFWriter(more, "gemma4")
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            writer.add_key_value(key, field.contents(), field.types[0], field.types[-1])
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data)
+        if tensor.name.startswith(("blk.2.attn_k", "blk.2.attn_v")):
+            writer.add_tensor(tensor.name.replace("blk.2", "blk.4"), tensor.data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    again = gemmakit.AutoModelForCausalLM.from_pretrained(more)
+    ids = torch.tensor([[2, 5, 9, 700]])
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, gemmakit.AutoModelForCausalLM.from_pretrained(path)(ids).logits)
+
+
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
-@pytest.mark.parametrize("member", ["gemma2", "gemma3"])
+@pytest.mark.parametrize("member", ["gemma2", "gemma3", "gemma4 of small size"])
 def test_blocks_are_kept_as_they_are_and_norms_of_heads_are_no_projections(tmp_path, member, kind):
     again = gemmakit.AutoModelForCausalLM.from_pretrained(written(made(**MEMBERS[member]), tmp_path / "x.gguf", kind))
     assert again.quantization_config.bits == (8 if kind == "Q8_0" else 4)
@@ -96,7 +209,7 @@ def test_blocks_are_kept_as_they_are_and_norms_of_heads_are_no_projections(tmp_p
     ("changes", "said"),
     [
         (dict(model_type="vaultgemma"), "model_type='vaultgemma'"),
-        (dict(model_type="gemma4_text"), "model_type='gemma4_text'"),
+        (dict(GEMMA4_SMALL, num_hidden_layers=6, vocab_size_per_layer_input=99), "vocab_size_per_layer_input=99"),
         (dict(model_type="gemma2", query_pre_attn_scalar=77), "scores scaled by 0.1139"),
         (dict(model_type="gemma2", attn_logit_softcapping=None), "attn_logit_softcapping=None"),
         (dict(model_type="gemma2", layer_types=["full_attention"] * 2), "no layer with a window"),
@@ -139,7 +252,7 @@ def header_of(path, **metadata):
     [
         (dict(architecture="gemma3", split__no=0, split__count=2), "part 1 of 2.*gguf-split"),
         (dict(architecture="gemma3n"), r"'gemma3n': gemmakit runs .*Gemma 3 \('gemma3'\)"),
-        (dict(architecture="gemma4"), "'gemma4': gemmakit runs"),
+        (dict(architecture="gemma4", gemma4__expert_count=8), "mixture of 8 experts"),
         (dict(architecture="clip"), "'clip': gemmakit runs"),
         (dict(architecture="gemma3", gemma3__expert_count=8), "mixture of 8 experts"),
     ],
@@ -155,7 +268,7 @@ def test_what_is_not_run_is_refused_by_name(tmp_path, keys, said):
 def test_every_member_that_llama_cpp_knows_has_an_architecture_of_its_own():
     names = [kind.gguf_architecture for kind in KINDS.values() if kind.gguf_architecture]
     assert len(names) == len(set(names))
-    assert {"gemma", "gemma2", "gemma3"} <= set(names)
+    assert {"gemma", "gemma2", "gemma3", "gemma4"} <= set(names)
 
 
 @pytest.mark.parametrize("head", ["Q8_0", "F16"])
