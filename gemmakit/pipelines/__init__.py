@@ -74,8 +74,8 @@ def pipeline(
         dtype: "auto", the default, keeps what the checkpoint holds. `torch_dtype` is the older name of the same.
         model_kwargs: more arguments for the model's from_pretrained; attn_implementation, quantization_config and
             those of offloading may also stand by themselves.
-        adapter: a folder that `gemmakit tune` or peft wrote. It is folded into the weights; beside quantized ones it
-            runs as it is.
+        adapter: a folder that `gemmakit tune` or peft wrote, for a model that is loaded here. It is folded into the
+            weights; beside quantized ones it runs as it is.
         kwargs: revision, token, cache_dir, local_files_only, subfolder; batch_size; and defaults for the calls.
 
     Raises:
@@ -104,10 +104,12 @@ def pipeline(
             placed = device_map or "auto" if device is None else parse_device(device)
             source = made.model_class.from_pretrained(source, device_map=placed, dtype=chosen, **loading)
         device = None
-    elif any(x is not None for x in (config, dtype, torch_dtype, device_map, more or None)) or hub != HubOptions():
+    elif any(x is not None for x in (config, dtype, torch_dtype, device_map, adapter, more or None)) or (
+        hub != HubOptions()
+    ):
         raise InputError(
-            "config, dtype, device_map, model_kwargs, quantization_config and revision are for loading; this model is "
-            "loaded."
+            "config, dtype, device_map, model_kwargs, quantization_config, revision and adapter are for loading; this "
+            "model is loaded. gemmakit.pytorch.adapters.load_adapter puts an adapter around its modules."
         )
     elif framework is not None and (framework == "flax") != is_flax(source):
         raise InputError(f"framework is {framework!r}, but the model is a {type(source).__name__}.")

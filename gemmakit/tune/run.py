@@ -18,7 +18,7 @@ import torch
 import gemmakit
 from gemmakit.auto import AutoModelForCausalLM, AutoTokenizer
 from gemmakit.checkpoint import require_memory
-from gemmakit.errors import InputError
+from gemmakit.errors import CheckpointError, InputError
 from gemmakit.files import read_json_object, sampled_digest, write_text
 from gemmakit.hub import demo_model
 from gemmakit.pytorch.adapters import (
@@ -40,6 +40,13 @@ from gemmakit.tune.settings import FREE, TuneSettings
 from gemmakit.tune.train import Step, Trainer, mean_loss
 
 SETTINGS = "tune.json"
+# What a run leaves in its folder, for the next one there to take away: an adapter beside a model would be run with it.
+LEFT = (
+    state.NAME, report.METRICS, report.CARD, report.PLOT, "adapter_config.json", "adapter_model.safetensors",
+    "config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json",
+    "model-*-of-*.safetensors", "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "chat_template.jinja", SETTINGS,
+)  # fmt: skip
 
 Tell = Callable[[Step, int], None]
 
@@ -78,6 +85,7 @@ def prepare(settings: TuneSettings) -> Prepared:
     tokenizer = AutoTokenizer.from_pretrained(source)
     model, adapter = _model(settings, source)
     encoder = _encoder(settings, tokenizer, model)
+    _check_chat(settings, sources["train"])
     examples = {split: _encoded(settings, encoder, source.rows) for split, source in sources.items()}
     held_out = next((s for s in ("test", "valid") if s in sources), None)
     questions = [] if held_out is None or settings.loss != "sft" else _questions(encoder, sources[held_out], settings)
@@ -150,6 +158,14 @@ def _encoder(settings: TuneSettings, tokenizer: Any, model: Any) -> Encoder:
     return Encoder(tokenizer, limit, settings.truncate, settings.chat, settings.train_on == "all")
 
 
+def _check_chat(settings: TuneSettings, source: Source) -> None:
+    if settings.chat and not any(isinstance(row.values.get("prompt"), str) for row in source.rows):
+        raise InputError(
+            f"chat=True has no use with {source.path}, where no row has a prompt that is a text: messages are turns "
+            "already. Leave it out."
+        )
+
+
 def _encoded(settings: TuneSettings, encoder: Encoder, rows: Any) -> list[Any]:
     return encoder.examples(rows) if settings.loss == "sft" else encoder.pairs(rows)
 
@@ -191,9 +207,10 @@ def tune(settings: TuneSettings, *, overwrite: bool = False, tell: Tell | None =
     gradients stay no numbers; CheckpointError where the disk refuses.
     """
     folder = Path(settings.out).expanduser()
-    _check_folder(folder, overwrite)
+    _check_folder(folder, overwrite, settings)
     made = prepare(settings)
-    (folder / state.NAME).unlink(missing_ok=True)
+    for path in [path for pattern in LEFT for path in folder.glob(pattern)]:
+        path.unlink()
     write_text(folder / SETTINGS, json.dumps(made.kept, indent=2, ensure_ascii=False) + "\n")
     return _train(made, folder, None, tell)
 
@@ -207,8 +224,9 @@ def resume(folder: str | os.PathLike[str], *, tell: Tell | None = None, **change
     folder = Path(folder).expanduser()
     if not (folder / SETTINGS).is_file():
         raise InputError(f"{folder} holds no run to go on with: there is no {SETTINGS}.")
-    before = read_json_object(folder / SETTINGS)
+    before = _kept(folder / SETTINGS)
     settings = TuneSettings.from_dict({**before["settings"], "out": str(folder)}, str(folder / SETTINGS))
+    TuneSettings.check_names(changes, "resume")
     different = {k: v for k, v in changes.items() if v != getattr(settings, k)}
     fixed = sorted(different.keys() - FREE)
     if fixed:
@@ -222,6 +240,17 @@ def resume(folder: str | os.PathLike[str], *, tell: Tell | None = None, **change
     return _train(made, folder, state.load(folder), tell)
 
 
+def _kept(path: Path) -> dict[str, Any]:
+    """What tune.json holds. Raises CheckpointError where it is damaged."""
+    kept = read_json_object(path)
+    settings, data, model = (kept.get(name) for name in ("settings", "data", "model"))
+    files = data.values() if isinstance(data, dict) else [None]
+    whole = all(isinstance(file, dict) and isinstance(file.get("digest"), str) for file in files)
+    if not isinstance(settings, dict) or not isinstance(model, str) or not whole:
+        raise CheckpointError(f"{path} is not what gemmakit tune wrote: begin anew with --overwrite.")
+    return kept
+
+
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     found = {f"the {split} data": split for split in before["data"].keys() | now["data"].keys()}
     pairs = {
@@ -232,9 +261,12 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str,
     return {what: pair for what, pair in pairs.items() if pair[0] != pair[1]}  # type: ignore[misc]
 
 
-def _check_folder(folder: Path, overwrite: bool) -> None:
+def _check_folder(folder: Path, overwrite: bool, settings: TuneSettings) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out {folder} is a file: name a folder.")
+    for what in ("model", "data"):  # --overwrite would take it away
+        if folder.resolve() == Path(getattr(settings, what)).expanduser().resolve():
+            raise InputError(f"--out {folder} is the folder of the {what}: name another.")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         run = (folder / SETTINGS).is_file()
         how = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -16,6 +17,31 @@ from gemmakit.errors import InputError
 METHODS = ("lora", "dora", "full")
 LOSSES = ("sft", "dpo", "orpo")
 SCHEDULES = ("constant", "linear", "cosine")
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What a list of names, or a map of names to names, must be."""
+
+    kind: type | tuple[type, ...]
+    said: str
+
+    def holds(self, value: Any) -> bool:
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        return isinstance(value, self.kind) and all(isinstance(part, str) and part for part in parts)
+
+    def __str__(self) -> str:
+        return self.said
+
+
+# What is read by some runs alone: the settings, whether a run reads them, and what the others are.
+OWN: tuple[tuple[tuple[str, ...], Callable[[TuneSettings], bool], str], ...] = (
+    (("rank", "alpha", "dropout", "targets", "quantization"), lambda s: s.method != "full", "training all weights"),
+    (("freeze",), lambda s: s.method == "full", "adapters, beside which all weights are frozen"),
+    (("beta",), lambda s: s.loss != "sft", "the loss sft"),
+    (("train_on", "packing", "judge_rows"), lambda s: s.loss == "sft", "pairs of answers"),
+    (("epochs",), lambda s: s.max_steps is None, "max_steps"),
+)
 # Where a run may differ from the one it goes on from: what decides neither what is computed nor in which order.
 FREE = {"out", "save_steps", "eval_steps", "log_steps", "device"}
 
@@ -38,7 +64,7 @@ class TuneSettings:
     ema: decay of the average of the weights that is saved instead of the last ones; 0 for none.
     loss_chunk: positions whose logits exist at a time.
 
-    Raises InputError for values out of range, and for settings that exclude each other.
+    Raises InputError for values out of range, and for what this run would not read.
     """
 
     model: Annotated[str, TEXT]
@@ -50,15 +76,15 @@ class TuneSettings:
     beta: Annotated[float, Real(0, above=True)] = 0.1
     train_on: Annotated[str, OneOf("assistant", "all")] = "assistant"
     chat: Annotated[bool, FLAG] = False
-    columns: dict[str, str] = field(default_factory=dict)
+    columns: Annotated[dict[str, str], Texts(dict, "a map of names to names")] = field(default_factory=dict)
     max_length: Annotated[int | None, Whole(2)] = None
     truncate: Annotated[bool, FLAG] = False
     packing: Annotated[bool, FLAG] = False
     rank: Annotated[int, Whole(1)] = 16
     alpha: Annotated[float | None, Real(0, above=True)] = None
     dropout: Annotated[float, Real(0, 1, below=True)] = 0.0
-    targets: tuple[str, ...] | str = "all-linear"
-    freeze: tuple[str, ...] = ()
+    targets: Annotated[tuple[str, ...] | str, Texts((tuple, str), "a name or a list of names")] = "all-linear"
+    freeze: Annotated[tuple[str, ...], Texts(tuple, "a list of names")] = ()
     epochs: Annotated[int, Whole(1)] = 1
     max_steps: Annotated[int | None, Whole(1)] = None
     batch_size: Annotated[int, Whole(1)] = 8
@@ -83,45 +109,54 @@ class TuneSettings:
 
     def __post_init__(self) -> None:
         check_fields(self, InputError)
-        if self.method == "full":
-            self._refuse("full training", quantization=self.quantization, dropout=self.dropout, alpha=self.alpha)
-            if self.dtype == "float16":
-                raise InputError(
-                    "float16 holds no number over 65,504 nor steps as small as an optimizer's: train --full in "
-                    "--dtype float32 or bfloat16."
-                )
-        else:
-            self._refuse(f"--method {self.method}, which trains adapters alone", freeze=self.freeze)
-        if self.loss != "sft":
-            self._refuse(f"--loss {self.loss}, whose rows are pairs", packing=self.packing)
-            if self.train_on == "all":
-                raise InputError(f"--train-on all is of --loss sft: {self.loss} compares answers.")
+        plain = {f.name: f.default for f in dataclasses.fields(self)}
+        self._refuse({n for n in plain if getattr(self, n) != plain[n]})
+        if self.method == "full" and self.dtype == "float16":
+            raise InputError(
+                "float16 holds no number over 65,504 nor steps as small as an optimizer's: train --full in "
+                "--dtype float32 or bfloat16."
+            )
 
-    def _refuse(self, what: str, **values: Any) -> None:
-        given = ", ".join(f"{name}={value!r}" for name, value in values.items() if value)
-        if given:
-            raise InputError(f"{given} has no use with {what}: leave it out.")
+    def _unread(self) -> dict[str, str]:
+        """The settings that this run does not read, and what it is that does not."""
+        return {name: what for names, reads, what in OWN if not reads(self) for name in names}
+
+    def _refuse(self, given: Collection[str]) -> None:
+        """Raises InputError if one of these is not read."""
+        for name, what in self._unread().items():
+            if name in given:
+                raise InputError(f"{name}={getattr(self, name)!r} has no use with {what}: leave it out.")
 
     @property
     def rate(self) -> float:
         return self.lr if self.lr is not None else 1e-5 if self.method == "full" else 2e-4
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as JSON and TOML have it."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        """Plain data, as JSON and TOML have it; what this run does not read is left out."""
+        unread = self._unread()
+        return {k: v for k, v in json.loads(json.dumps(dataclasses.asdict(self))).items() if k not in unread}
+
+    @classmethod
+    def check_names(cls, values: Collection[str], where: str) -> None:
+        """Raises InputError for a name that no setting has, naming those there are."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - names)
+        if unknown:
+            raise InputError(f"{where} has no setting {', '.join(unknown)}; there are {', '.join(sorted(names))}.")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str) -> TuneSettings:
-        """Raises InputError for a key that there is not, naming those there are, and for what is missing."""
-        names = {f.name for f in dataclasses.fields(cls)}
-        unknown = sorted(values.keys() - names)
-        if unknown:
-            raise InputError(f"{where} has no setting {', '.join(unknown)}; there are {', '.join(sorted(names))}.")
+        """Raises InputError for a key that there is not, naming those there are, for what is missing, and for a key
+        that this run does not read, even where its value is the usual one.
+        """
+        cls.check_names(values, where)
         missing = [name for name in ("model", "data", "out") if not values.get(name)]
         if missing:
             raise InputError(f"{where} lacks {', '.join(missing)}.")
         settled: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**settled)
+        made = cls(**settled)
+        made._refuse(values.keys())
+        return made
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -1,8 +1,11 @@
 """An adapter is taken by pipelines and the server, in GGUF too; each gives what the adapted model gives."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import gemmakit
 from gemmakit.errors import InputError
@@ -91,6 +94,27 @@ def test_what_gguf_adapters_cannot_say_is_refused(adapted, tmp_path):
     with pytest.raises(InputError, match=r"embed_tokens.*merge"):
         adapter_to_gguf(folder, tmp_path / "a.gguf", model.config)
     assert not (tmp_path / "a.gguf").exists()
+
+
+def test_a_gguf_adapter_is_refused_for_another_model(adapted, tmp_path):
+    folder, model = adapted(target_modules=("q_proj", "down_proj"))
+    wider = dataclasses.replace(model.config, intermediate_size=2 * model.config.intermediate_size)
+    with pytest.raises(InputError, match=r"not this model's: .*down_proj\.lora_A"):
+        adapter_to_gguf(folder, tmp_path / "a.gguf", wider)
+    path = folder / "adapter_model.safetensors"
+    stored = load_file(path)
+    save_file({key: tensor for key, tensor in stored.items() if "lora_B" not in key}, path)
+    with pytest.raises(InputError, match="lora_A alone"):
+        adapter_to_gguf(folder, tmp_path / "a.gguf", model.config)
+    assert not (tmp_path / "a.gguf").exists()
+
+
+def test_a_model_that_its_caller_loaded_is_not_folded_into(tiny, adapted):
+    folder, _ = adapted()
+    model = gemmakit.GemmaForCausalLM.from_pretrained(tiny)
+    with pytest.raises(InputError, match=r"adapter are for loading.*load_adapter"):
+        gemmakit.pipeline("text-generation", model, adapter=folder)
+    assert not adapters_of(model)
 
 
 def test_an_adapter_says_what_it_is_for(tiny, adapted, tmp_path):

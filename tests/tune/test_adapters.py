@@ -242,6 +242,28 @@ def test_settings_of_a_file_that_mean_nothing_are_refused(tmp_path, changes):
         load_adapter(tiny(), tmp_path)
 
 
+@pytest.mark.parametrize(
+    "expression",
+    ["(a+)+b", "(a|a)*b", r"(\w+)*$", "a?" * 30 + "b", ".*" * 9 + "b", "(a{0,30}){0,30}b", "(?:x.*)+y", "a" * 5000],
+)
+def test_an_expression_that_names_could_keep_busy_for_ever_is_refused(tmp_path, expression):
+    for changes in ({"target_modules": expression}, {"rank_pattern": {expression: 2}}):
+        with pytest.raises(InputError, match="may take for ever"):
+            load_adapter(tiny(), saved(tmp_path, **changes))
+
+
+def test_expressions_that_adapters_are_published_with_are_read():
+    """peft's own documentation, and what unsloth writes to keep to the language part."""
+    found = LoraConfig(target_modules=r".*\.(q_proj|v_proj)$")
+    assert found.targets("model.layers.0.self_attn.q_proj") and not found.targets("model.layers.0.self_attn.k_proj")
+    names = "(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+    parts = "(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense)"
+    whole = rf"(?:.*?(?:language|text).*?{parts}.*?{names}.*?)|(?:\bmodel\.layers\.[\d]{{1,}}\.{parts}\.(?:{names}))"
+    assert LoraConfig(target_modules=whole).targets("model.layers.11.mlp.up_proj")
+    assert LoraConfig(target_modules=r"^(?!.*vision).*\.q_proj$").targets("model.layers.0.self_attn.q_proj")
+    assert LoraConfig(rank_pattern=((r"layers\.([0-9]|1[0-7])\..*", 4),)).rank("model.layers.3.mlp.up_proj") == 4
+
+
 def test_codes_refuse_to_be_merged_with_the_remedy(tmp_path):
     import gemmakit
 

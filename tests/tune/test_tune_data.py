@@ -176,6 +176,15 @@ def test_folders_have_a_train_file_and_one_of_each(tmp_path):
     ({"max_length": 4096}, "--max-length is 4096"),
     ({"method": "full", "dtype": "float16"}, "float16 holds no number over 65,504"),
     ({"method": "full", "quantization": "int8"}, "quantization='int8' has no use"),
+    ({"method": "full", "rank": 8}, "rank=8 has no use with training all weights"),
+    ({"method": "full", "targets": ("q_proj",)}, "targets=.* has no use"),
+    ({"freeze": ("layers.0",)}, "freeze=.* has no use with adapters"),
+    ({"beta": 0.5}, "beta=0.5 has no use with the loss sft"),
+    ({"epochs": 2, "max_steps": 3}, "epochs=2 has no use with max_steps"),
+    ({"loss": "dpo", "train_on": "all"}, "train_on='all' has no use with pairs"),
+    ({"chat": True}, r"chat=True has no use with .*chats\.jsonl"),
+    ({"columns": "prompt"}, "columns is 'prompt'; it must be a map"),
+    ({"targets": 5}, "targets is 5; it must be a name or a list"),
     ({"method": "full", "freeze": ("model", "lm_head")}, "leaves nothing to train"),
     ({"loss": "dpo"}, "lacks 'chosen'"),
     ({"loss": "dpo", "packing": True}, "packing=True has no use"),
@@ -198,6 +207,31 @@ def test_memory_that_is_not_there_is_said_before_the_first_step_with_what_helps(
         tune(TuneSettings(**settings, method="full", out=str(tmp_path / "full")))
 
 
+def test_a_setting_that_is_named_but_not_read_is_refused_whatever_its_value(tiny, chats):
+    """A command line or a file names it; as the value that is usual anyhow, too."""
+    asked = {"model": str(tiny), "data": str(chats), "out": "unused"}
+    with pytest.raises(InputError, match="rank=16 has no use"):
+        TuneSettings.from_dict({**asked, "method": "full", "rank": 16}, "tune.toml")
+    made = TuneSettings.from_dict({**asked, "method": "full", "max_steps": 3}, "tune.toml")
+    assert not {"rank", "targets", "beta", "epochs"} & made.to_dict().keys()
+    assert TuneSettings.from_dict(made.to_dict(), "tune.json") == made
+
+
+def test_a_run_that_takes_anothers_place_leaves_nothing_of_it(tiny, chats, tmp_path):
+    """An adapter beside a whole model would be taken for the model's, and old weights for the new run's."""
+    common = dict(model=str(tiny), data=str(chats), out=str(tmp_path / "out"), batch_size=4, max_steps=1)
+    tune(TuneSettings(**common, method="full", freeze=("layers",)))
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    full = {path.name for path in (tmp_path / "out").iterdir()}
+    tune(TuneSettings(**common, rank=1), overwrite=True)
+    adapter = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "model.safetensors" in full and "adapter_config.json" not in full
+    assert "adapter_config.json" in adapter and "notes.txt" in adapter
+    assert not adapter & {name for name in full if name.startswith(("model", "tokenizer", "config", "generation"))}
+    tune(TuneSettings(**common, method="full", freeze=("layers",)), overwrite=True)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == full
+
+
 def test_a_folder_that_is_not_empty_is_left_alone(tiny, chats, tmp_path):
     settings = TuneSettings(model=str(tiny), data=str(chats), out=str(tmp_path), batch_size=4)
     (tmp_path / "mine").touch()
@@ -206,6 +240,8 @@ def test_a_folder_that_is_not_empty_is_left_alone(tiny, chats, tmp_path):
     (tmp_path / "tune.json").write_text("{}")
     with pytest.raises(InputError, match=r"--resume .*--overwrite"):
         tune(settings)
+    with pytest.raises(InputError, match="is the folder of the model"):
+        tune(TuneSettings(model=str(tiny), data=str(chats), out=str(tiny), batch_size=4), overwrite=True)
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="is a file"):
         tune(

@@ -10,7 +10,7 @@ from killing import kill_at
 from safetensors.torch import load_file
 from tune_tools import WORDS, write
 
-from gemmakit.errors import InputError
+from gemmakit.errors import CheckpointError, InputError
 from gemmakit.tune import TuneSettings, resume, tune
 from gemmakit.tune import state as states
 from gemmakit.tune.report import read_metrics
@@ -141,4 +141,14 @@ def test_a_run_goes_on_with_what_it_began_with_alone(tiny, data, tmp_path):
     with pytest.raises(InputError, match="the model is not what the run began with"):
         resume(out)
     with pytest.raises(InputError, match="no run to go on with"):
+        resume(tmp_path)
+    with pytest.raises(InputError, match="resume has no setting steps; there are "):
+        resume(out, steps=3)
+
+
+@pytest.mark.parametrize("damage", [{"settings": 3}, {"data": None}, {"data": {"train": {}}}, {"model": None}])
+def test_a_damaged_settings_file_is_refused_by_name(tmp_path, damage):
+    kept = {"settings": {}, "data": {"train": {"digest": "a", "rows": 1}}, "model": "a", **damage}
+    (tmp_path / "tune.json").write_text(json.dumps(kept))
+    with pytest.raises(CheckpointError, match=r"tune\.json is not what gemmakit tune wrote.*--overwrite"):
         resume(tmp_path)

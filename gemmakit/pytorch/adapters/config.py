@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import import_module
 from typing import Annotated, Any
 
 from gemmakit.checks import FLAG, Real, Whole, check, check_fields
@@ -19,6 +22,10 @@ _HISTORY = {
     "lora_ga_config", "megatron_config", "megatron_core", "monteclora_config", "peft_version", "qalora_group_size",
     "revision", "runtime_config", "task_type",
 }  # fmt: skip
+# Of expressions that a file brings: the characters of one, the length of a name that they meet, and how many ways of
+# dividing it among their repeats may be tried, which takes seconds.
+MAX_EXPRESSION, NAME_LENGTH, MAX_WAYS = 4096, 40, 10**8
+_PARSER: Any = import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
 # What may be written down and asks for nothing.
 _NOTHING: tuple[Any, ...] = (None, False, "none", [], {})
 
@@ -54,8 +61,7 @@ class LoraConfig:
         expressions = [key for key, _ in (*self.rank_pattern, *self.alpha_pattern)]
         if isinstance(self.target_modules, str):
             expressions.append(self.target_modules)
-        for expression in expressions:
-            _check_expression(expression)
+        _check_expressions(expressions)
 
     def rank(self, name: str) -> int:
         return next((r for key, r in self.rank_pattern if _ends(key, name)), self.r)
@@ -68,7 +74,7 @@ class LoraConfig:
     def targets(self, name: str) -> bool:
         """Whether the module of that name gets an adapter; what "all-linear" means is not asked here."""
         if isinstance(self.target_modules, str):
-            return re.fullmatch(self.target_modules, name) is not None
+            return _compiled(self.target_modules).fullmatch(name) is not None
         return any(name == end or name.endswith(f".{end}") for end in self.target_modules)
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,13 +119,54 @@ def _all_text(values: Any) -> bool:
     return isinstance(values, list | tuple) and all(isinstance(value, str) for value in values)
 
 
-def _check_expression(text: str) -> None:
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise InputError(f"{text!r} is no regular expression for names of modules: {error}.") from None
+def _check_expressions(texts: Sequence[str]) -> None:
+    """A file may bring any: those that a name of a module can keep busy for ever are refused before they are used."""
+    ways = 0.0
+    for text in texts:
+        try:
+            ways += _ways(_PARSER.parse(text)) if len(text) <= MAX_EXPRESSION else math.inf
+        except (re.error, OverflowError, RecursionError) as error:
+            raise InputError(f"{text!r:.200} is no regular expression for names of modules: {error}.") from None
+        if ways > MAX_WAYS:
+            raise InputError(
+                f"{text!r:.200} is a regular expression that may take for ever to match a name of a module: write it "
+                f"with fewer repeats, none within another, in at most {MAX_EXPRESSION} characters, or list the names."
+            )
+
+
+def _ways(parsed: Any) -> float:
+    """How many ways there are at most to divide a name among the parts of an expression: what matching may try.
+
+    parsed: what Python's own parser of expressions gives, pairs of an operator and what it is for.
+    """
+    ways, repeats = 1.0, 0
+    for operator, inner in parsed:
+        match operator.name:
+            case "MAX_REPEAT" | "MIN_REPEAT" | "POSSESSIVE_REPEAT":
+                least, most, body = inner
+                each, times = _ways(body), min(int(most), NAME_LENGTH)
+                if times > 1 and (each > 1 or body.getwidth()[0] != 1):
+                    return math.inf
+                repeats += times > least + 1
+                ways *= each if times > least + 1 else each * (times - least + 1)
+            case "BRANCH":
+                ways *= sum(map(_ways, inner[1]))
+            case "SUBPATTERN" | "ATOMIC_GROUP":
+                ways *= _ways(inner[-1] if isinstance(inner, tuple) else inner)
+            case "ASSERT" | "ASSERT_NOT":
+                ways *= _ways(inner[1])
+            case "GROUPREF_EXISTS":
+                ways *= sum(_ways(branch) for branch in inner[1:] if branch is not None)
+            case _:
+                pass
+    return ways * math.comb(NAME_LENGTH + repeats, repeats)
+
+
+@cache
+def _compiled(text: str) -> re.Pattern[str]:
+    return re.compile(text)
 
 
 def _ends(pattern: str, name: str) -> bool:
     """As PEFT matches the keys of its patterns: the end of a name, from a dot on."""
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    return _compiled(rf"(.*\.)?({pattern})$").match(name) is not None

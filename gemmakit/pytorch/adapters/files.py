@@ -13,6 +13,7 @@ from torch import Tensor
 from gemmakit.checkpoint.formats.gguf import gguf_name
 from gemmakit.checkpoint.formats.gguf_writing import write_gguf_adapter
 from gemmakit.checkpoint.formats.safetensors import SafetensorsFile
+from gemmakit.checkpoint.layout import tensor_shapes
 from gemmakit.checkpoint.save import save_file
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import CheckpointError, InputError, UnsafeFile
@@ -85,7 +86,8 @@ def _read(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
 def adapter_to_gguf(folder: Name, out: Name, config: GemmaConfig) -> Path:
     """Write the adapter of a folder as a GGUF file for llama.cpp's --lora; its path. config: of the model it is for.
 
-    Raises InputError for what llama.cpp's adapters cannot say: DoRA, and adapters of the embedding.
+    Raises InputError for an adapter of another model, and for what llama.cpp's adapters cannot say: DoRA, and adapters
+    of the embedding.
     """
     folder = Path(folder).expanduser()
     settings, stored = _read(folder)
@@ -94,11 +96,19 @@ def adapter_to_gguf(folder: Name, out: Name, config: GemmaConfig) -> Path:
             f"{folder} is a DoRA, which GGUF adapters cannot say: gemmakit merge it, and convert the model."
         )
     tensors: dict[str, Tensor] = {}
+    shapes = tensor_shapes(config)
     for key, tensor in stored.items():
         name, _, part = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
-        theirs = gguf_name(f"{name}.weight", config.model_type) if part in ("lora_A", "lora_B") else None
+        known = part in ("lora_A", "lora_B") and f"{name}.weight" in shapes
+        theirs = gguf_name(f"{name}.weight", config.model_type) if known else None
         if theirs is None:
-            raise InputError(f"{folder} adapts {name or key}, which GGUF adapters cannot: gemmakit merge it instead.")
+            raise InputError(
+                f"{folder} adapts {name or key}, which a GGUF adapter of this model cannot: gemmakit merge it instead."
+            )
+        (O, I), r = shapes[f"{name}.weight"], settings.rank(name)
+        _check_shape(key, tensor, (r, I) if part == "lora_A" else (O, r), str(folder))
+        if key.replace(".lora_A.", ".lora_B.") not in stored or key.replace(".lora_B.", ".lora_A.") not in stored:
+            raise InputError(f"the adapter {folder} is damaged: of {name} it has {part} alone. Download it again.")
         # llama.cpp scales all of them by alpha / rank.
         scale = settings.scaling(name) * settings.rank(name) / settings.lora_alpha if part == "lora_B" else 1.0
         tensors[f"{theirs}.{part.lower()}"] = tensor.float() * scale
@@ -148,11 +158,15 @@ def _check(wanted: dict[str, Tensor], stored: dict[str, Tensor], where: str) -> 
         told += [f"it holds {_some(unknown)}, which the model has no place for"] if unknown else []
         raise InputError(f"the adapter {where} is not this model's: {'; '.join(told)}.")
     for key, parameter in wanted.items():
-        if parameter.shape != stored[key].shape:
-            raise InputError(
-                f"the adapter {where} is not this model's: {key} is {tuple(stored[key].shape)} there, but "
-                f"{tuple(parameter.shape)} here. It was made for another model or another rank."
-            )
+        _check_shape(key, stored[key], tuple(parameter.shape), where)
+
+
+def _check_shape(key: str, stored: Tensor, wanted: tuple[int, ...], where: str) -> None:
+    if tuple(stored.shape) != wanted:
+        raise InputError(
+            f"the adapter {where} is not this model's: {key} is {tuple(stored.shape)} there, but {wanted} here. It was "
+            "made for another model or another rank."
+        )
 
 
 def _some(names: list[str]) -> str:
