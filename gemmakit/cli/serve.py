@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -28,7 +29,13 @@ def serve(
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
     revision: o.Revision = None,
-    adapter: o.Adapter = None,
+    adapter: Annotated[
+        list[str] | None,
+        Option(
+            metavar="NAME=DIR",
+            help="An adapter that requests choose by its NAME as their model; may be repeated. DIR alone is for all.",
+        ),
+    ] = None,
     max_batch_size: Annotated[int, Option(metavar="N", min=1, help="Answers that are generated side by side.")] = 8,
     max_waiting: Annotated[int, Option(metavar="N", min=1, help="Requests that may wait; then 429.")] = 256,
     cache_bytes: Annotated[int | None, Option(metavar="N", min=1, help="Memory for keys and values.")] = None,
@@ -89,13 +96,14 @@ def serve(
         state=state,
         otlp_endpoint=otlp_traces_endpoint,
     )
+    folded, named = _adapters(adapter or ())
     socket = listen(host, port, settings.stall_s)
     shown = f"[{host}]" if ":" in host else host
     note(f"loading {model or 'the demo model'}")
     loading = Loading(
         str(model or gemmakit.demo_model()),
         tuple(served_model_name or (_name(model),)),
-        dict(device_map=device, dtype=dtype, revision=revision, **({"adapter": adapter} if adapter else {})),
+        dict(device_map=device, dtype=dtype, revision=revision, **({"adapter": folded} if folded else {})),
         context,
         dict(
             max_batch_size=max_batch_size,
@@ -104,6 +112,7 @@ def serve(
             batch_invariant=batch_invariant,
             speculate=speculate,
         ),
+        named,
     )
 
     def ready() -> None:
@@ -114,6 +123,21 @@ def serve(
 
 def _keys_of(text: str) -> list[str]:
     return [key.strip() for key in text.split(",") if key.strip()]
+
+
+def _adapters(given: Sequence[str]) -> tuple[Path | None, dict[str, Path]]:
+    """The adapter that is for all requests, and those that requests choose, by name. Raises InputError."""
+    named: dict[str, Path] = {}
+    for text in given:
+        name, equals, folder = text.partition("=")
+        if not equals or Path(text).is_dir():
+            if len(given) > 1:
+                raise InputError(f"--adapter {text} is for all requests, so there can be no other: write NAME={text}.")
+            return Path(text), {}
+        if not name or not folder or name in named:
+            raise InputError(f"--adapter is {text!r}; it must be NAME=DIR, each name once.")
+        named[name] = Path(folder)
+    return None, named
 
 
 def _name(model: str | None) -> str:

@@ -119,6 +119,7 @@ def make_request(
         best_of=best_of,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        adapter=body.model if body.model in served.adapters else None,
         cache_salt=salt if body.cache_salt is None else f"salt {body.cache_salt}",
         deadline=deadline,
     )

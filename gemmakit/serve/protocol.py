@@ -57,8 +57,9 @@ class ResponseFormat(Body):
 
 
 class Sampling(Body):
-    """How an answer is drawn. What is not given is the model's own way."""
+    """How an answer is drawn. What is not given is the model's own way; model may name an adapter."""
 
+    model: Name | None = None
     temperature: Annotated[float, _number(0, 2)] | None = None
     top_p: Share | None = None
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
@@ -81,7 +82,6 @@ class Sampling(Body):
 class Generating(Sampling):
     """What chat and completions share beside."""
 
-    model: Name | None = None
     stop: Stops | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = False
@@ -206,7 +206,6 @@ class TextOptions(Body):
 
 
 class ResponsesRequest(Sampling):
-    model: Name | None = None
     input: str | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES)]
     instructions: str | None = None
     max_output_tokens: NewTokens | None = None

@@ -21,7 +21,8 @@ NEVER = -9999.0
 
 
 class ServedModel:
-    """names: what clients may call it; the first is what it calls itself.
+    """names: what clients may call it; the first is what it calls itself. adapters: names by which clients call it with
+    an adapter.
 
     pipe: for a model that generates; embedder: for one that embeds. One of them is there.
     """
@@ -32,7 +33,9 @@ class ServedModel:
         pipe: TextGenerationPipeline | None = None,
         embedder: EmbeddingModel | None = None,
         room: int | None = None,
+        adapters: Sequence[str] = (),
     ):
+        self.adapters = tuple(adapters)
         self.names, self._pipe, self.embedder = tuple(names), pipe, embedder
         self.created = int(time.time())
         self.tokenizer: Any = embedder.tokenizer if pipe is None and embedder is not None else pipe and pipe.tokenizer
@@ -59,8 +62,8 @@ class ServedModel:
 
     def check_name(self, name: str | None) -> None:
         """Raises Refusal for a name that is not this model's; none means it."""
-        if name is not None and name not in self.names:
-            known = ", ".join(self.names)
+        if name is not None and name not in (*self.names, *self.adapters):
+            known = ", ".join((*self.names, *self.adapters))
             raise Refusal(404, f"there is no model {name!r:.200} here; there is {known}.", code="model_not_found")
 
     @cached_property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +14,7 @@ from starlette.datastructures import State
 
 from gemmakit.errors import InputError, QueueFull
 from gemmakit.pipelines import EmbeddingModel, pipeline
+from gemmakit.pytorch.adapters import load_adapters
 from gemmakit.pytorch.decode import batch
 from gemmakit.serve.conversation import (
     Reader,
@@ -42,13 +43,17 @@ RETRY_AFTER_S = 1
 
 @dataclass(frozen=True)
 class Loading:
-    """What to load and how. options: of from_pretrained; engine: of BatchEngine; context: tokens, None for all."""
+    """What to load and how. options: of from_pretrained; engine: of BatchEngine; context: tokens, None for all.
+
+    adapters: name -> folder, of those that requests choose by naming them as their model.
+    """
 
     source: str
     names: tuple[str, ...]
     options: Mapping[str, Any]
     context: int | None
     engine: Mapping[str, Any]
+    adapters: Mapping[str, Path] = field(default_factory=dict[str, Path])
 
 
 class Service:
@@ -68,7 +73,11 @@ class Service:
     def load(self, loading: Loading) -> None:
         """Open for requests. Raises what loading raises, and InputError for a context that the model does not have."""
         self.metrics = Metrics(loading.names[0])
+        if both := sorted(loading.adapters.keys() & set(loading.names)):
+            raise InputError(f"{both[0]!r} is the name of the model and of an adapter: --served-model-name another.")
         if (Path(loading.source) / "modules.json").is_file():
+            if loading.adapters:
+                raise InputError(f"{loading.source} gives embeddings, and adapters are of models that generate.")
             embedder = EmbeddingModel.from_pretrained(loading.source, **loading.options)
             self.model, self.worker = ServedModel(loading.names, embedder=embedder), Worker(None)
             return
@@ -76,10 +85,13 @@ class Service:
         positions = pipe.model.config.max_position_embeddings
         if loading.context is not None and loading.context > positions:
             raise InputError(f"--context is {loading.context}, but the model has {positions} positions.")
+        if loading.adapters:
+            load_adapters(pipe.model, loading.adapters)
         engine = batch.BatchEngine(pipe.model, **loading.engine)
         pool = engine.scheduler.pool
         room = min(loading.context or positions, pool.pages * pool.page_size)
-        self.model, self.worker = ServedModel(loading.names, pipe, room=room), Worker(engine, [self.metrics])
+        self.model = ServedModel(loading.names, pipe, room=room, adapters=tuple(loading.adapters))
+        self.worker = Worker(engine, [self.metrics])
 
     @property
     def state(self) -> str:

@@ -20,7 +20,7 @@ from gemmakit.errors import CheckpointError, InputError, UnsafeFile
 from gemmakit.files import read_json_object, write_text
 from gemmakit.pytorch.adapters.config import LoraConfig
 from gemmakit.pytorch.adapters.modules import Adapter
-from gemmakit.pytorch.adapters.place import adapters_of, add_adapter, targets_of
+from gemmakit.pytorch.adapters.place import adapters_of, add_adapter, remove_adapter, targets_of
 from gemmakit.pytorch.methods import ModelMethods
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -45,22 +45,30 @@ def load_adapter(model: ModelMethods, folder: Name) -> LoraConfig:
     """Put the adapter of a folder around the model's modules, in evaluation mode as the model is.
 
     Raises InputError for an adapter of another model or kind, CheckpointError for missing or damaged files, UnsafeFile
-    where there is a pickle alone, which is never run.
+    where there is a pickle alone, which is never run; the model is then as it was.
     """
     folder = Path(folder).expanduser()
     config, stored = _read(folder)
     _check_ranks(model, config, stored, str(folder))
     add_adapter(model, config)
-    for name, adapter in adapters_of(model).items():
-        _check_base(name, adapter, stored.pop(f"{_PREFIX}{name}.base_layer.weight", None), str(folder))
-    wanted = {key: p for name, adapter in adapters_of(model).items() for key, p in _keys(name, adapter).items()}
-    _check(wanted, stored, str(folder))
-    with torch.no_grad():
-        for key, parameter in wanted.items():
-            parameter.copy_(stored[key])
-    for parameter in wanted.values():
-        parameter.requires_grad_(False)
+    try:
+        _fill(model, stored, str(folder))
+    except InputError:
+        remove_adapter(model)
+        raise
     return config
+
+
+@torch.no_grad()
+def _fill(model: ModelMethods, stored: dict[str, Tensor], where: str) -> None:
+    """The tensors of a file into the adapters of the model, which must be the same ones."""
+    for name, adapter in adapters_of(model).items():
+        _check_base(name, adapter, stored.pop(f"{_PREFIX}{name}.base_layer.weight", None), where)
+    wanted = {key: p for name, adapter in adapters_of(model).items() for key, p in _keys(name, adapter).items()}
+    _check(wanted, stored, where)
+    for key, parameter in wanted.items():
+        parameter.copy_(stored[key])
+        parameter.requires_grad_(False)
 
 
 def base_of(folder: Name) -> str | None:

@@ -79,13 +79,17 @@ class AdaptedLinear(Adapter):
         base = self.base_layer(input)
         x = self.dropout(input).to(self.lora_A.dtype)
         low = F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scaling
-        if self.lora_magnitude_vector is None:
+        factor = self.factor()
+        if factor is None:
             return base + low.to(base.dtype)
         plain = base if self.dropout.p == 0 or not self.training else self.base_layer(x.to(input.dtype))
         if self.bias is not None:
             plain = plain - self.bias
-        factor = self.lora_magnitude_vector / self._row_lengths()
         return (base + (factor - 1) * plain.to(low.dtype) + factor * low).to(base.dtype)
+
+    def factor(self) -> Float[Tensor, " O"] | None:
+        """With DoRA, what rows of W + scaling B A are multiplied by."""
+        return None if self.lora_magnitude_vector is None else self.lora_magnitude_vector / self._row_lengths()
 
     @torch.no_grad()
     def _row_lengths(self) -> Float[Tensor, " O"]:

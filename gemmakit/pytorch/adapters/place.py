@@ -55,6 +55,14 @@ def adapters_of(model: nn.Module) -> dict[str, Adapter]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Adapter)}
 
 
+def remove_adapter(model: ModelMethods) -> dict[str, Adapter]:
+    """Take the adapters out, so that the model is as without; they are returned by the names of their modules."""
+    found = adapters_of(model)
+    for name, adapter in found.items():
+        model.set_submodule(name, adapter.base_layer.train(adapter.training))
+    return found
+
+
 @torch.no_grad()
 def merge_adapter(model: ModelMethods) -> None:
     """Fold the adapters into the weights, rounded once to their dtype, and take the modules out: as fast as before.
@@ -70,8 +78,7 @@ def merge_adapter(model: ModelMethods) -> None:
                 "without quantization, merge, and quantize the result."
             )
     weights = {name: adapter.merged_weight() for name, adapter in found.items()}
-    for name, adapter in found.items():
-        model.set_submodule(name, adapter.base_layer.train(adapter.training))
+    remove_adapter(model)
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     if any(adapter.base_layer is end for adapter in found.values() for end in ends):
         model.untie_weights()

@@ -44,7 +44,7 @@ async def metrics(request: Request) -> Response:
 @router.get("/v1/models")
 async def models(request: Request) -> dict[str, Any]:
     served = service_of(request).ready()
-    return {"object": "list", "data": [_card(served, name) for name in served.names]}
+    return {"object": "list", "data": [_card(served, name) for name in (*served.names, *served.adapters)]}
 
 
 @router.get("/v1/models/{name:path}")
@@ -58,6 +58,7 @@ def _card(served: ServedModel, name: str) -> dict[str, Any]:
         "object": "model",
         "created": served.created,
         "owned_by": "gemmakit",
+        "parent": served.name if name in served.adapters else None,
         "max_model_len": served.context,
         "capabilities": served.capabilities,
     }

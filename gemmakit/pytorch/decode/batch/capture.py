@@ -23,6 +23,7 @@ from gemmakit.pytorch.decode.processors import Processor
 from gemmakit.pytorch.decode.protocols import CausalLM
 from gemmakit.pytorch.decode.sampling import greedy, sampler
 from gemmakit.pytorch.decode.step import Step, forward
+from gemmakit.pytorch.row_adapters import row_adapters
 
 MAX_ROWS = 256
 MIN_PAGES = 4
@@ -111,6 +112,8 @@ class BatchCapture:
     def look(self) -> None:
         """See whether the model is still what it was; for whenever a request comes."""
         self._why = capture.loop_plan(self.model).why
+        if row_adapters(self.model) is not None:
+            self._why = "which rows take which adapter changes from step to step"
         if self._why:
             capture.log_once(self.model, self._why)
         else:

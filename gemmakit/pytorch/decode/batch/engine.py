@@ -30,6 +30,7 @@ from gemmakit.pytorch.decode.batch.runner import Outcome, Runner, Started
 from gemmakit.pytorch.decode.batch.scheduler import Scheduler, Step
 from gemmakit.pytorch.decode.protocols import CausalLM
 from gemmakit.pytorch.decode.sampling import NO_TOKEN
+from gemmakit.pytorch.row_adapters import row_adapters
 
 OPTIONAL = ("cache_tokens", "cache_bytes", "max_waiting", "max_waiting_tokens")
 
@@ -149,6 +150,7 @@ class BatchEngine:
             if row.request.deadline is not None:
                 heapq.heappush(self._deadlines, (row.added + row.request.deadline, row.sequence.id))
         self._requests[id], self._next_id = list(rows), id + 1
+        self._runner.adapters = row_adapters(self.model)
         if self._captured is not None:
             self._captured.look()
         return id

@@ -14,6 +14,7 @@ from gemmakit.pytorch.kernels import Decision, cpu
 from gemmakit.pytorch.layers import GemmaMLP, GemmaRMSNorm, GemmaRotaryEmbedding, GemmaScaledEmbedding
 from gemmakit.pytorch.model import GemmaDecoderLayer, GemmaModel
 from gemmakit.pytorch.quantize.modules import QuantizedEmbedding
+from gemmakit.pytorch.row_adapters import RowAdaptedLinear
 from gemmakit.rotary import FOLLOW_LENGTH
 
 HELD, NOT_HELD = "each request's bits are its own", "bits may depend on what else runs"
@@ -21,7 +22,7 @@ HELD, NOT_HELD = "each request's bits are its own", "bits may depend on what els
 _KNOWN = {
     cls.forward
     for cls in (GemmaModel, GemmaDecoderLayer, GemmaAttention, GemmaMLP, GemmaRMSNorm, GemmaRotaryEmbedding,
-                GemmaScaledEmbedding, QuantizedEmbedding, nn.ModuleList)
+                GemmaScaledEmbedding, QuantizedEmbedding, RowAdaptedLinear, nn.ModuleList)
 }  # fmt: skip
 _HEADS = "gemmakit.pytorch.heads"
 

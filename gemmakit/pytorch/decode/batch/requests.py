@@ -23,6 +23,7 @@ from gemmakit.pytorch.decode.prompt import prepare
 from gemmakit.pytorch.decode.protocols import CausalLM
 from gemmakit.pytorch.decode.sampling import row_generators
 from gemmakit.pytorch.decode.step import Step
+from gemmakit.pytorch.row_adapters import check_adapter
 from gemmakit.streamers import AnswerText
 
 if TYPE_CHECKING:
@@ -45,7 +46,9 @@ class Request:
     which the n with the highest mean log probability are told, when all have ended. logprobs: how many of the likeliest
     tokens are told beside each token, 0 to 20, from the softmax of the model's own logits; None tells none, not even
     the token's own. prompt_logprobs: the same for the prompt's tokens; with max_new_tokens=0 these are all there is.
-    cache_salt: prefixes are shared among requests of one salt only. deadline: seconds it may wait before it runs.
+    adapter: the name of one of those that `load_adapters` put around the model; None for the model's own weights.
+    cache_salt: prefixes are shared among requests of one salt only, and of one adapter. deadline: seconds it may wait
+    before it runs.
     """
 
     prompt: Sequence[int] | Tensor
@@ -58,6 +61,7 @@ class Request:
     best_of: Annotated[int | None, Whole(1, MAX_ANSWERS)] = None
     logprobs: Annotated[int | None, Whole(0, MAX_LOGPROBS)] = None
     prompt_logprobs: Annotated[int | None, Whole(0, MAX_LOGPROBS)] = None
+    adapter: str | None = None
     cache_salt: str = ""
     deadline: Annotated[float | None, Real(0)] = None
 
@@ -66,8 +70,14 @@ class Request:
         check_fields(self, InputError)
         if self.best_of is not None and self.best_of < self.n:
             raise InputError(f"best_of is {self.best_of}, but n is {self.n}: give a best_of of at least n.")
-        if not isinstance(self.cache_salt, str):
-            raise InputError(f"cache_salt is a {type(self.cache_salt).__name__}; it is a string.")
+        for name in ("cache_salt", "adapter"):
+            if not isinstance(value := getattr(self, name), str) and (name, value) != ("adapter", None):
+                raise InputError(f"{name} is a {type(value).__name__}; it is a string.")
+
+    @property
+    def salt(self) -> str:
+        """Under which prefixes are shared: another adapter's keys are other numbers."""
+        return f"{self.adapter!r} {self.cache_salt}"
 
 
 @dataclass(eq=False)
@@ -202,6 +212,8 @@ def prepare_rows(model: CausalLM, request: Request, number: int) -> list[Row]:
     Raises InputError, GenerationConfigError, TokenOutOfRange; PromptTooLong if the context is too short.
     """
     request.check()
+    if request.adapter is not None:
+        check_adapter(model, request.adapter)
     silent = request.prompt_logprobs is not None and request.settings.get("max_new_tokens") == 0
     own = {**request.settings, "max_new_tokens": 1} if silent else request.settings
     config = (request.generation_config or model.generation_config).updated(**own)
@@ -252,7 +264,7 @@ def _row(
         id=number,
         index=index,
         request=request,
-        sequence=scheduler.Sequence(-1, ids[0].tolist(), context.total, salt=request.cache_salt),
+        sequence=scheduler.Sequence(-1, ids[0].tolist(), context.total, salt=request.salt),
         step=Step(
             processors=tuple(processors.build(context)),  # an answer's own, for some remember how far it has come
             eos_ids=config.eos_token_ids,

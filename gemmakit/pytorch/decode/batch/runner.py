@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -24,6 +24,7 @@ from gemmakit.pytorch.decode.protocols import CausalLM
 from gemmakit.pytorch.decode.step import forward
 from gemmakit.pytorch.decode.stream import HostCopy
 from gemmakit.pytorch.kernels import batch_invariant
+from gemmakit.pytorch.row_adapters import RowAdapters
 
 # Prompt positions whose logits are held at a time: of 262,144 tokens 64 MiB.
 SCORED = 64
@@ -100,6 +101,7 @@ class Runner:
 
     def __init__(self, model: CausalLM, cache: PagedCache, rows: Mapping[int, Row], captured: BatchCapture | None):
         self.model, self.cache, self.rows, self.captured = model, cache, rows, captured
+        self.adapters: RowAdapters | None = None  # those of which requests choose
         self._on_cpu = model.device.type == "cpu"
         self.invariant = False
 
@@ -123,9 +125,11 @@ class Runner:
                 ran.append((decode, static))
         packed = (*prefill, *rest) if self._on_cpu else prefill
         if packed:
-            ran.append(self._packed(packed, before, scored))
+            with self._adapted(packed):
+                ran.append(self._packed(packed, before, scored))
         if rest and not self._on_cpu:
-            ran.append((rest, self._side_by_side(rest, before)))
+            with self._adapted(rest):
+                ran.append((rest, self._side_by_side(rest, before)))
         ran = [(parts, logits) for parts, logits in ran if parts]
         if ran:
             choices.append(self._choose(ran))
@@ -191,6 +195,13 @@ class Runner:
         return _Choice(parts, tokens, HostCopy(tokens), None)
 
     # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _adapted(self, parts: Sequence[Part]) -> AbstractContextManager[None]:
+        """Within, the tokens of each part take the adapter of its request."""
+        if self.adapters is None:
+            return nullcontext()
+        chosen = [(self._row(part).request.adapter, part.end - part.start) for part in parts]
+        return self.adapters.chosen(chosen, self.model.device)
 
     def _row(self, part: Part) -> Row:
         return self.rows[part.sequence.id]
