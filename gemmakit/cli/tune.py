@@ -91,6 +91,9 @@ def tune(
     judge_rows: Annotated[
         int | None, Option(metavar="N", help="Held-out rows that are answered before and after; 200, 0 for none.")
     ] = None,
+    track: Annotated[
+        str | None, Option(metavar="A,B", help="Send the numbers to tensorboard, trackio, wandb too.")
+    ] = None,
 ) -> int:
     """Train an adapter (or, with --full, a model) on a file of rows.
 
@@ -106,7 +109,7 @@ def tune(
         "seed": seed, "save_steps": save_steps, "eval_steps": eval_steps, "log_steps": log_steps,
         "judge_rows": judge_rows, "quantization": qlora, "method": _method(full, dora, qlora),
         "columns": None if columns is None else _columns(columns),
-        "targets": _names(targets), "freeze": _names(freeze),
+        "targets": _names(targets), "freeze": _names(freeze), "track": _names(track),
         **{name: True for name, on in (("chat", chat), ("truncate", truncate), ("packing", packing),
                                        ("checkpointing", checkpointing)) if on},
     }  # fmt: skip

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gemmakit.files import replacing, write_text
+from gemmakit.tune.trackers import Trackers
 
 METRICS, CARD, PLOT = "metrics.jsonl", "README.md", "loss.png"
 _BARS = "▁▂▃▄▅▆▇█"
@@ -17,10 +18,13 @@ Record = dict[str, Any]
 
 
 class Metrics:
-    """The records of a run in its folder, a line each, as they come; those after step `keep` are of a run that died."""
+    """The records of a run in its folder, a line each, as they come; those after step `keep` are of a run that died.
 
-    def __init__(self, folder: Path, keep: int | None = None):
-        self.path = folder / METRICS
+    trackers: are told of each too.
+    """
+
+    def __init__(self, folder: Path, keep: int | None = None, trackers: Trackers | None = None):
+        self.trackers, self.path = trackers, folder / METRICS
         self.records = [] if keep is None else [r for r in read_metrics(folder) if r["step"] <= keep]
         write_text(self.path, "".join(json.dumps(r) + "\n" for r in self.records))
         self._file = self.path.open("a", encoding="utf-8")
@@ -29,12 +33,16 @@ class Metrics:
         self.records.append(record)
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
+        if self.trackers is not None:
+            self.trackers.put(record)
 
     def has(self, step: int, name: str) -> bool:
         return any(r["step"] == step and name in r for r in self.records)
 
     def close(self) -> None:
         self._file.close()
+        if self.trackers is not None:
+            self.trackers.close()
 
 
 def read_metrics(folder: Path) -> list[Record]:

@@ -37,6 +37,7 @@ from gemmakit.tune.judge import accuracy
 from gemmakit.tune.objectives import NextTokens, Objective, Preferences, reference_logprobs
 from gemmakit.tune.optimizer import STATE_BYTES
 from gemmakit.tune.settings import FREE, TuneSettings
+from gemmakit.tune.trackers import Trackers, check_trackers
 from gemmakit.tune.train import Step, Trainer, mean_loss
 
 SETTINGS = "tune.json"
@@ -80,6 +81,7 @@ def prepare(settings: TuneSettings) -> Prepared:
 
     Raises InputError and what loading raises; nothing is written.
     """
+    check_trackers(settings.track)
     sources = {split: read(path, settings.columns) for split, path in find_splits(settings.data).items()}
     source = demo_model() if settings.model == "demo" else settings.model
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -288,7 +290,8 @@ def _train(made: Prepared, folder: Path, held: state.State | None, tell: Tell | 
     torch.manual_seed(settings.seed)
     if held is not None:
         trainer.go_on_from(held)
-    metrics = report.Metrics(folder, None if held is None else held.step)
+    trackers = Trackers(settings.track, folder, made.kept["settings"], trainer.done)
+    metrics = report.Metrics(folder, None if held is None else held.step, trackers)
     try:
         if held is None:
             _judge(made, trainer, metrics, last=True)

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from gemmakit.checks import FLAG, TEXT, OneOf, Real, Whole, check_fields
 from gemmakit.errors import InputError
+from gemmakit.tune.trackers import TRACKERS
 
 METHODS = ("lora", "dora", "full")
 LOSSES = ("sft", "dpo", "orpo")
@@ -34,6 +35,16 @@ class Texts:
         return self.said
 
 
+class Names(OneOf):
+    """A list of some of a few names."""
+
+    def holds(self, value: Any) -> bool:
+        return isinstance(value, tuple) and all(map(super().holds, value))
+
+    def __str__(self) -> str:
+        return f"a list of {', '.join(map(repr, self.values))}"
+
+
 # What is read by some runs alone: the settings, whether a run reads them, and what the others are.
 OWN: tuple[tuple[tuple[str, ...], Callable[[TuneSettings], bool], str], ...] = (
     (("rank", "alpha", "dropout", "targets", "quantization"), lambda s: s.method != "full", "training all weights"),
@@ -43,7 +54,7 @@ OWN: tuple[tuple[tuple[str, ...], Callable[[TuneSettings], bool], str], ...] = (
     (("epochs",), lambda s: s.max_steps is None, "max_steps"),
 )
 # Where a run may differ from the one it goes on from: what decides neither what is computed nor in which order.
-FREE = {"out", "save_steps", "eval_steps", "log_steps", "device"}
+FREE = {"out", "save_steps", "eval_steps", "log_steps", "device", "track"}
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,7 @@ class TuneSettings:
     neftune: arXiv:2310.05914's alpha.
     ema: decay of the average of the weights that is saved instead of the last ones; 0 for none.
     loss_chunk: positions whose logits exist at a time.
+    track: where the numbers go beside the folder: "tensorboard", "trackio", "wandb".
 
     Raises InputError for values out of range, and for what this run would not read.
     """
@@ -106,6 +118,7 @@ class TuneSettings:
     eval_steps: Annotated[int, Whole(1)] = 50
     log_steps: Annotated[int, Whole(1)] = 10
     judge_rows: Annotated[int, Whole(0)] = 200
+    track: Annotated[tuple[str, ...], Names(*TRACKERS)] = ()
 
     def __post_init__(self) -> None:
         check_fields(self, InputError)
