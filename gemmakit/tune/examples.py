@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gemmakit.errors import GemmakitError, InputError
+from gemmakit.text.spans import SPEAKERS
 from gemmakit.tune.data import Refusals, Row
 
 FORMS = "messages, or prompt and completion, or text; for pairs chosen and rejected"
@@ -92,9 +93,7 @@ class Encoder:
         values = row.values
         if "messages" in values:
             messages = values["messages"]
-            if messages[-1].get("role") not in ("assistant", "model") or not isinstance(
-                messages[-1].get("content"), str
-            ):
+            if messages[-1].get("role") not in SPEAKERS or not isinstance(messages[-1].get("content"), str):
                 return None
             prompt = self._prompt(messages[:-1], values.get("tools"))
             return Question(row.where, prompt, messages[-1]["content"].strip())
@@ -142,8 +141,22 @@ class Encoder:
     def _chat(self, messages: Any, tools: Any) -> tuple[list[int], list[bool]]:
         _check_messages(messages)
         made = self.tokenizer.apply_chat_template(messages, tools=tools, return_assistant_tokens_mask=True)
-        learnt = [True] * len(made["input_ids"]) if self.everything else [bool(m) for m in made["assistant_masks"]]
-        return list(made["input_ids"]), learnt
+        ids = list(made["input_ids"])
+        learnt = [True] * len(ids) if self.everything else [bool(m) for m in made["assistant_masks"]]
+        if messages[-1]["role"] in SPEAKERS:
+            return self._as_asked(self._prompt(messages[:-1], tools), ids, learnt)
+        return ids, learnt
+
+    def _as_asked(self, prompt: list[int], ids: list[int], learnt: list[bool]) -> tuple[list[int], list[bool]]:
+        """The last turn behind the prompt that a server sends for it, which may open it with an empty thought that is
+        not written of turns that are over.
+        """
+        start = next((i for i, pair in enumerate(zip(prompt, ids, strict=False)) if pair[0] != pair[1]), len(prompt))
+        thought = self.tokenizer.response_form.thought
+        if start == len(prompt) or prompt[start] != self.tokenizer.convert_tokens_to_ids(thought):
+            return ids, learnt
+        opening = [self.everything] * (len(prompt) - start)
+        return [*prompt, *ids[start:]], [*learnt[:start], *opening, *learnt[start:]]
 
     def _prompt(self, messages: Any, tools: Any) -> list[int]:
         return list(self.tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True)["input_ids"])
@@ -203,7 +216,7 @@ def _check_messages(messages: Any) -> None:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise InputError(f"message {index} is {message!r:.60}; it must be an object with a role and a content")
         said = message.get("content") or message.get("tool_calls")
-        if message["role"] in ("assistant", "model") and (not said or (isinstance(said, str) and not said.strip())):
+        if message["role"] in SPEAKERS and (not said or (isinstance(said, str) and not said.strip())):
             raise InputError(f"message {index}, of the assistant, is empty")
-        if message["role"] not in ("assistant", "model") and "content" not in message:
+        if message["role"] not in SPEAKERS and "content" not in message:
             raise InputError(f"message {index}, of the role {message['role']!r}, lacks 'content'")

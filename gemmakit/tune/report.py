@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from gemmakit.errors import CheckpointError
 from gemmakit.files import replacing, write_text
 from gemmakit.tune.trackers import Trackers
 
@@ -31,8 +32,14 @@ class Metrics:
 
     def put(self, **record: Any) -> None:
         self.records.append(record)
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path} cannot be written: {error.strerror}. Free some space: the run goes on from where it was "
+                "last saved."
+            ) from None
         if self.trackers is not None:
             self.trackers.put(record)
 
@@ -40,7 +47,8 @@ class Metrics:
         return any(r["step"] == step and name in r for r in self.records)
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # what could not be written was told of
+            self._file.close()
         if self.trackers is not None:
             self.trackers.close()
 

@@ -1,7 +1,10 @@
 """Rows that cannot be trained on are refused by file and line before the first step; others are learnt as promised."""
 
+import asyncio
+import copy
 import json
 
+import gemma4_form
 import pytest
 from tune_tools import chat, write
 
@@ -111,6 +114,50 @@ def test_ids_before_what_is_learnt_are_those_that_are_asked(tokenizer, tmp_path)
         assert example.ids[: len(prompt)] == prompt
         assert example.learnt.index(True) == len(prompt)
         assert example.ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_ids_before_what_is_learnt_are_those_that_a_server_makes_of_the_chat(tokenizer, tmp_path):
+    pytest.importorskip("fastapi", reason="the server needs gemmakit[serve]")
+    import httpx
+
+    from gemmakit.serve.app import bare_app
+    from gemmakit.serve.service import Loading, Service
+
+    turns = [*chat("2 + 2?", "4")["messages"], *chat("And 3?", "7")["messages"]]
+    chats = [turns[:2], turns, [{"role": "system", "content": "Be brief."}, *turns]]
+    made = examples(write(tmp_path / "rows.jsonl", [{"messages": messages} for messages in chats]), tokenizer)
+    service = Service()
+    service.load(Loading(str(gemmakit.demo_model()), ("demo",), {"device": "cpu"}, None, {}))
+
+    async def asking():
+        transport = httpx.ASGITransport(bare_app(service))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            posts = [await client.post("/tokenize", json={"messages": messages[:-1]}) for messages in chats]
+            return [answer.json()["tokens"] for answer in posts]
+
+    try:
+        asked = asyncio.run(asking())
+    finally:
+        service.worker.close()
+    for example, prompt in zip(made, asked, strict=True):
+        assert example.ids[: len(prompt)] == prompt and not example.learnt[len(prompt) - 1]
+        assert learnt(tokenizer, example).endswith(tokenizer.decode(example.ids[len(prompt) :]).rstrip())
+
+
+def test_a_turn_that_is_asked_behind_an_empty_thought_is_learnt_behind_it(tokenizer, tmp_path):
+    """Gemma 4's template writes none of a turn that is over."""
+    thinker = gemma4_form.equip(copy.deepcopy(tokenizer))
+    turns = [*chat("2 + 2?", "4")["messages"], *chat("And 3?", "7")["messages"]]
+    for messages in (turns[:2], turns):
+        path = write(
+            tmp_path / "rows.jsonl", [{"messages": messages}, {"prompt": messages[:-1], "completion": messages[-1:]}]
+        )
+        prompt = thinker.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]
+        assert thinker.decode(prompt).endswith("<|channel>thought\n<channel|>")
+        for example in examples(path, thinker):
+            assert example.ids[: len(prompt)] == prompt
+            assert thinker.decode(example.ids[len(prompt) :]).rstrip() == f"{messages[-1]['content']}<turn|>"
+            assert example.learnt[len(prompt)] and not example.learnt[len(prompt) - 1]
 
 
 @pytest.mark.parametrize("kind", ["json", "parquet"])

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import signal
 
 import pytest
@@ -107,6 +108,33 @@ def go_on(tiny, files, folder, kind, tell):
         resume(folder, tell=tell)
     else:
         tune(settings(tiny, files, folder, kind), overwrite=True, tell=tell)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="needs a limit on the size of files, as POSIX has it")
+@pytest.mark.parametrize("data", ["lora"], indirect=True)
+@pytest.mark.parametrize("what", ["state.safetensors", "metrics.jsonl"])
+def test_a_disk_that_fills_up_costs_the_steps_since_the_last_save(tiny, data, what, tmp_path):
+    _, files = data
+    tune(settings(tiny, files, tmp_path / "whole", "lora"))
+
+    def fill(step, total):
+        if step.step == 3:
+            limit = (tmp_path / "full" / what).stat().st_size // (2 if what.startswith("state") else 1)
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+    child = os.fork()
+    if child == 0:
+        try:
+            tune(settings(tiny, files, tmp_path / "full", "lora"), tell=fill)
+        except CheckpointError as error:
+            os._exit(7 if what in str(error) else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert states.load(tmp_path / "full").step == 2
+    assert resume(tmp_path / "full").finished
+    equal(tmp_path / "full", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("data", ["lora"], indirect=True)
