@@ -31,7 +31,8 @@ def pairs(tmp_path):
 
 def trainer(tiny, data, **changes):
     """With an adapter that is not where it began, or its A would have no gradient."""
-    settings = TuneSettings(**{"model": str(tiny), "data": str(data), "out": "unused", "rank": 4, **changes})
+    own = {} if changes.get("method") == "full" else {"rank": 4}
+    settings = TuneSettings(**{"model": str(tiny), "data": str(data), "out": "unused", **own, **changes})
     made = prepare(settings)
     found = Trainer(made.model, made.objective, settings)
     with torch.no_grad():

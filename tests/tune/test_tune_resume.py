@@ -21,12 +21,12 @@ STEPS = 9
 
 def settings(tiny, data, out, kind):
     kinds = {
-        "lora": dict(dropout=0.1, neftune=5.0, ema=0.9),
+        "lora": dict(rank=4, dropout=0.1, neftune=5.0, ema=0.9),
         "full": dict(method="full", lr=1e-3),
         "bfloat16": dict(method="full", dtype="bfloat16", lr=1e-3),
-        "dpo": dict(loss="dpo"),
+        "dpo": dict(rank=4, loss="dpo"),
     }
-    common = dict(batch_size=2, accumulate=2, rank=4, max_steps=STEPS, save_steps=2, eval_steps=3, lr=1e-2)
+    common = dict(batch_size=2, accumulate=2, max_steps=STEPS, save_steps=2, eval_steps=3, lr=1e-2)
     return TuneSettings(model=str(tiny), data=str(data), out=str(out), **{**common, **kinds[kind]})
 
 
