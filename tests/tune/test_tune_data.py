@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import dataclasses
 import json
 
 import gemma4_form
@@ -291,6 +292,4 @@ def test_a_folder_that_is_not_empty_is_left_alone(tiny, chats, tmp_path):
         tune(TuneSettings(model=str(tiny), data=str(chats), out=str(tiny), batch_size=4), overwrite=True)
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="is a file"):
-        tune(
-            TuneSettings(**{**settings.to_dict(), "out": str(tmp_path / "file"), "targets": "all-linear", "freeze": ()})
-        )
+        tune(dataclasses.replace(settings, out=str(tmp_path / "file")))
