@@ -38,6 +38,14 @@ class ConfigFiles:
     def _attn_implementation(self, value: str) -> None:
         self.attn_implementation = value
 
+    @property
+    def _name_or_path(self) -> str:
+        return self.name_or_path  # type: ignore[attr-defined]
+
+    @_name_or_path.setter
+    def _name_or_path(self, value: str) -> None:
+        self.name_or_path = value
+
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and hasattr(self, name)
 

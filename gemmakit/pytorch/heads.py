@@ -43,6 +43,8 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
     """Gemma with the language modelling head, whose weight is the embedding's unless the configuration unties them."""
 
     tied_weights: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+    accepts_loss_kwargs: ClassVar[bool] = True
+    loss_type: ClassVar[str | None] = "ForCausalLM"
 
     def __init__(self, config: GemmaConfig):
         super().__init__(config)

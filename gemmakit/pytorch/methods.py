@@ -29,6 +29,10 @@ class ModelMethods(nn.Module):
     # What transformers' models say of themselves to other libraries.
     config_class: ClassVar[type[GemmaConfig]] = GemmaConfig
     main_input_name: ClassVar[str] = "input_ids"
+    input_modalities: ClassVar[str] = "text"
+    output_modalities: ClassVar[tuple[str, ...]] = ("text",)
+    accepts_loss_kwargs: ClassVar[bool] = False  # whether forward takes num_items_in_batch
+    loss_type: ClassVar[str | None] = None
     is_parallelizable: ClassVar[bool] = False
     _keys_to_ignore_on_save: ClassVar[list[str] | None] = None
     model_tags: list[str] | None = None
@@ -219,6 +223,8 @@ class ModelMethods(nn.Module):
     @property
     def is_gradient_checkpointing(self) -> bool:
         return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
+
+    is_activation_checkpointing = is_gradient_checkpointing
 
     def gradient_checkpointing_enable(
         self,

@@ -24,6 +24,7 @@ BY_MODULE = {
     "gemmakit.text.answer_grammar": ["answer_grammar"],
     "gemmakit.text.prompts": ["Prompts"],
     "gemmakit.flax": None,
+    "gemmakit.integrations": None,
 }
 NAMES = [name for name in gemmakit.__all__ if name != "__version__"]
 SHAPED = [
