@@ -4,7 +4,7 @@ BIN := .venv/bin
 # uv and poetry do not read constraints.txt, so pip it is.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo demo-server test test-all test-isa check docs format acceptance real clean
+.PHONY: demo demo-server test test-all test-isa check docs format acceptance real clients clean
 
 .venv/run: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -66,6 +66,10 @@ acceptance: .venv/test
 # Gemma 3 270M as Google trained it and the real vocabularies, into ~/.cache/gemmakit/real: run, and tested with.
 real: .venv/test
 	$(BIN)/python scripts/real.py
+
+# Other people's tools on a gemmakit model, each in an environment of its own: all of tests/clients, or CLIENTS="trl peft".
+clients: .venv/test
+	$(BIN)/python scripts/clients.py $(CLIENTS)
 
 clean:
 	rm -rf .venv build dist
