@@ -58,6 +58,7 @@ _HOME = {
     "AutoModelForTokenClassification": "gemmakit.auto",
     "EmbeddingModel": "gemmakit.pipelines",
     "pipeline": "gemmakit.pipelines",
+    "FeatureExtractionPipeline": "gemmakit.pipelines",
     "Pipeline": "gemmakit.pipelines",
     "TextGenerationPipeline": "gemmakit.pipelines",
     "TextClassificationPipeline": "gemmakit.pipelines",
@@ -162,6 +163,7 @@ if TYPE_CHECKING:
     )
     from gemmakit.pipelines import (
         EmbeddingModel,
+        FeatureExtractionPipeline,
         Pipeline,
         TextClassificationPipeline,
         TextGenerationPipeline,

@@ -178,6 +178,8 @@ def _classification(task: str, aggregation: str | None, generating: Mapping[str,
     from gemmakit.pipelines import find_task
 
     name = find_task(task).task
+    if name == "feature-extraction":
+        raise InputError(f"--task {task} gives tensors, which no line of text holds: use gemmakit.pipeline in Python.")
     if aggregation is not None and name != "token-classification":
         raise InputError("--aggregation is of --task token-classification only.")
     given = [option for option, value in generating.items() if value is not None and value is not False and value != []]

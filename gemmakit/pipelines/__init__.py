@@ -16,6 +16,7 @@ from gemmakit.hub import HubOptions, demo_model
 from gemmakit.pipelines.base import Pipeline, is_flax
 from gemmakit.pipelines.classification import TextClassificationPipeline, TokenClassificationPipeline
 from gemmakit.pipelines.embedding import EmbeddingModel
+from gemmakit.pipelines.features import FeatureExtractionPipeline
 from gemmakit.pipelines.generation import DEFAULT_NEW_TOKENS, TextGenerationPipeline
 from gemmakit.pytorch.adapters import load_adapter, merge_adapter
 from gemmakit.pytorch.placement import parse_device
@@ -25,6 +26,7 @@ __all__ = [
     "DEFAULT_NEW_TOKENS",
     "TASKS",
     "EmbeddingModel",
+    "FeatureExtractionPipeline",
     "Pipeline",
     "TextClassificationPipeline",
     "TextGenerationPipeline",
@@ -34,7 +36,13 @@ __all__ = [
 ]
 
 TASKS: dict[str, type[Pipeline]] = {
-    made.task: made for made in (TextGenerationPipeline, TextClassificationPipeline, TokenClassificationPipeline)
+    made.task: made
+    for made in (
+        TextGenerationPipeline,
+        TextClassificationPipeline,
+        TokenClassificationPipeline,
+        FeatureExtractionPipeline,
+    )
 }
 # Arguments of the model's from_pretrained that need no model_kwargs around them.
 LOADING = ("attn_implementation", "ignore_mismatched_sizes", "max_memory", "offload_folder", "quantization_config")
@@ -62,8 +70,8 @@ def pipeline(
     """Load what a task needs and give back something to call.
 
     Args:
-        task: "text-generation" (None means it), "text-classification" (or "sentiment-analysis"), or
-            "token-classification" (or "ner").
+        task: "text-generation" (None means it), "text-classification" (or "sentiment-analysis"),
+            "token-classification" (or "ner"), or "feature-extraction".
         model: a folder, a Hub id, or a loaded model. None takes the demo model that gemmakit carries, which generates.
         config: instead of the checkpoint's config.json.
         framework: "pt" or "flax"; None takes that of a loaded model, and PyTorch to load one. With Flax the device is

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import os
+import tempfile
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, ClassVar
 
@@ -11,6 +14,7 @@ import torch
 
 from gemmakit.checks import Whole, check
 from gemmakit.errors import InputError
+from gemmakit.hub import push_folder
 from gemmakit.progress import with_progress
 from gemmakit.pytorch.placement import parse_device
 
@@ -20,13 +24,15 @@ Record = dict[str, Any]
 class Pipeline:
     """A model, its tokenizer, and what lies between an input and a result.
 
-    Called with one input it gives one result; with a list, a list; with any other iterable, an iterator that works as
-    it is read. Results do not depend on what else is in the batch.
+    Called with one input it gives one result; with a list, a list; with any other iterable or a data set (what has a
+    length and items by number), an iterator that works as it is read. Results do not depend on what else is in the
+    batch. `preprocess`, `forward` and `postprocess` are the three parts of a call, for one input.
 
     Args:
         model, tokenizer: loaded ones.
         device: "cpu", "cuda", "cuda:1", a torch.device, or a CUDA index (-1: the CPU). None leaves the model alone.
         batch_size: inputs a forward pass, unless a call says otherwise.
+        num_workers: accepted; texts are encoded in this process.
         options: defaults of the calls' own arguments.
     """
 
@@ -41,11 +47,13 @@ class Pipeline:
         *,
         device: int | str | torch.device | None = None,
         batch_size: int = 1,
+        num_workers: int | None = None,
         **options: Any,
     ):
         self.model = model if device is None else model.to(parse_device(device))
         self.tokenizer = tokenizer
         self.batch_size = batch_size
+        _check_workers(num_workers)
         self.options = options
         self.check_options(options)
 
@@ -54,9 +62,19 @@ class Pipeline:
         """Where prompts are put; a Flax model takes them from the CPU."""
         return torch.device("cpu") if is_flax(self.model) else self.model.device
 
-    def __call__(self, inputs: Any, *, batch_size: int | None = None, **options: Any) -> Any:
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the model's weights."""
+        return self.model.dtype
+
+    torch_dtype = dtype
+
+    def __call__(
+        self, inputs: Any, *, batch_size: int | None = None, num_workers: int | None = None, **options: Any
+    ) -> Any:
         options = {**self.options, **options}
         self.check_options(options)
+        _check_workers(num_workers)
         size = _batch_size(self.batch_size if batch_size is None else batch_size)
         if self.is_one(inputs):
             return self.run([inputs], **options)[0]
@@ -66,7 +84,26 @@ class Pipeline:
             return list(with_progress(self._results(several, size, options), 0 if quiet else len(several)))
         if isinstance(inputs, Iterable) and not isinstance(inputs, (Mapping, bytes)):
             return self._results(several, size, options)
+        if _is_data_set(inputs):
+            return self._results((several[i] for i in range(len(several))), size, options)
         raise InputError(f"{self.task} takes {self.takes}, or several of them; found {type(several).__name__}.")
+
+    def predict(self, X: Any) -> Any:
+        """A call, by scikit-learn's name."""
+        return self(X)
+
+    transform = predict
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write the model (kwargs as in its save_pretrained) and its tokenizer into a folder."""
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.tokenizer.save_pretrained(save_directory)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Upload both; kwargs go to `gemmakit.hub.push_folder`. The address comes back."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return push_folder(folder, repo_id, **kwargs)
 
     def _results(self, inputs: Iterable[Any], size: int, options: dict[str, Any]) -> Iterator[Any]:
         rest = iter(inputs)
@@ -95,11 +132,44 @@ class Pipeline:
     # Each task names the options it has, so that others can be refused: a declaration with all of them would hide that.
     run: Callable[..., list[Any]]
     """The results of a batch, in its order; its keyword arguments are the options of a call."""
+    preprocess: Callable[..., Record]
+    """What the model is given for an input, (1, S); its keyword arguments are among a call's options."""
+    forward: Callable[..., Record]
+    """What the model makes of it."""
+    postprocess: Callable[..., Any]
+    """What a call gives; its keyword arguments are among a call's options."""
+
+    def model_inputs(self, row: Sequence[int]) -> Record:
+        """A row of ids as the model takes it."""
+        ids = torch.tensor([row], dtype=torch.long, device=self.device)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def is_flax(model: Any) -> bool:
     """Whether a loaded model is one of Flax."""
     return getattr(model, "framework", "pt") == "flax"
+
+
+def _check_workers(number: Any) -> None:
+    if number is not None:
+        check("num_workers", number, Whole(0), InputError)
+
+
+def _is_data_set(inputs: Any) -> bool:
+    return (
+        not isinstance(inputs, (str, bytes, Mapping)) and hasattr(inputs, "__getitem__") and hasattr(inputs, "__len__")
+    )
+
+
+@contextmanager
+def evaluating(model: Any) -> Generator[None, None, None]:
+    """Without dropout, also where the model is in the middle of its training."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def _batch_size(size: Any) -> int:

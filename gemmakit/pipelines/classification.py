@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, cast
@@ -14,7 +13,7 @@ import torch
 from gemmakit.auto import AutoModelForSequenceClassification, AutoModelForTokenClassification
 from gemmakit.checks import Whole, check
 from gemmakit.errors import InputError, NumericalError, PromptTooLong
-from gemmakit.pipelines.base import Pipeline, Record, is_flax, padded
+from gemmakit.pipelines.base import Pipeline, Record, evaluating, is_flax, padded
 from gemmakit.text.vocabulary import shown
 
 # Their frequencies depend on how long the padded batch is, and so on the other rows.
@@ -59,7 +58,7 @@ class ClassificationPipeline(Pipeline):
         for members in self._together(rows):
             # On the right: there padding moves no token to another position.
             ids, mask = padded([rows[i] for i in members], self.tokenizer.pad_token_id or 0, self.device, "right")
-            with torch.no_grad(), _evaluating(self.model):
+            with torch.no_grad(), evaluating(self.model):
                 found = self.model(ids, attention_mask=mask, use_cache=False, return_dict=True).logits.float().cpu()
             for i, row in zip(members, found, strict=True):
                 out[i] = row if row.dim() == 1 else row[: len(rows[i])]
@@ -80,17 +79,6 @@ class ClassificationPipeline(Pipeline):
     def label(self, index: int) -> str:
         """The name of a label's number."""
         return self.model.config.id2label[index]
-
-
-@contextmanager
-def _evaluating(model: Any) -> Generator[None, None, None]:
-    """Without dropout, also where the model is in the middle of its training."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 Text = str | Mapping[str, str]
@@ -118,6 +106,7 @@ class TextClassificationPipeline(ClassificationPipeline):
             raises PromptTooLong.
         max_length: a limit below the context's.
         padding: accepted, and without effect: rows do not depend on it.
+        return_all_scores: True is the older name of top_k=None.
     """
 
     task = "text-classification"
@@ -142,15 +131,39 @@ class TextClassificationPipeline(ClassificationPipeline):
         truncation: bool | str | None = None,
         max_length: int | None = None,
         padding: bool | str | None = None,
+        return_all_scores: bool | None = None,
     ) -> list[Any]:
         """The results of a batch, in its order; the options are described at the class."""
+        top_k = None if return_all_scores else top_k
         _check_top_k(top_k)
-        function = self._function(function_to_apply)
+        self._function(function_to_apply)
         found = self.logits(self._rows(batch, truncation, max_length))
         if found and found[0].dim() != 1:
             raise InputError(f"{self.task} needs one score a label; {type(self.model).__name__} scores every token.")
-        ranked = [self._ranked(function(logits)) for logits in found]
-        return [labels[0] for labels in ranked] if top_k is UNSET else [labels[:top_k] for labels in ranked]
+        chosen: dict[str, Any] = dict(top_k=top_k, function_to_apply=function_to_apply)
+        return [self.postprocess({"logits": logits[None]}, **chosen) for logits in found]
+
+    def preprocess(
+        self, inputs: Text, *, truncation: bool | str | None = None, max_length: int | None = None
+    ) -> Record:
+        """input_ids and attention_mask, (1, S)."""
+        return self.model_inputs(self._rows([inputs], truncation, max_length)[0])
+
+    def forward(self, model_inputs: Mapping[str, torch.Tensor]) -> Record:
+        """logits, (1, C)."""
+        return {"logits": self.logits([model_inputs["input_ids"][0].tolist()])[0][None]}
+
+    def postprocess(
+        self,
+        model_outputs: Mapping[str, torch.Tensor],
+        *,
+        top_k: int | None = UNSET,
+        function_to_apply: str | None = None,
+    ) -> Any:
+        """A label, or with `top_k` a list of them."""
+        _check_top_k(top_k)
+        ranked = self._ranked(self._function(function_to_apply)(model_outputs["logits"][0]))
+        return ranked[0] if top_k is UNSET else ranked[:top_k]
 
     def _rows(self, batch: Sequence[Text], truncation: Any, max_length: int | None) -> list[list[int]]:
         texts = [(t, None) if isinstance(t, str) else (t["text"], t.get("text_pair")) for t in batch]
@@ -208,6 +221,7 @@ class TokenClassificationPipeline(ClassificationPipeline):
             the longer entity stays, then the likelier. Not with "none".
         truncation: without stride, what is longer than the context is cut, and a warning says so; True cuts without a
             warning, False raises PromptTooLong.
+        grouped_entities: the older way to say "simple", or "first" with ignore_subwords; False says "none".
     """
 
     task = "token-classification"
@@ -225,16 +239,47 @@ class TokenClassificationPipeline(ClassificationPipeline):
         ignore_labels: Sequence[str] | None = None,
         stride: int | None = None,
         truncation: bool | None = None,
+        grouped_entities: bool | None = None,
+        ignore_subwords: bool | None = None,
     ) -> list[list[Record]]:
         """The results of a batch, in its order; the options are described at the class."""
+        if grouped_entities is not None or ignore_subwords is not None:
+            grouped = "first" if ignore_subwords else "simple"
+            aggregation_strategy = grouped if grouped_entities else "none"
         strategy = self._strategy(aggregation_strategy, stride)
-        ignored = {"O"} if ignore_labels is None else set(ignore_labels)
         encoded = self._encode(batch, stride, truncation)
-        sources: list[int] = encoded["overflow_to_sample_mapping"]
+        encoded["scores"] = self._probabilities(encoded["input_ids"], len(batch))
+        return self._entities(batch, encoded, strategy, ignore_labels)
+
+    def preprocess(self, inputs: str, *, stride: int | None = None, truncation: bool | None = None) -> Record:
+        """The text and its rows: lists of `input_ids` and what is known of each token, one of each a window."""
+        return {"text": inputs, **self._encode([inputs], stride, truncation)}
+
+    def forward(self, model_inputs: Mapping[str, Any]) -> Record:
+        """The same with `scores`, the probabilities (P, C) of each window's tokens."""
+        return {**model_inputs, "scores": self._probabilities(model_inputs["input_ids"], 1)}
+
+    def postprocess(
+        self,
+        model_outputs: Mapping[str, Any],
+        *,
+        aggregation_strategy: str = "none",
+        ignore_labels: Sequence[str] | None = None,
+    ) -> list[Record]:
+        """The entities of the text."""
+        strategy = self._strategy(aggregation_strategy, None)
+        encoded = {name: value for name, value in model_outputs.items() if name != "text"}
+        return self._entities([model_outputs["text"]], encoded, strategy, ignore_labels)[0]
+
+    def _entities(
+        self, batch: Sequence[str], encoded: Mapping[str, list[Any]], strategy: str, ignore_labels: Any
+    ) -> list[list[Record]]:
+        """Those of each text, from windows of scored tokens."""
+        ignored = {"O"} if ignore_labels is None else set(ignore_labels)
         found: list[list[list[Record]]] = [[] for _ in batch]
-        for window, scores in enumerate(self._probabilities(encoded["input_ids"], len(batch))):
-            source = sources[window]
-            pieces = self._pieces(batch[source], {k: v[window] for k, v in encoded.items()}, scores)
+        for window, source in enumerate(encoded["overflow_to_sample_mapping"]):
+            row = {k: v[window] for k, v in encoded.items()}
+            pieces = self._pieces(batch[source], row, row["scores"])
             entities = gather(pieces, strategy, self.model.config.id2label, self.tokenizer.convert_tokens_to_string)
             for entity in entities:
                 if "\ufffd" in entity["word"] and entity["start"] is not None:  # a window began within a character

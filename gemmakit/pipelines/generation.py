@@ -36,6 +36,9 @@ class TextGenerationPipeline(Pipeline):
         continue_final_message: go on with a chat's last message; None does so where the assistant said it.
         tools: what a chat's answer may call: functions, or JSON schemas, as in `tokenizer.apply_chat_template`.
         chat_template_kwargs: what else the chat template is told, {"enable_thinking": True} for one that thinks.
+        tokenizer_encode_kwargs: further arguments of encoding, a text's or a chat's: {"add_special_tokens": False}.
+        stop_sequence: a text or several that end an answer, as generate's stop_strings; they stay in the answer.
+        handle_long_generation: "hole" cuts a prompt on its left where it leaves too little room; None refuses.
         streamer: told of the tokens as they come; inputs then run one at a time.
         assistant_model: a loaded draft, or a folder or Hub id to load one from, when the pipeline is made.
         Everything else goes to `model.generate`. What it does not know is refused, and so are scores, for which a
@@ -54,6 +57,9 @@ class TextGenerationPipeline(Pipeline):
                 draft, dtype=model.dtype, device_map=model.device
             )
         super().__init__(model, tokenizer, **options)
+
+    def __call__(self, text_inputs: Any, **options: Any) -> Any:
+        return super().__call__(text_inputs, **options)
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Raises InputError for what neither the pipeline nor generate() has, and for what has no place in a result."""
@@ -77,13 +83,17 @@ class TextGenerationPipeline(Pipeline):
         continue_final_message: bool | None = None,
         tools: Sequence[Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tokenizer_encode_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """The ids of a text or a chat, with exactly one <bos>. tools, chat_template_kwargs: as in a call.
+        """The ids of a text or a chat, with exactly one <bos>; the arguments are as in a call.
 
         Raises InputError for a variable of the template that is not the caller's to set.
         """
+        more = dict(tokenizer_encode_kwargs or {})
+        if form := more.keys() & {"return_tensors", "return_dict", "tokenize"}:
+            raise InputError(f"tokenizer_encode_kwargs has {', '.join(sorted(form))}, which the pipeline decides.")
         if isinstance(prompt, str):
-            return list(self.tokenizer(prefix + prompt)["input_ids"])
+            return list(self.tokenizer(prefix + prompt, **more)["input_ids"])
         goes_on = _goes_on(prompt, continue_final_message)
         rendered = self.tokenizer.apply_chat_template(
             list(prompt),
@@ -91,6 +101,7 @@ class TextGenerationPipeline(Pipeline):
             add_generation_prompt=not goes_on,
             continue_final_message=goes_on,
             **free_variables(chat_template_kwargs),
+            **more,
         )
         return list(rendered["input_ids"])
 
@@ -107,16 +118,61 @@ class TextGenerationPipeline(Pipeline):
         continue_final_message: bool | None = None,
         tools: Sequence[Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tokenizer_encode_kwargs: Mapping[str, Any] | None = None,
+        handle_long_generation: str | None = None,
+        stop_sequence: str | Sequence[str] | None = None,
         **settings: Any,
     ) -> list[list[Record]]:
         """The results of a batch, in its order; the options are described at the class."""
         if return_tensors and (return_text or return_full_text is not None):
             raise InputError("return_tensors excludes return_text and return_full_text: choose ids or text.")
-        chats: dict[str, Any] = {"tools": tools, "chat_template_kwargs": chat_template_kwargs}
-        rows = [self.encode(p, prefix=prefix, continue_final_message=continue_final_message, **chats) for p in batch]
-        news = self._continue(rows, settings)
+        asked: dict[str, Any] = dict(
+            prefix=prefix, continue_final_message=continue_final_message, tools=tools,
+            chat_template_kwargs=chat_template_kwargs, tokenizer_encode_kwargs=tokenizer_encode_kwargs,
+        )  # fmt: skip
+        rows = [self._fitted(self.encode(p, **asked), handle_long_generation, settings) for p in batch]
+        news = self._continue(rows, settings if stop_sequence is None else {**settings, "stop_strings": stop_sequence})
+        said = [
+            {"prompt_text": prompt, "input_ids": row, "generated_sequence": many}
+            for prompt, row, many in zip(batch, rows, news, strict=True)
+        ]
+        form: dict[str, Any] = dict(
+            return_full_text=return_full_text, return_tensors=return_tensors, return_text=return_text,
+            clean_up_tokenization_spaces=clean_up_tokenization_spaces, skip_special_tokens=skip_special_tokens,
+            prefix=prefix, continue_final_message=continue_final_message, tools=tools,
+        )  # fmt: skip
+        return [self.postprocess(one, **form) for one in said]
+
+    def preprocess(self, prompt_text: Any, *, handle_long_generation: str | None = None, **options: Any) -> Record:
+        """input_ids and attention_mask, (1, P), and the prompt; options as in `encode`, and those of generate()."""
+        known = inspect.signature(self.encode).parameters
+        row = self.encode(prompt_text, **{name: value for name, value in options.items() if name in known})
+        row = self._fitted(row, handle_long_generation, options)
+        return {**self.model_inputs(row), "prompt_text": prompt_text}
+
+    def forward(self, model_inputs: Mapping[str, Any], **settings: Any) -> Record:
+        """prompt_text, input_ids (a list) and generated_sequence: the new ids of each continuation, without padding."""
+        row = model_inputs["input_ids"][0].tolist()
+        news = self._continue([row], settings)[0]
+        return {"prompt_text": model_inputs["prompt_text"], "input_ids": row, "generated_sequence": news}
+
+    def postprocess(
+        self,
+        model_outputs: Mapping[str, Any],
+        *,
+        return_full_text: bool | None = None,
+        return_tensors: bool = False,
+        return_text: bool | None = None,
+        clean_up_tokenization_spaces: bool | None = None,
+        skip_special_tokens: bool = True,
+        prefix: str = "",
+        continue_final_message: bool | None = None,
+        tools: Sequence[Any] | None = None,
+    ) -> list[Record]:
+        """The continuations of one prompt as a call gives them."""
+        prompt, row, news = (model_outputs[n] for n in ("prompt_text", "input_ids", "generated_sequence"))
         if return_tensors:
-            return [[{"generated_token_ids": row + new} for new in many] for row, many in zip(rows, news, strict=True)]
+            return [{"generated_token_ids": row + new} for new in news]
 
         def answer(prompt: Any, row: list[int], new: list[int]) -> Record:
             if skip_special_tokens and not clean_up_tokenization_spaces and not isinstance(prompt, str):
@@ -134,7 +190,29 @@ class TextGenerationPipeline(Pipeline):
                 return {"generated_text": _joined(prompt, said, prefix, continue_final_message)}
             return {"generated_text": said["content"]} | {n: said[n] for n in ("reasoning", "tool_calls") if n in said}
 
-        return [[record(p, row, new) for new in many] for p, row, many in zip(batch, rows, news, strict=True)]
+        return [record(prompt, row, new) for new in news]
+
+    def _fitted(self, row: list[int], how: str | None, settings: Mapping[str, Any]) -> list[int]:
+        """A prompt that leaves room for what it is to be continued by, cut on its left if `how` is "hole"."""
+        if how is None:
+            return row
+        if how != "hole":
+            raise InputError(f"handle_long_generation is {how!r}; it must be 'hole' or None.")
+        config = (settings.get("generation_config") or self.model.generation_config).updated()
+        new = settings.get("max_new_tokens", config.max_new_tokens)
+        if new is None:
+            longest = settings.get("max_length", config.max_length)
+            new = min(DEFAULT_NEW_TOKENS, self._context()) if longest is None else max(longest - len(row), 0)
+        kept = self._context() - new
+        if kept < 1:
+            raise PromptTooLong(
+                f"{new} new tokens are asked for and the context holds {self._context()}: nothing of a prompt fits "
+                "beside them. Ask for fewer."
+            )
+        return row if len(row) <= kept else row[-kept:]
+
+    def _context(self) -> int:
+        return min(self.model.config.max_position_embeddings, self.tokenizer.model_max_length)
 
     def _continue(self, rows: Sequence[list[int]], settings: dict[str, Any]) -> list[list[list[int]]]:
         """For each row its `num_return_sequences` continuations, without padding."""

@@ -16,13 +16,13 @@ from gemmakit.text.encoding import (
     BatchEncoding,
     Part,
     Row,
+    all_windows,
     columns,
     one_of,
     pad_row,
     round_up,
     shares,
     to_lists,
-    windows,
 )
 from gemmakit.text.vocabulary import Engine
 
@@ -88,7 +88,7 @@ class Calling:
         list of words in place of each string. text_target is encoded the same way into `labels`.
         padding: True or "longest", "max_length", False. truncation: True or "longest_first", "only_first",
         "only_second", False. max_length: in tokens, special tokens included; None means `model_max_length`.
-        stride: tokens shared by neighbouring rows with `return_overflowing_tokens`, which needs a single text a row.
+        return_overflowing_tokens: what is cut makes further rows, which share `stride` tokens with those before them.
         return_tensors: "pt", "np", "jax": tensors of shape (B, S), B = 1 for one text. Otherwise lists.
         return_offsets_mapping: (start, stop) character positions of each token (GemmaTokenizerFast).
         split_special_tokens: encode `<bos>`, `<start_of_turn>`, ... inside the text as ordinary characters.
@@ -207,10 +207,10 @@ class Calling:
         if limits.stride and limits.stride >= budget:
             raise InputError(f"stride {limits.stride} must be below max_length minus special tokens, {budget}.")
         if options["return_overflowing_tokens"]:
-            if second is not None:
-                raise InputError("return_overflowing_tokens needs one text a row, not pairs.")
-            spans = windows(len(first.ids), budget, limits.stride, self.truncation_side)
-            return [self._row(first.cut(*span), None, special) for span in spans]
+            size = (len(first.ids), 0 if second is None else len(second.ids))
+            keep = (budget, 0) if second is None else shares(*size, budget, limits.truncation)
+            found = all_windows(first, second, keep, limits.stride, self.truncation_side)
+            return [self._row(*parts, special) for parts in found]
         if second is None:
             if limits.truncation == "only_second" and len(first.ids) > budget:
                 raise InputError("truncation='only_second' needs a second text; there is only one.")
@@ -310,6 +310,29 @@ class Calling:
         """The tokens of a text by name; no special tokens around it unless asked for."""
         ids = self.encode(text, pair, add_special_tokens=add_special_tokens, **options)
         return [self._engine.id_to_token(index) for index in ids]  # type: ignore[misc]
+
+    def prepare_for_model(
+        self,
+        ids: Sequence[int],
+        pair_ids: Sequence[int] | None = None,
+        *,
+        return_tensors: Any = None,
+        prepend_batch_axis: bool = False,
+        **options: Any,
+    ) -> BatchEncoding:
+        """Special tokens, truncation and padding for ids that were encoded before; options as in calling the tokenizer.
+
+        return_tensors gives (S,), or with prepend_batch_axis (1, S). Raises InputError for an option that there is not,
+        and for characters' positions, which ids no longer have.
+        """
+        if unknown := options.keys() - DEFAULTS.keys():
+            raise InputError(f"prepare_for_model has no option {', '.join(sorted(unknown))}.")
+        if options.get("return_offsets_mapping"):
+            raise InputError("return_offsets_mapping is True, but ids do not say where in a text they were: call the "
+                             "tokenizer with the text.")  # fmt: skip
+        parts = [(Part([*ids]), None if pair_ids is None else Part([*pair_ids]))]
+        made = self._finish(parts, False, {**DEFAULTS, **options})
+        return made.convert_to_tensors(return_tensors, prepend_batch_axis)
 
     def pad(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -228,6 +228,26 @@ def windows(size: int, length: int, stride: int, side: str) -> list[tuple[int, i
         if last:
             break
     return found
+
+
+def all_windows(
+    first: Part, second: Part | None, lengths: tuple[int, int], stride: int, side: str
+) -> Iterator[tuple[Part, Part | None]]:
+    """Of a text or a pair, windows of `lengths` ids: each of the first text beside each of the second, kept ones first.
+
+    Raises InputError for a stride that leaves no way forward.
+    """
+
+    def cut(part: Part, length: int) -> list[Part]:
+        if length < len(part.ids) and stride >= max(length, 1):
+            raise InputError(f"stride {stride} must be below the {length} ids that a window has of a text.")
+        return [part.cut(*span) for span in windows(len(part.ids), length, stride, side)]
+
+    others: list[Part | None] = [None] if second is None else [*cut(second, lengths[1])]
+    one, *rest = cut(first, lengths[0])
+    yield one, others[0]
+    yield from ((part, other) for part in rest for other in others)
+    yield from ((one, other) for other in others[1:])
 
 
 def shares(first: int, second: int, budget: int, strategy: str) -> tuple[int, int]:

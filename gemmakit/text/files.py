@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gemmakit.checks import Accepted, take_accepted
 from gemmakit.errors import GemmakitError, InputError, TokenizerError
 from gemmakit.files import replacing
 from gemmakit.hub import HubOptions, find_file, find_gguf, push_folder, refuse_code
@@ -23,6 +24,10 @@ MAX_TEMPLATE_BYTES = 2**20
 
 # Said by a file about itself or about other software; nothing here acts on it, and code is never loaded.
 _IGNORED = ("tokenizer_class", "auto_map", "backend", "is_local", "local_files_only", "tokenizer_file", "vocab_file")
+_SAVING: Accepted = {
+    "legacy_format": ((None, False), "tokenizer.json is always written, and tokenizer.model where there is one"),
+    "save_raw_chat_template": ((None, True), "save_jinja_files=False puts the template into tokenizer_config.json"),
+}
 _NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "mask_token", "sep_token", "cls_token")
 
 
@@ -83,21 +88,27 @@ class Saving:
         filename_prefix: str | None = None,
         *,
         push_to_hub: bool = False,
+        save_jinja_files: bool = True,
         **upload: Any,
     ) -> tuple[str, ...]:
         """Write everything `from_pretrained` needs, here and in transformers; returns the files' paths.
 
         Each file is written beside its place and moved there, so an interrupted save leaves the old file whole.
+        save_jinja_files: False puts the chat template into tokenizer_config.json, where several always are.
         push_to_hub: upload the folder afterwards, to `repo_id` (default: the folder's name); `upload` goes to
         `gemmakit.hub.push_folder`.
         """
+        take_accepted(upload, _SAVING, InputError)
         if upload and not push_to_hub:
             raise InputError(f"save_pretrained has no argument {', '.join(upload)} unless push_to_hub=True.")
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         files = [Path(path) for path in self.save_vocabulary(folder, filename_prefix)]
-        for name, text in self._texts():
+        for name, text in self._texts(save_jinja_files):
             files.append(_write(folder / _prefixed(name, filename_prefix), text.encode()))
+        template = folder / _prefixed(TEMPLATE, filename_prefix)
+        if template not in files:  # an older one would be read before what tokenizer_config.json says
+            template.unlink(missing_ok=True)
         if push_to_hub:
             push_folder(folder, upload.pop("repo_id", folder.name), **upload)
         return tuple(map(str, files))
@@ -130,7 +141,7 @@ class Saving:
         """Bring the Rust tokenizer's own post-processor in line. Encoding here never needs it: settings act at once."""
         self._engine.set_around(*self._around())
 
-    def _texts(self: Any) -> Iterator[tuple[str, str]]:
+    def _texts(self: Any, templates_apart: bool) -> Iterator[tuple[str, str]]:
         config = {
             **self.init_kwargs,
             "add_bos_token": self.add_bos_token,
@@ -148,12 +159,16 @@ class Saving:
             "use_default_system_prompt": self.use_default_system_prompt,
             "tokenizer_class": "GemmaTokenizer",
         }
+        template: Any = self.chat_template if isinstance(self.chat_template, Mapping) else self.get_chat_template()
+        if isinstance(template, Mapping):
+            config["chat_template"] = [{"name": name, "template": text} for name, text in template.items()]
+        elif templates_apart:
+            yield TEMPLATE, template
+        else:
+            config["chat_template"] = template
         yield CONFIG, json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
         specials = {**self.special_tokens_map, "additional_special_tokens": self.additional_special_tokens}
         yield SPECIALS, json.dumps(specials, indent=2, ensure_ascii=False) + "\n"
-        template = self.get_chat_template()
-        if template is not None:
-            yield TEMPLATE, template
 
 
 def _made(cls: type[Self], inputs: tuple[Any, ...], settings: Mapping[str, Any]) -> Self:

@@ -251,17 +251,24 @@ class TokenizerBase(Calling, Chat, Saving):
         return self._engine.add(tokens)
 
     def add_special_tokens(
-        self, special_tokens_dict: Mapping[str, Any], replace_additional_special_tokens: bool = True
+        self,
+        special_tokens_dict: Mapping[str, Any],
+        replace_extra_special_tokens: bool = True,
+        *,
+        replace_additional_special_tokens: bool | None = None,
     ) -> int:
         """Add and name special tokens: `{"pad_token": "<pad>", "additional_special_tokens": [...]}`.
 
+        replace_extra_special_tokens: False keeps the additional ones that there are; the other is its older name.
         Returns how many of them are new to the vocabulary.
         """
+        older = replace_additional_special_tokens
+        replace = replace_extra_special_tokens if older is None else older
         new = 0
         for name, value in special_tokens_dict.items():
             if name in ("additional_special_tokens", "extra_special_tokens"):
                 new += sum(self._add_special(token) for token in value)
-                kept = [] if replace_additional_special_tokens else self._extra
+                kept = [] if replace else self._extra
                 self._extra = list(dict.fromkeys([*kept, *(str(token) for token in value)]))
             elif name in NAMED:
                 new += self._add_special(value)

@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gemmakit.errors import InputError
+
 TEXTS = [
     "Hello  world, this is a test.",
     "",
@@ -87,6 +89,45 @@ def test_offsets_special_masks_and_overflow(shared_fast: Any, oracle: Any) -> No
             cut = {"truncation": True, "max_length": length, "stride": stride, "return_overflowing_tokens": True}
             same(shared_fast, oracle, TEXTS, **cut, **options)
             same(shared_fast, oracle, TEXTS[0], **cut, padding=True, **options)
+
+
+@pytest.mark.parametrize("strategy", ["longest_first", "only_first", "only_second"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_what_is_cut_of_pairs_makes_rows_as_in_transformers(
+    shared_slow: Any, shared_fast: Any, oracle: Any, strategy: str, side: str
+) -> None:
+    """From either tokenizer: transformers' slow ones give what is left over under another name, of one text alone."""
+    first, second = "the first of the two texts is long", "and the second is as long as the first is, or longer"
+    options = {"return_special_tokens_mask": True, "return_token_type_ids": True, "return_overflowing_tokens": True}
+    tokenizers = (shared_slow, shared_fast, oracle)
+    for tokenizer in tokenizers:
+        tokenizer.truncation_side = side
+    try:
+        for length, stride in itertools.product((26, 31, 60), (0, 2)):
+            cut = {"truncation": strategy, "max_length": length, "stride": stride, "padding": True}
+            if not _fits(shared_fast, first, second, strategy, length):
+                continue
+            for tokenizer in tokenizers[:2]:
+                same(tokenizer, oracle, first, second, **cut, **options)
+                same(tokenizer, oracle, [first, "a"], [second, "b"], **cut, **options)
+            same(shared_fast, oracle, first, second, **cut, **options, return_offsets_mapping=True)
+    finally:
+        for tokenizer in tokenizers:
+            tokenizer.truncation_side = "right"
+
+
+@pytest.mark.parametrize("pair", [None, TEXTS[2]])
+def test_ids_are_prepared_as_their_text_is(both: Any, pair: str | None) -> None:
+    ids, pair_ids = (None if t is None else both.encode(t, add_special_tokens=False) for t in (TEXTS[0], pair))
+    for options in ({}, {"max_length": 9, "truncation": True}, {"max_length": 40, "padding": "max_length"}):
+        expected = both(TEXTS[0], pair, return_special_tokens_mask=True, **options)
+        assert both.prepare_for_model(ids, pair_ids, return_special_tokens_mask=True, **options) == expected
+        for axis in (False, True):
+            made = both.prepare_for_model(ids, pair_ids, return_tensors="pt", prepend_batch_axis=axis, **options)
+            assert made.input_ids.tolist() == ([expected["input_ids"]] if axis else expected["input_ids"])
+    for wrong in ({"return_offsets_mapping": True}, {"no_such": 1}):
+        with pytest.raises(InputError, match=next(iter(wrong))):
+            both.prepare_for_model(ids, **wrong)
 
 
 def test_words_of_a_split_text(both: Any, oracle: Any) -> None:
