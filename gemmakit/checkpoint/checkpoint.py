@@ -65,6 +65,12 @@ class Checkpoint:
         self.metadata: Mapping[str, str] = MappingProxyType(dict(files[0].metadata))
         self.total_bytes: int = sum(file.tensors[stored].nbytes for file, stored in self._holder.values())
 
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Let tensors answer to other names: other name -> the name here."""
+        for name, held in names.items():
+            if name != held:
+                self._holder[name] = self._holder.pop(held)
+
     def names(self) -> list[str]:
         """The tensors' names in the order of the files."""
         return list(self._holder)

@@ -222,12 +222,17 @@ def differences(
         unexpected=[name for name in extra if not free(name)],
         unused=[name for name in extra if free(name)],
         misshapen=misshapen,
-        copies={name: names[source] for name, source in tied.items() if name in held and source in names},
+        copies={
+            name: names[source] for name, source in tied.items() if name in held and names.get(source, name) != name
+        },
     )
 
 
 def stored_names(wanted: Iterable[str], held: Iterable[str]) -> dict[str, str]:
-    """Wanted name -> its name in the file, where it is there; base models and headed ones open each other's files."""
+    """Wanted name -> its name in the file, where it is there; base models and headed ones open each other's files.
+
+    The embedding may be there under the name of the head that it is tied to: what stores shared memory once chooses.
+    """
     wanted, held = list(wanted), set(held)
     headed_model, headed_file = (any(name.startswith(PREFIX) for name in names) for names in (wanted, held))
 
@@ -236,7 +241,11 @@ def stored_names(wanted: Iterable[str], held: Iterable[str]) -> dict[str, str]:
             return name if headed_model else PREFIX + name
         return name.removeprefix(PREFIX)
 
-    return {name: spelled(name) for name in wanted if spelled(name) in held}
+    found = {name: spelled(name) for name in wanted if spelled(name) in held}
+    for name in wanted:
+        if name.removeprefix(PREFIX) == EMBEDDING and name not in found and HEAD in held and HEAD not in wanted:
+            found[name] = HEAD
+    return found
 
 
 def tied_names(config: GemmaConfig, architecture: str) -> dict[str, str]:

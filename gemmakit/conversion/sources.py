@@ -129,6 +129,7 @@ def check_whole(where: str, checkpoint: Checkpoint, config: GemmaConfig) -> list
     found = differences(wanted, shapes, tied_names(config, architecture), heads=False)
     found.refuse(where, architecture)
     warn_of_copies(checkpoint, found.copies, stacklevel=4)
+    checkpoint.rename(found.names)
     return list(wanted)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -14,9 +15,14 @@ JSON_BLANK = r"[\x20\x0A\x0D\x09]{1,32}"
 
 
 class Constraint:
-    """Fulfilled by any one of some phrases, each a tuple of token ids; no phrase begins with another one."""
+    """Fulfilled by any one of some phrases, each a tuple of token ids; no phrase begins with another one.
+
+    `advance`, `update` and their like step one by hand, as transformers' constraints are; `generate` keeps no state in
+    it.
+    """
 
     phrases: tuple[tuple[int, ...], ...]
+    _begun: tuple[int, ...] = ()
 
     @property
     def longest(self) -> int:
@@ -28,9 +34,53 @@ class Constraint:
         rest = (p[size] for p in self.phrases if len(p) > size and p[:size] == begun)
         return list(dict.fromkeys(rest))
 
-    def remaining(self, begun: tuple[int, ...]) -> int:
-        """Tokens still missing, at most."""
+    def remaining(self, begun: tuple[int, ...] | None = None) -> int:
+        """Tokens still missing, at most, after `begun`; by default after what `update` was told."""
+        begun = self._begun if begun is None else begun
         return self.longest - len(begun) if self.next(begun) else 0
+
+    # -- stepped by hand -------------------------------------------------------------------------------------------
+
+    @property
+    def seqlen(self) -> int:
+        """Tokens of the longest phrase."""
+        return self.longest
+
+    @property
+    def completed(self) -> bool:
+        """Whether a phrase is whole."""
+        return not self.next(self._begun)
+
+    @property
+    def current_seq(self) -> list[int]:
+        """What of a phrase is there."""
+        return list(self._begun)
+
+    def advance(self) -> Any:
+        """The tokens that bring it further; None when it is complete."""
+        return None if self.completed else self.next(self._begun)
+
+    def does_advance(self, token_id: int) -> bool:
+        """Whether a token brings it further."""
+        if not is_whole(token_id):
+            raise GenerationConfigError(f"token_id is {token_id!r}; it must be a whole number.")
+        return token_id in self.next(self._begun)
+
+    def update(self, token_id: int) -> tuple[bool, bool, bool]:
+        """Take a token in: whether it brought it further, completed it, broke it off, after which it starts anew."""
+        steps = self.does_advance(token_id)
+        self._begun = (*self._begun, token_id) if steps else ()
+        return steps, steps and self.completed, not steps
+
+    def reset(self) -> None:
+        """Start anew."""
+        self._begun = ()
+
+    def copy(self, stateful: bool = False) -> Any:
+        """Another one; stateful: as far along as this one."""
+        made = copy.copy(self)
+        made._begun = self._begun if stateful else ()
+        return made
 
 
 class PhrasalConstraint(Constraint):
@@ -45,6 +95,10 @@ class PhrasalConstraint(Constraint):
     @property
     def token_ids(self) -> list[int]:
         return list(self.phrases[0])
+
+    def advance(self) -> int | None:
+        """The token that brings it further; None when it is complete."""
+        return None if self.completed else self.next(self._begun)[0]
 
     def __repr__(self) -> str:
         return f"PhrasalConstraint({self.token_ids})"

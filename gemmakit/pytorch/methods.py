@@ -200,7 +200,8 @@ class ModelMethods(nn.Module):
         head = self.get_output_embeddings()
         if head is not None:
             head.out_features = head.weight.shape[0]
-            self.vocab_size = size
+        for model in (self, self.base_model):
+            model.vocab_size = size
 
     # -- attention -------------------------------------------------------------------------------------------------
 

@@ -109,6 +109,7 @@ class GemmaModel(GemmaPreTrainedModel):
     def __init__(self, config: GemmaConfig):
         super().__init__(config)
         config = self.config
+        self.vocab_size = config.vocab_size
         pad = config.pad_token_id if config.pad_token_id is not None and config.pad_token_id >= 0 else None
         self.embed_tokens = GemmaScaledEmbedding(config.vocab_size, config.hidden_size, padding_idx=pad)
         self.layers = nn.ModuleList(GemmaDecoderLayer(config, i) for i in range(config.num_hidden_layers))

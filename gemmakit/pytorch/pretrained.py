@@ -27,6 +27,7 @@ from gemmakit.gguf import read_gguf_header
 from gemmakit.gguf_settings import matrices_dtype
 from gemmakit.hub import HubOptions, find_gguf, push_saved, refuse_code
 from gemmakit.pytorch import per_layer
+from gemmakit.pytorch.adapters.methods import AdapterMethods
 from gemmakit.pytorch.attention import implementation
 from gemmakit.pytorch.methods import ModelMethods, assign
 from gemmakit.pytorch.placement import DeviceMap, MaxMemory, one_device, spread
@@ -75,7 +76,7 @@ _INSTEAD = {
 }
 
 
-class GemmaPreTrainedModel(QuantizedMethods, ModelMethods):
+class GemmaPreTrainedModel(AdapterMethods, QuantizedMethods, ModelMethods):
     """What every Gemma model can do besides its forward pass."""
 
     generation_config: GenerationConfig

@@ -36,6 +36,7 @@ def prune_heads(model: Any, heads_to_prune: Mapping[int, Iterable[int]]) -> None
         for projection in (attention.k_proj, attention.v_proj):
             _select(projection, 0, _features(kv, left_kv, H))
         _select(attention.o_proj, 1, _features(queries, left, H))
+        attention.num_key_value_groups = len(left) // len(left_kv)
     config.pruned_heads = {layer: heads for layer, heads in sorted(after.items()) if heads}
 
 

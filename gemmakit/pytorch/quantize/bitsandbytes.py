@@ -143,6 +143,16 @@ class BitsAndBytesQuantizer:
 
     # -- out -------------------------------------------------------------------------------------------------------
 
+    def dequantized(self, module: nn.Module) -> Tensor | None:
+        bnb, weight = _package(), getattr(module, "weight", None)
+        if isinstance(module, bnb.nn.Linear4bit):
+            return bnb.functional.dequantize_4bit(weight.data, weight.quant_state).float()
+        if not isinstance(module, bnb.nn.Linear8bitLt):
+            return None
+        codes, scale = (getattr(weight, part) if module.state.CB is None else getattr(module.state, part)
+                        for part in ("CB", "SCB"))  # fmt: skip
+        return weight.data.float() if scale is None else codes.float() * scale[:, None] / 127
+
     def to_dict(self) -> dict[str, Any]:
         """With the head among the skipped modules, if any are named: other readers keep it only by default."""
         out = self.config.to_dict()

@@ -9,7 +9,7 @@ from torch import nn
 
 from gemmakit.dtypes import dtype_name
 from gemmakit.errors import InputError
-from gemmakit.pytorch.layers import Linear
+from gemmakit.pytorch.layers import GemmaScaledEmbedding, Linear
 from gemmakit.pytorch.quantize.modules import QuantizedEmbedding, QuantizedLinear, QuantizedWeight, resized
 from gemmakit.pytorch.quantize.quantizer import Quantizer
 
@@ -102,6 +102,24 @@ class QuantizedMethods(nn.Module):
             raise InputError("a quantized model cannot be pruned: prune the plain one, save it, and quantize that.")
         super().prune_heads(heads_to_prune)  # type: ignore[misc]
 
+    @torch.no_grad()
+    def dequantize(self, dtype: torch.dtype | None = None) -> Any:
+        """Plain weights of `dtype` (None: the model's) in the place of codes, in place; they are no better than these.
+
+        Raises InputError for a model that is plain.
+        """
+        quantizer, chosen = self._quantizer, dtype or self.dtype  # type: ignore[assignment]
+        if quantizer is None:
+            raise InputError("this model is not quantized: there is nothing to dequantize.")
+        for name, module in list(self.named_modules()):
+            weight = quantizer.dequantized(module)
+            if weight is not None:
+                self.set_submodule(name, _plain(module, weight.to(chosen)))  # type: ignore[arg-type]
+        self._set_quantizer(None)
+        self.config.extra.pop("quantization_config", None)  # type: ignore[union-attr]
+        self.tie_weights()
+        return self
+
     # -- moves and casts -------------------------------------------------------------------------------------------
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -143,6 +161,18 @@ class QuantizedMethods(nn.Module):
         raise InputError(
             f"a quantized model cannot be cast to {dtype}: choose {how} in from_pretrained. .to(device) works."
         )
+
+
+def _plain(module: Any, weight: torch.Tensor) -> nn.Module:
+    """A module of the same size with plain weights."""
+    with torch.device("meta"):
+        if isinstance(module, nn.Embedding):
+            scaled_by = getattr(module, "scaled_by", None)
+            new: Any = GemmaScaledEmbedding(*weight.shape, module.padding_idx, scaled_by=scaled_by)  # type: ignore[arg-type]
+        else:
+            new = Linear(weight.shape[1], weight.shape[0], bias=False)
+    new.weight, new.bias = nn.Parameter(weight, requires_grad=False), getattr(module, "bias", None)
+    return new.train(module.training)
 
 
 def tie(model: nn.Module, tied: str, source: str) -> bool:

@@ -102,6 +102,9 @@ class WeightOnlyQuantizer:
 
     # -- out -------------------------------------------------------------------------------------------------------
 
+    def dequantized(self, module: nn.Module) -> Tensor | None:
+        return module.dequantized() if isinstance(module, QuantizedLinear | QuantizedEmbedding) else None
+
     def to_dict(self) -> dict[str, Any]:
         return self.config.to_dict()
 

@@ -65,6 +65,10 @@ class Quantizer(Protocol):
         """What replaces the module `name`, from the stored tensors of `parts`."""
         ...
 
+    def dequantized(self, module: nn.Module) -> Tensor | None:
+        """The numbers that the codes of a module stand for, (O, I) in float32; None for a plain one."""
+        ...
+
     def to_dict(self) -> dict[str, Any]:
         """config.json's quantization_config."""
         ...

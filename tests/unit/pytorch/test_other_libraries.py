@@ -96,3 +96,40 @@ def test_a_list_of_criteria_knows_its_length():
     criteria = [gemmakit.MaxLengthCriteria(9), gemmakit.EosTokenCriteria(1), gemmakit.MaxLengthCriteria(7)]
     assert gemmakit.StoppingCriteriaList(criteria).max_length == 7
     assert gemmakit.StoppingCriteriaList(criteria[1:2]).max_length is None
+
+
+def test_numbers_that_a_model_tells_follow_its_changes():
+    model = tiny()
+    assert model.model.vocab_size == model.vocab_size == model.config.vocab_size
+    model.resize_token_embeddings(140)
+    assert model.model.vocab_size == model.vocab_size == 140
+    model.prune_heads({1: [0, 2]})
+    groups = [layer.self_attn.num_key_value_groups for layer in model.model.layers]
+    assert groups == [2, 1]
+    model.prune_heads({0: [2, 3]})
+    assert model.model.layers[0].self_attn.num_key_value_groups == 2
+
+
+def test_constraints_are_stepped_by_hand():
+    """As transformers' are, which 4.46 still has; what one remembers changes nothing for generate()."""
+    phrase = gemmakit.PhrasalConstraint([5, 6, 7])
+    assert (phrase.seqlen, phrase.remaining(), phrase.advance(), phrase.completed) == (3, 3, 5, False)
+    assert phrase.does_advance(5) and not phrase.does_advance(6)
+    assert [phrase.update(token) for token in (5, 6)] == [(True, False, False)] * 2
+    assert phrase.copy().remaining() == 3 and phrase.copy(stateful=True).remaining() == phrase.remaining() == 1
+    assert phrase.update(9) == (False, False, True) and phrase.remaining() == 3
+    assert [phrase.update(token) for token in (5, 6, 7)][-1] == (True, True, False)
+    assert phrase.completed and phrase.advance() is None and phrase.remaining() == 0
+    choice = gemmakit.DisjunctiveConstraint([[5, 6], [5, 8, 9], [3]])
+    assert (choice.seqlen, choice.advance(), choice.remaining()) == (3, [5, 3], 3)
+    choice.update(5)
+    assert (choice.advance(), choice.current_seq, choice.remaining()) == ([6, 8], [5], 2)
+    assert choice.update(6) == (True, True, False)
+    choice.reset()
+    assert choice.update(3) == (True, True, False) and choice.advance() is None
+    asked = dict(constraints=[choice], num_beams=2, max_new_tokens=4, eos_token_id=None)
+    out = MODEL.generate(prompts(), **asked)
+    choice.reset()
+    assert torch.equal(MODEL.generate(prompts(), **asked), out)
+    with pytest.raises(gemmakit.errors.GenerationConfigError, match="token_id is 'a'"):
+        choice.does_advance("a")
