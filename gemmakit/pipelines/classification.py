@@ -277,7 +277,8 @@ class TokenClassificationPipeline(ClassificationPipeline):
         """Those of each text, from windows of scored tokens."""
         ignored = {"O"} if ignore_labels is None else set(ignore_labels)
         found: list[list[list[Record]]] = [[] for _ in batch]
-        for window, source in enumerate(encoded["overflow_to_sample_mapping"]):
+        sources: list[int] = encoded["overflow_to_sample_mapping"]
+        for window, source in enumerate(sources):
             row = {k: v[window] for k, v in encoded.items()}
             pieces = self._pieces(batch[source], row, row["scores"])
             entities = gather(pieces, strategy, self.model.config.id2label, self.tokenizer.convert_tokens_to_string)

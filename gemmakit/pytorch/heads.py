@@ -28,7 +28,15 @@ from gemmakit.pytorch.decode.generate import GenerationMixin
 from gemmakit.pytorch.fused import layers_plan
 from gemmakit.pytorch.kernels import linear_plan
 from gemmakit.pytorch.layers import Linear
-from gemmakit.pytorch.loss import IGNORED_LABEL, causal_loss, check_labels, chunked_loss, next_labels, warn_of_nothing
+from gemmakit.pytorch.loss import (
+    IGNORED_LABEL,
+    causal_loss,
+    check_labels,
+    chunked_loss,
+    next_labels,
+    readable,
+    warn_of_nothing,
+)
 from gemmakit.pytorch.model import GemmaModel
 from gemmakit.pytorch.pretrained import GemmaPreTrainedModel
 from gemmakit.pytorch.quantize import QuantizedLinear
@@ -361,7 +369,7 @@ def last_tokens(ids: Tensor | None, embeds: Tensor | None, mask: Tensor | None, 
             f"this call has {B} rows, and nothing says where padding is: {what} and there is no 2-D "
             "attention_mask. Pass attention_mask, or one row at a time."
         )
-    if not torch.compiler.is_compiling() and not bool(real.any(-1).all()):
+    if readable(real) and not bool(real.any(-1).all()):
         row = int((~real.any(-1)).nonzero()[0])
         raise InputError(f"row {row} of the batch is all padding: it has no token to classify. Leave the row out.")
     return (torch.arange(S, device=inputs.device) * real).argmax(-1)
@@ -408,7 +416,7 @@ def _check_sequence_labels(labels: Tensor, problem: str | None, batch: int, clas
         _check_shape(labels, [(batch,), (batch, 1)])
         return _check_classes(labels, classes)
     _check_shape(labels, [(batch,), (batch, 1)] if classes == 1 else [(batch, classes)])
-    if torch.compiler.is_compiling() or not labels.numel():
+    if not readable(labels):
         return None
     low, high = (-torch.inf, torch.inf) if problem == "regression" else (0.0, 1.0)
     values = labels.float()
@@ -422,7 +430,7 @@ def _check_sequence_labels(labels: Tensor, problem: str | None, batch: int, clas
 def _check_classes(labels: Tensor, classes: int) -> None:
     if labels.is_floating_point():
         raise InputError(f"labels are {labels.dtype}; class numbers must be whole numbers (torch.long).")
-    if torch.compiler.is_compiling() or not labels.numel():
+    if not readable(labels):
         return
     bad = labels[((labels < 0) & (labels != IGNORED_LABEL)) | (labels >= classes)]
     if bad.numel():

@@ -39,9 +39,14 @@ def causal_loss(
     return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
 
 
+def readable(values: Tensor) -> bool:
+    """Whether there are numbers to look at: not while a graph is traced, and not on "meta"."""
+    return not torch.compiler.is_compiling() and not values.is_meta and bool(values.numel())
+
+
 def warn_of_nothing(targets: Int[Tensor, "*any"]) -> None:
     """Say that a mean over no target is NaN, which the next step would spread over every weight."""
-    if not torch.compiler.is_compiling() and not bool((targets != IGNORED_LABEL).any()):
+    if readable(targets) and not bool((targets != IGNORED_LABEL).any()):
         warnings.warn(
             f"nothing is left to learn: every target is {IGNORED_LABEL}, so the mean loss is NaN. Leave the batch out, "
             "or pass num_items_in_batch to sum over several.",
@@ -78,7 +83,7 @@ def check_labels(labels: Tensor, inputs: Tensor | None, vocab_size: int) -> None
         raise InputError(f"labels has shape {tuple(labels.shape)}; the inputs are {tuple(inputs.shape[:2])}.")
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise InputError(f"labels are {labels.dtype}; they must be token ids, or {IGNORED_LABEL}.")
-    if torch.compiler.is_compiling() or not labels.numel():
+    if not readable(labels):
         return
     bad = labels[((labels < 0) & (labels != IGNORED_LABEL)) | (labels >= vocab_size)]
     if bad.numel():

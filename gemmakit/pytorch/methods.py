@@ -200,7 +200,8 @@ class ModelMethods(nn.Module):
         head = self.get_output_embeddings()
         if head is not None:
             head.out_features = head.weight.shape[0]
-        for model in (self, self.base_model):
+        models: tuple[Any, ...] = (self, self.base_model)
+        for model in models:
             model.vocab_size = size
 
     # -- attention -------------------------------------------------------------------------------------------------

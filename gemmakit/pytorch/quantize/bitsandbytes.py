@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -144,7 +144,7 @@ class BitsAndBytesQuantizer:
     # -- out -------------------------------------------------------------------------------------------------------
 
     def dequantized(self, module: nn.Module) -> Tensor | None:
-        bnb, weight = _package(), getattr(module, "weight", None)
+        bnb, weight = _package(), cast("Any", getattr(module, "weight", None))
         if isinstance(module, bnb.nn.Linear4bit):
             return bnb.functional.dequantize_4bit(weight.data, weight.quant_state).float()
         if not isinstance(module, bnb.nn.Linear8bitLt):

@@ -133,3 +133,15 @@ def test_constraints_are_stepped_by_hand():
     assert torch.equal(MODEL.generate(prompts(), **asked), out)
     with pytest.raises(gemmakit.errors.GenerationConfigError, match="token_id is 'a'"):
         choice.does_advance("a")
+
+
+@pytest.mark.parametrize("kind", ["CausalLM", "SequenceClassification", "TokenClassification"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_model_of_shapes_alone_tells_shapes(kind, masked):
+    """Made on "meta", where no label, mask or pad token has a number to look at."""
+    with torch.device("meta"):
+        model = getattr(gemmakit, f"GemmaFor{kind}")(tiny_config(num_labels=3))
+        ids, mask = torch.ones(2, 5, dtype=torch.long), torch.ones(2, 5, dtype=torch.long) if masked else None
+        labels = torch.zeros(2, dtype=torch.long) if kind == "SequenceClassification" else ids
+        out = model(ids, attention_mask=mask, labels=labels)
+    assert out.loss.shape == () and out.logits.shape[0] == 2
