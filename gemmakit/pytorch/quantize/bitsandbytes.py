@@ -144,14 +144,16 @@ class BitsAndBytesQuantizer:
     # -- out -------------------------------------------------------------------------------------------------------
 
     def dequantized(self, module: nn.Module) -> Tensor | None:
-        bnb, weight = _package(), cast("Any", getattr(module, "weight", None))
+        bnb, layer = _package(), cast("Any", module)
         if isinstance(module, bnb.nn.Linear4bit):
-            return bnb.functional.dequantize_4bit(weight.data, weight.quant_state).float()
+            return bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
         if not isinstance(module, bnb.nn.Linear8bitLt):
             return None
-        codes, scale = (getattr(weight, part) if module.state.CB is None else getattr(module.state, part)
-                        for part in ("CB", "SCB"))  # fmt: skip
-        return weight.data.float() if scale is None else codes.float() * scale[:, None] / 127
+        # The first call moves the codes from the weight into the layer's state.
+        held = layer.weight if layer.state.CB is None else layer.state
+        if held.SCB is None:
+            return layer.weight.data.float()
+        return held.CB.float() * held.SCB[:, None] / 127
 
     def to_dict(self) -> dict[str, Any]:
         """With the head among the skipped modules, if any are named: other readers keep it only by default."""
