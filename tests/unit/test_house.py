@@ -76,8 +76,14 @@ def test_no_source_file_is_over_500_lines():
 
 
 def test_the_package_nowhere_imports_transformers():
-    """Not even inside a function, where import-linter looks too, or by a name in a string, where it does not."""
+    """Not even inside a function, where import-linter looks too, or by a name in a string, where it does not.
+
+    But for `gemmakit.integrations`, whose one function is there to be asked for it.
+    """
+    assert "transformers" not in loaded_by("import gemmakit.integrations")
     for path in SOURCES:
+        if path == PACKAGE / "integrations.py":
+            continue
         for node in ast.walk(ast.parse(path.read_text())):
             named = []
             if isinstance(node, ast.Import):
