@@ -1,7 +1,7 @@
 """A decoder layer on the CPU: five native calls, which read each weight once for all rows.
 
-More rows than eight go through the same calls, a norm and a gate apart, where all weights are codes that are multiplied
-in bytes, or results must not depend on the number of rows; attention goes through torch then, but in pages.
+More rows than eight go through the same calls, a norm and a gate apart, where `takes_many` is true of all weights, or
+results must not depend on the number of rows; attention goes through torch then, but in pages.
 
 Everything that a call needs and that stays the same is put together once a layer: pointers into the modules' own
 tensors, nothing else. Axis letters: B batch, S positions, D hidden, F mlp, N heads, K kv heads, H head_dim, T keys.
@@ -21,7 +21,7 @@ from gemmakit.pytorch.cache.paged import PagedCache
 from gemmakit.pytorch.fused.reference import MAX_ROWS, FusedLayer, writable
 from gemmakit.pytorch.fused.weights import misfit, weight_of
 from gemmakit.pytorch.kernels import Decision, PackedWeight, cpu, is_batch_invariant, one_by_one
-from gemmakit.pytorch.kernels.linear import takes_bytes
+from gemmakit.pytorch.kernels.linear import takes_many
 from gemmakit.pytorch.kernels.reference import ACTIVATION_OF
 from gemmakit.pytorch.layers import LayerNorms, LayerParts, RotaryTables
 from gemmakit.pytorch.masks import Visibility
@@ -95,19 +95,20 @@ class NativeLayer(FusedLayer):
         act = ACTIVATION_OF.get(parts.act_fn)
         self.act = act if act in cpu.ACTIVATIONS else None
         weights = [weight_of(module) for _, module in parts.projections()]
-        self.bytes = all(isinstance(weight, PackedWeight) and takes_bytes(weight) for weight in weights)
+        self.many = all(weight is not None and takes_many(weight) for weight in weights)
+        self.codes = any(isinstance(weight, PackedWeight) for weight in weights)
         self.decision = self._decision()
 
     @property
     def any_rows(self) -> bool:
-        return self.bytes or is_batch_invariant()
+        return self.many or is_batch_invariant()
 
     def _decision(self) -> Decision:
         why = _obstacle(self.parts.self_attn)
         attention = f", attention by torch ({why})" if why else ""
         if is_batch_invariant():
             return Decision(f"{cpu.decision()}{attention}, without gradients, any number of rows alike")
-        beyond = "; beyond that too, in products of bytes" if self.bytes else ""
+        beyond = f"; beyond that too{', in products of bytes' if self.codes else ''}" if self.many else ""
         return Decision(f"{cpu.decision()}{attention}, without gradients, up to {MAX_ROWS} rows{beyond}")
 
     def norm_qkv(

@@ -2,8 +2,8 @@
 
 The reference is torch's linear, of a packed weight once it is dequantized. A few rows against a large weight, which is
 what a decoding step is, go through a kernel that reads the weight once, in its own format, for all rows: on the CPU the
-native one, on a GPU Triton's. On the CPU many rows go through panels in float32 where the processor only emulates
-16-bit products.
+native one, on a GPU Triton's. On the CPU many rows of bfloat16 go through it too where the processor multiplies pairs
+of them and has no tiles, and through panels in float32 where it only emulates 16-bit products.
 
 With a packed weight, the native kernel computes with the codes as they lie and with x rounded to 16 bits in blocks of
 32 (cpu/inputs.h bounds the error). More rows than eight are multiplied in bytes, with x rounded to 8 bits in blocks of
@@ -56,12 +56,17 @@ def linear(
         and (weight.numel() >= MIN_WEIGHT or is_batch_invariant())
         and x.dtype == weight.dtype
         and not torch.compiler.is_compiling()  # before the row count, on which a compiled graph would depend
-        and (x.numel() <= MAX_ROWS * weight.shape[1] or product_dtype(x.dtype) != x.dtype or is_batch_invariant())
+        and (x.numel() <= MAX_ROWS * weight.shape[1] or not _many_by_torch(weight))
         and weight.is_contiguous()
         and cpu.library() is not None
     ):
         return torch.ops.gemmakit.linear_rows(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def _many_by_torch(weight: Tensor) -> bool:
+    """Whether torch is as good at products of many rows by a plain weight."""
+    return not (product_dtype(weight.dtype) != weight.dtype or is_batch_invariant() or takes_many(weight))
 
 
 def _few_on_gpu(x: Tensor, weight: Tensor) -> bool:
@@ -90,9 +95,14 @@ def linear_packed(
     return torch.ops.gemmakit.linear_packed(x, codes, scale, zero, bias, in_features, group_size, int(format), bits)
 
 
-def takes_bytes(packed: PackedWeight) -> bool:
-    """Whether many rows are multiplied by this weight in bytes, with x rounded to 8 bits in blocks of 32."""
-    return packed.activation_bits == 8 and cpu.multiplies_bytes(packed)
+def takes_many(weight: Tensor | PackedWeight) -> bool:
+    """Whether many rows too are multiplied by this weight by the native kernel, on this processor.
+
+    By codes in bytes, with x rounded to 8 bits in blocks of 32; by bfloat16 as it is.
+    """
+    if isinstance(weight, Tensor):
+        return weight.dtype == torch.bfloat16 and cpu.multiplies_pairs()
+    return weight.activation_bits == 8 and cpu.multiplies_bytes(weight)
 
 
 def linear_plan(weight: Tensor | PackedWeight) -> Decision:
@@ -133,7 +143,7 @@ def _packed_plan(packed: PackedWeight) -> Decision:
         return Decision(f"torch, {kind} expanded", cpu.decision().why)
     if not cpu.reads(packed):
         return Decision(f"torch, {kind} expanded", f"no kernel reads scales of {dtype_name(packed.scale.dtype)}")
-    many = "; beyond 8 rows activations in 8 bits" if takes_bytes(packed) else ""
+    many = "; beyond 8 rows activations in 8 bits" if takes_many(packed) else ""
     many = f"; activations in {packed.activation_bits} bits" if is_batch_invariant() else many
     return Decision(f"native {cpu.instruction_set()} {kind}{many}")
 
@@ -156,7 +166,7 @@ def _linear_rows(
     if x.numel() == 0:
         return x.new_empty(shape)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
-    if is_batch_invariant():
+    if is_batch_invariant() or takes_many(weight):
         return _native(flat, weight, bias).view(shape)
     # Emulated products lose to a second reading of the weight.
     few = len(flat) <= (MAX_ROWS if product_dtype(x.dtype) == x.dtype else 2 * MAX_ROWS)
@@ -230,7 +240,7 @@ def _packed_on_cpu(
     if cpu.library() is None:
         _warn_once()
     elif x.dtype in cpu.FORMATS and cpu.reads(packed):
-        if len(x) <= MAX_ROWS or takes_bytes(packed) or is_batch_invariant():
+        if len(x) <= MAX_ROWS or takes_many(packed) or is_batch_invariant():
             return _native(x, packed, bias)
         if len(x) <= FEW_ROWS[packed.bits]:
             return few_rows(x, packed, bias)

@@ -10,7 +10,7 @@ from packed_weights import SCHEMES, exact, random_packed, room
 
 from gemmakit.pytorch.kernels import cpu, linear_packed
 from gemmakit.pytorch.kernels.ids import WeightFormat
-from gemmakit.pytorch.kernels.linear import takes_bytes
+from gemmakit.pytorch.kernels.linear import takes_many
 from gemmakit.pytorch.kernels.packed import PackedWeight, dequantize
 
 MOST = 127
@@ -133,7 +133,7 @@ def test_codes_of_8_bits_are_left_to_panels_where_their_sums_could_overflow():
         with using(isa, 1):
             packed, x = random_packed("int8", 20, 300), torch.randn(40, 300)
             assert cpu.multiplies_bytes(random_packed("int4-32", 20, 300)) and not cpu.multiplies_bytes(packed)
-            assert not takes_bytes(packed)
+            assert not takes_many(packed)
             with torch.no_grad():
                 torch.testing.assert_close(linear_packed(x, packed), F.linear(x, dequantize(packed)))
 
@@ -144,7 +144,7 @@ def test_with_gradients_activations_are_not_rounded_to_bytes(scheme):
     packed, x = random_packed(scheme, 64, 320), torch.randn(40, 320)
     with torch.no_grad():
         inside = linear_packed(x, packed)
-    if takes_bytes(packed):
+    if takes_many(packed):
         assert torch.equal(inside, product(x, packed))
     torch.testing.assert_close(linear_packed(x, packed), F.linear(x, dequantize(packed)))
 
@@ -155,8 +155,8 @@ def test_with_16_activation_bits_many_rows_go_through_panels():
     with torch.no_grad():
         exact_inputs = linear_packed(x, packed._replace(activation_bits=16))
         torch.testing.assert_close(exact_inputs, F.linear(x, dequantize(packed)))
-        assert torch.equal(exact_inputs, linear_packed(x, packed)) != takes_bytes(packed)
-    assert not takes_bytes(packed._replace(activation_bits=16))
+        assert torch.equal(exact_inputs, linear_packed(x, packed)) != takes_many(packed)
+    assert not takes_many(packed._replace(activation_bits=16))
 
 
 @native

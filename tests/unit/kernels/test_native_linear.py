@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gemmakit.pytorch.kernels import cpu, linear, linear_plan
 from gemmakit.pytorch.kernels.cpu import MAX_ROWS
-from gemmakit.pytorch.kernels.linear import MIN_WEIGHT
+from gemmakit.pytorch.kernels.linear import MIN_WEIGHT, takes_many
+from gemmakit.pytorch.kernels.panels import product_dtype
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason=f"needs the compiled kernels: {cpu.decision().why}")
 
@@ -41,6 +42,24 @@ def test_every_kernel_is_the_rounded_float64_product(isa, dtype, rows):
                 with using(isa, threads):
                     got = cpu.project(x, [cpu.matrix(w, bias)])[0].double()
                 assert ((got - exact).abs() <= allowed * 1.01).all(), (O, I, bias is not None, threads)
+
+
+@pytest.mark.parametrize("isa", runnable())
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_many_rows_are_the_rounded_float64_product_too(isa, dtype):
+    g = torch.Generator().manual_seed(0)
+    # Rows: the most that meet a weight as it lies, fewer than a tile beyond, two panels' worth. Weights: one panel and
+    # less, several with a rest; inputs: less than a vector, several chunks with a rest.
+    for rows, O, I in [(16, 50, 1029), (17, 5, 31), (25, 130, 2051), (101, 49, 33)]:
+        x = shifted(torch.randn(rows, I, generator=g).to(dtype))
+        w = shifted(torch.randn(O, I, generator=g).to(dtype))
+        b, residual = torch.randn(O, generator=g).to(dtype), torch.randn(rows, O, generator=g).to(dtype)
+        exact, unit = F.linear(x.double(), w.double(), b.double()), torch.finfo(dtype).eps
+        allowed = room(x, w, dtype) + b.double().abs() * unit
+        with using(isa, 2):
+            y, added = (cpu.project(x, [cpu.matrix(w, b)], r)[0] for r in (None, residual))
+        assert ((y.double() - exact).abs() <= allowed * 1.01).all(), (rows, O, I)
+        assert torch.equal(added, y + residual)
 
 
 @pytest.mark.parametrize("isa", runnable())
@@ -116,7 +135,12 @@ def test_gradients_small_weights_and_many_rows_stay_with_torch():
         assert native(row.to(dtype), large.to(dtype), grad=False)
         assert not native(row.to(dtype), large.to(dtype), grad=True)
         assert not native(row.to(dtype), large[:-1].to(dtype), grad=False)
-    assert not native(row.expand(MAX_ROWS + 1, -1).contiguous(), large, grad=False)
+    many = row.expand(MAX_ROWS + 1, -1).contiguous()
+    assert not native(many, large, grad=False)
+    bf16 = torch.bfloat16
+    own = takes_many(large.to(bf16)) or product_dtype(bf16) != bf16
+    assert native(many.to(bf16), large.to(bf16), grad=False) == own
+    assert not native(many.to(bf16), large.to(bf16), grad=True)
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 4099, 1 << 19])

@@ -13,7 +13,7 @@ from packed_weights import SCHEMES, exact, random_packed, room
 from gemmakit.pytorch.kernels import cpu, linear, linear_packed, linear_plan
 from gemmakit.pytorch.kernels.cpu import MAX_ROWS
 from gemmakit.pytorch.kernels.ids import WeightFormat
-from gemmakit.pytorch.kernels.linear import FEW_ROWS, takes_bytes
+from gemmakit.pytorch.kernels.linear import FEW_ROWS, takes_many
 from gemmakit.pytorch.kernels.packed import PackedWeight, dequantize, pack
 
 linear_module = sys.modules["gemmakit.pytorch.kernels.linear"]  # the package has a function of its name
@@ -113,7 +113,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(isa, scheme):
     packed = random_packed(scheme, 40, 1100)
     x = torch.randn(FEW_ROWS[packed.bits], 1100).bfloat16()
     with using(isa, 2), torch.no_grad():
-        most = MAX_ROWS if takes_bytes(packed) else len(x)
+        most = MAX_ROWS if takes_many(packed) else len(x)
         alone = torch.cat([project(row, packed) for row in x.split(1)])
         for rows in range(2, most + 1):
             assert torch.equal(linear_packed(x[:rows], packed), alone[:rows])
@@ -224,7 +224,7 @@ def test_without_the_library_it_is_torch_and_says_so_once(monkeypatch):
 def test_the_plan_names_bits_and_instructions():
     for scheme, (bits, _) in SCHEMES.items():
         packed = random_packed(scheme, 7, 64)
-        many = "; beyond 8 rows activations in 8 bits" if takes_bytes(packed) else ""
+        many = "; beyond 8 rows activations in 8 bits" if takes_many(packed) else ""
         assert str(linear_plan(packed)) == f"native {cpu.instruction_set()} int{bits}{many}"
 
 

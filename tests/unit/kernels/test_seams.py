@@ -16,7 +16,7 @@ from gemmakit.pytorch.fused import fused_layer, layers_plan
 from gemmakit.pytorch.fused.reference import MAX_ROWS
 from gemmakit.pytorch.fused.weights import weight_of
 from gemmakit.pytorch.kernels import PackedWeight, cpu
-from gemmakit.pytorch.kernels.linear import takes_bytes
+from gemmakit.pytorch.kernels.linear import takes_many
 from gemmakit.pytorch.layers import Linear
 from gemmakit.pytorch.quantize.modules import QuantizedLinear
 from gemmakit.pytorch.quantize.rounding import quantize
@@ -90,7 +90,7 @@ def test_projections_of_many_rows_are_the_modules_where_codes_are_multiplied_in_
     x = torch.randn(B, S, 72, generator=torch.Generator().manual_seed(1)).to(dtype)
     with torch.no_grad():
         seams = fused_layer(layer, x, False)
-        if not takes_bytes(mlp.up_proj.packed):
+        if not takes_many(mlp.up_proj.packed):
             assert seams is None
             pytest.skip("this processor has no fast products of bytes for these weights")
         projections = attention.q_proj, attention.k_proj, attention.v_proj
@@ -111,9 +111,28 @@ def test_projections_of_many_rows_are_the_modules_where_codes_are_multiplied_in_
 
 
 @native
-def test_many_rows_of_plain_weights_stay_with_the_modules():
-    layer, x = one_layer(S=9)
-    assert chosen(layer, x) is None and chosen(layer, x[:, :8]) is not None
+def test_many_rows_of_plain_weights_stay_with_the_modules_but_where_pairs_are_multiplied():
+    for dtype in DTYPES:
+        layer, x = one_layer(dtype, S=9)
+        many = takes_many(layer.mlp.up_proj.weight)
+        assert many == (dtype == torch.bfloat16 and cpu.multiplies_pairs())
+        assert (chosen(layer, x) is not None) == many and chosen(layer, x[:, :8]) is not None
+
+
+@native
+@pytest.mark.parametrize("S", [9, 41])
+@torch.no_grad()
+def test_a_layer_of_bfloat16_over_many_rows_is_the_modules(S):
+    layer, x = one_layer(torch.bfloat16, S=S)
+    if not takes_many(layer.mlp.up_proj.weight):
+        pytest.skip("needs a processor that multiplies pairs of bfloat16 and has no tiles (AVX512-BF16 without AMX)")
+    seams, mlp, normed = chosen(layer, x), layer.mlp, layer.post_attention_layernorm(x)
+    gate, up = mlp.gate_proj(normed), mlp.up_proj(normed)
+    most, unit = float(gate.abs().max() + up.abs().max()), torch.finfo(torch.bfloat16).eps
+    near(seams.norm_gate_up(x), mlp.act_fn(gate) * up, torch.bfloat16, roundings=2, terms=2 * unit * most * most)
+    gated = mlp.act_fn(gate) * up
+    product = mlp.down_proj(gated)
+    near(seams.mlp_add(gated, x), x + product, torch.bfloat16, terms=float(unit * product.abs().max()))
 
 
 @native

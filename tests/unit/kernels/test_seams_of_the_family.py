@@ -16,7 +16,7 @@ from gemmakit.pytorch.cache.window import WindowCache, WindowLayer
 from gemmakit.pytorch.fused import fused_layer, layers_plan
 from gemmakit.pytorch.fused.reference import MAX_ROWS
 from gemmakit.pytorch.kernels import cpu
-from gemmakit.pytorch.kernels.linear import takes_bytes
+from gemmakit.pytorch.kernels.linear import takes_many
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "pytorch"))
 from tiny_gemma import away_from_zero, prompts
@@ -88,7 +88,7 @@ def test_a_projection_is_normed_before_it_is_added(threads, dtype, weights, B, S
     seams = fused_layer(layer, x, False)
     many = B * S > MAX_ROWS
     if seams is None and many:
-        assert weights == "plain" or not takes_bytes(p.o_proj.packed)
+        assert weights == "plain" or not takes_many(p.o_proj.packed)
         pytest.skip("more rows than the kernels of these weights take")
     for add, module, norm in (
         (seams.attention_add, p.o_proj, p.norms.after_attention),

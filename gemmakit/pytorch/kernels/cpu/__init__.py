@@ -180,6 +180,20 @@ def multiplies_bytes(packed: PackedWeight) -> bool:
     return found.gemmakit_project((Matrix * 1)(matrix(packed)), 1, 0, None, MAX_ROWS + 1, None, None, 1) == 0
 
 
+def multiplies_pairs() -> bool:
+    """Whether `project` is at least as fast as torch at products of many rows by bfloat16: on a processor that
+    multiplies pairs of them in vectors, but not tiles, which torch uses.
+    """
+    # A rule, not a race at the first use: which one runs decides bits, and those must not depend on who won.
+    return instruction_set() == "avx512bf16" and not _has_tiles()
+
+
+@lru_cache(maxsize=1)
+def _has_tiles() -> bool:
+    asked = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return asked is not None and asked()
+
+
 def project(x: Tensor, matrices: Sequence[Matrix], residual: Tensor | None = None) -> list[Tensor]:
     """x (..., I), contiguous -> each matrix's (..., O) in x's dtype; to a single one residual is added.
 

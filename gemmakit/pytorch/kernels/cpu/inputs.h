@@ -1,4 +1,4 @@
-// x in the forms that the kernels read, made once a call and shared by every weight row.
+// x in the forms in which it meets codes, made once a call and shared by every weight row.
 //
 // Against whole-number weights x is rounded to 16 bits in blocks of 32 inputs: x ~ scale * q with |q| <= 32767 and
 // scale = max|x| / 32767 of the block, so each x is off by max|x| of its block / 65534 at most: less than bfloat16's
@@ -23,20 +23,17 @@
 namespace {
 
 struct Inputs {
-  const uint16_t* pairs = nullptr;  // (M, in) bfloat16 as it came, where the processor multiplies it
-  const float* wide = nullptr;      // (M, in)
   const int16_t* q = nullptr;       // (M, blocks * 32) in order, for INT8_ROWS; where HALVED as halve() leaves it, for both
   const int16_t* planes = nullptr;  // the same in the order in which nibble<0..3> gives a vector's codes, for INT4
   const int32_t* flips = nullptr;   // (M, blocks), where HALVED: 128 times the sum of the block's low bytes
   const float* scale = nullptr;     // (M, blocks)
   const float* minus = nullptr;     // (M, blocks), minus the block's sum of scale * q
   int64_t blocks = 0;               // of x, filled up with zeros to a whole number of L
-  int64_t pairs_next = 0, next = 0, q_next = 0;  // from row to row of pairs, of wide, of q and planes
+  int64_t q_next = 0;               // from row to row of q and planes
 
   // The rows from m on.
   Inputs from(int64_t m) const {
     Inputs x = *this;
-    x.pairs += pairs ? m * pairs_next : 0, x.wide += wide ? m * next : 0;
     x.q += q ? m * q_next : 0, x.planes += planes ? m * q_next : 0, x.flips += flips ? m * blocks : 0;
     x.scale += scale ? m * blocks : 0, x.minus += minus ? m * blocks : 0;
     return x;
@@ -142,25 +139,6 @@ INLINE void prefetch(const void* row, int64_t at, int64_t row_bytes, int rows) {
 }
 
 template <int F>
-void prepare_wide(const void* x, int64_t in, int rows, int threads, Inputs& made) {
-  int64_t next = made.next = in + APART;
-  float* room = scratch<float, 0>(rows * next);
-#pragma omp parallel for num_threads(threads) if (rows > MAX_ROWS)
-  for (int m = 0; m < rows; m++) widen_all<F>(at<F>(x, m * in), room + m * next, in);
-  made.wide = room;
-}
-
-inline void prepare_pairs(const void* x, int64_t in, int rows, Inputs& made) {
-  made.pairs = (const uint16_t*)x;
-  made.pairs_next = in;
-  if (rows == 1) return;
-  made.pairs_next = in + APART;
-  uint16_t* room = scratch<uint16_t, 0>(rows * made.pairs_next);
-  for (int m = 0; m < rows; m++) std::memcpy(room + m * made.pairs_next, made.pairs + m * in, 2 * in);
-  made.pairs = room;
-}
-
-template <int F>
 void prepare_packed(const void* x, int64_t in, int rows, bool bytes, bool nibbles, int threads, Inputs& made) {
   int64_t blocks = made.blocks = (in + BLOCK * L - 1) / (BLOCK * L) * L;
   int64_t next = made.q_next = blocks * BLOCK + APART;
@@ -177,20 +155,9 @@ void prepare_packed(const void* x, int64_t in, int rows, bool bytes, bool nibble
 
 template <int F>
 void prepare(const Matrix* w, int count, const void* x, int rows, int threads, Inputs& made) {
-  bool pairs = false, wide = false, bytes = false, nibbles = false;
-  for (int i = 0; i < count; i++) {
-    bool paired = false;
-#if defined(__AVX512BF16__)
-    paired = F == BF16 && w[i].format == BF16;
-#endif
-    pairs |= paired;
-    wide |= w[i].format <= F32 && !paired;
-    bytes |= w[i].format == INT8_ROWS || w[i].format == INT8_GROUPS;
-    nibbles |= w[i].format == INT4;
-  }
-  if (pairs) prepare_pairs(x, w->in, rows, made);
-  if (wide) prepare_wide<F>(x, w->in, rows, threads, made);
-  if (bytes || nibbles) prepare_packed<F>(x, w->in, rows, bytes, nibbles, threads, made);
+  bool bytes = false, nibbles = false;
+  for (int i = 0; i < count; i++) (w[i].format == INT4 ? nibbles : bytes) = true;
+  prepare_packed<F>(x, w->in, rows, bytes, nibbles, threads, made);
 }
 
 }  // namespace

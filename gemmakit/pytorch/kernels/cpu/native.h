@@ -119,7 +119,9 @@ struct Kernels {
 #if defined(ISA)
 #define GEMMAKIT_DECLARE(name, parameters, arguments) extern "C" int NATIVE(name) parameters;
 GEMMAKIT_FUNCTIONS(GEMMAKIT_DECLARE)
-// `gemmakit_project` for more than MAX_ROWS rows.
+// `gemmakit_project` in products of bytes, and of weights in plain numbers.
 extern "C" int NATIVE(project_bytes)(const Matrix* m, int count, int x_format, const void* x, int64_t rows,
+                                     void* const* y, const void* residual, int threads);
+extern "C" int NATIVE(project_plain)(const Matrix* m, int count, int x_format, const void* x, int64_t rows,
                                      void* const* y, const void* residual, int threads);
 #endif

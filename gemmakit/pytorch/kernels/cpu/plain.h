@@ -1,103 +1,233 @@
-// Sums of a few rows of x against rows of a weight in a float format: what decoding does with every such weight.
-// One token reads every weight, so the work is done when the memory is.
+// Sums of rows of x against rows of a weight in a float format.
+//
+// Each sum has one order, whatever other rows there are: lane by lane along the inputs, then the lanes in one tree. So a
+// row of a prompt and one of a decoding step give the same bits. A few rows meet the weight as it lies, which comes from
+// the memory once; more meet panels of it. Tiles of x and of panels lie in the order in which they are read, so that the
+// second cache feeds the products as fast as the first would.
 
 #pragma once
 
+#include <type_traits>
+#include <utility>
+
+#include "functions.h"
 #include "inputs.h"
-#include "vectors.h"
 
 namespace {
 
-// R weight rows against M rows of x as float32, converted once by the caller, next apart. out: (R, M).
-template <int F, int M, int R>
-inline void block(const void* w, const float* x, int64_t in, float* out, int64_t next) {
-  V acc[R][M];
-  UNROLL_NEON for (int r = 0; r < R; r++)
-    UNROLL_NEON for (int m = 0; m < M; m++) acc[r][m] = zero();
-  int64_t i = 0;
+// How the numbers of a weight (W) and of x (X) become sums, STEP inputs at a time.
+template <int F>
+struct Wide {
+  using W = std::conditional_t<F == F32, float, uint16_t>;
+  using X = float;
+  static constexpr int FORMAT = F, X_FORMAT = F32, PANEL_FORMAT = F32;
+  using Panel = Wide<F32>;
 #if defined(__ARM_NEON)
-  // A vector of 16-bit numbers fills two of float32.
-  for (; F != F32 && i + 2 * L <= in; i += 2 * L)
-    UNROLL_NEON for (int r = 0; r < R; r++) {
-      if ((M > 1 || F == F16) && i % 32 == 0) prefetch<64>(at<F>(w, r * in), i * 2, in * 2, R);
-      Two wide = widen_two<F>((const uint16_t*)at<F>(w, r * in + i));
-      UNROLL_NEON for (int m = 0; m < M; m++) {
-        acc[r][m] = fma(wide.first, load(x + m * next + i), acc[r][m]);
-        acc[r][m] = fma(wide.second, load(x + m * next + i + L), acc[r][m]);
-      }
+  static constexpr int STEP = F == F32 ? L : 2 * L;  // a vector of 16-bit numbers fills two of float32
+#else
+  static constexpr int STEP = L;
+#endif
+  struct Weights {
+    V v[STEP / L];
+  };
+  using Inputs = Weights;
+  static INLINE Weights weights(const W* p) {
+#if defined(__ARM_NEON)
+    if constexpr (F != F32) {
+      Two two = widen_two<F>(p);
+      return {{two.first, two.second}};
     }
 #endif
-  for (; i + L <= in; i += L)
-    UNROLL_NEON for (int r = 0; r < R; r++) {
-      if ((M > 1 || F == F16) && i % (64 / size_of<F>) == 0)
-        prefetch<64>(at<F>(w, r * in), i * size_of<F>, in * size_of<F>, R);
-      V wide = widen<F>(at<F>(w, r * in + i));
-      UNROLL_NEON for (int m = 0; m < M; m++) acc[r][m] = fma(wide, load(x + m * next + i), acc[r][m]);
-    }
-  UNROLL_NEON for (int r = 0; r < R; r++)
-    UNROLL_NEON for (int m = 0; m < M; m++) {
-      float s = sum(acc[r][m]);
-      for (int64_t j = i; j < in; j++) s += number<F>(w, r * in + j) * x[m * next + j];
-      out[r * M + m] = s;
-    }
-}
-
-template <int F, int M, int R>
-inline void block(const void* w, const float* x, int64_t in, float* out) {
-  block<F, M, R>(w, x, in, out, in);
-}
-
-#if defined(__AVX512BF16__)
-// Two products a lane: half the instructions of the float32 form, the same float32 sums. x is bfloat16 as it came.
-template <int M, int R>
-inline void block_pairs(const uint16_t* w, const uint16_t* x, int64_t in, float* out, int64_t next) {
-  V acc[R][M];
-  for (int r = 0; r < R; r++)
-    for (int m = 0; m < M; m++) acc[r][m] = zero();
-  int64_t i = 0;
-  for (; i + 32 <= in; i += 32)
-    for (int r = 0; r < R; r++) {
-      if (M > 1) prefetch<64>(w + r * in, 2 * i, 2 * in, R);
-      __m512bh pairs = (__m512bh)_mm512_loadu_si512(w + r * in + i);
-      for (int m = 0; m < M; m++)
-        acc[r][m] = _mm512_dpbf16_ps(acc[r][m], pairs, (__m512bh)_mm512_loadu_si512(x + m * next + i));
-    }
-  for (int r = 0; r < R; r++)
-    for (int m = 0; m < M; m++) {
-      float s = sum(acc[r][m]);
-      for (int64_t j = i; j < in; j++) s += number<BF16>(w, r * in + j) * number<BF16>(x, m * next + j);
-      out[r * M + m] = s;
-    }
-}
-
-template <int M, int R>
-inline void block_pairs(const uint16_t* w, const uint16_t* x, int64_t in, float* out) {
-  block_pairs<M, R>(w, x, in, out, in);
-}
-#endif
-
-template <int F, int M, int R>
-inline int64_t plain_rows(const Matrix& w, const Inputs& x, int64_t from, int64_t to, float* sums) {
-  int64_t o = from;
-  for (; o + R <= to; o += R, sums += R * M) {
-#if defined(__AVX512BF16__)
-    if (F == BF16 && x.pairs) {
-      block_pairs<M, R>((const uint16_t*)w.codes + o * w.in, x.pairs, w.in, sums, x.pairs_next);
-      continue;
-    }
-#endif
-    block<F, M, R>(at<F>(w.codes, o * w.in), x.wide, w.in, sums, x.next);
+    return {{widen<F>(p)}};
   }
-  return o;
+  static INLINE Inputs inputs(const X* p) {
+    Inputs x;
+    UNROLL for (int i = 0; i < STEP / L; i++) x.v[i] = load(p + i * L);
+    return x;
+  }
+  static INLINE V products(const Weights& w, const Inputs& x, V acc) {
+    UNROLL for (int i = 0; i < STEP / L; i++) acc = fma(w.v[i], x.v[i], acc);
+    return acc;
+  }
+};
+
+#if defined(__AVX512BF16__)
+// bfloat16 as it came, two products a lane: half the instructions of the float32 form.
+struct Pairs {
+  using W = uint16_t;
+  using X = uint16_t;
+  static constexpr int FORMAT = BF16, X_FORMAT = BF16, PANEL_FORMAT = BF16, STEP = 2 * L;
+  using Panel = Pairs;
+  using Weights = __m512bh;
+  using Inputs = __m512bh;
+  static INLINE Weights weights(const W* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  static INLINE Inputs inputs(const X* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  static INLINE V products(Weights w, Inputs x, V acc) { return _mm512_dpbf16_ps(acc, w, x); }
+};
+template <int F, int X>
+using Element = std::conditional_t<F == BF16 && X == BF16, Pairs, Wide<F>>;
+#else
+template <int F, int X>
+using Element = Wide<F>;
+#endif
+
+// A tile: so many rows of the weight and at most so many of x, whose sums the registers hold.
+constexpr int TILE_ROWS = 4, TILE_TOKENS = L == 8 ? 3 : 6;
+template <class E>
+constexpr int64_t whole_steps(int64_t inputs) { return (inputs + E::STEP - 1) / E::STEP * E::STEP; }
+
+// n inputs of row t of `rows` that lie step by step beside each other, zeros behind the last up to a whole STEP.
+template <class E, int FROM, int TO, class T>
+INLINE void lay_out(const void* from, T* to, int64_t n, int64_t rows, int64_t t) {
+  to += t * E::STEP;
+  for (int64_t i = 0; i < n; i += E::STEP, to += rows * E::STEP) {
+    char rest[E::STEP * size_of<FROM>] = {};
+    const void* own = at<FROM>(from, i);
+    if (n - i < E::STEP) own = std::memcpy(rest, own, (n - i) * size_of<FROM>);
+    if constexpr (FROM == TO)
+      std::memcpy(to, own, E::STEP * sizeof(T));
+    else
+      widen_all<FROM>(own, to, E::STEP);
+  }
 }
 
-// sums (to - from, M) of weight rows from..to.
-template <int F, int M>
-void plain(const Matrix& w, const Inputs& x, int64_t from, int64_t to, float* sums) {
-  // Four weight streams keep the memory busy while M is small; more accumulators than registers would spill.
-  constexpr int R = M <= 4 ? 4 : L == 16 ? 3 : 2;
-  int64_t done = plain_rows<F, M, R>(w, x, from, to, sums);
-  plain_rows<F, M, 1>(w, x, done, to, sums + (done - from) * M);
+// x (tiles, steps, rows of the tile, STEP).
+template <class E>
+struct Tiles {
+  const typename E::X* x;
+  int64_t rows, in;
+
+  // The tile that begins with row m, and its rows.
+  const typename E::X* at(int64_t m) const { return x + m * whole_steps<E>(in); }
+  int64_t rows_at(int64_t m) const { return rows - m < TILE_TOKENS ? rows - m : TILE_TOKENS; }
+};
+
+template <class E, int F>
+Tiles<E> tiles_of(const void* x, int64_t in, int64_t rows, int threads) {
+  auto* room = scratch<typename E::X, 20>(rows * whole_steps<E>(in));
+  Tiles<E> made = {room, rows, in};
+#pragma omp parallel for num_threads(threads) if (rows * in > 1 << 16)
+  for (int64_t m = 0; m < rows; m++) {
+    int64_t t = m % TILE_TOKENS, first = m - t;
+    lay_out<E, F, E::X_FORMAT>(at<F>(x, m * in), room + first * whole_steps<E>(in), in, made.rows_at(first), t);
+  }
+  return made;
+}
+
+template <class E>
+struct TileCall {
+  const typename E::W* w;
+  int64_t w_row, w_step;      // from row to row, from step to step
+  const typename E::W* soon;  // in place of w, what is asked for
+  const typename E::X* x;
+  int64_t inputs;
+  float* sums;  // (tokens, rows), sums_next apart
+  int64_t sums_next;
+};
+
+template <class E, int R, int T>
+void tile(const TileCall<E>& given) {
+  const TileCall<E> c = given;
+  V acc[T][R];
+  UNROLL for (int t = 0; t < T; t++)
+    UNROLL for (int r = 0; r < R; r++) acc[t][r] = zero();
+  const typename E::W *w = c.w, *soon = c.soon;
+  const typename E::X* x = c.x;
+  int64_t left = c.inputs;
+  for (; left >= E::STEP; left -= E::STEP, w += c.w_step, soon += c.w_step, x += T * E::STEP) {
+    UNROLL for (int r = 0; r < R; r++) __builtin_prefetch(soon + r * c.w_row, 0, 3);
+    typename E::Inputs inputs[T];
+    UNROLL for (int t = 0; t < T; t++) inputs[t] = E::inputs(x + t * E::STEP);
+    UNROLL for (int r = 0; r < R; r++) {
+      typename E::Weights weights = E::weights(w + r * c.w_row);
+      UNROLL for (int t = 0; t < T; t++) acc[t][r] = E::products(weights, inputs[t], acc[t][r]);
+    }
+  }
+  if (left)
+    UNROLL for (int r = 0; r < R; r++) {
+      typename E::W rest[E::STEP] = {};
+      std::memcpy(rest, w + r * c.w_row, left * sizeof(typename E::W));
+      typename E::Weights weights = E::weights(rest);
+      UNROLL for (int t = 0; t < T; t++) acc[t][r] = E::products(weights, E::inputs(x + t * E::STEP), acc[t][r]);
+    }
+  UNROLL for (int t = 0; t < T; t++) {
+    float four[4];
+    store_sums(R == 4 ? c.sums + t * c.sums_next : four, acc[t][0], acc[t][R > 1], acc[t][R > 2 ? 2 : 0],
+               acc[t][R > 3 ? 3 : 0]);
+    if (R < 4) c.sums[t * c.sums_next] = four[0];
+  }
+}
+
+template <class E, int R, int... T>
+void any_tile(int tokens, const TileCall<E>& call, std::integer_sequence<int, T...>) {
+  static constexpr void (*sizes[])(const TileCall<E>&) = {tile<E, R, T + 1>...};
+  sizes[tokens - 1](call);
+}
+
+template <class E>
+void any_tile(int rows, int tokens, const TileCall<E>& call) {
+  constexpr std::make_integer_sequence<int, TILE_TOKENS> sizes;
+  rows == TILE_ROWS ? any_tile<E, TILE_ROWS>(tokens, call, sizes) : any_tile<E, 1>(tokens, call, sizes);
+}
+
+// Rows of x that meet the weight as it lies.
+constexpr int DIRECT_TOKENS = 16;
+
+// sums (x.rows, to - from), next apart, of weight rows from..to.
+template <class E>
+void direct(const Matrix& w, const Tiles<E>& x, int64_t from, int64_t to, float* sums, int64_t next) {
+  for (int64_t o = from, rows; o < to; o += rows) {
+    rows = o + TILE_ROWS <= to ? TILE_ROWS : 1;
+    const auto* own = (const typename E::W*)w.codes + o * w.in;
+    for (int64_t m = 0; m < x.rows; m += TILE_TOKENS) {
+      TileCall<E> call = {own, w.in, E::STEP, m ? own : own + rows * w.in, x.at(m), w.in, sums + m * next + o - from, next};
+      any_tile(rows, x.rows_at(m), call);
+    }
+  }
+}
+
+// Of a panel: it stays in the second cache.
+constexpr int64_t PANEL_BYTES = 1 << 18, MOST_PANEL_ROWS = 64;
+// Rows of x that meet a panel before the next is made.
+constexpr int64_t PANEL_TOKENS = 32 * TILE_TOKENS;
+// How far ahead in a panel numbers come from the second cache to the first.
+constexpr int64_t PANEL_SOON = 1024;
+
+template <class E>
+int64_t panel_rows(const Matrix& w) {
+  int64_t rows = PANEL_BYTES / (whole_steps<E>(w.in) * sizeof(typename E::W)) / TILE_ROWS * TILE_ROWS;
+  return rows < TILE_ROWS ? TILE_ROWS : rows > MOST_PANEL_ROWS ? MOST_PANEL_ROWS : rows;
+}
+
+// Weight rows from..from + rows in tiles as x; those behind them are asked for.
+template <class E, class Panel>
+void fill_panel(const Matrix& w, int64_t from, int64_t rows, typename Panel::W* panel) {
+  for (int64_t r = 0; r < rows; r++) {
+    const auto* own = (const typename E::W*)w.codes + (from + r) * w.in;
+    bool alone = r >= rows / TILE_ROWS * TILE_ROWS;
+    int64_t t = alone ? 0 : r % TILE_ROWS;
+    lay_out<Panel, E::FORMAT, E::PANEL_FORMAT>(own, panel + (r - t) * whole_steps<Panel>(w.in), w.in,
+                                               alone ? 1 : TILE_ROWS, t);
+    for (int64_t i = 0; i < w.in; i += 64 / sizeof(*own)) __builtin_prefetch(own + rows * w.in + i, 0, 2);
+  }
+}
+
+// sums (count, to - from), next apart, of weight rows from..to and rows first..first + count of x, whole tiles.
+template <class E>
+void by_panel(const Matrix& w, const Tiles<typename E::Panel>& x, int64_t from, int64_t to, int64_t first,
+              int64_t count, float* sums, int64_t next) {
+  using Panel = typename E::Panel;
+  int64_t rows = to - from, whole = whole_steps<Panel>(w.in);
+  auto* panel = scratch<typename Panel::W, 22>(rows * whole + PANEL_SOON);
+  fill_panel<E, Panel>(w, from, rows, panel);
+  for (int64_t m = 0; m < count; m += TILE_TOKENS)
+    for (int64_t r = 0, some; r < rows; r += some) {
+      some = r + TILE_ROWS <= rows ? TILE_ROWS : 1;
+      const auto* own = panel + r * whole;
+      TileCall<Panel> call = {own, Panel::STEP, some * Panel::STEP, own + PANEL_SOON / sizeof(*own), x.at(first + m),
+                              whole, sums + m * next + r, next};
+      any_tile(some, x.rows_at(first + m), call);
+    }
 }
 
 }  // namespace
