@@ -15,12 +15,28 @@ from gemmakit.pytorch.shapes import Float, Int
 NO_TOKEN = -1
 Pick = Callable[[Tensor], Tensor]
 Noise = Callable[[Tensor], Tensor]
+# Scores that are looked through together.
+LINE = 512
 
 
 def greedy(scores: Float[Tensor, "R V"]) -> Int[Tensor, " R"]:
     """The first largest of each row."""
-    best, token = scores.max(dim=-1)  # the maximum is NaN if anything is
-    return sound(best, token)
+    return sound(*largest(scores))
+
+
+def largest(scores: Float[Tensor, "R V"]) -> tuple[Float[Tensor, " R"], Int[Tensor, " R"]]:
+    """The maximum of each row, NaN if anything is, and the first place where it stands."""
+    V = scores.shape[1]
+    if not scores.is_cpu or V < LINE:
+        return scores.max(dim=-1)
+    # On the CPU torch finds a maximum with its place one number at a time, a maximum alone in vectors.
+    whole = V // LINE * LINE
+    lines = scores[:, :whole].unflatten(1, (-1, LINE)).amax(-1)
+    if whole < V:
+        lines = torch.cat((lines, scores[:, whole:].amax(-1, keepdim=True)), dim=1)
+    start = (lines.max(dim=-1, keepdim=True).indices * LINE).clamp_max(V - LINE)
+    best, place = scores.gather(1, start + torch.arange(LINE, device=scores.device)).max(dim=-1)
+    return best, start[:, 0] + place
 
 
 def sound(best: Float[Tensor, " R"], token: Int[Tensor, " R"]) -> Int[Tensor, " R"]:
