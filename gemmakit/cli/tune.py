@@ -83,6 +83,9 @@ def tune(
     ] = False,
     dtype: Annotated[str | None, Option(metavar="TYPE", help="auto (as stored), float32, bfloat16.")] = None,
     device: Annotated[str | None, Option(metavar="WHERE", help="auto, cpu, cuda:1, or a CUDA index.")] = None,
+    backend: Annotated[
+        str | None, Option(metavar="NAME", help="pytorch (if left out), or flax, which needs gemmakit[flax].")
+    ] = None,
     attention: Annotated[str | None, Option(metavar="HOW", help="eager, sdpa, flex_attention.")] = None,
     seed: Annotated[int | None, Option(metavar="N", help="Of the adapter, the order and the noise; 0.")] = None,
     save_steps: Annotated[int | None, Option(metavar="N", help="Steps between saved states; 50.")] = None,
@@ -107,7 +110,7 @@ def tune(
         "accumulate": accumulate, "lr": lr, "schedule": schedule, "warmup": warmup, "weight_decay": weight_decay,
         "clip": clip, "neftune": neftune, "ema": ema, "dtype": dtype, "device": device, "attention": attention,
         "seed": seed, "save_steps": save_steps, "eval_steps": eval_steps, "log_steps": log_steps,
-        "judge_rows": judge_rows, "quantization": qlora, "method": _method(full, dora, qlora),
+        "judge_rows": judge_rows, "backend": backend, "quantization": qlora, "method": _method(full, dora, qlora),
         "columns": None if columns is None else _columns(columns),
         "targets": _names(targets), "freeze": _names(freeze), "track": _names(track),
         **{name: True for name, on in (("chat", chat), ("truncate", truncate), ("packing", packing),

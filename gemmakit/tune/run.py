@@ -18,7 +18,7 @@ import torch
 import gemmakit
 from gemmakit.auto import AutoModelForCausalLM, AutoTokenizer
 from gemmakit.checkpoint import require_memory
-from gemmakit.errors import CheckpointError, InputError
+from gemmakit.errors import CheckpointError, InputError, MissingDependency
 from gemmakit.files import read_json_object, sampled_digest, write_text
 from gemmakit.hub import demo_model
 from gemmakit.pytorch.adapters import (
@@ -113,7 +113,7 @@ def _model(settings: TuneSettings, source: str | Path) -> tuple[Any, LoraConfig 
     more = {} if settings.attention is None else {"attn_implementation": settings.attention}
     if settings.quantization is not None:
         more["quantization_config"] = settings.quantization
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=_device(settings.device), **more)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=_device(settings), **more)
     torch.manual_seed(settings.seed)
     if settings.method == "full":
         if model.is_quantized:
@@ -137,7 +137,19 @@ def _model(settings: TuneSettings, source: str | Path) -> tuple[Any, LoraConfig 
         _require_memory(model)
     if settings.checkpointing:
         model.gradient_checkpointing_enable()
+    if settings.backend == "flax":
+        model = _in_flax(model, source, dtype)
     return model, adapter
+
+
+def _in_flax(model: Any, source: str | Path, dtype: str) -> Any:
+    try:
+        from gemmakit.tune.flax import FlaxModel  # late: it loads JAX
+    except ModuleNotFoundError as error:
+        raise MissingDependency(
+            f"--backend flax needs the package {error.name}: pip install 'gemmakit[flax]'."
+        ) from None
+    return FlaxModel(model, source, dtype)
 
 
 def _require_memory(model: Any, more: int = 0) -> None:
@@ -148,8 +160,11 @@ def _require_memory(model: Any, more: int = 0) -> None:
         require_memory(more + trained * STATE_BYTES, f"training {trained:,} parameters", remedy=remedy)
 
 
-def _device(name: str) -> Any:
-    return "auto" if name == "auto" else parse_device(name)
+def _device(settings: TuneSettings) -> Any:
+    """Where PyTorch's weights are; JAX has a device of its own."""
+    if settings.backend == "flax":
+        return "cpu"
+    return "auto" if settings.device == "auto" else parse_device(settings.device)
 
 
 def _encoder(settings: TuneSettings, tokenizer: Any, model: Any) -> Encoder:
@@ -324,7 +339,8 @@ def _judge(made: Prepared, trainer: Trainer, metrics: report.Metrics, last: bool
         if made.valid is not None and not metrics.has(step, "valid_loss"):
             metrics.put(step=step, valid_loss=mean_loss(model, made.valid, made.settings.batch_size))
         if last and made.questions and not metrics.has(step, "accuracy"):
-            metrics.put(step=step, accuracy=accuracy(model, made.tokenizer, made.questions))
+            speaking = model.to_generate() if made.settings.backend == "flax" else model
+            metrics.put(step=step, accuracy=accuracy(speaking, made.tokenizer, made.questions))
 
 
 def _write(made: Prepared, folder: Path) -> None:

@@ -52,6 +52,11 @@ OWN: tuple[tuple[tuple[str, ...], Callable[[TuneSettings], bool], str], ...] = (
     (("beta",), lambda s: s.loss != "sft", "the loss sft"),
     (("train_on", "packing", "judge_rows"), lambda s: s.loss == "sft", "pairs of answers"),
     (("epochs",), lambda s: s.max_steps is None, "max_steps"),
+    (
+        ("quantization", "dropout", "neftune", "attention", "device", "loss_chunk"),
+        lambda s: s.backend == "pytorch",
+        "the backend flax",
+    ),
 )
 # Where a run may differ from the one it goes on from: what decides neither what is computed nor in which order.
 FREE = {"out", "save_steps", "eval_steps", "log_steps", "device", "track"}
@@ -74,6 +79,7 @@ class TuneSettings:
     neftune: arXiv:2310.05914's alpha.
     ema: decay of the average of the weights that is saved instead of the last ones; 0 for none.
     loss_chunk: positions whose logits exist at a time.
+    backend: "pytorch", or "flax" for losses and gradients by JAX, on its own device.
     track: where the numbers go beside the folder: "tensorboard", "trackio", "wandb".
 
     Raises InputError for values out of range, and for what this run would not read.
@@ -118,12 +124,19 @@ class TuneSettings:
     eval_steps: Annotated[int, Whole(1)] = 50
     log_steps: Annotated[int, Whole(1)] = 10
     judge_rows: Annotated[int, Whole(0)] = 200
+    backend: Annotated[str, OneOf("pytorch", "flax")] = "pytorch"
     track: Annotated[tuple[str, ...], Names(*TRACKERS)] = ()
 
     def __post_init__(self) -> None:
         check_fields(self, InputError)
         plain = {f.name: f.default for f in dataclasses.fields(self)}
         self._refuse({n for n in plain if getattr(self, n) != plain[n]})
+        if self.backend == "flax":
+            for name, value in (("method", "dora"), ("loss", "dpo"), ("loss", "orpo")):
+                if getattr(self, name) == value:
+                    raise InputError(f"{name} is {value!r}, which --backend flax has not: leave one of them out.")
+            if self.method == "full" and self.dtype not in ("auto", "float32"):
+                raise InputError(f"dtype is {self.dtype!r}: --backend flax trains all weights in float32.")
         if self.method == "full" and self.dtype == "float16":
             raise InputError(
                 "float16 holds no number over 65,504 nor steps as small as an optimizer's: train --full in "
