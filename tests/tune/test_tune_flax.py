@@ -17,7 +17,11 @@ CLOSE = 1e-4
 
 @pytest.mark.parametrize(
     "changes",
-    [dict(batch_size=5), dict(batch_size=2, packing=True), dict(batch_size=5, method="full", checkpointing=True)],
+    [
+        pytest.param(dict(batch_size=5), marks=pytest.mark.slow),
+        dict(batch_size=2, packing=True),
+        dict(batch_size=5, method="full", checkpointing=True),
+    ],
 )
 def test_a_step_has_the_loss_and_gradients_of_pytorch(tiny, chats, changes):
     plain, flax = (trainer(tiny, chats, dtype="float32", backend=name, **changes) for name in ("pytorch", "flax"))
@@ -28,6 +32,7 @@ def test_a_step_has_the_loss_and_gradients_of_pytorch(tiny, chats, changes):
     same(gradients(flax), gradients(plain), CLOSE)
 
 
+@pytest.mark.slow
 def test_a_run_is_that_of_pytorch_and_goes_on_to_the_bit(tiny, tmp_path):
     rows = [{"prompt": f"Say {w}", "completion": w} for w in WORDS]
     (tmp_path / "data").mkdir()
