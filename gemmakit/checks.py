@@ -183,6 +183,12 @@ def _may_be_none(cls: type) -> frozenset[str]:
 
 # By the name of an argument: the values that change nothing, None for all there are, and why another is refused.
 Accepted = Mapping[str, tuple[tuple[Any, ...] | None, str]]
+# What other libraries' calls say of downloading.
+DOWNLOADING: Accepted = {
+    "resume_download": (None, ""),
+    "force_download": ((None, False), "remove the repository from the cache, as `hf cache delete` does"),
+    "proxies": ((None,), "set HTTPS_PROXY in the environment"),
+}
 
 
 def take_accepted(arguments: dict[str, Any], table: Accepted, error: type[Exception]) -> None:

@@ -323,16 +323,16 @@ class GemmaConfig(ConfigFiles):
         return member_class(cls, model_type)(**values)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], **overrides: Any) -> GemmaConfig:
+    def from_dict(cls, config_dict: dict[str, Any], **overrides: Any) -> GemmaConfig:
         """Build from config.json's content, of the class that its `model_type` names.
 
         Of a checkpoint that reads images or sound too, the text part. Unknown keys are kept as data, whatever they are
         called.
         """
         refuse_misspelled(
-            (k for k in overrides if k not in values and k not in _FIELDS and not k.startswith("_")), _FIELDS
+            (k for k in overrides if k not in config_dict and k not in _FIELDS and not k.startswith("_")), _FIELDS
         )
-        values = text_part(values)
+        values = text_part(config_dict)
         model_type = values.pop("model_type", cls.model_type)
         kind = kind_of(model_type)
         cls = member_class(cls, model_type)
@@ -353,11 +353,11 @@ class GemmaConfig(ConfigFiles):
         return config
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | os.PathLike[str], **kwargs: Any) -> GemmaConfig:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> GemmaConfig:
         """Read config.json of a folder, a file or a Hub id, or what a GGUF file says of its model.
 
         Args:
-            name_or_path: folder, path of a config.json or a .gguf file, or "owner/name" on the Hub.
+            pretrained_model_name_or_path: folder, path of a config.json or a .gguf file, or "owner/name" on the Hub.
             kwargs: revision, token, cache_dir, local_files_only, subfolder; gguf_file, the name of a GGUF file of that
                 folder or id; everything else overrides a field.
 
@@ -366,10 +366,10 @@ class GemmaConfig(ConfigFiles):
             ConfigError: a value is impossible.
         """
         hub = HubOptions.take(kwargs)
-        gguf = find_gguf(name_or_path, kwargs.pop("gguf_file", None), hub)
-        path = Path(name_or_path)
+        gguf = find_gguf(pretrained_model_name_or_path, kwargs.pop("gguf_file", None), hub)
+        path = Path(pretrained_model_name_or_path)
         if gguf is None and not path.is_file():
-            found = find_file(name_or_path, "config.json", hub)
+            found = find_file(pretrained_model_name_or_path, "config.json", hub)
             assert found is not None
             path = found
         elif gguf is None and path.suffix != ".json":
@@ -379,7 +379,7 @@ class GemmaConfig(ConfigFiles):
             )
         values = read_json_object(path) if gguf is None else config_values(read_gguf_header(gguf))
         config = cls.from_dict(values, **kwargs)
-        config.name_or_path = str(gguf or name_or_path)
+        config.name_or_path = str(gguf or pretrained_model_name_or_path)
         return config
 
     def to_dict(self) -> dict[str, Any]:
@@ -405,8 +405,8 @@ class GemmaConfig(ConfigFiles):
             del out["id2label"], out["label2id"]
         return out
 
-    def to_json_string(self) -> str:
-        """`to_dict` as indented JSON, with sorted keys and a line end."""
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """`to_dict` as indented JSON, with sorted keys and a line end; use_diff is accepted."""
         plain = lambda value: value.item() if hasattr(value, "item") else str(value)  # noqa: E731  a number of numpy
         return json.dumps(self.to_dict(), indent=2, sort_keys=True, default=plain) + "\n"
 

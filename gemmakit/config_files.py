@@ -6,10 +6,10 @@ import copy
 import os
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from gemmakit.files import read_json_object, write_text
-from gemmakit.hub import HubOptions, find_file, push_folder
+from gemmakit.hub import HubOptions, find_file, push_folder, push_saved
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -19,15 +19,19 @@ class ConfigFiles:
     """Mixed into GemmaConfig."""
 
     is_encoder_decoder = False
+    is_composition = False
+    attribute_map: ClassVar[dict[str, str]] = {}
+    sub_configs: ClassVar[dict[str, Any]] = {}
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
     def to_dict(self) -> dict[str, Any]:
         raise NotImplementedError
 
-    def to_json_string(self) -> str:
+    def to_json_string(self, use_diff: bool = True) -> str:
         raise NotImplementedError
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], **overrides: Any) -> Any:
+    def from_dict(cls, config_dict: dict[str, Any], **overrides: Any) -> Any:
         raise NotImplementedError
 
     @property
@@ -58,9 +62,10 @@ class ConfigFiles:
         defaults = type(self)().to_dict()
         return {n: v for n, v in self.to_dict().items() if n == "model_type" or n not in defaults or v != defaults[n]}
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write config.json into `directory`, replacing an older one at once."""
-        self.to_json_file(Path(directory) / "config.json")
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write config.json into a folder, replacing an older one at once; push_to_hub: upload it, kwargs say how."""
+        self.to_json_file(Path(save_directory) / "config.json")
+        push_saved(Path(save_directory), push_to_hub, kwargs)
 
     def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
         """Write `to_dict` as one file, which a reader finds whole; use_diff is accepted, the rest is written too."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gemmakit.checks import DOWNLOADING, take_accepted
 from gemmakit.errors import CheckpointError, HubError, InputError, MissingDependency, UnsafeFile
 from gemmakit.files import free_disk_bytes, replacing
 
@@ -46,7 +47,8 @@ class HubOptions:
 
     @classmethod
     def take(cls, arguments: dict[str, Any]) -> HubOptions:
-        """Those among a call's keyword arguments, which loses them."""
+        """Those among a call's keyword arguments, which loses them. InputError for other ones of downloading."""
+        take_accepted(arguments, DOWNLOADING, InputError)
         return cls(**{field.name: arguments.pop(field.name) for field in fields(cls) if field.name in arguments})
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any
 
 from gemmakit.checks import FLAG, OneOf, Real, check, check_fields
 from gemmakit.dtypes import dtype_name
 from gemmakit.errors import ConfigError
+from gemmakit.files import write_text
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 STORAGE_DTYPES = ("uint8", "int8", "float16", "bfloat16", "float32", "float64")
@@ -107,8 +110,9 @@ class BitsAndBytesConfig:
         return out | {"quant_method": self.quant_method}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> BitsAndBytesConfig:
+    def from_dict(cls, config_dict: dict[str, Any]) -> BitsAndBytesConfig:
         """From what `to_dict` or transformers wrote. Raises ConfigError, for another method's settings too."""
+        values = config_dict
         if not isinstance(values, dict):
             raise ConfigError(f"quantization_config is {values!r}; it must be a BitsAndBytesConfig or its dictionary.")
         method = values.get("quant_method", cls.quant_method)
@@ -118,9 +122,15 @@ class BitsAndBytesConfig:
         written = {*_DEFAULTS, "quant_method", "_load_in_4bit", "_load_in_8bit"}
         return cls(**known, extra={k: copy.deepcopy(v) for k, v in values.items() if k not in written})
 
-    def to_json_string(self) -> str:
-        """`to_dict` as indented JSON, with sorted keys and a line end."""
+    to_diff_dict = to_dict
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """`to_dict` as indented JSON, with sorted keys and a line end; use_diff is accepted."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
+        """Write that as one file, which a reader finds whole."""
+        write_text(Path(json_file_path), self.to_json_string())
 
 
 @dataclass
@@ -199,8 +209,9 @@ class WeightOnlyConfig:
         return copy.deepcopy(self.extra) | own | {"quant_method": self.quant_method}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> WeightOnlyConfig:
+    def from_dict(cls, config_dict: dict[str, Any]) -> WeightOnlyConfig:
         """From what `to_dict` wrote. Raises ConfigError, for another method's settings too."""
+        values = config_dict
         if not isinstance(values, dict):
             raise ConfigError(f"quantization_config is {values!r}; it must be a WeightOnlyConfig or its dictionary.")
         if values.get("quant_method", cls.quant_method) != cls.quant_method:
@@ -212,9 +223,15 @@ class WeightOnlyConfig:
         extra = {k: copy.deepcopy(v) for k, v in values.items() if k not in {*names, "quant_method"}}
         return cls(**known, extra=extra)
 
-    def to_json_string(self) -> str:
-        """`to_dict` as indented JSON, with sorted keys and a line end."""
+    to_diff_dict = to_dict
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """`to_dict` as indented JSON, with sorted keys and a line end; use_diff is accepted."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
+        """Write that as one file, which a reader finds whole."""
+        write_text(Path(json_file_path), self.to_json_string())
 
 
 def stored_parts(O: int, I: int, bits: int, group_size: int | None) -> dict[str, tuple[str, tuple[int, int]]]:

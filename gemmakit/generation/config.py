@@ -22,7 +22,7 @@ from gemmakit.files import read_json_object, write_text
 from gemmakit.generation import rules
 from gemmakit.generation.settings import DEFAULTS, REFUSED, Settings
 from gemmakit.generation.watermarks import BaseWatermarkingConfig, watermark_of
-from gemmakit.hub import HubOptions, find_file, push_folder
+from gemmakit.hub import HubOptions, find_file, push_folder, push_saved
 
 T = TypeVar("T")
 FILE = "generation_config.json"
@@ -230,11 +230,11 @@ class GenerationConfig(Settings):
         return {k: v for k, v in values.items() if k not in DEFAULTS}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], return_unused_kwargs: bool = False, **overrides: Any) -> Any:
+    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **overrides: Any) -> Any:
         """From a file's keys; those that are no settings go to `extra`. Overrides that are none are refused, or with
         return_unused_kwargs given back beside the result."""
-        known = {k: v for k, v in values.items() if k in DEFAULTS and v is not None}
-        unknown = {k: v for k, v in values.items() if k not in DEFAULTS}
+        known = {k: v for k, v in config_dict.items() if k in DEFAULTS and v is not None}
+        unknown = {k: v for k, v in config_dict.items() if k not in DEFAULTS}
         for name in REFUSED:
             if unknown.get(name) is not None:
                 warnings.warn(f"{name} is kept but does nothing: {REFUSED[name]}.", stacklevel=3)
@@ -251,16 +251,18 @@ class GenerationConfig(Settings):
         return (config, unused) if return_unused_kwargs else config
 
     @classmethod
-    def from_model_config(cls, config: GemmaConfig) -> GenerationConfig:
+    def from_model_config(cls, model_config: GemmaConfig) -> GenerationConfig:
         """The defaults with the model's special tokens, and the settings that an older config.json holds."""
-        tokens = {n: getattr(config, n) for n in ("pad_token_id", "bos_token_id", "eos_token_id")}
-        older = {n: v for n, v in config.extra.items() if n in DEFAULTS}
-        return cls.from_dict(older, **tokens, use_cache=config.use_cache)
+        tokens = {n: getattr(model_config, n) for n in ("pad_token_id", "bos_token_id", "eos_token_id")}
+        older = {n: v for n, v in model_config.extra.items() if n in DEFAULTS}
+        return cls.from_dict(older, **tokens, use_cache=model_config.use_cache)
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | os.PathLike[str], config_file_name: str = FILE, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name: str | os.PathLike[str], config_file_name: str = FILE, **kwargs: Any
+    ) -> Any:
         """Read generation_config.json of a folder or a Hub id; keyword arguments as in GemmaConfig.from_pretrained."""
-        path = find_file(name_or_path, config_file_name, HubOptions.take(kwargs))
+        path = find_file(pretrained_model_name, config_file_name, HubOptions.take(kwargs))
         assert path is not None
         try:
             return cls.from_dict(read_json_object(path), **kwargs)
@@ -276,8 +278,8 @@ class GenerationConfig(Settings):
             out["watermarking_config"] = self.watermark.to_dict()
         return out
 
-    def to_json_string(self) -> str:
-        """`to_dict` as indented JSON, with sorted keys and a line end."""
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """`to_dict` as indented JSON, with sorted keys and a line end; use_diff is accepted."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True, default=_plain) + "\n"
 
     to_diff_dict = to_dict
@@ -292,9 +294,16 @@ class GenerationConfig(Settings):
             self.save_pretrained(folder)
             return push_folder(folder, repo_id, **kwargs)
 
-    def save_pretrained(self, directory: str | os.PathLike[str], config_file_name: str = FILE) -> None:
-        """Write generation_config.json into `directory`."""
-        write_text(Path(directory) / config_file_name, self.to_json_string())
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        config_file_name: str = FILE,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Write generation_config.json into a folder; push_to_hub: upload it, kwargs say how."""
+        write_text(Path(save_directory) / config_file_name, self.to_json_string())
+        push_saved(Path(save_directory), push_to_hub, kwargs)
 
     def __repr__(self) -> str:
         return f"GenerationConfig {json.dumps(self.to_dict(), indent=2, sort_keys=True, default=repr)}"

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
 
 from gemmakit.checks import FLAG, OneOf, Real, Whole, check_fields
 from gemmakit.errors import GenerationConfigError
+from gemmakit.files import write_text
 
 Self = TypeVar("Self", bound="BaseWatermarkingConfig")
 
@@ -25,8 +29,8 @@ class BaseWatermarkingConfig:
         check_fields(self, GenerationConfigError, prefix="watermarking_config.")
 
     @classmethod
-    def from_dict(cls: type[Self], values: dict[str, Any], **overrides: Any) -> Self:
-        merged = {**values, **overrides}
+    def from_dict(cls: type[Self], config_dict: dict[str, Any], **overrides: Any) -> Self:
+        merged = {**config_dict, **overrides}
         names = [f.name for f in fields(cls)]
         for name in merged:
             if name not in names:
@@ -37,6 +41,14 @@ class BaseWatermarkingConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def to_json_string(self) -> str:
+        """`to_dict` as indented JSON, with a line end."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
+        """Write that as one file, which a reader finds whole."""
+        write_text(Path(json_file_path), self.to_json_string())
 
 
 @dataclass

@@ -49,9 +49,6 @@ _LOADING: Accepted = {
     "use_safetensors": (None, ""),
     "offload_state_dict": (None, ""),
     "offload_buffers": (None, ""),
-    "resume_download": (None, ""),
-    "force_download": ((None, False), "remove the repository from the cache, as `hf cache delete` does"),
-    "proxies": ((None,), "set HTTPS_PROXY in the environment"),
     "weights_only": ((None, True), "pickles are never executed; allow_pickle=True reads their tensors"),
     "key_mapping": ((None,), "rename the tensors in the file, or load them and call load_state_dict"),
     "use_kernels": (

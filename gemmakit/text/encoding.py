@@ -24,6 +24,20 @@ class BatchEncoding(dict[str, Any]):
     _rows: list[Row] | None = None
     _spell: Callable[[int], str | None] | None = None
 
+    def __init__(
+        self,
+        data: Any = (),
+        encoding: None = None,
+        tensor_type: str | None = None,
+        prepend_batch_axis: bool = False,
+        **columns: Any,
+    ) -> None:
+        """data: a mapping or pairs; columns: more of it. The rest is as in `convert_to_tensors`."""
+        if encoding is not None:
+            raise InputError("encoding is given, but where tokens come from is known to what a tokenizer gave alone.")
+        super().__init__(() if data is None else data, **columns)
+        self.convert_to_tensors(tensor_type, prepend_batch_axis)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return self[name]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gemmakit.checks import Accepted, take_accepted
+from gemmakit.checks import DOWNLOADING, Accepted, take_accepted
 from gemmakit.errors import GemmakitError, InputError, TokenizerError
 from gemmakit.files import replacing
 from gemmakit.hub import HubOptions, find_file, find_gguf, push_folder, refuse_code
@@ -60,7 +61,8 @@ class Saving:
         """
         name = os.fspath(pretrained_model_name_or_path)
         refuse_code(settings)
-        for key in ("use_fast", "force_download", "resume_download", "proxies", "legacy"):
+        take_accepted(settings, DOWNLOADING, InputError)
+        for key in ("use_fast", "legacy"):  # the class says it; Gemma's has no older form
             settings.pop(key, None)
 
         hub = HubOptions(revision, token, cache_dir, local_files_only, subfolder)
@@ -112,6 +114,12 @@ class Saving:
         if push_to_hub:
             push_folder(folder, upload.pop("repo_id", folder.name), **upload)
         return tuple(map(str, files))
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Save to a temporary folder and upload it; kwargs go to `gemmakit.hub.push_folder`. The address comes back."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return push_folder(folder, repo_id, **kwargs)
 
     def save_vocabulary(
         self, save_directory: str | os.PathLike[str], filename_prefix: str | None = None

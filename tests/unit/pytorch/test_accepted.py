@@ -160,3 +160,27 @@ def test_every_argument_that_transformers_documents_for_saving_is_known():
     documented = inspect.signature(transformers.PreTrainedModel.save_pretrained).parameters
     known = {*inspect.signature(MODEL.save_pretrained).parameters, *gemmakit.pytorch.pretrained._SAVING}
     assert {n for n in documented if n not in known} <= {"self", "save_original_format", "distributed_checkpoint"}
+
+
+def test_settings_are_read_by_the_argument_names_of_transformers(folder, tmp_path):
+    """Downloading, which every from_pretrained names, is not a field of the configuration."""
+    config = gemmakit.GemmaConfig.from_pretrained(pretrained_model_name_or_path=folder, force_download=False)
+    assert config == MODEL.config and "force_download" not in config.extra
+    assert gemmakit.GemmaConfig.from_dict(config_dict=config.to_dict()) == config
+    config.save_pretrained(save_directory=tmp_path, push_to_hub=False)
+    settings = gemmakit.GenerationConfig.from_pretrained(pretrained_model_name=folder)
+    assert gemmakit.GenerationConfig.from_model_config(model_config=config).eos_token_id == settings.eos_token_id
+    settings.save_pretrained(save_directory=tmp_path)
+    for read in (gemmakit.GemmaConfig, gemmakit.GenerationConfig, gemmakit.GemmaTokenizerFast):
+        with pytest.raises(InputError, match="force_download is True"):
+            read.from_pretrained(folder, force_download=True)
+        with pytest.raises(InputError, match="proxies is"):
+            read.from_pretrained(folder, proxies={"https": "x"})
+
+
+def test_an_encoding_is_made_of_columns_as_transformers_makes_one():
+    made = gemmakit.BatchEncoding({"input_ids": [[1, 2]]}, tensor_type="pt")
+    assert made.input_ids.tolist() == [[1, 2]] and [*made] == ["input_ids"]
+    assert gemmakit.BatchEncoding(data={"a": [1]}, tensor_type="np", prepend_batch_axis=True)["a"].shape == (1, 1)
+    with pytest.raises(InputError, match="encoding is given"):
+        gemmakit.BatchEncoding({}, encoding=[1])
