@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -23,6 +23,7 @@ from gemmakit.pytorch.kernels.reference import rotate
 from gemmakit.pytorch.layers import GemmaRMSNorm, Linear, RotaryTables
 from gemmakit.pytorch.masks import Rule, Visibility, visibility
 from gemmakit.pytorch.shapes import Bool, Float, Int
+from gemmakit.pytorch.shared_keys import SharedKeys
 
 
 @runtime_checkable
@@ -368,28 +369,6 @@ def implementation(name: str | None) -> str:
             'pip install flash-attn --no-build-isolation (a CUDA GPU and compiler), or use "sdpa".'
         )
     return name
-
-
-class SharedKeys:
-    """Keys and values of one forward pass that later layers read too, as the layer that made them saw them.
-
-    sources: the layers whose keys and values others read.
-    """
-
-    def __init__(self, sources: Collection[int]):
-        self.sources = sources
-        self._held: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def hold(self, layer_idx: int, k: Float[Tensor, "B K T H"], v: Float[Tensor, "B K T H"]) -> None:
-        if layer_idx in self.sources:
-            self._held[layer_idx] = k, v
-
-    def of(self, layer_idx: int, device: torch.device) -> tuple[Float[Tensor, "B K T H"], Float[Tensor, "B K T H"]]:
-        """On `device`, to which they are moved once."""
-        k, v = self._held[layer_idx]
-        if k.device != device:
-            k, v = self._held[layer_idx] = k.to(device), v.to(device)
-        return k, v
 
 
 class GemmaAttention(nn.Module):

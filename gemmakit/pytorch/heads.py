@@ -134,6 +134,7 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
             cache_position,
             is_causal=is_causal,
             per_layer_inputs=per_layer_inputs,
+            last_positions=logits_to_keep if isinstance(logits_to_keep, int) and labels is None else 0,
         )
         hidden = out.last_hidden_state
         targets = None if labels is None else next_labels(labels, attention_mask, position_ids)

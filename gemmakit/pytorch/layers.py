@@ -185,16 +185,21 @@ class LayerParts(NamedTuple):
     up_proj: Any
     down_proj: Any
     act_fn: Callable[[Tensor], Tensor]
+    per_layer_input_gate: Any = None
+    per_layer_projection: Any = None
+    post_per_layer_input_norm: Any = None
 
     def projections(self) -> list[tuple[str, Any]]:
         """Each by its name, of those that the layer has."""
         named = zip(self._fields, self, strict=True)
-        return [(name, module) for name, module in named if name.endswith("_proj") and module is not None]
+        ends = ("_proj", "_gate", "_projection")
+        return [(name, module) for name, module in named if name.endswith(ends) and module is not None]
 
     def norm_modules(self) -> list[tuple[str, Any]]:
-        """Each by its name: the layer's, then those of heads."""
+        """Each by its name: the layer's, then those of heads, then that of its own embedding."""
         own = list(zip(self.norm_names, self.norms, strict=True))
         own += [(name, self.self_attn._modules.get(name)) for name in ("q_norm", "k_norm", "v_norm")]
+        own += [("post_per_layer_input_norm", self.post_per_layer_input_norm)]
         return [(name, norm) for name, norm in own if name and norm is not None]
 
 

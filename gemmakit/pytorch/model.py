@@ -18,7 +18,7 @@ from gemmakit.errors import InputError, TokenOutOfRange
 from gemmakit.family import FULL_ATTENTION, layer_type, members
 from gemmakit.outputs import BaseModelOutputWithPast
 from gemmakit.pytorch import per_layer
-from gemmakit.pytorch.attention import MASKLESS, SEGMENTED, GemmaAttention, SharedKeys
+from gemmakit.pytorch.attention import MASKLESS, SEGMENTED, GemmaAttention
 from gemmakit.pytorch.cache import Cache, DynamicCache, cache_of
 from gemmakit.pytorch.fused import fused_layer
 from gemmakit.pytorch.layers import (
@@ -37,6 +37,7 @@ from gemmakit.pytorch.masks import Visibility, visibility
 from gemmakit.pytorch.pretrained import GemmaPreTrainedModel
 from gemmakit.pytorch.pytrees import register_nodes
 from gemmakit.pytorch.shapes import Float, Int, Shaped
+from gemmakit.pytorch.shared_keys import SharedKeys
 
 
 class GemmaDecoderLayer(nn.Module):
@@ -78,14 +79,14 @@ class GemmaDecoderLayer(nn.Module):
         x, told = hidden_states, (position_embeddings, visible, past_key_values, cache_position)
         fused = fused_layer(self, x, output_attentions)
         if fused is not None:
-            x, weights = fused(x, *told, shared), None
+            x, weights = fused(x, *told, shared, layer_input), None
         else:
             before, after, before_mlp, after_mlp = self.norms()
             attended, weights = self.self_attn(before(x), *told, output_attentions, shared)
             x = x + through(after, attended)
             x = x + through(after_mlp, self.mlp(before_mlp(x)))
-        if layer_input is not None:
-            x = x + per_layer.added(self, x, layer_input)
+            if layer_input is not None:
+                x = x + per_layer.added(self.parts(), x, layer_input)
         return x if self.layer_scalar is None else x * self.layer_scalar, weights
 
     def norms(self) -> LayerNorms:
@@ -100,7 +101,8 @@ class GemmaDecoderLayer(nn.Module):
         a, m = attention._modules.get, mlp._modules.get
         q, k, v, o = a("q_proj"), a("k_proj"), a("v_proj"), a("o_proj")
         gate, up, down, act = m("gate_proj"), m("up_proj"), m("down_proj"), getattr(mlp, "act_fn", None)
-        return LayerParts(attention, mlp, self.norms(), self.norm_names, q, k, v, o, gate, up, down, act)  # type: ignore[arg-type]
+        extra = [own.get(name) for name in per_layer.LAYER_PARTS]
+        return LayerParts(attention, mlp, self.norms(), self.norm_names, q, k, v, o, gate, up, down, act, *extra)  # type: ignore[arg-type]
 
 
 class GemmaModel(GemmaPreTrainedModel):
@@ -127,6 +129,7 @@ class GemmaModel(GemmaPreTrainedModel):
         for name, module in per_layer.model_parts(config, pad).items():
             self.add_module(name, module)
         self.kv_sources = frozenset(spec.kv_source for spec in self.specs if spec.kv_source is not None)
+        self.first_reader = next((i for i, spec in enumerate(self.specs) if spec.kv_source is not None), None)
         self.post_init()
 
     def forward(
@@ -144,6 +147,7 @@ class GemmaModel(GemmaPreTrainedModel):
         *,
         is_causal: bool | None = None,
         per_layer_inputs: Float[Tensor, "B S L P"] | None = None,
+        last_positions: int = 0,
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """Run the decoder.
 
@@ -161,6 +165,8 @@ class GemmaModel(GemmaPreTrainedModel):
                 says (`use_bidirectional_attention`).
             per_layer_inputs: (B, S, layers, width), where layers have embeddings of their own, those of the tokens; by
                 default looked up by input_ids or, with inputs_embeds alone, by the tokens that these are of.
+            last_positions: of so many of the last positions alone last_hidden_state is asked for, 0 for all; others may
+                be left out, as layers that read the keys of earlier ones compute them for nobody.
 
         Raises:
             InputError (a ValueError): not exactly one of input_ids and inputs_embeds, or shapes that do not fit.
@@ -193,10 +199,10 @@ class GemmaModel(GemmaPreTrainedModel):
         device = inputs_embeds.device
         past, keys = (0, S) if cache is None else cache.span(S, cache_position)
         causal = config.is_causal if is_causal is None else is_causal
+        documents = cache is None or cache.packs or cache.packed or (past_key_values is None and past == 0)
         if cache is not None and cache.packed:
             visible = dict.fromkeys(self.windows, Visibility(None, causal=True))
         else:
-            documents = cache is None or cache.packs or (past_key_values is None and past == 0)
             visible = self._visible(
                 attention_mask,
                 output_attentions,
@@ -223,7 +229,23 @@ class GemmaModel(GemmaPreTrainedModel):
         all_hidden, all_weights = [], []
         extras = self._layer_inputs(input_ids, inputs_embeds, per_layer_inputs)
         shared = SharedKeys(self.kv_sources) if self.kv_sources else None
+        leaves_out = (
+            0 < last_positions < S
+            and self.kv_sources
+            and isinstance(past, int)
+            and (attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2))
+            and not (documents or recompute or output_attentions or output_hidden_states)
+        )
         for i, (layer, spec) in enumerate(zip(self.layers, self.specs, strict=False)):
+            if leaves_out and i == self.first_reader:
+                kept = slice(-last_positions, None)
+                hidden = hidden[:, kept]
+                tables = {rope: (cos[..., kept, :], sin[..., kept, :]) for rope, (cos, sin) in tables.items()}
+                extras = [None if extra is None else extra[:, kept] for extra in extras]
+                visible = self._visible(
+                    attention_mask, False, batch=B, queries=last_positions, keys=keys, past=past + S - last_positions,
+                    causal=causal, position_ids=None, device=device,
+                )  # fmt: skip
             if output_hidden_states:
                 all_hidden.append(hidden if scale == 1.0 else hidden / scale)
             told = (tables[spec.rope], visible[spec.window], cache, cache_position, output_attentions)

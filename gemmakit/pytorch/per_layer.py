@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError, TokenOutOfRange
-from gemmakit.pytorch.layers import STREAM_SCALES, GemmaRMSNorm, GemmaScaledEmbedding, Linear, activated
+from gemmakit.pytorch.layers import STREAM_SCALES, GemmaRMSNorm, GemmaScaledEmbedding, LayerParts, Linear, activated
 from gemmakit.pytorch.shapes import Float, Int
 
 TABLE = "embed_tokens_per_layer"
+LAYER_PARTS = ("per_layer_input_gate", "per_layer_projection", "post_per_layer_input_norm")
 _IDS_AT_ONCE = 4096
 
 
@@ -40,11 +41,13 @@ def layer_parts(config: GemmaConfig) -> dict[str, nn.Module]:
     if not P:
         return {}
     offset = config.kind.norm_offset
-    return {
-        "per_layer_input_gate": Linear(D, P, bias=False),
-        "per_layer_projection": Linear(P, D, bias=False),
-        "post_per_layer_input_norm": GemmaRMSNorm(D, config.rms_norm_eps, offset=offset, writes_stream=True),
-    }
+    norm = GemmaRMSNorm(D, config.rms_norm_eps, offset=offset, writes_stream=True)
+    return dict(zip(LAYER_PARTS, (Linear(D, P, bias=False), Linear(P, D, bias=False), norm), strict=True))
+
+
+def projections(model: nn.Module) -> dict[str, nn.Module]:
+    """By name, what makes layers' inputs of ordinary embeddings; nothing where they have none of their own."""
+    return {name: module for name, module in model.named_children() if name.startswith("per_layer_")}
 
 
 def tables(model: nn.Module) -> list[Any]:
@@ -79,12 +82,12 @@ def layer_inputs(
     return (model.per_layer_projection_norm(projected.view(tokens.shape)) + tokens) * 2.0**-0.5
 
 
-def added(layer: Any, x: Float[Tensor, "B S D"], inputs: Float[Tensor, "B S P"]) -> Float[Tensor, "B S D"]:
+def added(parts: LayerParts, x: Float[Tensor, "B S D"], inputs: Float[Tensor, "B S P"]) -> Float[Tensor, "B S D"]:
     """What a layer adds to its stream."""
-    gate = layer.per_layer_input_gate(x)
+    gate = parts.per_layer_input_gate(x)
     scale = STREAM_SCALES.get(x.dtype, 1.0)
-    gate = activated(layer.mlp.act_fn, gate if scale == 1.0 else gate / scale)
-    return layer.post_per_layer_input_norm(layer.per_layer_projection(gate * inputs))
+    gate = activated(parts.act_fn, gate if scale == 1.0 else gate / scale)
+    return parts.post_per_layer_input_norm(parts.per_layer_projection(gate * inputs))
 
 
 @torch.no_grad()

@@ -1,4 +1,5 @@
-"""A decoder layer on the CPU: five native calls, which read each weight once for all rows.
+"""A decoder layer on the CPU: five native calls, and three for an embedding of its own, which read each weight once for
+all rows.
 
 More rows than eight go through the same calls, a norm and a gate apart, where `takes_many` is true of all weights, or
 results must not depend on the number of rows; attention goes through torch then, but in pages.
@@ -10,12 +11,13 @@ tensors, nothing else. Axis letters: B batch, S positions, D hidden, F mlp, N he
 from __future__ import annotations
 
 import ctypes
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gemmakit.pytorch.attention import SharedKeys, attend_pages, attends_pages, native_obstacle
+from gemmakit.pytorch.attention import attend_pages, attends_pages, native_obstacle
 from gemmakit.pytorch.cache.core import Cache
 from gemmakit.pytorch.cache.paged import PagedCache
 from gemmakit.pytorch.fused.reference import MAX_ROWS, FusedLayer, writable
@@ -23,9 +25,10 @@ from gemmakit.pytorch.fused.weights import misfit, weight_of
 from gemmakit.pytorch.kernels import Decision, PackedWeight, cpu, is_batch_invariant, one_by_one
 from gemmakit.pytorch.kernels.linear import takes_many
 from gemmakit.pytorch.kernels.reference import ACTIVATION_OF
-from gemmakit.pytorch.layers import LayerNorms, LayerParts, RotaryTables
+from gemmakit.pytorch.layers import STREAM_SCALES, LayerNorms, LayerParts, RotaryTables
 from gemmakit.pytorch.masks import Visibility
 from gemmakit.pytorch.shapes import Float, Int
+from gemmakit.pytorch.shared_keys import KeyBuffers, SharedKeys
 
 # Below so many bytes a second thread costs more than it saves.
 ALONE = 1 << 18
@@ -86,12 +89,15 @@ class NativeLayer(FusedLayer):
         self.library = library
         self.format = cpu.FORMATS[dtype]
         attention = parts.self_attn
-        self.q_norm, self.k_norm = (native_norm(norm, dtype) for norm in (attention.q_norm, attention.k_norm))
+        norms = attention.q_norm, attention.k_norm, attention.v_norm
+        self.head_norms = tuple(native_norm(norm, dtype, attention.head_dim) for norm in norms)
         # As arrays of one, which a call takes as they are.
         self.norms = LayerNorms(*[norm and (cpu.Norm * 1)(native_norm(norm, dtype)) for norm in parts.norms])
         self.qkv = Stack(parts.q_proj, parts.k_proj, parts.v_proj)
         self.o, self.down = Stack(parts.o_proj), Stack(parts.down_proj)
         self.gate_up = Stack(parts.gate_proj, parts.up_proj)
+        self.input_gate, self.input_projection = Stack(parts.per_layer_input_gate), Stack(parts.per_layer_projection)
+        self.input_norm = (cpu.Norm * 1)(native_norm(parts.post_per_layer_input_norm, dtype))
         act = ACTIVATION_OF.get(parts.act_fn)
         self.act = act if act in cpu.ACTIVATIONS else None
         weights = [weight_of(module) for _, module in parts.projections()]
@@ -104,7 +110,7 @@ class NativeLayer(FusedLayer):
         return self.many or is_batch_invariant()
 
     def _decision(self) -> Decision:
-        why = _obstacle(self.parts.self_attn)
+        why = native_obstacle(self.parts.self_attn)
         attention = f", attention by torch ({why})" if why else ""
         if is_batch_invariant():
             return Decision(f"{cpu.decision()}{attention}, without gradients, any number of rows alike")
@@ -124,6 +130,13 @@ class NativeLayer(FusedLayer):
 
     def mlp_add(self, gated: Float[Tensor, "B S F"], residual: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
         return self._project_add(gated, self.down, self.norms.after_mlp, residual)
+
+    def input_add(self, inputs: Float[Tensor, "B S P"], residual: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
+        if self.act is None or residual.dtype in STREAM_SCALES:
+            return super().input_add(inputs, residual)
+        (gate,) = self._project(residual, self.input_gate)
+        gated = self._gated(self.act, gate, inputs.contiguous())
+        return self._project_add(gated, self.input_projection, self.input_norm, residual)
 
     def norm_gate_up(self, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B S F"]:
         stack, act, norm = self.gate_up, self.act, self.norms.before_mlp
@@ -216,25 +229,16 @@ class NativeLayer(FusedLayer):
         B, S, width = q.shape
         attention = self.parts.self_attn
         H = attention.head_dim
-        if k is None or v is None or _obstacle(attention):
+        own = () if k is None or v is None else (k, v)
+        if own and isinstance(cache, PagedCache) and attends_pages(attention, q, cache):
+            return attend_pages(attention, q, cache, new=(*own, *tables), norms=self.head_norms)
+        found = self._buffers(q, k, tables, visible, cache, cache_position, shared) if B * S <= cpu.MAX_ROWS else None
+        if found is None:
             return super().attend(q, k, v, tables, visible, cache, cache_position, shared)
-        if isinstance(cache, PagedCache) and attends_pages(attention, q, cache):
-            norms = self.q_norm, self.k_norm
-            return attend_pages(attention, q, cache, new=(k, v, *tables), norms=norms)
-        if B * S > cpu.MAX_ROWS:
-            return super().attend(q, k, v, tables, visible, cache, cache_position, shared)
-        sizes = (B, k.shape[2] // H, H)
-        held = _plain_layer(cache, cache_position, attention, sizes, visible, S)
-        past = 0 if held is None or held is NEW else int(held.length)
-        last = past + S if visible.last is None else visible.last
-        if held is None or not _says(visible, last) or not _fit(q, tables, held):
-            return super().attend(q, k, v, tables, visible, cache, cache_position, shared)
-        if held is NEW:
-            keys, values = k.new_empty(B, sizes[1], S, H), k.new_empty(B, sizes[1], S, H)
-            start, end, forgotten = 0, S, 0
-        else:
-            keys, values, start, end = held.claim(sizes, S, k)
-            forgotten = held.forgotten
+        keys, values, start, end, forgotten = found
+        if shared is not None and own:
+            shared.hold_buffers(attention.layer_idx, found)
+        last = start + forgotten + S if visible.last is None else visible.last
         cos, sin = tables
         y = torch.empty_like(q)
         mask, blind = visible.mask, visible.blind
@@ -242,7 +246,7 @@ class NativeLayer(FusedLayer):
             B,
             S,
             width // H,
-            sizes[1],
+            keys.shape[1],
             H,
             end - last,
             end,
@@ -252,8 +256,8 @@ class NativeLayer(FusedLayer):
             *((0, 0) if mask is None else _steps(mask)),
             *((0, 0) if blind is None else _steps(blind)),
             q.data_ptr(),
-            k.data_ptr(),
-            v.data_ptr(),
+            None if k is None else k.data_ptr(),
+            None if v is None else v.data_ptr(),
             cos.data_ptr(),
             sin.data_ptr(),
             keys.data_ptr(),
@@ -261,8 +265,7 @@ class NativeLayer(FusedLayer):
             y.data_ptr(),
             None if mask is None else mask.data_ptr(),
             None if blind is None else blind.data_ptr(),
-            self.q_norm,
-            self.k_norm,
+            *self.head_norms,
             self.format,
             visible.causal and mask is None,
             torch.get_num_threads(),
@@ -274,32 +277,62 @@ class NativeLayer(FusedLayer):
         assert not failed, f"attend takes 1 to {cpu.MAX_ROWS} positions, got {B} rows of {S}"
         return y
 
+    def _buffers(
+        self,
+        q: Float[Tensor, "B S NH"],
+        k: Float[Tensor, "B S KH"] | None,
+        tables: RotaryTables,
+        visible: Visibility,
+        cache: Cache | None,
+        cache_position: Int[Tensor, " S"] | None,
+        shared: SharedKeys | None,
+    ) -> KeyBuffers | None:
+        """Where the kernel finds keys and values, its own with room for the new ones; None where torch must attend."""
+        (B, S, _), attention = q.shape, self.parts.self_attn
+        if native_obstacle(attention) or not all(t.dtype == q.dtype and t.is_contiguous() for t in tables):
+            return None
+        if k is None:
+            found = None if shared is None else shared.buffers.get(attention.kv_layer)
+            last = 0 if found is None else found.end + found.forgotten
+            if found is None or not _says(visible, last if visible.last is None else visible.last):
+                return None
+            return found._replace(start=found.end - S)  # the queries may be the last ones alone
+        sizes = (B, k.shape[2] // attention.head_dim, attention.head_dim)
+        held = _plain_layer(cache, cache_position, attention, sizes, visible, S)
+        past = 0 if held is None or held is NEW else int(held.length)
+        if held is None or not _says(visible, past + S if visible.last is None else visible.last):
+            return None
+        if held is NEW:
+            new = k.new_empty(2, B, sizes[1], S, sizes[2])
+            return KeyBuffers(new[0], new[1], 0, S, 0)
+        if not held.fits(q):
+            return None
+        keys, values, start, end = held.claim(sizes, S, k)
+        return KeyBuffers(keys, values, start, end, held.forgotten)
 
-def native_norm(norm: Any, dtype: torch.dtype) -> cpu.Norm:
-    """A GemmaRMSNorm of activations of `dtype`; None is none."""
+
+def native_norm(norm: Any, dtype: torch.dtype, width: int = 0) -> cpu.Norm:
+    """A GemmaRMSNorm of activations of `dtype`, so many wide if it has no weight; None is none."""
     if norm is None:
         return cpu.Norm()
-    weight = norm.weight
-    return cpu.Norm(weight.data_ptr(), cpu.FORMATS[weight.dtype], norm.eps_of(dtype), norm.gain_of(dtype), norm.offset)
+    weight, offset = (_zeros(width), 1.0) if norm.weight is None else (norm.weight, norm.offset)
+    return cpu.Norm(weight.data_ptr(), cpu.FORMATS[weight.dtype], norm.eps_of(dtype), norm.gain_of(dtype), offset)
+
+
+@lru_cache(maxsize=16)
+def _zeros(width: int) -> Tensor:
+    """What a norm without a weight multiplies by, less 1."""
+    return torch.zeros(width)
 
 
 # Stands for a cache layer where there is no cache: the new keys are all there are.
 NEW = object()
 
 
-def _obstacle(attention: Any) -> str:
-    """Why attention from the projections on goes through torch, as it now is; empty where it need not."""
-    if attention.kv_layer != attention.layer_idx:
-        return f"it reads the keys of layer {attention.kv_layer}"
-    return native_obstacle(attention) if attention.v_norm is None else "values are normed"
-
-
 def _plain_layer(
     cache: Any, cache_position: Tensor | None, attention: Any, sizes: tuple[int, int, int], visible: Visibility, S: int
 ) -> Any:
     """The cache layer whose buffers the kernel may write to; NEW without a cache, None where torch must attend."""
-    if _obstacle(attention):
-        return None
     if cache is None:
         return NEW
     placed = cache_position is not None and cache.max_cache_len is not None
@@ -319,13 +352,6 @@ def _says(visible: Any, last: int) -> bool:
     return mask is None or (
         mask.dtype == torch.bool and mask.shape[1] == 1 and mask.shape[3] == last and mask.stride(3) == 1
     )
-
-
-def _fit(q: Tensor, tables: tuple[Tensor, Tensor], held: Any) -> bool:
-    """Whether tables and cache have the activations' format and lie as the kernel reads them."""
-    if not all(t.dtype == q.dtype and t.is_contiguous() for t in tables):
-        return False
-    return held is NEW or held.fits(q)
 
 
 def _steps(mask: Tensor) -> tuple[int, int]:

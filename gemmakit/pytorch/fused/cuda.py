@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gemmakit.pytorch.attention import SharedKeys
 from gemmakit.pytorch.cache.core import Cache
 from gemmakit.pytorch.cache.paged import PagedCache
 from gemmakit.pytorch.fused.reference import FusedLayer, writable
@@ -23,6 +22,7 @@ from gemmakit.pytorch.kernels.triton import DTYPES, MAX_ROWS, Refused, available
 from gemmakit.pytorch.kernels.triton.launch import Norm, Operand, Room
 from gemmakit.pytorch.layers import LayerParts
 from gemmakit.pytorch.masks import Visibility
+from gemmakit.pytorch.shared_keys import SharedKeys
 
 
 def fuse(parts: LayerParts, x: Tensor) -> FusedLayer | str:

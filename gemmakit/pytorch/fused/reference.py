@@ -1,13 +1,14 @@
-"""A decoder layer as five seams, each one function: what a device's kernels may take over.
+"""A decoder layer as five seams, and one more where layers have embeddings of their own: each one function, what a
+device's kernels may take over.
 
-Axis letters: B batch, S positions, D hidden, F mlp, N heads, K kv heads, H head_dim.
+Axis letters: B batch, S positions, D hidden, F mlp, N heads, K kv heads, H head_dim, P width of a layer's embedding.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from gemmakit.pytorch.attention import SharedKeys
+from gemmakit.pytorch import per_layer
 from gemmakit.pytorch.cache import Cache
 from gemmakit.pytorch.cache.core import CacheLayer
 from gemmakit.pytorch.cache.window import WindowLayer
@@ -15,6 +16,7 @@ from gemmakit.pytorch.kernels import Decision
 from gemmakit.pytorch.layers import LayerParts, RotaryTables, through
 from gemmakit.pytorch.masks import Visibility
 from gemmakit.pytorch.shapes import Float, Int
+from gemmakit.pytorch.shared_keys import SharedKeys
 
 # A step of more rows (B * S) is matrix work, which the modules do best, but for forms that say otherwise.
 MAX_ROWS = 8
@@ -52,11 +54,13 @@ class FusedLayer:
         cache: Cache | None,
         cache_position: Int[Tensor, " S"] | None,
         shared: SharedKeys | None = None,
+        layer_input: Float[Tensor, "B S P"] | None = None,
     ) -> Float[Tensor, "B S D"]:
-        """The whole layer, but for what `per_layer` adds and the layer's scalar."""
+        """The whole layer, but for its scalar."""
         q, k, v = self.norm_qkv(x)
         x = self.attention_add(self.attend(q, k, v, tables, visible, cache, cache_position, shared), x)
-        return self.mlp_add(self.norm_gate_up(x), x)
+        x = self.mlp_add(self.norm_gate_up(x), x)
+        return x if layer_input is None else self.input_add(layer_input, x)
 
     def norm_qkv(
         self, x: Float[Tensor, "B S D"]
@@ -93,3 +97,7 @@ class FusedLayer:
     def mlp_add(self, gated: Float[Tensor, "B S F"], residual: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
         """residual + after_mlp(down_proj(gated))."""
         return residual + through(self.parts.norms.after_mlp, self.parts.down_proj(gated))
+
+    def input_add(self, inputs: Float[Tensor, "B S P"], residual: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
+        """residual + norm(projection(act(gate(residual)) * inputs)), of the layer's own embedding."""
+        return residual + per_layer.added(self.parts, residual, inputs)

@@ -31,6 +31,9 @@ def matrix_parts(m, x_format):
     return sizes
 
 
+_NORMS = ("q_norm", "k_norm", "v_norm")
+
+
 def attention_parts(a):
     return in_pages(a) if a.pages else in_rows(a)
 
@@ -39,7 +42,7 @@ def in_pages(a):
     size, longs = _SIZES.get(a.format, 4), lambda at, n: (ctypes.c_int64 * n).from_address(at)
     tokens, pages = longs(a.starts, a.B + 1)[a.B], max(longs(a.pages, a.B * a.page_count)) + 1
     q, kv, cache = (n * a.H * size for n in (tokens * a.N, tokens * a.K, pages * a.page_size * a.K))
-    norms = {f"{name}.weight": a.H * _SIZES.get(getattr(a, name).format, 4) for name in ("q_norm", "k_norm")}
+    norms = {f"{name}.weight": a.H * _SIZES.get(getattr(a, name).format, 4) for name in _NORMS}
     return {"q": q, "y": q, "k": kv, "v": kv, "cos": tokens * a.H * size, "sin": tokens * a.H * size, "keys": cache,
             "values": cache, "pages": 8 * a.B * a.page_count, "starts": 8 * (a.B + 1), "lengths": 8 * a.B,
             **norms}  # fmt: skip
@@ -52,7 +55,7 @@ def in_rows(a):
     cache = a.B * a.K * a.capacity * a.H * size
     mask = a.mask_row * (a.B - 1) + a.mask_query * (a.S - 1) + a.T - a.first
     blind = a.blind_row * (a.B - 1) + a.blind_query * (a.S - 1) + 1
-    norms = {f"{name}.weight": a.H * _SIZES.get(getattr(a, name).format, 4) for name in ("q_norm", "k_norm")}
+    norms = {f"{name}.weight": a.H * _SIZES.get(getattr(a, name).format, 4) for name in _NORMS}
     return {"q": q, "y": q, "k": kv, "v": kv, "cos": table, "sin": table, "keys": cache, "values": cache,
             "mask": mask, "blind": blind, **norms}  # fmt: skip
 

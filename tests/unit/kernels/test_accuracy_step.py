@@ -164,8 +164,9 @@ class Step:
         angles = torch.cat((angles, angles), -1)
         self.cos, self.sin = (shifted(f(angles).to(dtype)) for f in (torch.cos, torch.sin))
         self.before = self.keys.clone(), self.values.clone()
-        self.mask = self.blind = self.softcap = self.q_norm = self.k_norm = None
+        self.mask = self.blind = self.softcap = self.q_norm = self.k_norm = self.v_norm = None
         self.first = 0  # key that is seen
+        self.without_keys = False
 
     def run(self, threads=1, causal=False):
         B, S, width = self.q.shape
@@ -174,9 +175,11 @@ class Step:
         masks = [t.data_ptr() if t is not None else None for t in (self.mask, self.blind)]
         steps = [s for t in (self.mask, self.blind) for s in ((0, 0) if t is None else (t.stride(0), t.stride(1)))]
         tensors = (self.q, self.k, self.v, self.cos, self.sin, self.keys, self.values, y)
-        norms = [cpu.Norm() if w is None else native_norm(w) for w in (self.q_norm, self.k_norm)]
+        given = [t.data_ptr() for t in tensors]
+        given[1:3] = [None, None] if self.without_keys else given[1:3]
+        norms = [cpu.Norm() if w is None else native_norm(w) for w in (self.q_norm, self.k_norm, self.v_norm)]
         call = Attention(B, S, width // H, K, H, self.first, self.past + S, self.past, capacity,
-                         S * H if len(self.cos) > 1 else 0, *steps, *(t.data_ptr() for t in tensors), *masks, *norms,
+                         S * H if len(self.cos) > 1 else 0, *steps, *given, *masks, *norms,
                          cpu.FORMATS[self.dtype], causal, threads, self.scale, self.softcap or 0.0)  # fmt: skip
         assert cpu.library().gemmakit_attend(ctypes.byref(call)) == 0
         return y
@@ -245,7 +248,7 @@ def test_new_keys_are_turned_as_the_module_turns_them_and_others_stay(dtype, H):
 
 @pytest.mark.parametrize("dtype", FORMATS)
 @pytest.mark.parametrize(("N", "K"), [(4, 1), (8, 1), (6, 2), (3, 3)])
-@pytest.mark.parametrize("H", [2, 12, 16, 48, 64, 256])
+@pytest.mark.parametrize("H", [2, 12, 16, 48, 64, 256, 512])
 def test_attention_is_float64s(dtype, N, K, H):
     for B, S, past in ((1, 1, 0), (1, 1, 16), (2, 1, 299), (2, 3, 31), (1, 8, 130)):
         for threads in (1, 2):
@@ -264,6 +267,30 @@ def test_queries_and_keys_are_normed_head_by_head_before_they_turn(dtype, kind, 
         start, end = step.past, step.past + step.S
         assert torch.equal(step.keys[:, :, start:end], step.turned(step.k, step.k_norm))
         assert torch.equal(step.values[:, :, start:end], step.heads(step.v))
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("H", [2, 30, 512])
+def test_values_are_normed_where_there_is_a_norm(dtype, kind, H):
+    step = Step(dtype, B=2, S=3, K=2, H=H, tables=2)
+    step.v_norm = normal(H, dtype=kind, seed=8)
+    step.run(causal=True)
+    rows = norm(step.v.reshape(-1, H), step.v_norm, 1e-6).view(step.v.shape)
+    assert torch.equal(step.values[:, :, step.past : step.past + step.S], step.heads(rows))
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("past", [0, 40])
+def test_queries_alone_see_the_keys_that_are_there(dtype, past):
+    step = Step(dtype, B=2, S=3, K=2, H=64, past=past, tables=2)
+    step.q_norm = normal(64, dtype=dtype, seed=8)
+    whole = step.run(causal=True)
+    there = step.keys.clone(), step.values.clone()
+    step.without_keys = True
+    assert torch.equal(step.run(threads=2, causal=True), whole)
+    assert torch.equal(step.keys, there[0])
+    assert torch.equal(step.values, there[1])
 
 
 @pytest.mark.parametrize("dtype", FORMATS)

@@ -110,11 +110,10 @@ def test_keys_that_threads_share_give_what_one_thread_gives(isa, window):
 @pytest.mark.parametrize("dtype", FORMATS)
 def test_new_keys_go_to_their_pages_normed_and_turned(dtype):
     one = Pass([9, 6], dtype)
-    before = one.store.clone()
     S, H = 15, one.q[0].shape[-1]
     angles = torch.rand(S, H // 2) * 9
     cos, sin = (f(torch.cat((angles, angles), -1)).to(dtype) for f in (torch.cos, torch.sin))
-    weights = [torch.randn(H).to(dtype) for _ in range(2)]
+    weights = [torch.randn(H).to(dtype) for _ in range(3)]
     norms = [cpu.Norm(w.data_ptr(), cpu.FORMATS[dtype], 1e-6, 1.0, 1.0) for w in weights]
     k, v = torch.cat(one.k), torch.cat(one.v)
     spans = [(0, 0, 9), (1, 0, 6)]
@@ -126,13 +125,14 @@ def test_new_keys_go_to_their_pages_normed_and_turned(dtype):
         return reference.rotate(normed[None], cos[None, :, None], sin[None, :, None])[0]
 
     q, k = turned(torch.cat(one.q), weights[0]), turned(k, weights[1])
+    one.v = list(reference.rms_norm(v, weights[2], 1e-6).split(one.lengths))
     one.q, one.k = list(q.split(one.lengths)), list(k.split(one.lengths))
     for row, found in enumerate(got):
         for t in range(one.lengths[row]):
             at = one.pages[row][t // one.size], t % one.size
             # The norm's float32 mean may be summed in another order: a rounding of the format more or less.
             torch.testing.assert_close(one.store[0][at], one.k[row][t], rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
-            assert torch.equal(one.store[1][at], before[1][at])
+            torch.testing.assert_close(one.store[1][at], one.v[row][t], rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
         # A score's sum of products of tens is off by as many times float32's eps, and its weight by the same share.
         far = max(8 * torch.finfo(dtype).eps, 64 * torch.finfo(torch.float32).eps)
         torch.testing.assert_close(found.double(), one.exact(row), rtol=far, atol=far)

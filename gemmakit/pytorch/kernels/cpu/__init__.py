@@ -66,7 +66,7 @@ class Attention(ctypes.Structure):
     _fields_ = (
         *((name, _LONG) for name in _LONGS),
         *((name, _POINTER) for name in _POINTERS),
-        *((name, Norm) for name in ("q_norm", "k_norm")),
+        *((name, Norm) for name in ("q_norm", "k_norm", "v_norm")),
         *((name, ctypes.c_int32) for name in _INTS),
         *((name, _FLOAT) for name in ("scale", "softcap")),
         *((name, _POINTER) for name in ("pages", "starts", "lengths")),
@@ -238,7 +238,7 @@ def attend_pages(
     these a query sees the newest so many, up to itself; None for all.
 
     new: the keys (S, K, H) and values that are still to be written to the pages, and cos and sin (S, H) by which these
-    keys and q are turned before; without them q is turned and the pages hold all. norms: of the heads of q and of k.
+    keys and q are turned before; without them q is turned and the pages hold all. norms: of the heads of q, k and v.
     All of q's dtype, contiguous.
     """
     found = library()
@@ -247,13 +247,13 @@ def attend_pages(
     y = torch.empty_like(q)
     keys, values = store[0].data_ptr(), store[1].data_ptr()
     k, v, cos, sin = (t.data_ptr() for t in new) if new else (None, None, None, None)
-    q_norm, k_norm = norms or (Norm(), Norm())
+    q_norm, k_norm, v_norm = norms or (Norm(), Norm(), Norm())
     B, P = table.shape
     call = Attention(
         B=B, S=S, N=N, K=K, H=H, q=q.data_ptr(), k=k, v=v, cos=cos, sin=sin, keys=keys, values=values, y=y.data_ptr(),
-        q_norm=q_norm, k_norm=k_norm, format=FORMATS[q.dtype], causal=1, threads=torch.get_num_threads(), scale=scale,
-        softcap=softcap or 0.0, pages=table.data_ptr(), starts=starts.data_ptr(), lengths=lengths.data_ptr(),
-        page_count=P, page_size=size, window=window or 0,
+        q_norm=q_norm, k_norm=k_norm, v_norm=v_norm, format=FORMATS[q.dtype], causal=1,
+        threads=torch.get_num_threads(), scale=scale, softcap=softcap or 0.0, pages=table.data_ptr(),
+        starts=starts.data_ptr(), lengths=lengths.data_ptr(), page_count=P, page_size=size, window=window or 0,
     )  # fmt: skip
     failed = found.gemmakit_attend(ctypes.byref(call))
     assert not failed, f"attend takes rows that end within their pages, got {S} positions, {P} pages of {size} a row"

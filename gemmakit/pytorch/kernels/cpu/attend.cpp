@@ -31,9 +31,13 @@ void rotate(const void* x, const void* cos, const void* sin, int64_t H, void* y)
   }
 }
 
-// A head's query or key, normed where there is a norm, then turned.
+// A head's query or key, normed where there is a norm, then turned; a query that is both already comes without cos.
 template <int F>
 void place(const Attention& a, const Norm& norm, const void* x, const void* cos, const void* sin, void* y) {
+  if (!a.cos) {
+    std::memcpy(y, x, a.H * size_of<F>);
+    return;
+  }
   if (norm.weight) {
     void* normed = scratch<float, 3>(a.H);
     norm_row_of<F>(norm)(x, a.H, norm, nullptr, normed);
@@ -42,27 +46,31 @@ void place(const Attention& a, const Norm& norm, const void* x, const void* cos,
   rotate<F>(x, cos, sin, a.H, y);
 }
 
-// The new keys and values of a token to their places in the cache; its queries to q, a tile after the other. Without keys
-// the queries are ready and the cache is filled.
+template <int F>
+void place_value(const Attention& a, const void* x, void* y) {
+  if (a.v_norm.weight)
+    norm_row_of<F>(a.v_norm)(x, a.H, a.v_norm, nullptr, y);
+  else
+    std::memcpy(y, x, a.H * size_of<F>);
+}
+
+// The new keys and values of a token, where there are any, to their places in the cache; its queries to q, a tile after
+// the other.
 template <int F>
 void append(const Attention& a, const Row& row, int64_t s, void* q) {
-  int64_t group = a.N / a.K, bytes = a.H * size_of<F>, token = row.token + s;
+  int64_t group = a.N / a.K, token = row.token + s;
   int64_t turn = a.pages ? token * a.H : row.index * a.table_row + s * a.H;
   const void *cos = at<F>(a.cos, turn), *sin = at<F>(a.sin, turn);
   for (int64_t k = 0; k < a.K; k++) {
     int64_t to = place_of(a, row, k, row.start + s) * a.H;
     if (a.k) {
       place<F>(a, a.k_norm, at<F>(a.k, (token * a.K + k) * a.H), cos, sin, (void*)at<F>(a.keys, to));
-      std::memcpy((void*)at<F>(a.values, to), at<F>(a.v, (token * a.K + k) * a.H), bytes);
+      place_value<F>(a, at<F>(a.v, (token * a.K + k) * a.H), (void*)at<F>(a.values, to));
     }
     Tile tile(a, row, k, s / positions(a) * positions(a));
     for (int64_t g = 0; g < group; g++) {
       const void* query = at<F>(a.q, (token * a.N + k * group + g) * a.H);
-      void* y = (void*)at<F>(q, (tile.query() + g * tile.count + s - tile.s) * a.H);
-      if (a.k)
-        place<F>(a, a.q_norm, query, cos, sin, y);
-      else
-        std::memcpy(y, query, bytes);
+      place<F>(a, a.q_norm, query, cos, sin, (void*)at<F>(q, (tile.query() + g * tile.count + s - tile.s) * a.H));
     }
   }
 }
@@ -237,7 +245,7 @@ bool known(const Norm& norm) { return !norm.weight || norm_row_of<F32>(norm); }
 // Where the new tokens of rows of one length go, and what they see.
 bool in_rows(const Attention& a) {
   return a.S >= 1 && a.B * a.S <= MAX_ROWS && a.first >= 0 && a.first <= a.start && a.start + a.S <= a.T &&
-         a.T <= a.capacity && a.k && !a.window && a.forgotten >= 0;
+         a.T <= a.capacity && a.cos && !a.window && a.forgotten >= 0;
 }
 
 bool in_pages(const Attention& a) {
@@ -253,8 +261,8 @@ bool in_pages(const Attention& a) {
 
 extern "C" int NATIVE(gemmakit_attend)(const Attention* a) {
   bool sound = a->B >= 1 && a->K >= 1 && a->N >= a->K && a->N % a->K == 0 && a->H % 2 == 0 &&
-               (a->pages ? in_pages(*a) : in_rows(*a));
-  if (!sound || !known(a->q_norm) || !known(a->k_norm)) return 1;
+               (!a->k || (a->v && a->cos)) && (a->pages ? in_pages(*a) : in_rows(*a));
+  if (!sound || !known(a->q_norm) || !known(a->k_norm) || !known(a->v_norm)) return 1;
   switch (a->format) {
     case BF16: return run<BF16>(*a);
     case F16: return run<F16>(*a);

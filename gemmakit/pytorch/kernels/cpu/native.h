@@ -45,7 +45,8 @@ struct Norm {
 
 // Attention of S new positions a row, with what is around it. q and y (B, S, N * H), k and v (B, S, K * H) have one
 // format, and so have cos and sin (B or 1, S, H; table_row is S * H or 0) and keys and values (B, K, capacity, H),
-// where the new ones go to start..start + S. Each head of q and k is normed before it turns. Keys first..T are seen;
+// where the new ones go to start..start + S; without k they are there already. Each head of q and k is normed before it
+// turns, each of v before it is put there; without cos, q is normed and turned. Keys first..T are seen;
 // where `causal`, not those after a query's own place. Where softcap is not 0, scores are capped:
 // softcap * tanh(score / softcap). mask, or null: bytes, not 0 where query s of row b may look at key t, at
 // b * mask_row + s * mask_query + t - first. blind, or null: bytes, not 0 for queries that give zeros, at
@@ -55,14 +56,13 @@ struct Norm {
 // Where pages is not null, rows lie end to end, the new positions of row b at starts[b]..starts[b + 1], so that q, k, v,
 // y, cos and sin have starts[B] positions; keys and values are (pages, page_size, K, H). Row b holds lengths[b] tokens
 // with its new ones, token t in page pages[b * page_count + t / page_size]. Queries see the tokens up to their own place,
-// where window is not 0 the newest so many; there is no mask. k may be null: then q is normed and turned, and the pages
-// hold all keys and values.
+// where window is not 0 the newest so many; there is no mask.
 struct Attention {
   int64_t B, S, N, K, H, first, T, start, capacity, table_row, mask_row, mask_query, blind_row, blind_query;
   const void *q, *k, *v, *cos, *sin;
   void *keys, *values, *y;
   const uint8_t *mask, *blind;
-  Norm q_norm, k_norm;
+  Norm q_norm, k_norm, v_norm;
   int32_t format, causal, threads;
   float scale, softcap;
   const int64_t *pages, *starts, *lengths;
@@ -83,7 +83,7 @@ struct Attention {
 //   m[1] of one shape; up to 8 rows.
 // gemmakit_project_norm_add: the projection, then its norm, then the sum with residual, each rounded; rows as
 //   gemmakit_project.
-// gemmakit_attend: norms and rotates q and k, puts k and v into the cache, and attends: up to 8 positions of rows side by
+// gemmakit_attend: norms q, k and v, rotates q and k, puts k and v into the cache, and attends: up to 8 positions of rows side by
 //   side, or any number in pages. A query's result does not depend on the others, nor on the threads.
 // gemmakit_read_memory: reads every byte once and sums it up as 64-bit words into *sum: the memory's speed, and a way
 //   to page in a file.
