@@ -14,6 +14,7 @@ from gemmakit.checks import Whole, check
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError
 from gemmakit.hub import push_folder
+from gemmakit.pytorch import per_layer
 from gemmakit.pytorch.attention import implementation
 from gemmakit.pytorch.pruning import prune_heads
 
@@ -142,7 +143,9 @@ class ModelMethods(nn.Module):
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
-        """Change the number of token ids, of the embedding and of the head; the ids that stay keep their rows.
+        """Change the number of token ids, of the embedding, of the head and of the table that layers have of their own.
+
+        The ids that stay keep their rows.
 
         Args:
             new_num_tokens: the new V; None keeps it, for `pad_to_multiple_of` alone.
@@ -155,14 +158,16 @@ class ModelMethods(nn.Module):
         """
         embedding, head = self.get_input_embeddings(), self.get_output_embeddings()
         size = self._new_size(new_num_tokens, pad_to_multiple_of)
-        if size != embedding.num_embeddings:
-            tied = head is not None and head.weight is embedding.weight
-            embedding.weight = self._resized(embedding.weight, size, mean_resizing)
-            embedding.num_embeddings = size
-            if head is not None and not tied:
-                head.weight = self._resized(head.weight, size, mean_resizing)
+        heads = [] if head is None or head.weight is embedding.weight else [head]
+        for module in (embedding, *heads, *per_layer.tables(self)):
+            if module.weight.shape[0] != size:
+                self._resize_rows(module, size, mean_resizing)
+                vars(module).pop("stays_in_file", None)
         self._follow_vocabulary()
         return embedding
+
+    def _resize_rows(self, module: Any, size: int, mean: bool) -> None:
+        module.weight = self._resized(module.weight, size, mean)
 
     def _new_size(self, wanted: int | None, multiple: int | None) -> int:
         for name, value in (("new_num_tokens", wanted), ("pad_to_multiple_of", multiple)):
@@ -196,7 +201,10 @@ class ModelMethods(nn.Module):
     def _follow_vocabulary(self) -> None:
         """Let the head and the numbers that are written down agree with the embedding."""
         self.tie_weights()
-        self.config.vocab_size = size = self.get_input_embeddings().weight.shape[0]
+        embedding: Any = self.get_input_embeddings()
+        self.config.vocab_size = embedding.num_embeddings = size = embedding.weight.shape[0]
+        for table in per_layer.tables(self):
+            self.config.vocab_size_per_layer_input = table.num_embeddings = table.weight.shape[0]
         head = self.get_output_embeddings()
         if head is not None:
             head.out_features = head.weight.shape[0]

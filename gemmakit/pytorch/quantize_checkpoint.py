@@ -258,7 +258,7 @@ def _calibrated(
     done = _Done(report, checkpoint.total_bytes)
     sizes = {name: checkpoint.info(key).nbytes for name, key in stored.items()}
     for name in stored:
-        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+        if "layers." not in name and name.endswith(".weight"):
             replace_with_quantized(quantizer, model, name, model.get_parameter(name), model.device, None)
             done.add(name, sizes[name])
     model._set_quantizer(quantizer)

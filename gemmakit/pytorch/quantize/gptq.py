@@ -4,14 +4,15 @@ The columns of a weight are rounded one after the other, those whose inputs are 
 is made up for by the columns still to come, as the second derivatives of the layer's squared error say. Scales are
 chosen before (so the layout is the ordinary one), the error at each input counted by that input's size.
 
-Memory: the hidden states of the texts, R * S * D * 4 bytes; one layer in float32; three matrices of I * I * 4 bytes for
-the widest projection (2B: 1 GB each). Axis letters: R texts, S positions, O outputs, I inputs, D hidden.
+Memory: the hidden states of the texts, R * S * D * 4 bytes, and what layers keep for others or read beside them; one
+layer in float32; three matrices of I * I * 4 bytes for the widest projection (2B: 1 GB each). Axis letters: R texts,
+S positions, O outputs, I inputs, D hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError, NumericalError
+from gemmakit.pytorch import per_layer
 from gemmakit.pytorch.kernels import PackedWeight
 from gemmakit.pytorch.quantize import rounding
 from gemmakit.pytorch.quantize.modules import QuantizedLinear
@@ -34,6 +36,8 @@ STAGES = (
     ("self_attn.o_proj",),
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
+    ("per_layer_input_gate",),
+    ("per_layer_projection",),
 )
 _TEXTS = 8  # run together
 
@@ -51,16 +55,11 @@ def calibrate(
         report: called with the name of each layer that is done.
 
     Raises:
-        InputError: ids of another shape; Gemma 4.
+        InputError: ids of another shape.
         NumericalError: activations that are not finite.
     """
     if ids.dim() != 2 or not ids.numel() or ids.is_floating_point():
         raise InputError(f"calibration_ids is {ids.dtype} of shape {tuple(ids.shape)}; it must be ids of shape (R, S).")
-    if model.config.kind.layer_scalar:
-        raise InputError(
-            f"{model.config.kind.title} is not calibrated on a text here, as its layers read each other's keys: "
-            "quantize without calibration."
-        )
     base = model.base_model
     prefix = "" if base is model else f"{model.base_model_prefix}."
     told = _calls(base, ids.to(model.device))
@@ -68,15 +67,29 @@ def calibrate(
     for i, (layer, calls) in enumerate(zip(base.layers, told, strict=True)):
         for call, entering in zip(calls, hidden, strict=True):
             call.hidden = entering
-        dtypes = {name: p.dtype for name, p in layer.named_parameters()}
-        layer.float()
         name = f"{prefix}layers.{i}"
-        for stage in STAGES:
-            _quantize_stage(layer, stage, name, calls, quantizer)
-        hidden = [call.run(layer) for call in calls]
-        for name_, p in layer.named_parameters():
-            p.data = p.data.to(dtypes[name_]) if p.is_floating_point() else p.data
+        with _in_float(layer):
+            for stage in STAGES:
+                _quantize_stage(layer, stage, name, calls, quantizer)
+            hidden = [call.run(layer) for call in calls]
         report(name)
+
+
+@contextmanager
+def _in_float(module: nn.Module) -> Generator[None]:
+    """Plain numbers in float32 meanwhile, and back in their dtypes afterwards."""
+
+    def tensors() -> dict[str, Tensor]:
+        return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+    dtypes = {name: tensor.dtype for name, tensor in tensors().items()}
+    module.float()
+    try:
+        yield
+    finally:
+        for name, tensor in tensors().items():
+            if name in dtypes and tensor.is_floating_point():
+                tensor.data = tensor.data.to(dtypes[name])
 
 
 def memory_bytes(config: GemmaConfig, ids: Tensor, bits: int) -> int:
@@ -85,6 +98,10 @@ def memory_bytes(config: GemmaConfig, ids: Tensor, bits: int) -> int:
     widest, layer = max(D, F, heads), 3 * D * F + 4 * D * heads
     weights = (config.num_hidden_layers * layer + config.vocab_size * D) * (bits + 1) // 8
     texts = ids.numel() * D + _TEXTS * ids.shape[-1] * (3 * F + 4 * D)
+    specs = [config.layer(i) for i in range(config.num_hidden_layers)]
+    read = [config.layer(i) for i in {spec.kv_source for spec in specs} if i is not None]
+    texts += ids.numel() * (sum(2 * s.num_key_value_heads * s.head_dim for s in read))
+    texts += ids.numel() * config.num_hidden_layers * (config.hidden_size_per_layer_input or 0)
     return 4 * (texts + layer + 3 * widest**2 + 4 * D * F) + weights
 
 
@@ -105,8 +122,9 @@ class _Stop(Exception):
 
 
 def _calls(base: Any, ids: Tensor) -> list[list[_Call]]:
-    """What each layer is called with, its own window and rotary table; no layer runs. Hidden states are the first's,
-    in float32.
+    """What each layer is called with: its own window, rotary table and embedding, and where keys are left for others.
+
+    No layer runs. Hidden states are the first's, in float32.
     """
     told: list[list[_Call]] = [[] for _ in base.layers]
 
@@ -123,9 +141,11 @@ def _calls(base: Any, ids: Tensor) -> list[list[_Call]]:
         layer.forward = keep(i)
     try:
         for piece in ids.split(_TEXTS):
-            embedded = base.embed_tokens(piece).float()
-            with suppress(_Stop):
-                base(inputs_embeds=embedded, use_cache=False)
+            told_more = {}
+            if base.config.hidden_size_per_layer_input:
+                told_more = {"per_layer_inputs": per_layer.token_inputs(base, piece).float()}
+            with suppress(_Stop), _in_float(nn.ModuleDict(per_layer.projections(base))):
+                base(inputs_embeds=base.embed_tokens(piece).float(), use_cache=False, **told_more)
     finally:
         for layer in base.layers:
             del layer.forward
@@ -135,10 +155,11 @@ def _calls(base: Any, ids: Tensor) -> list[list[_Call]]:
 def _quantize_stage(
     layer: nn.Module, stage: tuple[str, ...], prefix: str, calls: list[_Call], quantizer: WeightOnlyQuantizer
 ) -> None:
-    layouts = {name: quantizer.layout(f"{prefix}.{name}") for name in stage}
+    held = dict(layer.named_modules())
+    layouts = {name: quantizer.layout(f"{prefix}.{name}") for name in stage if name in held}
     if not any(layouts.values()):
         return
-    hessian = _hessian(layer, stage[0], calls)
+    hessian = _hessian(layer, next(iter(layouts)), calls)
     for name, layout in layouts.items():
         if layout is not None:
             module: Any = layer.get_submodule(name)

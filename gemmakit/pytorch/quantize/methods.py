@@ -76,25 +76,13 @@ class QuantizedMethods(nn.Module):
     def _ties(self) -> bool:
         return self.config.tie_word_embeddings  # type: ignore[union-attr,return-value]
 
-    def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
-    ) -> nn.Embedding:
+    def _resize_rows(self, module: Any, size: int, mean: bool) -> None:
         """As of a plain model; new rows are quantized like the others."""
-        model: Any = self
-        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-        if not isinstance(embedding, QuantizedEmbedding) and not isinstance(head, QuantizedLinear):
-            return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)  # type: ignore[misc]
-        size = model._new_size(new_num_tokens, pad_to_multiple_of)
-        if size != embedding.num_embeddings:
-            tied = head is not None and head.weight is embedding.weight
-            for module in [embedding] if tied or head is None else [embedding, head]:
-                if isinstance(module, QuantizedWeight):
-                    module.hold(resized(module, size, None if mean_resizing else model.config.initializer_range))
-                else:
-                    module.weight = model._resized(module.weight, size, mean_resizing)
-            embedding.num_embeddings = size
-        model._follow_vocabulary()
-        return embedding
+        if isinstance(module, QuantizedWeight):
+            std: float = self.config.initializer_range  # type: ignore[union-attr,assignment]
+            module.hold(resized(module, size, None if mean else std))
+        else:
+            super()._resize_rows(module, size, mean)  # type: ignore[misc]
 
     def prune_heads(self, heads_to_prune: Any) -> None:
         """As of a plain model; InputError for a quantized one, whose matrices cannot be cut."""

@@ -31,9 +31,24 @@ def test_the_table_stays_in_the_file_and_the_plan_says_so(tmp_path, scheme):
         assert "mapped file, which is not brought" in loaded.decode_plan()["embed_tokens_per_layer"]
 
 
-def test_calibration_on_a_text_is_refused_by_name(tmp_path):
-    random_model(gemmakit.Gemma4TextConfig(**SIZES), torch.bfloat16, torch.device("cpu")).save_pretrained(
-        tmp_path / "in"
-    )
-    with pytest.raises(gemmakit.errors.InputError, match="Gemma 4 is not calibrated on a text here"):
-        gemmakit.quantize_checkpoint(tmp_path / "in", tmp_path / "out", "int4", calibration_ids=IDS)
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_calibrated_model_is_nearer_to_the_plain_one(tmp_path, dtype):
+    """Layers that read others' keys meet those that quantized layers make, and the embeddings that are their own."""
+    sizes = {**SIZES, "hidden_size": 64, "intermediate_size": 96, "initializer_range": 0.2}
+    torch.manual_seed(0)
+    exact = gemmakit.Gemma4ForCausalLM(gemmakit.Gemma4TextConfig(**sizes)).to(dtype)
+    for layer in exact.model.layers:
+        layer.layer_scalar.fill_(0.75)
+    exact.save_pretrained(tmp_path / "in")
+    ids = torch.randint(3, sizes["vocab_size"], (24, 32), generator=torch.Generator().manual_seed(1))
+    found = {}
+    for name, told in {"rounded": {}, "calibrated": {"calibration_ids": ids[:16]}}.items():
+        how = {"bits": 4, "head_bits": 8}
+        gemmakit.quantize_checkpoint(tmp_path / "in", tmp_path / name, how, **told)
+        model = gemmakit.AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        a, b = (m(ids[16:]).logits.float().log_softmax(-1) for m in (exact, model))
+        found[name] = float((a.exp() * (a - b)).sum(-1).mean())
+        assert model.model.layers[0].layer_scalar.dtype == dtype
+        assert all(type(m) is not gemmakit.pytorch.layers.Linear for m in model.model.modules())
+    assert found["calibrated"] < found["rounded"]
