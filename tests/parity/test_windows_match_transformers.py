@@ -45,6 +45,23 @@ def test_beams(pair, member, padding, processors):
 
 
 @everyone
+@pytest.mark.parametrize("padding", ["none", "left"])
+def test_drafts_and_the_batch_engine_change_no_token(pair, member, padding):
+    both = pair("gqa", member=member, tie_word_embeddings=False)  # tied, it says what it reads
+    ids, mask = batch(padding, width=WIDTH)
+    asked = dict(max_new_tokens=NEW, do_sample=False, **ENDS)
+    rows = [row if mask is None else row[mask[i].bool()] for i, row in enumerate(ids)]
+    rows = [row for row in rows if len(row)]
+    theirs = [both.theirs.generate(row[None], attention_mask=torch.ones_like(row[None]), **asked) for row in rows]
+    wanted = [tokens[0].tolist() for tokens in theirs]
+    together = both.ours.generate_batch([row.tolist() for row in rows], **asked)
+    assert [list(result.ids) for result in together] == wanted
+    for row, tokens in zip(rows, wanted, strict=True):
+        drafted = both.ours.generate(row[None], prompt_lookup_num_tokens=3, **asked)
+        assert drafted[0].tolist() == tokens
+
+
+@everyone
 def test_the_distribution_drawn_from(pair, member):
     """Draw with ours, then ask transformers for the scores of each step after what was drawn."""
     both = pair("gqa", member=member)

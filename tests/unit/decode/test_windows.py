@@ -13,7 +13,6 @@ from strategy_models import MANY, MEMBERS, WINDOW, Uncaptured, left_padded, mode
 
 import gemmakit
 from gemmakit.errors import InputError
-from gemmakit.family import KINDS
 from gemmakit.pytorch.cache import CacheLayer, DynamicCache, StaticCache, WindowCache
 from gemmakit.pytorch.cache.window import SPARE, WindowLayer
 from gemmakit.pytorch.decode import capture
@@ -163,7 +162,7 @@ def test_what_windows_hide_is_let_go_of_and_tokens_stay(member, name):
     assert any(isinstance(layer, WindowLayer) and layer.forgotten for layer in decoding.prompt.cache.layers)
 
 
-@pytest.mark.parametrize("member", [member for member in MEMBERS if KINDS[member].norm_offset == 1.0])
+@everyone
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_fused_layers_write_to_buffers_that_move(member, dtype, monkeypatch):
     """To the bit as where everything is kept; past the prompt nothing is appended by torch."""
