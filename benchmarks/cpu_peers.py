@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from checkpoints import cached_random, fields
+from checkpoints import cached_codes, cached_random, fields
 from compare import Comparison, llamacpp_side, transformers_side
 from report import comparison_table, plain_lines
 from rounds import Side
@@ -41,6 +41,9 @@ PARTS: dict[str, dict[str, Any]] = {
                          peers=[("transformers", "bfloat16"), ("llama.cpp", "Q4_0")]),
     # The context is random keys and values of the right shape: as fast to read as real ones, and there at once.
     "context": dict(file="cpu_context_2b", contexts=(0, 4096), new=32, peers=[("gemmakit", "int4")]),
+    # Both read the same codes, gemmakit from a folder, llama.cpp from a GGUF file.
+    "gemma4-e2b": dict(file="cpu_decode_gemma4_e2b_int4", codes="gemma4-e2b", peers=[("llama.cpp", "Q4_0")]),
+    "gemma4-12b": dict(file="cpu_decode_gemma4_12b_int4", codes="gemma4-12b", peers=[("llama.cpp", "Q4_0")]),
     # No file: each weight is drawn and quantized before the next, so the peak is the packed model and one weight.
     "7b": dict(file="cpu_decode_7b_int4", size="7b", quantize="int4", peers=[]),
 }  # fmt: skip
@@ -95,6 +98,9 @@ def peer(program: str, kind: str, comparison: Comparison, args: argparse.Namespa
             "llama.cpp is left out: name an interpreter that has llama-cpp-python with --llama-python", file=sys.stderr
         )
         return None
+    if args.codes is not None:
+        side = llamacpp_side(comparison.spec, args.codes, args.llama_python)
+        return Side(f"llama.cpp {kind}", side.script, side.spec, side.python)
     if kind.endswith("-all") and (args.gguf is None or not (args.gguf / f"{kind}.gguf").exists()):
         return None
     side = llamacpp_side(comparison.spec, gguf_file(kind, args), args.llama_python)
@@ -103,14 +109,17 @@ def peer(program: str, kind: str, comparison: Comparison, args: argparse.Namespa
 
 def measure(name: str, args: argparse.Namespace) -> None:
     part = {**PARTS[name]}
-    file, peers, size = part.pop("file"), part.pop("peers"), part.pop("size", None)
+    file, peers, size, codes = (part.pop(key, None) for key in ("file", "peers", "size", "codes"))
     if args.quick:
         part |= {"new": max(2, part.get("new", 0) // 8)}
-    shape = size or args.size
-    scheme = part.get("quantize")
-    model = quantized(args.checkpoint, scheme) if scheme and not size else args.checkpoint
+    shape = codes or size or args.size
+    scheme, args.codes = part.get("quantize"), None
+    if codes:
+        model, args.codes = cached_codes(codes, say=lambda m: print(m, file=sys.stderr))
+    else:
+        model = quantized(args.checkpoint, scheme) if scheme and not size else args.checkpoint
     comparison = Comparison(
-        model=str(model), name=f"Gemma {shape.upper()} shape", random=True, dtype="bfloat16",
+        model=str(model), name=f"Gemma {shape.upper()} shape", random=True, dtype="auto" if codes else "bfloat16",
         config=fields(size) if size else None, threads=args.threads, rounds=args.rounds, repeats=args.repeats,
         more=QUICK if args.quick else None, save=args.out / f"{file}.json",
         say=lambda m: print(f"{name}: {m}", file=sys.stderr), **part,
@@ -135,7 +144,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--quick", action="store_true", help="a trial: the numbers are rough")
     args = parser.parse_args()
-    if args.checkpoint is None:
+    if args.checkpoint is None and any("codes" not in PARTS[name] for name in args.part):
         args.checkpoint = cached_random(args.size, say=lambda m: print(m, file=sys.stderr))
     for name in args.part:
         measure(name, args)
