@@ -72,7 +72,8 @@ class _AutoModel(_Auto):
 
         Raises ConfigError for another model_type than Gemma's, before any weight is read.
         """
-        read_ahead(weights_at(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))  # while torch is imported
+        if kwargs.get("tp_plan") is None:  # while torch is imported
+            read_ahead(weights_at(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
         return cls._class().from_pretrained(pretrained_model_name_or_path, **kwargs)  # which is every member's
 
     @classmethod

@@ -26,6 +26,8 @@ from gemmakit.pytorch.cache import DynamicCache
 from gemmakit.pytorch.heads import GemmaForCausalLM
 from gemmakit.pytorch.kernels import cpu
 from gemmakit.pytorch.methods import assign
+from gemmakit.pytorch.parallel.processes import local_device
+from gemmakit.pytorch.parallel.tensor import TensorPlan, tensor_plan
 from gemmakit.pytorch.pretrained import HEADS, complete
 from gemmakit.pytorch.quantize import quantizer_for, replace_with_quantized
 from gemmakit.quantization import SHORT_NAMES, parse_quantization
@@ -63,27 +65,40 @@ def scheme_config(scheme: str | None) -> Any:
 
 
 def load(
-    source: str | GemmaConfig, *, dtype: str = "auto", device: str = "cpu", quantize: str | None = None
+    source: str | GemmaConfig,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    quantize: str | None = None,
+    tp_plan: str | None = None,
 ) -> GemmaForCausalLM:
-    """A folder or a name on the Hub; or, of a configuration, random weights ("auto" is bfloat16 then)."""
+    """A folder or a name on the Hub; or, of a configuration, random weights ("auto" is bfloat16 then).
+
+    tp_plan: as in from_pretrained.
+    """
     quantization = scheme_config(quantize)
     if isinstance(source, GemmaConfig):
-        kind = getattr(torch, "bfloat16" if dtype == "auto" else dtype)
-        return random_model(source, kind, torch.device(device), quantization)
+        kind, where = getattr(torch, "bfloat16" if dtype == "auto" else dtype), torch.device(device)
+        plan = tensor_plan(tp_plan, source, where)
+        return random_model(source, kind, where if plan is None else local_device(where), quantization, plan)
     kind = {} if quantization is None else {"quantization_config": quantization}
-    return GemmaForCausalLM.from_pretrained(source, dtype=dtype, device_map=device, **kind)
+    return GemmaForCausalLM.from_pretrained(source, dtype=dtype, device_map=device, tp_plan=tp_plan, **kind)
 
 
 def random_model(
-    config: GemmaConfig, dtype: torch.dtype, device: torch.device, quantization: Any = None
+    config: GemmaConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: Any = None,
+    plan: TensorPlan | None = None,
 ) -> GemmaForCausalLM:
     """Weights from N(0, 0.02), made on the device one after another and quantized at once: never all twice.
 
     Norms multiply by 1. The same `POOL` draws are repeated: drawing all of a 7B would take a CPU minutes, and no speed
-    depends on it.
+    depends on it. plan: of the model of a part.
     """
     with torch.device("meta"):
-        model = GemmaForCausalLM(config)
+        model = GemmaForCausalLM(config if plan is None else plan.local_config())
     quantizer = quantizer_for(config, quantization, HEADS)
     pool = torch.empty(POOL, device=device).normal_(0.0, STD).to(dtype)
     tied = model.tied_weights if config.tie_word_embeddings else {}
@@ -91,14 +106,18 @@ def random_model(
         if name not in tied:
             norm = 1.0 - config.kind.norm_offset if name.endswith("norm.weight") else 0.0
             start = 1.0 if name.endswith(SCALAR) else norm
-            tensor = torch.full(like.shape, start, dtype=dtype, device=device)
+            part = None if plan is None else plan.part(name)
+            rows = like.shape[0] if part is None or part.dim else part.size
+            tensor = torch.full((rows, *like.shape[1:]), start, dtype=dtype, device=device)
             if tensor.ndim > 1:
-                for part in tensor.view(-1).split(len(pool)):
-                    part.copy_(pool[: len(part)])
+                for piece in tensor.view(-1).split(len(pool)):
+                    piece.copy_(pool[: len(piece)])
             if not replace_with_quantized(quantizer, model, name, tensor, device, dtype):
                 assign(model, name, tensor)
     model._set_quantizer(quantizer)
     complete(model, [], dtype, device)
+    if plan is not None:
+        plan.enter(model)
     return model.eval()
 
 
@@ -159,6 +178,7 @@ def speed(
     device: str = "cpu",
     threads: int = 1,
     quantize: str | None = None,
+    tp_plan: str | None = None,
     check: Callable[[GemmaForCausalLM], dict[str, Any]] = lambda _: {},
 ) -> dict[str, Any]:
     """Load, first token, `timing.rates`, memory, and what a token costs. Of a process that did nothing before.
@@ -168,7 +188,7 @@ def speed(
     torch.set_num_threads(threads)
     bare, import_s = anonymous_bytes(), time.perf_counter() - STARTED
     started = time.perf_counter()
-    model = load(source, dtype=dtype, device=device, quantize=quantize)
+    model = load(source, dtype=dtype, device=device, quantize=quantize, tp_plan=tp_plan)
     load_s = time.perf_counter() - started
     run = greedy(model, work)
     with torch.inference_mode():

@@ -11,7 +11,7 @@ from types import MappingProxyType, TracebackType
 from typing import Any
 
 from gemmakit.checkpoint.arrays import TensorInfo, as_bytes
-from gemmakit.checkpoint.formats import LAYOUTS, PICKLE, File, Layout, format_of, google, msgpack, orbax
+from gemmakit.checkpoint.formats import LAYOUTS, PICKLE, File, Layout, format_of, google, msgpack, orbax, safetensors
 from gemmakit.errors import CheckpointError, HubError, UnsafeFile
 from gemmakit.hub import (
     DEFAULT,
@@ -92,6 +92,16 @@ class Checkpoint:
             raise ValueError(f"framework must be 'pt', 'np' or 'flax', found {framework!r}.")
         file, stored = self.place(name)
         return file.tensor(stored, framework, device)
+
+    def columns(self, name: str, start: int, stop: int) -> Any:
+        """Columns [start, stop) of a matrix, as a torch.Tensor on the CPU in memory of its own.
+
+        Of a safetensors file only their bytes are read. Raises CheckpointError for a name that is not there.
+        """
+        file, stored = self.place(name)
+        if isinstance(file, safetensors.SafetensorsFile):
+            return file.columns(stored, start, stop)
+        return file.tensor(stored, "pt", "cpu")[:, start:stop].contiguous()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape, in the order of the files."""

@@ -146,9 +146,19 @@ def _check_files(files: Mapping[str, bytes | str]) -> dict[str, bytes]:
     return encode_files(files)
 
 
+def written_order(tensors: Mapping[str, Any], max_shard_size: int | str) -> list[str]:
+    """The names in the order in which `save_checkpoint` makes the tensors, each once."""
+    shards = split(_plan_items(tensors), parse_size(max_shard_size))
+    return [item.name for shard in shards for item in _by_width(shard)]
+
+
+def _by_width(items: Mapping[str, _Item]) -> list[_Item]:
+    """Wide elements first: then every tensor begins at a multiple of its element size, whatever the mix."""
+    return sorted(items.values(), key=lambda item: -BITS[item.dtype])
+
+
 def _encode(items: Mapping[str, _Item], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
-    # Wide elements first: then every tensor begins at a multiple of its element size, whatever the mix.
-    ordered = sorted(items.values(), key=lambda item: -BITS[item.dtype])
+    ordered = _by_width(items)
     yield encode_header({item.name: (item.dtype, item.shape, item.nbytes) for item in ordered}, metadata)
     for item in ordered:
         yield item.bytes()

@@ -16,6 +16,7 @@ from typer import Argument, Option
 
 import gemmakit
 from gemmakit.cli import options as o
+from gemmakit.cli import processes
 from gemmakit.cli.shell import INTERRUPTED, note
 from gemmakit.errors import MissingDependency
 from gemmakit.files import sampled_digest
@@ -48,6 +49,7 @@ def batch(
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
     revision: o.Revision = None,
+    tensor: o.Tensor = None,
     cache_bytes: Annotated[int | None, Option(metavar="N", min=1, help="Memory for keys and values.")] = None,
 ) -> int:
     """Answer a file of requests: {"prompt": ...}, {"messages": ...} or {"input": ...} a line, settings beside it, or OpenAI's batch lines.
@@ -58,13 +60,23 @@ def batch(
     """  # noqa: E501
     if find_spec("fastapi") is None:
         raise MissingDependency("batches need the package fastapi: pip install 'gemmakit[serve]'.")
+    if (code := processes.spread(tensor)) is not None:
+        return code
     source = str(model or gemmakit.demo_model())
+    options = dict(device_map=device, dtype=dtype, revision=revision, **o.split(tensor))
+    engine = dict(max_batch_size=concurrency, cache_bytes=cache_bytes)
+    if not processes.is_first():
+        from gemmakit.serve.service import Loading, follow_first
+
+        follow_first(Loading(source, ("gemmakit",), options, None, engine))
+        return 0
     made_with = {
         "model": f"{model or 'the demo model'} ({_digest(source, revision)})",
         "dtype": dtype,
         "device": device,
         "seed": seed,
         "max_new_tokens": max_new_tokens,
+        **({} if tensor is None else {"tensor": tensor}),
     }
     run = open_run(input_, output, made_with, errors, resume=resume)
     if run.done:
@@ -75,8 +87,6 @@ def batch(
 
     service = Service(ServeSettings(queue_s=None))
     try:
-        options = dict(device_map=device, dtype=dtype, revision=revision)
-        engine = dict(max_batch_size=concurrency, cache_bytes=cache_bytes)
         service.load(Loading(source, ("gemmakit",), options, None, engine))
         served, app = service.ready(), bare_app(service)
 

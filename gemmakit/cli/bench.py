@@ -11,6 +11,7 @@ from typer import Argument, Option
 
 from gemmakit.bench.timing import Work, decode_key
 from gemmakit.cli import options as o
+from gemmakit.cli import processes
 from gemmakit.cli.env import about, available_cores
 from gemmakit.cli.shell import INTERRUPTED, note
 from gemmakit.errors import InputError
@@ -39,7 +40,10 @@ def bench(
     context: Annotated[
         str, Option(metavar="N,N", help="Tokens in the cache before decoding is timed; 0 is right after the prompt.")
     ] = "0",
-    threads: Annotated[int | None, Option(metavar="N", help="CPU threads; all cores if left out.")] = None,
+    threads: Annotated[
+        int | None, Option(metavar="N", help="CPU threads; all cores if left out, shared by --tensor's processes.")
+    ] = None,
+    tensor: o.Tensor = None,
     repeats: Annotated[int, Option(metavar="N", help="Timed runs, of which the median counts.")] = 3,
     json_: Annotated[
         Path | None, Option("--json", metavar="FILE", help="Write everything measured there, after each part.")
@@ -62,7 +66,16 @@ def bench(
         prompt=prompt, new=new, contexts=_contexts(context), repeats=repeats,
         fill="random" if on_cpu else "prompt", stream=on_cpu,
     )  # fmt: skip
-    asked = {"dtype": dtype, "device": device, "threads": threads or available_cores(), "quantize": quantize}
+    if (code := processes.spread(tensor)) is not None:
+        return code
+    threads = threads or max(1, available_cores() // (tensor or 1))
+    asked: dict[str, Any] = {"dtype": dtype, "device": device, "threads": threads, "quantize": quantize}
+    asked |= o.split(tensor)
+    if not processes.is_first():
+        from gemmakit.bench import measure
+
+        measure.speed(_source(model, size), work, **asked)
+        return 0
     result = _measured(model, size, work, asked, json_, quick)
     print("\n".join(report(result)))
     return INTERRUPTED if result["interrupted"] else 0
@@ -83,7 +96,7 @@ def _measured(
 
     _require(asked["device"])
     measure.scheme_config(asked["quantize"])
-    source = (model or str(demo_model())) if size is None else measure.size_config(size)
+    source = _source(model, size)
     result: dict[str, Any] = {
         "what": "load, first token, prefill and greedy decoding of one prompt, choosing tokens included",
         **about(asked["threads"]),
@@ -112,6 +125,13 @@ def _measured(
         result["interrupted"] = True
     keep()
     return result
+
+
+def _source(model: str | None, size: str | None) -> Any:
+    """What `measure.speed` takes."""
+    from gemmakit.bench import measure
+
+    return (model or str(demo_model())) if size is None else measure.size_config(size)
 
 
 def _quality(asked: dict[str, Any], quick: bool) -> dict[str, Any]:
@@ -182,6 +202,8 @@ def _notes(result: dict[str, Any]) -> Iterator[str]:
     scheme = result["settings"]["quantize"]
     if scheme is not None:
         yield quality_note(scheme, result["quality"])
+    if result["settings"].get("tp_plan") is not None:
+        yield "Bytes, memory and limits are those of one process; the tokens are of all of them together."
     if result["interrupted"]:
         yield "Interrupted: this is what was measured until then."
 

@@ -20,6 +20,9 @@ Dtype = Annotated[str, Option(metavar="TYPE", help="auto (as stored), float32, b
 Adapter = Annotated[
     Path | None, Option("--adapter", metavar="DIR", help="An adapter for the model: of gemmakit tune, or peft.")
 ]
+Tensor = Annotated[
+    int | None, Option(metavar="N", min=1, help="Split the model over N processes, each with a part of every layer.")
+]
 Revision = Annotated[str | None, Option(metavar="NAME", help="Branch, tag or commit on the Hub.")]
 
 MaxNewTokens = Annotated[
@@ -74,6 +77,11 @@ def thinking_room(think: bool | None, settings: Mapping[str, Any], context: int)
     if not think or "max_new_tokens" in settings or not context:
         return {}
     return {"max_new_tokens": max(1, min(THINKING_NEW_TOKENS, context // 4))}
+
+
+def split(tensor: int | None) -> dict[str, Any]:
+    """What --tensor says to from_pretrained."""
+    return {} if tensor is None else {"tp_plan": "auto"}
 
 
 def given(**options: Any) -> dict[str, Any]:

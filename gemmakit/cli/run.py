@@ -16,7 +16,7 @@ from typer import Argument, Option
 
 import gemmakit
 from gemmakit.cli import options as o
-from gemmakit.cli import records
+from gemmakit.cli import processes, records
 from gemmakit.cli.shell import INTERRUPTED, note, show
 from gemmakit.errors import InputError
 
@@ -42,6 +42,7 @@ def run(
         str, Option(metavar="NAME", help="pytorch or flax; the latter needs gemmakit[flax].")
     ] = "pytorch",
     revision: o.Revision = None,
+    tensor: o.Tensor = None,
     adapter: o.Adapter = None,
     max_new_tokens: o.MaxNewTokens = None,
     stop: o.Stop = None,
@@ -106,7 +107,14 @@ def run(
         raise InputError("--aggregation is of --task token-classification only.")
     if think is not None and not chat:
         raise InputError("--think and --no-think are of a chat: give --chat too.")
-    prompts = records.texts(prompt, input_, format_, column or ("prompt" if generates else "text"))
+    if tensor is not None and (server is not None or backend == "flax" or adapter is not None):
+        raise InputError("--tensor splits a plain PyTorch model: --server, --backend flax and --adapter do without it.")
+    if (code := processes.spread(tensor)) is not None:
+        return code
+    if processes.is_first():
+        prompts = records.texts(prompt, input_, format_, column or ("prompt" if generates else "text"))
+    else:
+        prompts, output = [], None
     if output is not None:
         sink: Any = records.Sink(output, overwrite)
     else:
@@ -120,8 +128,10 @@ def run(
     load = gemmakit.pipeline  # loads torch, which is not counted as loading the model
     start = time.perf_counter()
     pipe = load(task, model, framework=_framework(backend), device_map=device, dtype=dtype, revision=revision,
-                adapter=adapter)  # fmt: skip
+                adapter=adapter, **o.split(tensor))  # fmt: skip
     loaded_s = time.perf_counter() - start
+    if tensor is not None:
+        prompts = processes.shared_texts(prompts)
     with nullcontext() if output is None else sink:
         if not generates:
             options = {"aggregation_strategy": aggregation or "simple"} if task == "token-classification" else {}

@@ -20,12 +20,14 @@ FAILED, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
 # What can move the cursor or change the terminal; a model can be made to write it.
 _SPELLED = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
+command: list[str] = []  # the verb and the arguments that run
 
 
 def execute(verb: str, arguments: Sequence[str]) -> int:
     """Run a verb on its arguments; the exit code. GEMMAKIT_DEBUG=1 shows tracebacks."""
     if sys.stdout is None:
         return _fail("standard output is closed, so there is nowhere to print.")
+    command[:] = [verb, *arguments]
     debug = os.environ.get("GEMMAKIT_DEBUG", "") not in ("", "0")
     with _noting_ctrl_c() as pressed:
         try:

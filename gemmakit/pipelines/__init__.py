@@ -45,7 +45,8 @@ TASKS: dict[str, type[Pipeline]] = {
     )
 }
 # Arguments of the model's from_pretrained that need no model_kwargs around them.
-LOADING = ("attn_implementation", "ignore_mismatched_sizes", "max_memory", "offload_folder", "quantization_config")
+LOADING = ("attn_implementation", "ignore_mismatched_sizes", "max_memory", "offload_folder", "quantization_config",
+           "tp_plan")  # fmt: skip
 ALIASES = {"sentiment-analysis": TextClassificationPipeline.task, "ner": TokenClassificationPipeline.task}
 
 

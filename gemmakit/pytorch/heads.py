@@ -69,6 +69,8 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
         """
         plan = {"loop": self.loop_plan(), "attention": self.config.attn_implementation or "sdpa"}
         plan["seams"] = str(layers_plan(self.model.layers))
+        if self.tensor_parallel is not None:
+            plan["tensor"] = str(self.tensor_parallel)
         layer = self.model.layers[0]
         matrices = {name.split(".")[-1]: m for name, m in layer.named_modules() if name.endswith("_proj")}
         for table in per_layer.tables(self):

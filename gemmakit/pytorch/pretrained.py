@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterable, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +31,9 @@ from gemmakit.pytorch import per_layer
 from gemmakit.pytorch.adapters.methods import AdapterMethods
 from gemmakit.pytorch.attention import implementation
 from gemmakit.pytorch.methods import ModelMethods, assign
+from gemmakit.pytorch.parallel.processes import local_device, rank
+from gemmakit.pytorch.parallel.sharded import is_sharded, save_together
+from gemmakit.pytorch.parallel.tensor import TensorPlan, tensor_plan
 from gemmakit.pytorch.placement import DeviceMap, MaxMemory, one_device, spread
 from gemmakit.pytorch.quantize import (
     TABLES,
@@ -55,7 +59,6 @@ _LOADING: Accepted = {
         (None, False),
         "kernels are gemmakit's own and chosen by themselves; model.decode_plan() says which",
     ),
-    "tp_plan": ((None,), 'spread the layers with device_map="auto"'),
     "adapter_kwargs": ((None,), "load the adapter with gemmakit.pytorch.adapters.load_adapter(model, folder)"),
 }
 _SAVING: Accepted = {
@@ -77,6 +80,7 @@ class GemmaPreTrainedModel(AdapterMethods, QuantizedMethods, ModelMethods):
     """What every Gemma model can do besides its forward pass."""
 
     generation_config: GenerationConfig
+    tensor_parallel: TensorPlan | None = None  # of a model that is a part of one
 
     def __init__(self, config: GemmaConfig):
         super().__init__()
@@ -125,6 +129,8 @@ class GemmaPreTrainedModel(AdapterMethods, QuantizedMethods, ModelMethods):
         quantization_config: Any = None,
         state_dict: Mapping[str, torch.Tensor] | None = None,
         output_loading_info: bool = False,
+        tp_plan: str | None = None,
+        device_mesh: Any = None,
         **kwargs: Any,
     ) -> Model:
         """Load a model in evaluation mode from a folder (safetensors, Flax msgpack, Orbax), the Hub or a GGUF file.
@@ -150,6 +156,9 @@ class GemmaPreTrainedModel(AdapterMethods, QuantizedMethods, ModelMethods):
             state_dict: the weights, by their names, instead of those found there.
             output_loading_info: give (model, info) with the lists missing_keys, unexpected_keys, mismatched_keys,
                 error_msgs.
+            tp_plan: "auto" splits every layer over the processes that torchrun started, of which each reads its part of
+                the file alone, and then runs the same calls (`parallel.tensor`). The configuration is that of its part.
+            device_mesh: beside it, a DeviceMesh of one dimension: the processes that share this model.
             kwargs: revision, token, cache_dir, local_files_only, subfolder, variant; gguf_file, the name of a GGUF file
                 of that folder or id; anything else overrides a field of the configuration.
 
@@ -180,12 +189,17 @@ class GemmaPreTrainedModel(AdapterMethods, QuantizedMethods, ModelMethods):
             wanted = wanted or dtype_of(matrices_dtype(read_gguf_header(gguf)))
         quantizer = quantizer_for(config, quantization_config, HEADS, device_map, stored)
         with opened as checkpoint:
-            read_ahead([] if state_dict is not None else checkpoint.files)
-            with torch.device("meta"):
-                model = cls(config)
             device = one_device(device_map, max_memory, _size(checkpoint, wanted, quantizer))
             target = device or torch.device("cpu")
-            found = _load(model, checkpoint, wanted, target, ignore_mismatched_sizes, quantizer)
+            plan = tensor_plan(tp_plan, config, target, device_mesh)
+            if plan is not None and device is None:
+                raise InputError(f"device_map={device_map!r} spreads layers and tp_plan splits them: give one of them.")
+            target = target if plan is None else local_device(target)
+            read_ahead([] if state_dict is not None or plan is not None else checkpoint.files)
+            with torch.device("meta"):
+                whole = cls(config)
+                model = whole if plan is None else cls(plan.local_config())
+            found = _load(model, whole, checkpoint, wanted, target, ignore_mismatched_sizes, quantizer, plan)
         model.config.dtype = dtype_name(model.dtype)
         model.name_or_path = str(gguf or name)
         if name:
@@ -215,7 +229,8 @@ class GemmaPreTrainedModel(AdapterMethods, QuantizedMethods, ModelMethods):
             save_directory: the folder, made if absent.
             max_shard_size: bytes a file, as a number or "5GB", "200MB".
             push_to_hub: afterwards upload the folder; token and kwargs go to `push_folder`.
-            is_main_process: of several processes the one that writes; the others do nothing.
+            is_main_process: of several processes the one that writes; the others do nothing. A model that is shared
+                out over processes (`parallel.sharded`) is saved by all of them together, whatever this says.
             state_dict: the weights, by the model's names, where they were gathered from several processes.
 
         Raises:
@@ -223,14 +238,18 @@ class GemmaPreTrainedModel(AdapterMethods, QuantizedMethods, ModelMethods):
             CheckpointError: the disk refuses.
         """
         take_accepted(kwargs, _SAVING, InputError)
-        if not is_main_process:
+        if self.tensor_parallel is not None and state_dict is None:
+            raise InputError(f"this is a part of a model ({self.tensor_parallel}): save one loaded without tp_plan.")
+        tensors = dict(self.state_dict() if state_dict is None else state_dict)
+        together = is_sharded(tensors)
+        if not is_main_process and not together:
             return
         if push_to_hub and token is not None:
             kwargs["token"] = token
         config = self.config
         config.architectures = [member_class(type(self), config.model_type).__name__]
         config.dtype = dtype_name(self.dtype)
-        tensors = _saved(self, self.state_dict() if state_dict is None else dict(state_dict))
+        tensors = _saved(self, tensors)
         if self._quantizer is None:
             config.extra.pop("quantization_config", None)
         else:
@@ -239,8 +258,9 @@ class GemmaPreTrainedModel(AdapterMethods, QuantizedMethods, ModelMethods):
             "config.json": config.to_json_string(),
             "generation_config.json": self.generation_config.to_json_string(),
         }
-        save_checkpoint(tensors, Path(save_directory), max_shard_size=max_shard_size, extra_files=files)
-        push_saved(Path(save_directory), push_to_hub, kwargs)
+        save = save_together if together else save_checkpoint
+        save(tensors, Path(save_directory), max_shard_size=max_shard_size, extra_files=files)
+        push_saved(Path(save_directory), push_to_hub and not (together and rank()), kwargs)
 
 
 def _init_module(module: nn.Module, std: float, only: str | None = None) -> None:
@@ -266,44 +286,60 @@ def _gguf_file(path: Path, dtype: torch.dtype | None, quantization_config: Any) 
 
 def _load(
     model: GemmaPreTrainedModel,
+    whole: GemmaPreTrainedModel,
     checkpoint: Checkpoint,
     dtype: torch.dtype | None,
     device: torch.device,
     ignore_mismatched: bool,
-    quantizer: Quantizer | None = None,
+    quantizer: Quantizer | None,
+    plan: TensorPlan | None,
 ) -> Differences:
-    """Fill a model made on "meta" with the checkpoint's tensors; every difference is named, and given back."""
+    """Fill a model made on "meta" with the checkpoint's tensors; every difference is named, and given back.
+
+    whole: the model that the checkpoint is of; the same, but under a plan, by which `model` is a part of it.
+    """
     if quantizer is not None:
         quantizer.require(device)
-    wanted, kind = wanted_shapes(model), type(model).__name__
-    packed = stored_parts(quantizer, model, checkpoint, stored_names(wanted, checkpoint))
+    wanted, kind = wanted_shapes(whole), type(whole).__name__
+    packed = stored_parts(quantizer, whole, checkpoint, stored_names(wanted, checkpoint))
     held = unpacked_shapes(quantizer, wanted, packed, checkpoint)
-    found = differences(wanted, held, _tied(model), ignore_mismatched=ignore_mismatched)
+    found = differences(wanted, held, _tied(whole), ignore_mismatched=ignore_mismatched)
     found.refuse(checkpoint.where, kind)
     found.warn(checkpoint.where, kind, stacklevel=3)
     warn_of_copies(checkpoint, found.copies, stacklevel=3)
-    _require_room(checkpoint, found.names.values(), dtype, device, quantizer)
+    if plan is not None and found.fresh:
+        raise InputError(
+            f"{checkpoint.where} holds no {', '.join(found.fresh)}, and fresh weights would differ from process to "
+            "process: load it without tp_plan, save it, and load that."
+        )
+    _require_room(checkpoint, found.names.values(), dtype, device, quantizer, 1 if plan is None else plan.size)
     # bitsandbytes quantizes what comes from the CPU.
     source = "cpu" if quantizer is not None and quantizer.config.quant_method != "gemmakit" else device
     mapped: set[int] = set()
 
-    def read(key: str) -> torch.Tensor:
-        tensor = checkpoint.tensor(key, device=source).contiguous()  # Flax has kernels the other way round
+    def read(key: str, name: str) -> torch.Tensor:
+        if plan is None:
+            tensor = checkpoint.tensor(key, device=source)
+        else:
+            tensor = plan.read(checkpoint, key, name)
+        tensor = tensor.contiguous()  # Flax has kernels the other way round
         mapped.add(tensor.data_ptr())
         return tensor
 
     for name, key in found.names.items():
         if name in packed:
-            parts = {part: read(stored) for part, stored in packed[name].items()}
+            parts = {part: read(stored, name) for part, stored in packed[name].items()}
             replace_with_quantized(quantizer, model, name, parts, device, dtype)
             continue
-        tensor = read(key)
+        tensor = read(key, name)
         if not replace_with_quantized(quantizer, model, name, tensor, device, dtype):
             tensor = tensor.to(device).to(dtype if tensor.is_floating_point() else None)
             assign(model, name, tensor)
     _enter(model, mapped)
     model._set_quantizer(quantizer)
     complete(model, found.fresh, dtype, device)
+    if plan is not None:
+        plan.enter(model)
     return found
 
 
@@ -356,7 +392,18 @@ def _saved(model: GemmaPreTrainedModel, tensors: dict[str, torch.Tensor]) -> dic
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return (a.data_ptr() == b.data_ptr() or torch.equal(a, b)) and a.shape == b.shape
+    """Bit for bit; of tensors that are made of others, what of these is here."""
+    pairs = list(zip_longest(_plain(a), _plain(b)))
+    if a.shape != b.shape or any(x is None or y is None or x.shape != y.shape for x, y in pairs):
+        return False
+    return all(x.data_ptr() == y.data_ptr() or torch.equal(x, y) for x, y in pairs)
+
+
+def _plain(tensor: Any) -> list[torch.Tensor]:
+    """The memory behind a tensor: its own, or of those that it is made of (DTensor, torchao)."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor] if isinstance(tensor, torch.Tensor) else []
+    return [part for name in tensor.__tensor_flatten__()[0] for part in _plain(getattr(tensor, name))]
 
 
 def _tied(model: GemmaPreTrainedModel) -> dict[str, str]:
@@ -388,14 +435,17 @@ def _require_room(
     dtype: torch.dtype | None,
     device: torch.device,
     quantizer: Quantizer | None,
+    parts: int,
 ) -> None:
+    """parts: how many share the weights, this one among them."""
+
     def size(name: str) -> int:
         loaded = _bytes(checkpoint, name, dtype, quantizer)
         info = checkpoint.info(name)
         mapped = device.type == "cpu" and info.mapped and loaded == info.nbytes  # stays in the file
         return 0 if mapped else loaded
 
-    needed = sum(size(n) for n in names)
+    needed = sum(size(n) for n in names) // parts
     if device.type == "cpu":
         require_memory(needed, f"{checkpoint.files[0].parent} as {dtype or 'stored'}")
     elif device.type == "cuda":

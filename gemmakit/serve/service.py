@@ -16,6 +16,7 @@ from gemmakit.errors import InputError, QueueFull
 from gemmakit.pipelines import EmbeddingModel, pipeline
 from gemmakit.pytorch.adapters import load_adapters
 from gemmakit.pytorch.decode import batch
+from gemmakit.pytorch.parallel.lockstep import LeadingEngine, follow
 from gemmakit.serve.conversation import (
     Reader,
     ToolChoice,
@@ -78,6 +79,8 @@ class Service:
         if (Path(loading.source) / "modules.json").is_file():
             if loading.adapters:
                 raise InputError(f"{loading.source} gives embeddings, and adapters are of models that generate.")
+            if "tp_plan" in loading.options:
+                raise InputError(f"{loading.source} gives embeddings: it runs in one process, without --tensor.")
             embedder = EmbeddingModel.from_pretrained(loading.source, **loading.options)
             self.model, self.worker = ServedModel(loading.names, embedder=embedder), Worker(None)
             return
@@ -87,7 +90,8 @@ class Service:
             raise InputError(f"--context is {loading.context}, but the model has {positions} positions.")
         if loading.adapters:
             load_adapters(pipe.model, loading.adapters)
-        engine = batch.BatchEngine(pipe.model, **loading.engine)
+        split = pipe.model.tensor_parallel is not None
+        engine = (LeadingEngine if split else batch.BatchEngine)(pipe.model, **loading.engine)
         pool = engine.scheduler.pool
         room = min(loading.context or positions, pool.pages * pool.page_size)
         self.model = ServedModel(loading.names, pipe, room=room, adapters=tuple(loading.adapters))
@@ -193,6 +197,12 @@ class Service:
         return make_request(
             self.ready(), body, prompt, salt=owner_of(request), deadline=self.settings.queue_s, **wanted
         )
+
+
+def follow_first(loading: Loading) -> None:
+    """Be one of the processes that share the model of the first's service, until that ends."""
+    pipe = pipeline("text-generation", loading.source, **loading.options)
+    follow(batch.BatchEngine(pipe.model, **loading.engine), pipe.tokenizer)
 
 
 def service_of(request: Request) -> Service:

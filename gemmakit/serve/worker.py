@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import Protocol, TypeVar
 
 from gemmakit.pytorch.decode.batch import BatchEngine, Event, Request
+from gemmakit.pytorch.parallel.lockstep import LeadingEngine
 from gemmakit.serve.refusals import Refusal
 
 T = TypeVar("T")
@@ -120,6 +121,8 @@ class Worker:
         """End the thread after the step that runs."""
         self._inbox.put(lambda: True)
         self._thread.join(timeout_s)
+        if isinstance(self.engine, LeadingEngine) and self.error is None and not self._thread.is_alive():
+            self.engine.close()
 
     # -- in the engine's thread ------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from gemmakit.checkpoint.arrays import BITS, TensorInfo, numpy_dtype, to_jax
+from gemmakit.checkpoint.arrays import BITS, TensorInfo, as_bytes, numpy_dtype, to_jax
 from gemmakit.checkpoint.formats.msgpack import pytorch_name
 from gemmakit.errors import CheckpointError
 
@@ -90,6 +90,24 @@ class SafetensorsFile:
             return self._handle(device).get_tensor(name)
         array = _map_array(self.path, name, self.tensors[name])
         return array if framework == "np" else to_jax(array)
+
+    def columns(self, name: str, start: int, stop: int) -> Any:
+        """Columns [start, stop) of a matrix as a torch.Tensor, read row by row: no page of others is mapped for them.
+
+        Raises CheckpointError where the file has become shorter.
+        """
+        import torch
+
+        info = self.tensors[name]
+        (rows, width), bytes_each = info.shape, BITS[info.dtype] // 8
+        tensor = torch.empty((rows, stop - start), dtype=getattr(torch, info.dtype))
+        into, size = as_bytes(tensor), (stop - start) * bytes_each
+        with self.path.open("rb") as file:
+            for row in range(rows):
+                file.seek(info.begin + (row * width + start) * bytes_each)
+                if file.readinto(into[row * size : (row + 1) * size]) != size:  # pyright: ignore[reportArgumentType]
+                    raise CheckpointError(f"{self.path} is truncated: tensor {_show(name)} has no row {row}. {_AGAIN}")
+        return tensor
 
     def close(self) -> None:
         self._handles.clear()

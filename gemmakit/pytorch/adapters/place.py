@@ -19,6 +19,10 @@ def add_adapter(model: ModelMethods, config: LoraConfig) -> list[str]:
     """
     if adapters_of(model):
         raise InputError("the model has an adapter already: merge_adapter it first, or load the model again.")
+    if getattr(model, "tensor_parallel", None) is not None:
+        raise InputError(
+            "the model is split by a tensor plan: merge the adapter first (gemmakit merge), and load that."
+        )
     modules: dict[str, nn.Module] = dict(model.named_modules())
     names = targets_of(model, config)
     model.requires_grad_(False)

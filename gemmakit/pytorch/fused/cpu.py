@@ -21,7 +21,7 @@ from gemmakit.pytorch.attention import attend_pages, attends_pages, native_obsta
 from gemmakit.pytorch.cache.core import Cache
 from gemmakit.pytorch.cache.paged import PagedCache
 from gemmakit.pytorch.fused.reference import MAX_ROWS, FusedLayer, writable
-from gemmakit.pytorch.fused.weights import misfit, weight_of
+from gemmakit.pytorch.fused.weights import is_summed, misfit, weight_of
 from gemmakit.pytorch.kernels import Decision, PackedWeight, cpu, is_batch_invariant, one_by_one
 from gemmakit.pytorch.kernels.linear import takes_many
 from gemmakit.pytorch.kernels.reference import ACTIVATION_OF
@@ -112,6 +112,8 @@ class NativeLayer(FusedLayer):
     def _decision(self) -> Decision:
         why = native_obstacle(self.parts.self_attn)
         attention = f", attention by torch ({why})" if why else ""
+        if is_summed(self.parts.o_proj):
+            attention += ", o_proj and down_proj by their modules, which sum over processes"
         if is_batch_invariant():
             return Decision(f"{cpu.decision()}{attention}, without gradients, any number of rows alike")
         beyond = f"; beyond that too{', in products of bytes' if self.codes else ''}" if self.many else ""
@@ -126,9 +128,13 @@ class NativeLayer(FusedLayer):
     def attention_add(
         self, attended: Float[Tensor, "B S NH"], residual: Float[Tensor, "B S D"]
     ) -> Float[Tensor, "B S D"]:
+        if is_summed(self.parts.o_proj):
+            return super().attention_add(attended, residual)
         return self._project_add(attended, self.o, self.norms.after_attention, residual)
 
     def mlp_add(self, gated: Float[Tensor, "B S F"], residual: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
+        if is_summed(self.parts.down_proj):
+            return super().mlp_add(gated, residual)
         return self._project_add(gated, self.down, self.norms.after_mlp, residual)
 
     def input_add(self, inputs: Float[Tensor, "B S P"], residual: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:

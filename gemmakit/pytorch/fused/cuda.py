@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gemmakit.pytorch.cache.core import Cache
 from gemmakit.pytorch.cache.paged import PagedCache
 from gemmakit.pytorch.fused.reference import FusedLayer, writable
-from gemmakit.pytorch.fused.weights import misfit, weight_of
+from gemmakit.pytorch.fused.weights import is_summed, misfit, weight_of
 from gemmakit.pytorch.kernels import Decision
 from gemmakit.pytorch.kernels.reference import ACTIVATION_OF
 from gemmakit.pytorch.kernels.triton import DTYPES, MAX_ROWS, Refused, available, decision, launch
@@ -33,7 +33,7 @@ def fuse(parts: LayerParts, x: Tensor) -> FusedLayer | str:
     if x.dtype not in DTYPES:
         return f"no Triton kernels for {x.dtype}"
     for name, module in parts.projections():
-        found = misfit(module, x.dtype)
+        found = misfit(module, x.dtype) or ("summed over processes" if is_summed(module) else "")
         if found:
             return f"{name} is {found}"
     for name, norm in parts.norm_modules():

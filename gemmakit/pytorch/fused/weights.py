@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from gemmakit.pytorch.kernels import PackedWeight
 from gemmakit.pytorch.layers import Linear
+from gemmakit.pytorch.parallel.modules import Summed, SummedLinear
 
 DENSE = (Tensor, nn.Parameter)
 
@@ -14,15 +15,21 @@ DENSE = (Tensor, nn.Parameter)
 def weight_of(module: nn.Module) -> Tensor | PackedWeight | None:
     """The weight (O, I) behind a projection that computes x @ weight.T + bias and nothing else; None for any other.
 
-    None means that the module must be called: an adapter, bitsandbytes, a subclass, hooks, a forward of its own.
+    Of one that `is_summed` it is this process's part, whose result is no use without the others'. None means that the
+    module must be called: an adapter, bitsandbytes, a subclass, hooks, a forward of its own.
     """
     if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
         return None
-    if type(module) in (nn.Linear, Linear):
+    if type(module) in (nn.Linear, Linear, SummedLinear):
         weight = module._parameters.get("weight")
         return weight if type(weight) in DENSE else None
     packed = getattr(module, "packed", None) if type(module).__module__.startswith("gemmakit.") else None
     return packed if isinstance(packed, PackedWeight) else None
+
+
+def is_summed(module: nn.Module | None) -> bool:
+    """Whether what this projection gives is a sum over processes."""
+    return isinstance(module, Summed)
 
 
 def misfit(module: nn.Module, dtype: torch.dtype) -> str:

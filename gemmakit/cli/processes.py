@@ -1,0 +1,101 @@
+"""--tensor N: the same command as N processes, which share a model. The first alone reads and writes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from typing import IO, Any
+
+from gemmakit.cli import shell
+from gemmakit.errors import InputError
+
+LOOK_S, PATIENCE_S = 0.05, 10.0
+# How a verb ends by itself, having said why.
+_SAID = (0, shell.FAILED, shell.INTERRUPTED, shell.PIPE_CLOSED)
+
+
+def spread(count: int | None) -> int | None:
+    """Run this command as `count` processes and give their exit code; None in each of them, and where one is enough.
+
+    Processes that torchrun started are these already. Raises InputError where they are not `count`.
+    """
+    if count is None:
+        return None
+    if "RANK" in os.environ:
+        if os.environ.get("WORLD_SIZE") != str(count):
+            raise InputError(f"--tensor is {count}, but torchrun started {os.environ.get('WORLD_SIZE')} processes.")
+        if not is_first():
+            sys.stdin, sys.stdout = open(os.devnull), open(os.devnull, "w")  # noqa: SIM115
+        return None
+    return None if count == 1 else _run(count)
+
+
+def is_first() -> bool:
+    """Whether this process is the one that reads and writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def shared_texts(texts: Iterable[str]) -> Iterator[str]:
+    """The first process's texts, in every process, as they come."""
+    from gemmakit.pytorch.parallel import processes
+
+    rest = iter(texts)
+    while (text := processes.shared(next(rest, None) if is_first() else None)) is not None:
+        yield text
+
+
+def _run(count: int) -> int:
+    """The first process has this one's streams and hears Ctrl-C; the others end with it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    threads = str(max(1, len(os.sched_getaffinity(0)) // count)) if hasattr(os, "sched_getaffinity") else "1"
+    told = {"OMP_NUM_THREADS": threads, **os.environ, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-m", "gemmakit.cli", *shell.command]
+    quiet: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "start_new_session": True}
+    started: list[tuple[subprocess.Popen[Any], IO[bytes]]] = []
+    try:
+        first = subprocess.Popen(command, env={**told, "RANK": "0", "LOCAL_RANK": "0"})
+        signal.signal(signal.SIGTERM, lambda *_: first.terminate())
+        for rank in range(1, count):
+            errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
+            own = {**told, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            started.append((subprocess.Popen(command, env=own, stderr=errors, **quiet), errors))
+        code, left = None, PATIENCE_S
+        while code is None and left > 0:
+            code = _poll(first)
+            if any(process.poll() for process, _ in started):
+                left -= LOOK_S
+        if code is None:
+            first.kill()
+        if code not in _SAID:
+            _tell(started)
+        return shell.FAILED if code is None else code
+    finally:
+        for process, errors in started:
+            process.kill()
+            process.wait()
+            errors.close()
+
+
+def _poll(first: subprocess.Popen[bytes]) -> int | None:
+    try:
+        return first.wait(LOOK_S)
+    except subprocess.TimeoutExpired:
+        return None
+    except KeyboardInterrupt:  # the first was told too, and says how it ends
+        return None
+
+
+def _tell(started: Iterable[tuple[subprocess.Popen[Any], IO[bytes]]]) -> None:
+    """What those said that have failed."""
+    for process, errors in started:
+        if process.poll():
+            errors.seek(0)
+            sys.stderr.write(errors.read().decode(errors="replace"))

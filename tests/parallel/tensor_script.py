@@ -1,0 +1,97 @@
+"""Run by test_tensor.py in two processes: each prints what it finds as one line of JSON."""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from spread import counted
+from test_tensor import MODEL_SETTINGS
+from tiny_shapes import COMMON, SHAPES
+
+from gemmakit import GemmaConfig, GemmaForCausalLM
+from gemmakit.pytorch.parallel import processes
+from gemmakit.pytorch.quantize_checkpoint import quantize_checkpoint
+from gemmakit.quantization import WeightOnlyConfig
+
+warnings.simplefilter("ignore")
+
+
+def rows(vocabulary, count=8, longest=9):
+    """Prompts of uneven lengths."""
+    return [torch.randint(5, vocabulary, (1 + i % longest,)).tolist() for i in range(count)]
+
+
+def padded(prompts):
+    wide = max(map(len, prompts))
+    ids = torch.tensor([[0] * (wide - len(p)) + p for p in prompts])
+    return ids, torch.tensor([[0] * (wide - len(p)) + [1] * len(p) for p in prompts])
+
+
+@torch.no_grad()
+def compared(one, part, prompts):
+    """The largest difference of logits, and whether every way to generate gives the same tokens."""
+    ids, mask = padded(prompts)
+    told = dict(attention_mask=mask, max_new_tokens=8)
+    a, b = (model(ids, attention_mask=mask).logits for model in (one, part))
+    same = {}
+    for name, settings in {"greedy": {}, "static": {"cache_implementation": "static"}}.items():
+        same[name] = torch.equal(*(model.generate(ids, **told, **settings) for model in (one, part)))
+    first = torch.tensor(prompts[2:3])
+    same["alone"] = torch.equal(*(model.generate(first, max_new_tokens=8) for model in (one, part)))
+    batches = [[r.new_ids for r in model.generate_batch(prompts, max_new_tokens=8)] for model in (one, part)]
+    same["batch"] = batches[0] == batches[1]
+    drawn = part.generate(ids, do_sample=True, **told)
+    everywhere = processes.shared(drawn.tolist())
+    return {"apart": float((a - b).abs().max()), "same": same, "drawn": drawn.tolist() == everywhere}
+
+
+def main():
+    folder = Path(sys.argv[1])
+    processes.join()
+    found = {}
+    for name, settings in MODEL_SETTINGS.items():
+        torch.manual_seed(1)
+        config = GemmaConfig.from_dict({**COMMON, "num_hidden_layers": 2, **settings})
+        if processes.rank() == 0:
+            fresh = GemmaForCausalLM(config)
+            for bias in (b for n, b in fresh.named_parameters() if n.endswith("bias")):
+                torch.nn.init.normal_(bias)
+            fresh.save_pretrained(folder / name)
+        processes.wait()
+        one = GemmaForCausalLM.from_pretrained(folder / name)
+        part = GemmaForCausalLM.from_pretrained(folder / name, tp_plan="auto")
+        torch.manual_seed(2)
+        found[name] = {
+            **compared(one, part, rows(config.vocab_size)),
+            "read": part.tensor_parallel.read_bytes,
+            "held": part.get_memory_footprint(return_buffers=False),
+            "whole": one.get_memory_footprint(return_buffers=False),
+            "plan": part.decode_plan(),
+            "messages": counted(lambda model=part: model(torch.tensor([[5]] * 3))),
+            "heads": part.config.num_key_value_heads,
+        }
+    # The codes of a stored file are split as they are, scales of whole rows and all.
+    for bits in (8, 4):
+        scheme = WeightOnlyConfig(bits=bits, group_size=None if bits == 8 else 32, activation_bits=16)
+        sizes = dict(SHAPES["mha"], intermediate_size=128)
+        if processes.rank() == 0:
+            GemmaForCausalLM(GemmaConfig(**{**COMMON, **sizes, "num_hidden_layers": 2})).save_pretrained(
+                folder / "plain"
+            )
+            quantize_checkpoint(folder / "plain", folder / f"int{bits}", scheme)
+        processes.wait()
+        one = GemmaForCausalLM.from_pretrained(folder / f"int{bits}")
+        part = GemmaForCausalLM.from_pretrained(folder / f"int{bits}", tp_plan="auto")
+        found[f"int{bits}"] = {
+            **compared(one, part, rows(COMMON["vocab_size"])),
+            "read": part.tensor_parallel.read_bytes,
+        }
+        part = GemmaForCausalLM.from_pretrained(folder / "plain", tp_plan="auto", quantization_config=f"int{bits}")
+        found[f"loading int{bits}"] = part.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4).shape[1]
+    print(json.dumps(found))
+    processes.leave()
+
+
+main()

@@ -1,0 +1,127 @@
+"""A model that is split over processes is the model that one process runs, and each of them has its part alone."""
+
+from pathlib import Path
+
+import pytest
+from spread import step, table, training
+from tiny_shapes import COMMON, MEMBERS, SHAPES
+from together import together
+
+from gemmakit import GemmaConfig, GemmaForCausalLM
+from gemmakit.errors import InputError
+from gemmakit.pytorch.parallel.tensor import TensorPlan
+
+SCRIPT = Path(__file__).with_name("tensor_script.py")
+MODEL_SETTINGS = {
+    "mqa": SHAPES["mqa"],
+    # An odd vocabulary, and biases, of which that of a sum is to be added once.
+    "gqa": dict(SHAPES["gqa"], vocab_size=157, attention_bias=True, tie_word_embeddings=False),
+    **{name: dict(SHAPES["gqa"], model_type=name, **changes) for name, changes in MEMBERS.items()},
+}
+MODELS = list(MODEL_SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return together(SCRIPT, tmp_path_factory.mktemp("tensor"))
+
+
+@pytest.mark.parametrize("name", [*MODELS, "int8", "int4"])
+def test_two_processes_compute_what_one_does(found, name):
+    for one in found:
+        # float32, sums of two halves instead of one; logits of these models are about 1 to 10.
+        assert one[name]["apart"] < 1e-4
+        assert one[name]["same"] == {"greedy": True, "static": True, "alone": True, "batch": True}
+        assert one[name]["drawn"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_process_reads_its_part_of_the_file_alone(found, name):
+    for one in found:
+        # Beside its parameters: scalars of layers, and biases of sums, which one process adds.
+        assert one[name]["held"] <= one[name]["read"] < one[name]["held"] * 1.01
+        assert one[name]["held"] < one[name]["whole"] * 0.6  # what is whole in each: norms, embeddings of layers
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bytes_and_messages_are_those_of_the_arithmetic_on_paper(found, name):
+    config = GemmaConfig.from_dict({**COMMON, "num_hidden_layers": 2, **MODEL_SETTINGS[name]})
+    on_paper = step(config, 2, rows=3, itemsize=4)
+    assert found[0][name]["read"] == on_paper.held_bytes
+    assert [tuple(message) for message in found[0][name]["messages"]] == [*on_paper.messages]
+
+
+def test_one_kv_head_is_in_every_process_and_two_are_shared(found):
+    assert [one["mqa"]["heads"] for one in found] == [1, 1]
+    assert [one["gqa"]["heads"] for one in found] == [1, 1]
+    assert "1 of 1 kv heads" in found[1]["mqa"]["plan"]["tensor"]
+    assert "process 1 of 2: 3 of 6 query heads, 1 of 2 kv heads" in found[1]["gqa"]["plan"]["tensor"]
+    assert "79 of 157 ids" in found[0]["gqa"]["plan"]["tensor"]
+    assert "78 of 157 ids" in found[1]["gqa"]["plan"]["tensor"]
+
+
+def test_layers_of_a_part_run_fused_but_for_the_sums(found):
+    plan = found[0]["gqa"]["plan"]["seams"]
+    assert "sum over processes" in plan or "modules" in plan.partition(" ")[0]  # without a compiler there is no form
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_weights_are_quantized_while_parts_are_read(found, bits):
+    assert [one[f"loading int{bits}"] for one in found] == [7, 7]
+
+
+def whole(shape="gqa", **changes):
+    return GemmaConfig.from_dict({**COMMON, **SHAPES[shape], "num_hidden_layers": 2, **changes})
+
+
+@pytest.mark.parametrize(
+    ("config", "size", "said"),
+    [
+        (whole(), 4, "num_attention_heads is 6"),
+        (whole("mha"), 3, "num_attention_heads is 4"),
+        (whole(num_key_value_heads=3), 2, "num_key_value_heads is 3"),
+        (whole(intermediate_size=75), 2, "intermediate_size is 75"),
+        (whole(pruned_heads={0: [0, 1, 2]}), 2, "pruned_heads"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused_by_its_name(config, size, said):
+    with pytest.raises(InputError, match=said):
+        TensorPlan(config, 0, size)
+
+
+def test_a_refusal_says_how_many_would_do():
+    with pytest.raises(InputError, match=r"4 processes cannot share: take 1, 2, 3, 6 of them"):
+        TensorPlan(whole(num_key_value_heads=1), 0, 4)
+
+
+@pytest.mark.parametrize("shape", list(SHAPES))
+@pytest.mark.parametrize("size", [2, 3, 4, 6])
+def test_the_parts_of_all_processes_are_the_whole_and_each_query_finds_its_key(shape, size):
+    config = whole(shape, vocab_size=157)
+    N, K, H = (getattr(config, n) for n in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    if N % size or (K % size and size % K):
+        pytest.skip("not shared by so many")
+    plans = [TensorPlan(config, rank, size) for rank in range(size)]
+    for name in ("layers.0.self_attn.q_proj", "layers.1.mlp.down_proj", "layers.1.self_attn.o_proj", "embed_tokens"):
+        parts = [plan.part(f"model.{name}.weight") for plan in plans]
+        assert [i for p in parts for i in range(p.start, p.start + p.size)] == list(range(parts[0].whole))
+    for plan in plans:
+        q, k = (plan.part(f"model.layers.0.self_attn.{n}_proj.weight") for n in "qk")
+        heads = range(q.start // H, (q.start + q.size) // H)
+        assert {n // (N // K) for n in heads} == set(range(k.start // H, (k.start + k.size) // H))
+        local = plan.local_config()
+        assert (local.num_attention_heads * H, local.num_key_value_heads * H) == (q.size, k.size)
+
+
+def test_the_tables_of_the_page_are_what_the_arithmetic_says():
+    page = (Path(__file__).parents[2] / "docs" / "scale.md").read_text(encoding="utf-8")
+    assert "\n".join(table()) in page
+    assert "\n".join(training()) in page
+
+
+def test_one_process_needs_no_plan(tmp_path):
+    GemmaForCausalLM(whole()).save_pretrained(tmp_path)
+    model = GemmaForCausalLM.from_pretrained(tmp_path, tp_plan="auto")
+    assert model.tensor_parallel is None
+    with pytest.raises(InputError, match="tp_plan is 'colwise'"):
+        GemmaForCausalLM.from_pretrained(tmp_path, tp_plan="colwise")
