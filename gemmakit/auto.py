@@ -14,6 +14,7 @@ from gemmakit.errors import CheckpointError, InputError
 from gemmakit.family import TEXT_OF, kind_of
 from gemmakit.files import read_json_object
 from gemmakit.hub import HubOptions, find_file, refuse_code
+from gemmakit.text import GemmaTokenizer, GemmaTokenizerFast
 
 Name = str | os.PathLike[str]
 
@@ -49,8 +50,6 @@ class AutoTokenizer(_Auto):
 
         Raises ConfigError where config.json says that the checkpoint is no Gemma.
         """
-        from gemmakit.text import GemmaTokenizer, GemmaTokenizerFast
-
         refuse_code(kwargs)
         if "gguf_file" not in kwargs and not Path(pretrained_model_name_or_path).is_file():
             _check_model_type(pretrained_model_name_or_path, HubOptions.take({**kwargs}))

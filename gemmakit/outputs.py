@@ -60,6 +60,18 @@ class ModelOutput(OrderedDict[str, Any]):
         setattr(self, key, None)
         return value
 
+    def popitem(self, last: bool = True) -> tuple[str, Any]:
+        """Take the last field out, or the first; the field is None then."""
+        key = next(reversed(self) if last else iter(self), None)
+        if key is None:
+            raise KeyError(f"{type(self).__name__} has no field left.")
+        return key, self.pop(key)
+
+    def clear(self) -> None:
+        """Make each field None."""
+        for key in [*self]:
+            self.pop(key)
+
     def __getitem__(self, key: Any) -> Any:
         return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from gemmakit import __version__
+from gemmakit.cli.shell import abandon_output, execute, settle
+
 # verb -> what it does, in one line of help
 VERBS = {
     "run": "Continue a text or answer a question, streaming as it goes",
@@ -44,15 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if first in ("--help", "-h") or (first == "help" and not rest):
         return _print(HELP.format(verbs="\n".join(f"  {verb:<8} {line}" for verb, line in VERBS.items())))
     if first in ("--version", "-V"):
-        from gemmakit import __version__
-
         return _print(f"gemmakit {__version__}\n")
     if first == "help":
         first, rest = rest[0], ["--help"]
     if first not in VERBS:
         return _unknown(first)
-    from gemmakit.cli.shell import execute, settle
-
     code = execute(first, rest)
     if arguments is None:
         settle()
@@ -64,8 +63,6 @@ def _print(text: str) -> int:
         sys.stdout.write(text)
         sys.stdout.flush()
     except (BrokenPipeError, AttributeError):
-        from gemmakit.cli.shell import abandon_output
-
         return abandon_output()
     return 0
 

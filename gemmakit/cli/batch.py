@@ -24,6 +24,7 @@ from gemmakit.hub import HubOptions, commit_of, find_file, local_directory, pack
 from gemmakit.progress import progress_bar
 from gemmakit.serve.batch_format import Row
 from gemmakit.serve.batch_runner import Run, open_run, run_batch
+from gemmakit.serve.settings import ServeSettings
 
 SPEAK_EVERY_S = 10.0
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")
@@ -83,7 +84,6 @@ def batch(
         note(f"{run.done:,} of {run.asked.rows:,} rows are done already")
     from gemmakit.serve.app import ask, bare_app  # loads torch; what is wrong with the files is known by now
     from gemmakit.serve.service import Loading, Service
-    from gemmakit.serve.settings import ServeSettings
 
     service = Service(ServeSettings(queue_s=None))
     try:

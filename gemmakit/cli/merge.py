@@ -7,7 +7,9 @@ from typing import Annotated
 
 from typer import Argument
 
+from gemmakit.auto import AutoConfig
 from gemmakit.errors import InputError
+from gemmakit.hub import demo_model
 
 
 def merge(
@@ -20,8 +22,6 @@ def merge(
     Where OUT ends in .gguf, the adapter alone is written, for llama.cpp's --lora beside a GGUF file of the model.
     """
     if out.suffix == ".gguf":
-        from gemmakit.auto import AutoConfig
-        from gemmakit.hub import demo_model
         from gemmakit.pytorch.adapters import adapter_to_gguf
 
         if out.exists():

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from gemmakit import __version__
 from gemmakit.cli.answer import Answer, Write
-from gemmakit.cli.chat import Conversation
+from gemmakit.cli.conversation import Conversation
 from gemmakit.cli.options import DEFAULT_NEW_TOKENS, KEY_VARIABLE
 from gemmakit.errors import InputError, PromptTooLong, ServerError
 from gemmakit.text.response import Thought

@@ -10,22 +10,20 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import tee
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from typer import Argument, Option
 
 import gemmakit
 from gemmakit.cli import options as o
 from gemmakit.cli import processes, records
+from gemmakit.cli.answer import Answer, Shown, Write, answer, ask
+from gemmakit.cli.remote import connect
 from gemmakit.cli.shell import INTERRUPTED, note, show
 from gemmakit.errors import InputError
+from gemmakit.text.response import Thought
 
-if TYPE_CHECKING:
-    from gemmakit.cli.answer import Answer, Write
-    from gemmakit.text.response import Thought
-
-    Say = Callable[[str, Write], Answer]
-
+Say = Callable[[str, Write], Answer]
 BATCH = 8  # texts that are classified together; their results do not depend on it
 
 
@@ -137,8 +135,6 @@ def run(
             options = {"aggregation_strategy": aggregation or "simple"} if task == "token-classification" else {}
             _classify(pipe, prompts, sink, 1 if format_ == "pipe" else BATCH, **options)
             return 0
-        from gemmakit.cli.answer import answer, ask
-
         say: Say = partial(answer, pipe, **settings)
         if chat:
             variables = o.template_variables(think, pipe.tokenizer.template_reads("enable_thinking"))
@@ -157,8 +153,6 @@ def _server(
     think: bool | None,
 ) -> Say:
     """What answers a text by asking the server."""
-    from gemmakit.cli.remote import connect
-
     server = connect(url, key, model, local)
     variables = o.template_variables(think, server.thinks)
     settings = {**settings, **o.thinking_room(think, settings, server.context)}
@@ -250,8 +244,6 @@ class _Screen:
         self._shown: Write | None = None
 
     def write(self, piece: str | Thought) -> None:
-        from gemmakit.cli.answer import Shown
-
         if self.plain:
             self._shown = self._shown or Shown()
             self._shown(piece)

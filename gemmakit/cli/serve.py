@@ -13,6 +13,7 @@ import gemmakit
 from gemmakit.cli import options as o
 from gemmakit.cli.shell import note
 from gemmakit.errors import InputError, MissingDependency
+from gemmakit.serve.settings import ServeSettings
 
 
 def serve(
@@ -82,7 +83,6 @@ def serve(
     try:
         from gemmakit.serve.server import listen, run
         from gemmakit.serve.service import Loading
-        from gemmakit.serve.settings import ServeSettings
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("gemmakit"):
             raise

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gemmakit.serve.protocol import Message, NamedTool, Tool
+from gemmakit.serve.protocol import AllowedChoice, Message, NamedTool, Tool
 from gemmakit.serve.refusals import Refusal
 from gemmakit.text.answer_grammar import answer_grammar
 from gemmakit.text.response import ResponseParser, Thought
 
-ToolChoice = str | NamedTool | None
+ToolChoice = str | NamedTool | AllowedChoice | None
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,8 @@ def chosen_tools(tools: Sequence[Tool] | None, choice: ToolChoice, parallel: boo
 
     Raises Refusal for tools where it has not, and for a choice of what there is not.
     """
-    named = None if choice is None or isinstance(choice, str) else choice.function.name
-    if not tools and (named is not None or choice == "required"):
+    named = _named(choice)
+    if not tools and (named or choice == "required"):
         raise Refusal(400, "tool_choice asks for a call, but there are no tools.", param="tool_choice")
     if not tools or choice == "none":
         return ToolUse()
@@ -118,11 +118,21 @@ def chosen_tools(tools: Sequence[Tool] | None, choice: ToolChoice, parallel: boo
             400, "this model's chat template knows no tools: leave tools out.", param="tools", code="unsupported"
         )
     told = [tool.model_dump(exclude_none=True, include={"type": True, "function": _FUNCTION}) for tool in tools]
-    may = told if choice == "required" else [tool for tool in told if tool["function"]["name"] == named]
-    if named is not None and not may:
-        raise Refusal(400, f"tool_choice names {named!r:.80}, which is none of the tools.", param="tool_choice")
+    if absent := named - {tool.function.name for tool in tools}:
+        raise Refusal(400, f"tool_choice names {min(absent)!r:.80}, which is none of the tools.", param="tool_choice")
+    may = [tool for tool in told if tool["function"]["name"] in named] if named else told
+    if isinstance(choice, AllowedChoice):  # who may call nothing else is told of nothing else
+        told = may
+    mode = choice.allowed_tools.mode if isinstance(choice, AllowedChoice) else choice
+    must = mode == "required" or isinstance(mode, NamedTool)
     strict = frozenset(tool.function.name for tool in tools if tool.function.strict)
-    return ToolUse(told, may or None, parallel, strict)
+    return ToolUse(told, may if must else None, parallel, strict)
+
+
+def _named(choice: ToolChoice) -> set[str]:
+    """The names that a choice names."""
+    named = choice.allowed_tools.tools if isinstance(choice, AllowedChoice) else [choice]
+    return {tool.function.name for tool in named if isinstance(tool, NamedTool)}
 
 
 _FUNCTION = {"name", "description", "parameters"}

@@ -152,6 +152,18 @@ class NamedTool(Body):
     function: NamedFunction
 
 
+class AllowedTools(Body):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MAX_TOOLS)]
+
+
+class AllowedChoice(Body):
+    """The tools that may, or must, be called; those that are not named may not."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
 class ChatRequest(Generating):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_tokens: NewTokens | None = None
@@ -159,7 +171,7 @@ class ChatRequest(Generating):
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Name | None = None
     # Known, and not to be had: refused unless they ask for what there is anyway.
@@ -193,6 +205,12 @@ class FlatNamedTool(NamedFunction):
     type: Literal["function"]
 
 
+class FlatAllowedChoice(Body):
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[FlatNamedTool], Field(min_length=1, max_length=MAX_TOOLS)]
+
+
 class TextFormat(JsonSchema):
     type: Literal["text", "json_object", "json_schema"] = "text"
 
@@ -213,7 +231,7 @@ class ResponsesRequest(Sampling):
     stop: Stops | None = None
     text: TextOptions | None = None
     tools: Annotated[list[FlatTool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | FlatNamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | FlatNamedTool | FlatAllowedChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning: ReasoningOptions | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = None

@@ -120,9 +120,9 @@ class _Grammar:
             return self._literal(schema["const"])
         if isinstance(schema.get("enum"), list) and schema["enum"]:
             return self._either(map(self._literal, schema["enum"]))
-        for several in ("anyOf", "oneOf"):
-            if isinstance(schema.get(several), list) and schema[several]:
-                return self._either(self._value(one, root, depth + 1) for one in schema[several])
+        if _listed(schema):
+            choices = [self._value(one, root, depth + 1) for one in _choices(schema, root, set())]
+            return self._either(choices) if choices else self._anything()
         kinds = schema.get("type")
         listed: list[Any] = list(kinds) if isinstance(kinds, list) else [kinds]
         if schema.get("nullable") is True and "null" not in listed:
@@ -226,6 +226,28 @@ def _followed(schema: Schema, root: Schema) -> Schema:
             found = cast(Schema, found).get(name) if isinstance(found, Mapping) and name else found
         schema = cast(Schema, found) if isinstance(found, Mapping) else _ANYTHING
     return schema
+
+
+def _listed(schema: Schema) -> Sequence[Any]:
+    """The schemas of which a value may follow any."""
+    if "const" in schema or (isinstance(schema.get("enum"), list) and schema["enum"]):
+        return ()
+    lists = (schema.get(name) for name in ("anyOf", "oneOf"))
+    return next((each for each in lists if isinstance(each, list) and each), ())
+
+
+def _choices(schema: Any, root: Schema, seen: set[int]) -> Iterator[Any]:
+    """The same to the last level, each once: a choice that leads back to itself would be a rule that has no end."""
+    if isinstance(schema, Mapping):
+        schema = _followed(cast(Schema, schema), root)
+        if id(schema) in seen:
+            return
+        seen.add(id(schema))
+        if listed := _listed(schema):
+            for one in listed:
+                yield from _choices(one, root, seen)
+            return
+    yield schema
 
 
 def _quoted(text: str) -> str:

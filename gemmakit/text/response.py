@@ -22,13 +22,15 @@ Kind = Literal["call", "call_end", "quote", "thought", "thought_end"]
 class ResponseForm:
     """The tokens that a model writes around calls, around strings in them, and around thoughts.
 
-    results: with which it ends its part and waits for what came of its calls. label: what a thought begins with.
+    results: with which it ends its part and waits for what came of its calls. turn: with which somebody's turn begins.
+    label: what a thought begins with.
     """
 
     call: str
     call_end: str
     quote: str
     results: str
+    turn: str
     thought: str | None = None
     thought_end: str | None = None
     label: str = ""
@@ -49,9 +51,11 @@ class ResponseForm:
         return "".join(said).strip()
 
 
-FUNCTION_GEMMA = ResponseForm("<start_function_call>", "<end_function_call>", "<escape>", "<start_function_response>")
+FUNCTION_GEMMA = ResponseForm(
+    "<start_function_call>", "<end_function_call>", "<escape>", "<start_function_response>", "<start_of_turn>"
+)
 GEMMA4 = ResponseForm(
-    "<|tool_call>", "<tool_call|>", '<|"|>', "<|tool_response>", "<|channel>", "<channel|>", "thought\n"
+    "<|tool_call>", "<tool_call|>", '<|"|>', "<|tool_response>", "<|turn>", "<|channel>", "<channel|>", "thought\n"
 )
 FORMS = (GEMMA4, FUNCTION_GEMMA)
 
@@ -84,7 +88,8 @@ class _Tokens:
     Somebody else may decide what the text is, who cuts it at a stop string: a token is told once all text before it is.
     """
 
-    def __init__(self, tokenizer: Any, names: Mapping[str, Kind]) -> None:
+    def __init__(self, tokenizer: Any, names: Mapping[str, Kind], turn: str) -> None:
+        self._turn = (tokenizer.added_token(turn) or (None,))[0]
         self.marks: dict[int, _Mark] = {}
         for name, kind in names.items():
             if (added := tokenizer.added_token(name)) is not None:
@@ -101,8 +106,10 @@ class _Tokens:
         self._waiting: deque[tuple[int, _Mark]] = deque()  # tokens that were seen, by their place in the text
 
     def opening(self, prompt: Sequence[int]) -> list[_Item]:
-        """The thought that a prompt leaves open."""
+        """The thought that a prompt leaves open in its last turn."""
         for place in range(len(prompt) - 1, -1, -1):
+            if prompt[place] == self._turn:
+                break
             mark = self.marks.get(prompt[place])
             if mark is not None and mark.kind == "thought":
                 return [mark, self._decoder.push(list(prompt[place + 1 :])) + self._decoder.finish()]
@@ -226,7 +233,7 @@ class ResponseParser:
         self.form: ResponseForm = tokenizer.response_form if form is None else form
         self._strict = strict
         names: dict[str, Kind] = {n: k for n, k in self.form.names.items() if calls or k in ("thought", "thought_end")}
-        self._tokens = None if tokenizer is None else _Tokens(tokenizer, names)
+        self._tokens = None if tokenizer is None else _Tokens(tokenizer, names, self.form.turn)
         known = () if self._tokens is None else [mark.name for mark in self._tokens.marks.values()]
         self._letters = _Letters({name: kind for name, kind in names.items() if name not in known})
         self._opening = [] if self._tokens is None else self._tokens.opening(prompt)

@@ -16,7 +16,7 @@ from cli_process import command_line, environment
 import gemmakit as package
 from gemmakit.cli import main
 from gemmakit.cli.answer import Answer
-from gemmakit.cli.chat import Conversation
+from gemmakit.cli.conversation import Conversation
 from gemmakit.errors import PromptTooLong
 
 

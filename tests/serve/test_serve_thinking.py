@@ -222,6 +222,29 @@ def test_a_named_call_is_made_in_every_dialect(client: Any, claude: Any, name: s
     assert [block.type for block in said.content] == ["tool_use"]
 
 
+@pytest.mark.parametrize("mode", ["auto", "required"])
+def test_of_allowed_tools_alone_one_is_called(client: Any, spoken: Any, mode: str):
+    allowed = {"mode": mode, "tools": [{"type": "function", "function": {"name": "clock"}}]}
+    choice = {"type": "allowed_tools", "allowed_tools": allowed}
+    asked = dict(model=NAME, messages=ASK, tools=TOOLS, parallel_tool_calls=False)
+    both = client.chat.completions.create(**asked, max_tokens=1).usage.prompt_tokens
+    said = client.chat.completions.create(
+        **asked, tool_choice=choice, **(DRAWN if mode == "required" else {"max_tokens": 1})
+    )
+    assert said.usage.prompt_tokens < both  # the other tool is not even told of
+    tools = [{"type": "function", **each} for each in (WEATHER, CLOCK)]
+    flat = {"type": "allowed_tools", "mode": mode, "tools": [{"type": "function", "name": "clock"}]}
+    options = dict(model=NAME, input="Weather?", parallel_tool_calls=False, temperature=1.0, extra_body={"seed": 5})
+    response = client.responses.create(
+        **options, tools=tools, tool_choice=flat, max_output_tokens=200 if mode == "required" else 1
+    )
+    assert response.usage.input_tokens == said.usage.prompt_tokens
+    if mode == "required":
+        (call,) = said.choices[0].message.tool_calls
+        assert checked(call) == "clock"
+        assert [(item.type, item.name) for item in response.output] == [("function_call", "clock")]
+
+
 def test_no_call_is_made_where_none_may_be(client: Any, spoken: Any):
     said = client.chat.completions.create(
         model=NAME, messages=ASK, tools=TOOLS, tool_choice="none", temperature=0, extra_body=spoken
@@ -237,14 +260,21 @@ def test_one_call_ends_an_answer_that_may_have_one(client: Any, spoken: Any):
     assert one.choices[0].message.content == "Well: " and one.usage.completion_tokens < both.usage.completion_tokens
 
 
+RAIN = {"type": "function", "function": {"name": "rain"}}
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
         {"tool_choice": "required"},
         {"tool_choice": {"type": "function", "function": {"name": "weather"}}},
-        {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "rain"}}},
+        {"tools": TOOLS, "tool_choice": RAIN},
         {"tools": TOOLS, "tool_choice": "required", "response_format": {"type": "json_object"}},
         {"tools": TOOLS, "tool_choice": "required", "regex": "a"},
+        {
+            "tools": TOOLS,
+            "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [RAIN]}},
+        },
     ],
 )
 def test_a_call_that_cannot_be_forced_is_refused(thinker: Running, wrong: dict[str, Any]):

@@ -1,6 +1,8 @@
 """Rules of the house: what an import loads, how long a file is, who may import whom."""
 
 import ast
+import functools
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -103,3 +105,75 @@ def test_import_contracts_hold():
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 broken" in done.stdout
+
+
+def _is_module(name):
+    path = PACKAGE.parent.joinpath(*name.split("."))
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
+
+
+def _imported(tree, path, late):
+    """The modules that a file imports: when it is loaded, or with `late` inside functions."""
+    found, todo = [], [(node, False) for node in ast.iter_child_nodes(tree)]
+    while todo:
+        node, inside = todo.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.Import | ast.ImportFrom) and inside is late:
+            if isinstance(node, ast.Import):
+                found += [alias.name for alias in node.names]
+            else:
+                assert node.level == 0, f"{path}:{node.lineno}: relative"
+                parts = [f"{node.module}.{alias.name}" for alias in node.names]
+                found += [part if _is_module(part) else node.module for part in parts]
+        inside = inside or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        todo += [(child, inside) for child in ast.iter_child_nodes(node)]
+    return found
+
+
+@functools.cache
+def _modules():
+    """Each module's file, and what it imports when it is loaded and inside functions."""
+    found = {}
+    for path in SOURCES:
+        name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+        tree = ast.parse(path.read_text())
+        found[name] = path, _imported(tree, path, late=False), _imported(tree, path, late=True)
+    return found
+
+
+@functools.cache
+def _loads(first):
+    """Other people's packages that come with a module."""
+    seen, others, todo = set(), set(), [first]
+    while todo:
+        module = todo.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        if module.split(".")[0] != "gemmakit":
+            others |= {module.split(".")[0]} - sys.stdlib_module_names
+        else:
+            todo += [*_modules()[module][1], *([module.rpartition(".")[0]] if "." in module else [])]
+    return others
+
+
+def test_a_late_import_spares_a_package_that_is_not_loaded_yet():
+    """One inside a function is there so that a file can be had without somebody else's package, and for nothing else:
+    what it leads to loads one that the file itself does not."""
+    idle = [
+        f"{path}: {module}"
+        for name, (path, _, late) in _modules().items()
+        for module in late
+        if module in _modules() and _loads(module) <= _loads(name)
+    ]
+    assert idle == []
+
+
+def test_no_module_imports_in_a_circle():
+    """Inside functions neither; a package's parts may import what the package itself imports them for."""
+    graph = {
+        name: {one for one in (*early, *late) if one in _modules() and not name.startswith(f"{one}.")}
+        for name, (_, early, late) in _modules().items()
+    }
+    assert len([*graphlib.TopologicalSorter(graph).static_order()]) == len(SOURCES)

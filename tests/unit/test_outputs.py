@@ -84,3 +84,13 @@ def test_every_output_can_be_copied_and_pickled(kind):
         assert twin == out
         assert twin[first] == [1, 2]
         assert twin[first] is not out[first]
+
+
+def test_what_is_taken_out_is_no_attribute_either():
+    output = CausalLMOutputWithPast(loss=1, logits=2, hidden_states=(3,))
+    assert output.popitem() == ("hidden_states", (3,)) and output.hidden_states is None
+    assert output.popitem(last=False) == ("loss", 1) and output.loss is None
+    output.clear()
+    assert len(output) == 0 and output.logits is None
+    with pytest.raises(KeyError, match="CausalLMOutputWithPast"):
+        output.popitem()

@@ -14,7 +14,11 @@ from gemmakit.serve import protocol
 from gemmakit.serve.conversation import Call, Part, ToolChoice, thinks_by_effort
 from gemmakit.serve.generation import Answers
 from gemmakit.serve.protocol import (
+    AllowedChoice,
+    AllowedTools,
     CalledFunction,
+    FlatAllowedChoice,
+    FlatNamedTool,
     FlatTool,
     Function,
     InputItem,
@@ -104,7 +108,14 @@ def _choice(body: ResponsesRequest) -> ToolChoice:
     choice = body.tool_choice
     if choice is None or isinstance(choice, str):
         return choice
-    return NamedTool(type="function", function=NamedFunction(name=choice.name))
+    if isinstance(choice, FlatAllowedChoice):
+        allowed = AllowedTools(mode=choice.mode, tools=[_named(tool) for tool in choice.tools])
+        return AllowedChoice(type="allowed_tools", allowed_tools=allowed)
+    return _named(choice)
+
+
+def _named(tool: FlatNamedTool) -> NamedTool:
+    return NamedTool(type="function", function=NamedFunction(name=tool.name))
 
 
 def _message(item: InputItem, place: int) -> Message:

@@ -98,6 +98,28 @@ def test_other_calls_are_not(tokenizer: Any, given: Any) -> None:
     assert not allowed(tokenizer, answer_grammar(tokenizer, TOOLS), call_ids(tokenizer, "f", given))
 
 
+def holding(**properties: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": [*properties]}
+
+
+@pytest.mark.parametrize("choices", [["#", "#"], ["#/$defs/a"], ["#/$defs/b", "#/$defs/a"]])
+def test_a_choice_that_leads_back_to_itself_is_the_others(tokenizer: Any, choices: list[str]) -> None:
+    a = {"anyOf": [{"$ref": "#/$defs/b"}, {"type": "string"}]}
+    b = {"oneOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b"}]}
+    wanted = {"anyOf": [{"$ref": reference} for reference in choices]}
+    parameters = {**holding(x=wanted), "$defs": {"a": a, "b": b}}
+    grammar = answer_grammar(tokenizer, [{"function": {"name": "f", "parameters": parameters}}])
+    own = choices[0] == "#"  # the arguments are then such a value themselves, which has no end
+    assert allowed(tokenizer, grammar, ids_of_call(tokenizer, "f", {"x": "a"})) is not own
+    assert not allowed(tokenizer, grammar, ids_of_call(tokenizer, "f", {"x": 1}))
+
+
+def test_a_choice_of_nothing_but_itself_is_any_value(tokenizer: Any) -> None:
+    parameters = {**holding(x={"$ref": "#/$defs/a"}), "$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}]}}}
+    grammar = answer_grammar(tokenizer, [{"function": {"name": "f", "parameters": parameters}}])
+    assert all(allowed(tokenizer, grammar, ids_of_call(tokenizer, "f", {"x": value})) for value in ("a", 1))
+
+
 def test_what_else_an_answer_may_be(tokenizer: Any) -> None:
     call = ids_of_call(tokenizer, "g.h-1", {})
     text, json = plain_ids(tokenizer, "Hello"), plain_ids(tokenizer, '{"a": 1}')
