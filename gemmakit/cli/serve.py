@@ -39,6 +39,10 @@ def serve(
     ] = None,
     max_batch_size: Annotated[int, Option(metavar="N", min=1, help="Answers that are generated side by side.")] = 8,
     max_waiting: Annotated[int, Option(metavar="N", min=1, help="Requests that may wait; then 429.")] = 256,
+    prefill_tokens: Annotated[
+        int,
+        Option(metavar="N", min=1, help="Prompt tokens a step; fewer, and running answers pause less for new ones."),
+    ] = 512,
     cache_bytes: Annotated[int | None, Option(metavar="N", min=1, help="Memory for keys and values.")] = None,
     context: Annotated[
         int | None, Option(metavar="N", min=1, help="Tokens of a prompt and its answer; the model's if left out.")
@@ -108,6 +112,7 @@ def serve(
         dict(
             max_batch_size=max_batch_size,
             max_waiting=max_waiting,
+            prefill_tokens=prefill_tokens,
             cache_bytes=cache_bytes,
             batch_invariant=batch_invariant,
             speculate=speculate,

@@ -289,7 +289,8 @@ def test_parameters_that_hold_themselves_are_followed_or_refused_at_once(thinker
     for _ in range(60):
         deep = {"type": "object", "properties": {"x": deep}}
     odd: dict[str, Any] = {"type": 5, "properties": {"a": 1, "b": {"enum": 3}}, "required": 7, "items": {}}
-    for parameters in (tree, loop, deep, {"$ref": "#/nowhere"}, odd, {**odd, "required": [{}]}):
+    half = {"type": "object", "properties": {"\ud800": {"const": "\ud800"}}, "required": ["\ud800"]}
+    for parameters in (tree, loop, deep, {"$ref": "#/nowhere"}, odd, {**odd, "required": [{}]}, half):
         tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
         said = thinker.post(
             "/v1/chat/completions", messages=ASK, tools=[tool], tool_choice="required", max_tokens=8, temperature=0
