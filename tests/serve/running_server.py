@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -28,7 +29,9 @@ class Running:
     service: Service
 
     def post(self, path: str, **body: Any) -> httpx.Response:
-        return httpx.post(f"{self.url}{path}", json=body, timeout=60)
+        kind = {"Content-Type": "application/json"}
+        # In ASCII, as JSON may hold what UTF-8 cannot.
+        return httpx.post(f"{self.url}{path}", content=json.dumps(body), headers=kind, timeout=60)
 
 
 @contextmanager
