@@ -102,7 +102,7 @@ def test_an_interrupted_answer_keeps_its_text_and_an_empty_one_its_question_out(
     after = talk.ask("and then?", ignore)
     assert after.text == answered(pipe, talk.messages[:-1], 50)
     nothing = Answer(text="", finish_reason="interrupted", prompt_tokens=1, new_tokens=0, first_s=0.0, rest_s=0.0)
-    monkeypatch.setattr("gemmakit.cli.answer.answer", lambda *_, **__: nothing)
+    monkeypatch.setattr("gemmakit.cli.conversation.answer", lambda *_, **__: nothing)
     talk.ask("never mind", ignore)
     assert len(talk.messages) == 4
 
