@@ -11,6 +11,7 @@ from typer import Argument, Option
 
 import gemmakit
 from gemmakit.cli import options as o
+from gemmakit.cli import processes
 from gemmakit.cli.shell import note
 from gemmakit.errors import InputError, MissingDependency
 from gemmakit.serve.settings import ServeSettings
@@ -30,6 +31,7 @@ def serve(
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
     revision: o.Revision = None,
+    tensor: o.Tensor = None,
     adapter: Annotated[
         list[str] | None,
         Option(
@@ -84,9 +86,13 @@ def serve(
     """
     if log_format not in ("text", "json"):
         raise InputError(f"--log-format is {log_format!r}; it must be text or json.")
+    if tensor is not None and adapter:
+        raise InputError("--tensor splits a plain model: gemmakit merge makes an adapter part of one.")
+    if (code := processes.spread(tensor)) is not None:
+        return code
     try:
         from gemmakit.serve.server import listen, run
-        from gemmakit.serve.service import Loading
+        from gemmakit.serve.service import Loading, follow_first
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("gemmakit"):
             raise
@@ -101,13 +107,16 @@ def serve(
         otlp_endpoint=otlp_traces_endpoint,
     )
     folded, named = _adapters(adapter or ())
-    socket = listen(host, port, settings.stall_s)
-    shown = f"[{host}]" if ":" in host else host
-    note(f"loading {model or 'the demo model'}")
     loading = Loading(
         str(model or gemmakit.demo_model()),
         tuple(served_model_name or (_name(model),)),
-        dict(device_map=device, dtype=dtype, revision=revision, **({"adapter": folded} if folded else {})),
+        dict(
+            device_map=device,
+            dtype=dtype,
+            revision=revision,
+            **({"adapter": folded} if folded else {}),
+            **o.split(tensor),
+        ),
         context,
         dict(
             max_batch_size=max_batch_size,
@@ -119,6 +128,12 @@ def serve(
         ),
         named,
     )
+    if not processes.is_first():
+        follow_first(loading)
+        return 0
+    socket = listen(host, port, settings.stall_s)
+    shown = f"[{host}]" if ":" in host else host
+    note(f"loading {model or 'the demo model'}")
 
     def ready() -> None:
         note(f"serving {loading.names[0]} on http://{shown}:{socket.getsockname()[1]}")

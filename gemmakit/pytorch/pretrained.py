@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterable, Mapping
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,7 +35,6 @@ from gemmakit.pytorch.parallel.sharded import is_sharded, save_together
 from gemmakit.pytorch.parallel.tensor import TensorPlan, tensor_plan
 from gemmakit.pytorch.placement import DeviceMap, MaxMemory, one_device, spread
 from gemmakit.pytorch.quantize import (
-    TABLES,
     QuantizedMethods,
     Quantizer,
     quantizer_for,
@@ -44,6 +42,7 @@ from gemmakit.pytorch.quantize import (
     stored_parts,
     unpacked_shapes,
 )
+from gemmakit.pytorch.stored import stored_tensors
 
 Model = TypeVar("Model", bound="GemmaPreTrainedModel")
 
@@ -249,7 +248,7 @@ class GemmaPreTrainedModel(AdapterMethods, QuantizedMethods, ModelMethods):
         config = self.config
         config.architectures = [member_class(type(self), config.model_type).__name__]
         config.dtype = dtype_name(self.dtype)
-        tensors = _saved(self, tensors)
+        tensors = stored_tensors(self, tensors, _tied(self))
         if self._quantizer is None:
             config.extra.pop("quantization_config", None)
         else:
@@ -366,44 +365,6 @@ def _enter(model: nn.Module, mapped: set[int]) -> None:
     pieces = dict.fromkeys((t.data_ptr(), t.nbytes) for t in kept if t.nbytes)
     if pieces:
         fault_in(list(pieces), kept)
-
-
-def _saved(model: GemmaPreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint: all but the tied ones, which loading makes again."""
-    if adapted := next((name for name in tensors if ".base_layer." in name), None):
-        raise InputError(
-            f"{adapted.partition('.base_layer.')[0]} has an adapter, which a checkpoint of the model has no place for: "
-            "gemmakit.pytorch.adapters has save_adapter, which writes it alone, and merge_adapter, which folds it in."
-        )
-    tied, names = _tied(model), model.state_dict().keys()
-    if tensors.keys() - names or names - tensors.keys() - tied.keys():
-        other = sorted((tensors.keys() - names) | (names - tensors.keys() - tied.keys()))
-        raise InputError(f"state_dict does not have the model's names: {', '.join(other[:4])} on one side only.")
-    tied |= {name + table: source + table for name, source in tied.items() for table in TABLES}
-    for name, source in tied.items():
-        if name in tensors and source in tensors and not _same(tensors[name], tensors[source]):
-            raise InputError(
-                f"{name} differs from {source}, but the configuration ties them: call untie_weights() before changing "
-                "one of them, or tie_weights() to keep the embedding's."
-            )
-    if any(t.is_meta for t in tensors.values()):
-        raise InputError("some weights are offloaded: load the model without offloading to save it.")
-    return {name: tensor for name, tensor in tensors.items() if name not in tied}
-
-
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Bit for bit; of tensors that are made of others, what of these is here."""
-    pairs = list(zip_longest(_plain(a), _plain(b)))
-    if a.shape != b.shape or any(x is None or y is None or x.shape != y.shape for x, y in pairs):
-        return False
-    return all(x.data_ptr() == y.data_ptr() or torch.equal(x, y) for x, y in pairs)
-
-
-def _plain(tensor: Any) -> list[torch.Tensor]:
-    """The memory behind a tensor: its own, or of those that it is made of (DTensor, torchao)."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        return [tensor] if isinstance(tensor, torch.Tensor) else []
-    return [part for name in tensor.__tensor_flatten__()[0] for part in _plain(getattr(tensor, name))]
 
 
 def _tied(model: GemmaPreTrainedModel) -> dict[str, str]:

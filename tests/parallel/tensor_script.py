@@ -11,7 +11,9 @@ from test_tensor import MODEL_SETTINGS
 from tiny_shapes import COMMON, SHAPES
 
 from gemmakit import GemmaConfig, GemmaForCausalLM
+from gemmakit.pytorch.decode.batch import BatchEngine, Request
 from gemmakit.pytorch.parallel import processes
+from gemmakit.pytorch.parallel.lockstep import LeadingEngine, follow
 from gemmakit.pytorch.quantize_checkpoint import quantize_checkpoint
 from gemmakit.quantization import WeightOnlyConfig
 
@@ -47,6 +49,39 @@ def compared(one, part, prompts):
     return {"apart": float((a - b).abs().max()), "same": same, "drawn": drawn.tolist() == everywhere}
 
 
+def asked(engine, prompts, close=lambda: None):
+    """Tokens and ends of requests that come in between steps, of which one is cancelled and one waits too long."""
+    found = {}
+
+    def step():
+        for event in engine.step():
+            found.setdefault(event.id, []).append([event.token, event.finish_reason])
+
+    told = {"do_sample": True, "seed": 3, "max_new_tokens": 8}
+    for prompt in prompts:
+        engine.add(Request(prompt, settings=told))
+        step()
+    cancelled = engine.add(Request(prompts[0], settings=told))
+    late = engine.add(Request(prompts[1], settings=told, deadline=1e-9))
+    engine.cancel(cancelled)
+    while engine.has_work:
+        step()
+    close()
+    return found, found[cancelled], found[late]
+
+
+def in_step(one, part, prompts):
+    """Whether an engine that others follow gives what an engine alone does."""
+    settings = dict(max_batch_size=3, page_size=4, cache_tokens=64)
+    if processes.rank():
+        follow(BatchEngine(part, **settings))
+        return None
+    leading = LeadingEngine(part, **settings)
+    several, *ends = asked(leading, prompts, leading.close)
+    alone, *_ = asked(BatchEngine(one, **settings), prompts)
+    return {"same": several == alone, "ends": ends}
+
+
 def main():
     folder = Path(sys.argv[1])
     processes.join()
@@ -72,6 +107,9 @@ def main():
             "messages": counted(lambda model=part: model(torch.tensor([[5]] * 3))),
             "heads": part.config.num_key_value_heads,
         }
+    one = GemmaForCausalLM.from_pretrained(folder / "gqa")
+    part = GemmaForCausalLM.from_pretrained(folder / "gqa", tp_plan="auto")
+    found["in step"] = in_step(one, part, rows(157, 6))
     # The codes of a stored file are split as they are, scales of whole rows and all.
     for bits in (8, 4):
         scheme = WeightOnlyConfig(bits=bits, group_size=None if bits == 8 else 32, activation_bits=16)

@@ -149,6 +149,49 @@ def test_saving_never_drops_a_head_that_was_changed_behind_the_tie(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+class Coded(torch.Tensor):
+    """Stands for numbers that it does not hold, as torchao's tensors do: no operation but detach is there."""
+
+    @staticmethod
+    def __new__(cls, codes, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)
+
+    def __init__(self, codes, scale):
+        self.codes, self.scale = codes, scale
+
+    def __tensor_flatten__(self):
+        return ["codes", "scale"], None
+
+    def dequantize(self):
+        return self.codes.float() * self.scale
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        assert func is torch.ops.aten.detach.default, func
+        return cls(args[0].codes, args[0].scale)
+
+
+def coded(weight):
+    scale = weight.detach().abs().amax(1, keepdim=True) / 127
+    return nn.Parameter(Coded((weight.detach() / scale).round().to(torch.int8), scale), requires_grad=False)
+
+
+def test_weights_of_another_library_are_stored_as_the_numbers_they_stand_for(tmp_path):
+    model = tiny()
+    query = model.model.layers[0].self_attn.q_proj
+    query.weight = coded(query.weight)
+    model.model.embed_tokens.weight = coded(model.model.embed_tokens.weight)
+    model.tie_weights()
+    with pytest.warns(UserWarning, match=r"2 weights are Coded of another library.*stored as the numbers"):
+        model.save_pretrained(tmp_path)
+    again = GemmaForCausalLM.from_pretrained(tmp_path)
+    for name in ("model.embed_tokens.weight", "lm_head.weight", "model.layers.0.self_attn.q_proj.weight"):
+        assert torch.equal(again.state_dict()[name], model.state_dict()[name].dequantize())
+    model.lm_head.weight = coded(torch.ones_like(again.lm_head.weight))
+    with pytest.raises(InputError, match=r"lm_head\.weight differs"):
+        model.save_pretrained(tmp_path)
+
+
 # -- pruning ------------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gemmakit.errors import InputError
 from gemmakit.generation import GenerationConfig
-from gemmakit.pytorch.decode.batch import BatchEngine, Event, Request
+from gemmakit.pytorch.decode.batch import BatchEngine, Request
 from gemmakit.pytorch.parallel import processes
 
 # A method of the engine, and what it was called with.
@@ -17,9 +17,10 @@ Call = tuple[str, Any]
 
 
 class LeadingEngine(BatchEngine):
-    """The engine of the first process: before each step the others hear what came in since the last one.
+    """The engine of the first process: at each step the others hear what came in since the last one.
 
-    A schedule follows from the requests alone, so what depends on the clock is refused: max_time and deadline.
+    The rest of a schedule follows from that. What depends on the clock is decided here: which requests have waited too
+    long; and max_time, by which answers would end at other tokens in other processes, is refused.
     """
 
     def __init__(self, *arguments: Any, **settings: Any):
@@ -29,23 +30,23 @@ class LeadingEngine(BatchEngine):
     def add(self, request: Any) -> int:
         request = request if isinstance(request, Request) else Request(request)
         own: Any = request.generation_config or GenerationConfig()
-        if request.deadline is not None or own.max_time or request.settings.get("max_time"):
-            raise InputError(
-                "max_time and deadlines end requests by a clock, and each process has its own: leave them."
-            )
+        if own.max_time or request.settings.get("max_time"):
+            raise InputError("max_time ends answers by a clock, of which each process has its own: leave it out.")
         id = super().add(request)
         prompt = request.prompt.tolist() if isinstance(request.prompt, Tensor) else [*request.prompt]
-        self._calls.append(("add", (replace(request, prompt=prompt, tokenizer=None), request.tokenizer is not None)))
+        told = replace(request, prompt=prompt, tokenizer=None, deadline=None)
+        self._calls.append(("add", (told, request.tokenizer is not None)))
         return id
 
     def cancel(self, id: int) -> bool:
         self._calls.append(("cancel", id))
         return super().cancel(id)
 
-    def step(self) -> list[Event]:
-        calls, self._calls = self._calls, []
+    def _expire(self) -> None:
+        late = self._overdue()
+        calls, self._calls = [*self._calls, ("give_up", late)], []
         processes.shared(calls)
-        return super().step()
+        self.give_up(late)
 
     def close(self) -> None:
         """Let the others end. They wait for ever otherwise."""
@@ -59,11 +60,11 @@ def follow(engine: BatchEngine, tokenizer: Any = None) -> None:
         if calls is None:
             return
         for name, told in calls:
-            if name == "cancel":
-                engine.cancel(told)
-            else:
+            if name == "add":
                 request, reads_text = told
                 engine.add(replace(request, tokenizer=tokenizer if reads_text else None))
+            else:
+                getattr(engine, name)(told)
         try:
             engine.step()
         except Exception:

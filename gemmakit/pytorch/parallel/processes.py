@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -11,6 +12,8 @@ import torch.distributed as dist
 from gemmakit.errors import InputError
 
 T = TypeVar("T")
+# A process that has died is seen at once; one that has nothing to say, as of a server at night, is waited for.
+_PATIENCE = timedelta(days=30)
 # What torchrun tells each process.
 _TOLD = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -35,7 +38,7 @@ def join(device: torch.device | None = None) -> None:
         on_cuda = device is not None and device.type == "cuda"
         if device is not None and on_cuda:
             torch.cuda.set_device(local_device(device))
-        dist.init_process_group("nccl" if on_cuda else "gloo")
+        dist.init_process_group("nccl" if on_cuda else "gloo", timeout=_PATIENCE)
 
 
 def leave() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -207,15 +207,27 @@ class BatchEngine:
 
     def _expire(self) -> None:
         """End what has waited past its deadline."""
+        self.give_up(self._overdue())
+
+    def _overdue(self) -> list[int]:
+        """The sequences that wait past their deadline."""
+        late: list[int] = []
         while self._deadlines:
             due, id = self._deadlines[0]
             row = self._rows.get(id)
             waits = row is not None and row.started is None
             if waits and due > time.monotonic():
-                return
+                break
             heapq.heappop(self._deadlines)
-            if row is not None and waits:
-                self._tell(row, Event(row.id, None, "timeout"))
+            if waits:
+                late.append(id)
+        return late
+
+    def give_up(self, sequences: Iterable[int]) -> None:
+        """End these sequences, as having waited too long."""
+        for id in sequences:
+            row = self._rows[id]
+            self._tell(row, Event(row.id, None, "timeout"))
 
     def _launch(self) -> None:
         """Start a step unless one is under way, and where possible the one after it; then read the first."""
