@@ -105,7 +105,7 @@ REASONS: dict[str, str] = {
         DynamicCache.is_linear DynamicCache.has_previous_state DynamicCache.activate_past_recording
         DynamicCache.is_recording_past""",
     "code and classes from a checkpoint never run, and classes are not registered": """
-        *.register_for_auto_class AutoConfig.register *.is_custom_code *.is_remote_code
+        *.register_for_auto_class AutoConfig.register GemmaConfig.is_custom_code GemmaConfig.is_remote_code
         GemmaForCausalLM.load_custom_generate GemmaConfig.extra_files GemmaConfig.extra_config_files""",
     "splitting a model over processes is PyTorch's and accelerate's, which take it as any module": """
         GemmaModel.*_plan GemmaModel.*parallel* GemmaModel.tp_size GemmaModel.fsdp_size GemmaModel.*distribute*

@@ -102,6 +102,7 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
         per_layer_inputs: Float[Tensor, "B S L P"] | None = None,
         num_items_in_batch: int | Tensor | None = None,
         loss_chunk_size: int | None = None,
+        **packing: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Run the decoder and the head; arguments as in `GemmaModel.forward`, and:
 
@@ -137,6 +138,7 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
             is_causal=is_causal,
             per_layer_inputs=per_layer_inputs,
             last_positions=logits_to_keep if isinstance(logits_to_keep, int) and labels is None else 0,
+            **packing,
         )
         hidden = out.last_hidden_state
         targets = None if labels is None else next_labels(labels, attention_mask, position_ids)
@@ -225,6 +227,7 @@ class GemmaForSequenceClassification(GemmaPreTrainedModel):
         cache_position: Int[Tensor, " S"] | None = None,
         *,
         is_causal: bool | None = None,
+        **packing: Any,
     ) -> SequenceClassifierOutputWithPast | tuple[Any, ...]:
         """Run the decoder and score each row once; arguments as in `GemmaModel.forward`, and:
 
@@ -260,6 +263,7 @@ class GemmaForSequenceClassification(GemmaPreTrainedModel):
             True,
             cache_position,
             is_causal=is_causal,
+            **packing,
         )
         hidden = out.last_hidden_state
         assert places is not None  # the decoder refused a call without inputs
@@ -305,6 +309,7 @@ class GemmaForTokenClassification(GemmaPreTrainedModel):
         cache_position: Int[Tensor, " S"] | None = None,
         *,
         is_causal: bool | None = None,
+        **packing: Any,
     ) -> TokenClassifierOutput | tuple[Any, ...]:
         """Run the decoder and score each token; arguments as in `GemmaModel.forward`, and:
 
@@ -336,6 +341,7 @@ class GemmaForTokenClassification(GemmaPreTrainedModel):
             True,
             cache_position,
             is_causal=is_causal,
+            **packing,
         )
         logits = self.score(self.dropout(out.last_hidden_state))
         result = TokenClassifierOutput(

@@ -5,7 +5,7 @@ Axis letters: B batch, S query positions, T key positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -213,6 +213,19 @@ def _hiding(padding: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"] | None:
     if padding.device.type != "cpu" or torch.compiler.is_compiling():
         return padding
     return None if bool(padding.all()) else padding
+
+
+# What collators that pack tell kernels of flash attention, beside the position_ids that say the same.
+PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+
+
+def check_packing(told: Mapping[str, Any], position_ids: Tensor | None) -> None:
+    """Raises InputError for documents that `position_ids` do not tell, TypeError for a name that tells none."""
+    for name, value in told.items():
+        if name not in PACKING:
+            raise TypeError(f"forward() got an unexpected keyword argument {name!r}")
+        if value is not None and position_ids is None:
+            raise InputError(f"{name} tells packed documents, which are told by position_ids that restart: give these.")
 
 
 def packed_documents(

@@ -76,6 +76,13 @@ class ModelMethods(nn.Module):
         """Whether it has generate()."""
         return hasattr(cls, "generate")
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Whether its code came with a checkpoint: never."""
+        return False
+
+    is_remote_code = is_custom_code
+
     def get_decoder(self) -> nn.Module:
         """The decoder without a head."""
         return self.base_model

@@ -33,7 +33,7 @@ from gemmakit.pytorch.layers import (
     layer_norms,
     through,
 )
-from gemmakit.pytorch.masks import Visibility, visibility
+from gemmakit.pytorch.masks import Visibility, check_packing, visibility
 from gemmakit.pytorch.pretrained import GemmaPreTrainedModel
 from gemmakit.pytorch.pytrees import register_nodes
 from gemmakit.pytorch.shapes import Float, Int, Shaped
@@ -148,6 +148,7 @@ class GemmaModel(GemmaPreTrainedModel):
         is_causal: bool | None = None,
         per_layer_inputs: Float[Tensor, "B S L P"] | None = None,
         last_positions: int = 0,
+        **packing: Any,
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """Run the decoder.
 
@@ -167,11 +168,14 @@ class GemmaModel(GemmaPreTrainedModel):
                 default looked up by input_ids or, with inputs_embeds alone, by the tokens that these are of.
             last_positions: of so many of the last positions alone last_hidden_state is asked for, 0 for all; others may
                 be left out, as layers that read the keys of earlier ones compute them for nobody.
+            packing: `masks.PACKING`, which collators give beside position_ids that restart, and which say the same.
 
         Raises:
             InputError (a ValueError): not exactly one of input_ids and inputs_embeds, or shapes that do not fit.
             TokenOutOfRange: an id that the vocabulary does not have.
         """
+        if packing:
+            check_packing(packing, position_ids)
         config = self.config
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states

@@ -30,8 +30,9 @@ PREFERENCES = Dataset.from_dict(
 QUESTIONS = Dataset.from_dict({"prompt": [c[:1] for c in CHATS]})
 
 
-def short(completions, **_):
-    return [-float(len(c[0]["content"])) for c in completions]
+def every_other(completions, **_):
+    """A reward that differs within each group, whatever was said."""
+    return [float(i % 2) for i in range(len(completions))]
 
 
 def sft(library, name, folder, data=SFT, **given):
@@ -50,10 +51,13 @@ def dpo(library, name, folder, **given):
 
 
 def grpo(library, name, folder, **given):
-    args = GRPOConfig(output_dir=str(folder), **{**COMMON, "num_generations": 2, "max_completion_length": 6, **given})
+    args = GRPOConfig(
+        output_dir=str(folder),
+        **{**COMMON, "num_generations": 2, "max_completion_length": 6, "temperature": 3.0, **given},
+    )
     return GRPOTrainer(
         model=loaded(library, name), args=args, train_dataset=QUESTIONS, processing_class=of(library, name),
-        reward_funcs=short,
+        reward_funcs=every_other,
     )  # fmt: skip
 
 
@@ -123,7 +127,7 @@ def test_grpo_learns_from_what_the_model_says(name, tmp_path):
     before = trainer.model.model.norm.weight.clone()
     trainer.train()
     rewards = logged(trainer, "reward")
-    assert len(rewards) == 4 and all(reward < 0 for reward in rewards)
+    assert rewards == [0.5] * 4
     assert not torch.equal(trainer.model.model.norm.weight, before)
 
 

@@ -184,3 +184,20 @@ def test_an_encoding_is_made_of_columns_as_transformers_makes_one():
     assert gemmakit.BatchEncoding(data={"a": [1]}, tensor_type="np", prepend_batch_axis=True)["a"].shape == (1, 1)
     with pytest.raises(InputError, match="encoding is given"):
         gemmakit.BatchEncoding({}, encoding=[1])
+
+
+@pytest.mark.parametrize("kind", ["CausalLM", "SequenceClassification", "TokenClassification"])
+def test_what_packing_collators_tell_flash_attention_is_taken_beside_positions(kind):
+    """And refused without them: documents would see each other."""
+    model = tiny(kind=getattr(gemmakit, f"GemmaFor{kind}"))
+    rows = [[2, 5, 6, 7], [2, 8, 9]]
+    collate = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
+    given = collate([{"input_ids": row, "labels": row} for row in rows])
+    told = {name: value for name, value in given.items() if name not in ("input_ids", "labels", "position_ids")}
+    assert told.keys() == {*gemmakit.pytorch.masks.PACKING}
+    ids, places = given["input_ids"], given["position_ids"]
+    assert torch.equal(model(ids, position_ids=places, **told).logits, model(ids, position_ids=places).logits)
+    with pytest.raises(InputError, match="cu_seq_lens_q tells packed documents"):
+        model(ids, cu_seq_lens_q=told["cu_seq_lens_q"])
+    with pytest.raises(TypeError, match="unexpected keyword argument 'no_such'"):
+        model(ids, no_such=1)
