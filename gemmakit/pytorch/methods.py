@@ -52,9 +52,9 @@ class ModelMethods(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where inputs belong: the device of the first weights that are not offloaded."""
+        """Where inputs belong: the device of the first weights that are not offloaded, or of what brings them back."""
         first = next(self.parameters()).device
-        return next((p.device for p in self.parameters() if not p.is_meta), first)
+        return next((p.device for p in self.parameters() if not p.is_meta), _brought_to(self) or first)
 
     @property
     def _tied_weights_keys(self) -> dict[str, str]:
@@ -300,6 +300,14 @@ class ModelMethods(nn.Module):
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, max_shard_size=max_shard_size)  # type: ignore[operator]
             return push_folder(folder, repo_id, **kwargs)
+
+
+def _brought_to(model: nn.Module) -> torch.device | None:
+    """Where accelerate's hooks bring offloaded weights."""
+    hooks = [getattr(module, "_hf_hook", None) for module in model.modules()]
+    places = (getattr(part, "execution_device", None) for hook in hooks for part in getattr(hook, "hooks", [hook]))
+    place = next((place for place in places if place is not None), None)
+    return None if place is None else torch.device(place)
 
 
 def assign(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -17,7 +17,7 @@ KINDS = {
     "prompt": lambda: peft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
     "P-tuning": lambda: peft.PromptEncoderConfig(num_virtual_tokens=4, encoder_hidden_size=16, task_type="CAUSAL_LM"),
     "prefix": lambda: peft.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
-    "tokens": lambda: peft.TrainableTokensConfig(token_indices=[5, 6, 7], task_type="CAUSAL_LM"),
+    "tokens": lambda: peft.TrainableTokensConfig(token_indices=[2, 5, 6], task_type="CAUSAL_LM"),
     "VeRA": lambda: peft.VeraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
     "LoHa": lambda: peft.LoHaConfig(r=2, target_modules=NAMES, task_type="CAUSAL_LM"),
     "OFT": lambda: peft.OFTConfig(r=4, oft_block_size=0, target_modules=NAMES, task_type="CAUSAL_LM"),

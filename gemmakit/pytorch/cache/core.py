@@ -37,6 +37,11 @@ def _sizes(x: Float[Tensor, "B K T H"]) -> tuple[int, int, int]:
     return x.shape[0], x.shape[1], x.shape[3]
 
 
+def on_host(length: int | Tensor) -> int:
+    """A length as a number; one of a graph that is traced for every length stays as it is."""
+    return int(length) if isinstance(length, Tensor) else length
+
+
 class CacheLayer:
     """One layer's buffers (B, K, capacity, H), of which the first `length` positions hold something."""
 
@@ -54,11 +59,11 @@ class CacheLayer:
 
     @property
     def keys(self) -> Float[Tensor, "B K T H"] | None:
-        return None if self._keys is None else self._keys[:, :, : int(self.length)]
+        return None if self._keys is None else self._keys[:, :, : on_host(self.length)]
 
     @property
     def values(self) -> Float[Tensor, "B K T H"] | None:
-        return None if self._values is None else self._values[:, :, : int(self.length)]
+        return None if self._values is None else self._values[:, :, : on_host(self.length)]
 
     @property
     def shape(self) -> tuple[int, int, int] | None:
@@ -108,7 +113,7 @@ class CacheLayer:
 
     def _span(self, more: int) -> tuple[int, int]:
         """Where `more` positions start and end. Raises PromptTooLong when they do not fit."""
-        start = int(self.length)
+        start = on_host(self.length)
         end = start + more
         if self.fixed is not None and end > self.fixed:
             raise PromptTooLong(

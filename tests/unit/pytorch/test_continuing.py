@@ -158,3 +158,40 @@ def test_transformers_counts_a_padded_cache_by_two_rules(tmp_path):
     assert oracle.generate(whole, attention_mask=seen, **NEW)[:, -5:].tolist() == expected
     assert got[0] == expected[0]
     assert got[1] != expected[1]
+
+
+def test_transformers_crops_embeddings_to_its_cache_but_takes_no_rest_of_them(tmp_path):
+    """All embeddings beside a cache go on as ids do, in both. Those alone that the cache lacks are an error there."""
+    oracle, ids = theirs(tmp_path), prompts(rows=1, width=9)
+    expected = MODEL.generate(ids, **NEW)[:, 9:].tolist()
+    for library, model in ((gemmakit, MODEL), (transformers, oracle)):
+        embeds = model.get_input_embeddings()(ids)
+        for part in (slice(0, None), slice(6, None)):
+            cache = library.DynamicCache()
+            model(ids[:, :6], past_key_values=cache, use_cache=True)
+            given = dict(inputs_embeds=embeds[:, part], past_key_values=cache, **NEW)
+            if library is transformers and part.start:
+                with pytest.raises(RuntimeError, match="0 elements"):
+                    model.generate(**given)
+                continue
+            assert model.generate(**given).tolist() == expected
+            assert cache.get_seq_length() == 9 + 4  # the last token was never run
+
+
+@pytest.mark.parametrize("width", [8, 10, 14])
+def test_transformers_takes_all_ones_of_any_width_beside_a_cache(width, tmp_path):
+    """And shows what it hid before, or hides what it showed: other tokens, and no word. Ours refuses."""
+    oracle = theirs(tmp_path)
+    ids, mask, more, _ = turns((6, 3))
+    whole, seen = torch.cat((ids, more[:, :1]), 1), torch.cat((mask, torch.ones_like(more[:, :1])), 1)
+    said = []
+    for given in (seen, torch.ones(2, width, dtype=torch.long)):
+        cache = oracle(ids, attention_mask=mask, use_cache=True).past_key_values
+        said.append(oracle.generate(whole[:, 6:], attention_mask=given, past_key_values=cache, **NEW)[:, 1:].tolist())
+    assert said[0] != said[1]
+    cache = gemmakit.DynamicCache()
+    MODEL(ids, attention_mask=mask, past_key_values=cache)
+    with pytest.raises(InputError, match=rf"attention_mask has shape \(2, {width}\)"):
+        MODEL.generate(
+            whole[:, 6:], attention_mask=torch.ones(2, width, dtype=torch.long), past_key_values=cache, **NEW
+        )
