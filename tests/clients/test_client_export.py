@@ -3,7 +3,6 @@
 import torch
 
 
-@torch.no_grad()
 def test_the_program_gives_the_models_logits_and_cache(model, ids):
     width = torch.export.Dim("width", min=2, max=64)
     program = torch.export.export(

@@ -28,7 +28,7 @@ LOADING = dict(
 )  # fmt: skip
 MEANT = dict(
     force_download=True, proxies={"https": "x"}, weights_only=False, key_mapping={"a": "b"}, use_kernels=True,
-    tp_plan="auto", adapter_kwargs={"r": 4},
+    adapter_kwargs={"r": 4},
 )  # fmt: skip
 
 
