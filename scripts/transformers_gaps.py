@@ -107,7 +107,7 @@ REASONS: dict[str, str] = {
     "code and classes from a checkpoint never run, and classes are not registered": """
         *.register_for_auto_class AutoConfig.register GemmaConfig.is_custom_code GemmaConfig.is_remote_code
         GemmaForCausalLM.load_custom_generate GemmaConfig.extra_files GemmaConfig.extra_config_files""",
-    '`from_pretrained(tp_plan="auto")` and [scale.md](scale.md) split a model over processes; these are steps of that': """
+    '`from_pretrained(tp_plan="auto")` splits a model over processes: [scale.md](scale.md)': """
         GemmaModel.*_plan GemmaModel.*parallel* GemmaModel.tp_size GemmaModel.fsdp_size GemmaModel.*distribute*
         GemmaModel.*distributed* GemmaModel.barrier_* GemmaModel.gather_* GemmaModel.should_save_on_this_rank
         GemmaConfig.base_model_*""",
