@@ -49,7 +49,6 @@ class Kind:
     each head's query, key or value is normed, a value without a weight. scale: of scores; None for
     `query_pre_attn_scalar`'s. capped: whether `attn_logit_softcapping` is heeded. halves_window: a bidirectional
     model's `sliding_window` counts both sides. layer_scalar: whether a layer's result is multiplied by a stored number.
-    in_flax: whether the second backend runs it.
     """
 
     title: str
@@ -69,7 +68,6 @@ class Kind:
     capped: bool = False
     halves_window: bool = False
     layer_scalar: bool = False
-    in_flax: bool = True
 
     @property
     def norms_outputs(self) -> bool:
@@ -206,7 +204,6 @@ KINDS: dict[str, Kind] = {
         scale=1.0,
         halves_window=True,
         layer_scalar=True,
-        in_flax=False,
     ),
 }
 # Checkpoints of text beside images or sound: the member that their `text_config` is.

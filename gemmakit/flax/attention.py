@@ -111,17 +111,29 @@ class Wanted:
     hidden_states: bool = struct.field(pytree_node=False, default=False)
 
 
+KeysAndValues = tuple[jax.Array, jax.Array]
+
+
 @struct.dataclass
 class Told:
-    """What a layer is told: its rotary tables, who sees whom, the cache's first free place."""
+    """What a layer is told: its rotary tables, who sees whom, the cache's first free place.
+
+    layer_input: (B, S, P), the embedding of the tokens that is this layer's own. shared: keys and values (B, K, T, H)
+    of an earlier layer, as that one saw them, for a layer that has none of its own.
+    """
 
     table: RotaryTables
     visible: Visibility
     index: jax.Array | None = None
+    layer_input: jax.Array | None = None
+    shared: KeysAndValues | None = None
 
 
 class FlaxGemmaAttention(nn.Module):
-    """Multi-query, grouped-query or multi-head attention with rotary positions."""
+    """Multi-query, grouped-query or multi-head attention with rotary positions.
+
+    A layer that reads another's keys and values has projections of queries alone.
+    """
 
     config: GemmaConfig
     spec: LayerSpec
@@ -131,8 +143,9 @@ class FlaxGemmaAttention(nn.Module):
     @nn.compact
     def __call__(
         self, hidden: jax.Array, cache: dict[str, jax.Array] | None, told: Told
-    ) -> tuple[jax.Array, dict[str, jax.Array] | None, jax.Array | None]:
-        """hidden: (B, S, D). Returns (B, S, D), the layer's cache, and, when asked, the weights (B, N, S, T)."""
+    ) -> tuple[jax.Array, dict[str, jax.Array] | None, jax.Array | None, KeysAndValues]:
+        """hidden: (B, S, D). Returns (B, S, D), the layer's cache, when asked the weights (B, N, S, T), and the keys
+        and values that were attended to."""
         c, spec = self.config, self.spec
         B, S, D = hidden.shape
         N, K, H = spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim
@@ -143,14 +156,20 @@ class FlaxGemmaAttention(nn.Module):
         def project(name: str, heads: int) -> jax.Array:
             return linear(name, heads * H)(hidden).reshape(B, S, heads, H).swapaxes(1, 2)
 
-        q, k, v = project("q_proj", N), project("k_proj", K), project("v_proj", K)
-        q = self.head_norm("q_norm")(q) if c.kind.q_norm else q
-        k = self.head_norm("k_norm")(k) if c.kind.k_norm else k
-        q, k = rotate(q, *told.table), rotate(k, *told.table)
-        if cache is not None:
-            assert told.index is not None
-            k, v, cache = append(cache, k, v, told.index)
-            k, v = (told.visible.of(x).astype(self.dtype) for x in (k, v))
+        q = project("q_proj", N)
+        q = rotate(self.head_norm("q_norm")(q) if c.kind.q_norm else q, *told.table)
+        if spec.kv_source is not None:
+            assert told.shared is not None
+            k, v = told.shared
+        else:
+            k = project("k_proj", K)
+            v = k if spec.values_are_keys else project("v_proj", K)
+            k = rotate(self.head_norm("k_norm")(k) if c.kind.k_norm else k, *told.table)
+            v = FlaxGemmaRMSNorm(c.rms_norm_eps, weighted=False)(v) if c.kind.v_norm else v
+            if cache is not None:
+                assert told.index is not None
+                k, v, cache = append(cache, k, v, told.index)
+                k, v = (told.visible.of(x).astype(self.dtype) for x in (k, v))
         settings: Any = {"scale": spec.scale, "softcap": spec.softcap}
         dropout = c.attention_dropout if self.wanted.train else 0.0
         kept = None
@@ -161,7 +180,7 @@ class FlaxGemmaAttention(nn.Module):
         else:
             out = IMPLEMENTATIONS[c.attn_implementation or "sdpa"](q, k, v, told.visible, **settings)
         out = linear("o_proj", D)(out.swapaxes(1, 2).reshape(B, S, N * H))
-        return out, cache, kept if self.wanted.attentions else None
+        return out, cache, kept if self.wanted.attentions else None, (k, v)
 
     def head_norm(self, name: str) -> FlaxGemmaRMSNorm:
         return FlaxGemmaRMSNorm(self.config.rms_norm_eps, self.config.kind.norm_offset, name=name)

@@ -1,7 +1,8 @@
 """Keys and values of the tokens already seen, as a pytree of fixed shape: what a traced loop can carry.
 
-A cache is a dictionary: "layers" holds "key" and "value", each (B, K, max_length, H), under "0", "1", ... or, for
-scanned layers, once with a leading layer axis; "index" () int32 counts the places written, the same in every layer.
+A cache is a dictionary: "layers" holds "key" and "value", each (B, K, max_length, H), under "0", "1", ... for each
+layer that has keys and values of its own or, for scanned layers, once with a leading layer axis; "index" () int32
+counts the places written, the same in every layer.
 Only this file knows where a token goes.
 """
 
@@ -15,6 +16,7 @@ from jax.core import Tracer
 
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError, PromptTooLong
+from gemmakit.layer_spec import LayerSpec
 
 Cache = dict[str, Any]
 
@@ -24,15 +26,14 @@ def new_cache(config: GemmaConfig, batch_size: int, max_length: int, dtype: Any,
     for name, size in (("batch_size", batch_size), ("max_length", max_length)):
         if size < 1:
             raise InputError(f"{name} is {size}; a cache needs at least 1.")
-    L = config.num_hidden_layers
+    specs = config.kv_layers()
 
-    def buffers(layer: int, *stack: int) -> dict[str, jax.Array]:
-        spec = config.layer(layer)
+    def buffers(spec: LayerSpec, *stack: int) -> dict[str, jax.Array]:
         shape = (*stack, batch_size, spec.num_key_value_heads, max_length, spec.head_dim)
         # Zeros, because a masked position still multiplies: 0 * garbage could be NaN.
         return {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)}
 
-    layers = buffers(0, L) if stacked else {str(i): buffers(i) for i in range(L)}
+    layers = buffers(specs[0], len(specs)) if stacked else {str(i): buffers(spec) for i, spec in enumerate(specs)}
     return {"layers": layers, "index": jnp.zeros((), jnp.int32)}
 
 

@@ -45,20 +45,22 @@ class FlaxGemmaRMSNorm(nn.Module):
     """x * rsqrt(mean(x^2) + eps) * (offset + weight) * gain, all in float32, cast last. Source: arXiv:1910.07467.
 
     Fresh weights leave x as it is, as in PyTorch: with an offset of 1 they are zero, for ones would double every norm.
+    weighted: whether there is a weight; without one nothing is multiplied.
     """
 
     eps: float = 1e-6
     offset: float = 1.0
     gain: float = 1.0
+    weighted: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: (..., D); same shape and dtype out."""
-        weight = self.param("weight", nn.initializers.constant(1.0 - self.offset), (x.shape[-1],))
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        # The weight multiplies before the cast: afterwards the half formats would round twice.
-        y = y * (self.offset + weight.astype(jnp.float32))
+        if self.weighted:  # before the cast: afterwards the half formats would round twice
+            weight = self.param("weight", nn.initializers.constant(1.0 - self.offset), (x.shape[-1],))
+            y = y * (self.offset + weight.astype(jnp.float32))
         return (y if self.gain == 1.0 else y * self.gain).astype(x.dtype)
 
 
@@ -89,19 +91,24 @@ class FlaxLinear(nn.Module):
 
 
 class FlaxGemmaScaledEmbedding(nn.Module):
-    """Token embedding times sqrt(D), the factor rounded to the weight's dtype (7B: 55.5 in bfloat16)."""
+    """Token embedding times sqrt(D), the factor rounded to the weight's dtype (7B: 55.5 in bfloat16).
+
+    scaled_by: the D of the factor; None for the width of a row.
+    """
 
     config: GemmaConfig
+    rows: int
+    width: int
     dtype: Any = jnp.float32
+    scaled_by: int | None = None
 
     def setup(self) -> None:
-        c = self.config
-        init = embedding_init(c.initializer_range, c.pad_token_id)
-        self.embedding = self.param("embedding", init, (c.vocab_size, c.hidden_size))
+        init = embedding_init(self.config.initializer_range, self.config.pad_token_id)
+        self.embedding = self.param("embedding", init, (self.rows, self.width))
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """ids: (B, S) -> (B, S, D)."""
-        scale = jnp.asarray(self.config.hidden_size**0.5, self.embedding.dtype)
+        scale = jnp.asarray((self.scaled_by or self.width) ** 0.5, self.embedding.dtype)
         return (jnp.take(self.embedding, ids, axis=0, mode="clip") * scale).astype(self.dtype)
 
     def attend(self, hidden: jax.Array) -> jax.Array:
@@ -168,7 +175,7 @@ def rope_frequencies(config: GemmaConfig, position_ids: jax.Array, name: str = F
     """
     rope = config.rope(name)
     length = jnp.max(position_ids) + 1 if rope["rope_type"] in FOLLOW_LENGTH else 0
-    return frequencies(rope, config.head_dim, config.max_position_embeddings, length, _ARRAYS)
+    return frequencies(rope, config.rotary_dim(name), config.max_position_embeddings, length, _ARRAYS)
 
 
 _ARRAYS = Arrays(

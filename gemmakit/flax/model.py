@@ -7,6 +7,7 @@ Source: arXiv:2403.08295. Parameter names are those of the released Flax checkpo
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -16,7 +17,8 @@ from flax import struct
 
 from gemmakit.config import GemmaConfig
 from gemmakit.family import members
-from gemmakit.flax.attention import FlaxGemmaAttention, Told, Wanted
+from gemmakit.flax import per_layer
+from gemmakit.flax.attention import FlaxGemmaAttention, KeysAndValues, Told, Wanted
 from gemmakit.flax.cache import Cache, capacity
 from gemmakit.flax.layers import FlaxGemmaMLP, FlaxGemmaRMSNorm, FlaxGemmaScaledEmbedding, rotary_tables, stream_scale
 from gemmakit.flax.masks import visibility
@@ -27,17 +29,22 @@ from gemmakit.outputs import BaseModelOutputWithPast
 
 @struct.dataclass
 class Trace:
-    """What a layer leaves behind: its buffers of the cache, its input and its weights, those that are asked for."""
+    """What a layer leaves behind: its buffers of the cache, its input and its weights, those that are asked for.
+
+    attended: the keys and values that it attended to, for layers that have none of their own.
+    """
 
     cache: Any = None
     hidden: Any = None
     weights: Any = None
+    attended: KeysAndValues | None = None
 
 
 class FlaxGemmaDecoderLayer(nn.Module):
     """x + after_attention(attention(before_attention(x))), then x + after_mlp(mlp(before_mlp(x))).
 
-    The four norms are those of `family.Norms`, None for none.
+    The four norms are those of `family.Norms`, None for none. Where layers have embeddings of their own, then x + what
+    `per_layer` adds; where they have one, times their `layer_scalar`.
     """
 
     config: GemmaConfig
@@ -51,10 +58,16 @@ class FlaxGemmaDecoderLayer(nn.Module):
         c, x = self.config, hidden
         before, after, before_mlp, after_mlp = (self._norm(*slot) for slot in c.kind.norms._asdict().items())
         attention = FlaxGemmaAttention(c, self.spec, self.dtype, self.wanted, name="self_attn")
-        attended, cache, kept = attention(before(x), cache, told)
+        attended, cache, kept, keys_and_values = attention(before(x), cache, told)
         x = x + after(attended)
         x = x + after_mlp(FlaxGemmaMLP(c, self.spec, self.dtype, name="mlp")(before_mlp(x)))
-        return x, Trace(cache, hidden if self.wanted.hidden_states else None, kept)
+        if told.layer_input is not None:
+            x = x + per_layer.added(c, self.dtype, x, told.layer_input)
+        if c.kind.layer_scalar:
+            # Released weights hold it as a number that training left behind: no gradient reaches it.
+            scalar = jax.lax.stop_gradient(self.param("layer_scalar", nn.initializers.ones, (1,)))
+            x = x * scalar.astype(x.dtype)
+        return x, Trace(cache, hidden if self.wanted.hidden_states else None, kept, keys_and_values)
 
     def _norm(self, slot: str, name: str | None) -> Callable[[jax.Array], jax.Array]:
         """What reads the stream norms its scale away, what writes into it carries it."""
@@ -81,10 +94,12 @@ class FlaxGemmaLayerCollection(nn.Module):
         layer = nn.remat(FlaxGemmaDecoderLayer) if self.remat else FlaxGemmaDecoderLayer
         traces = []
         for i, spec in enumerate(self.specs):
-            held = None if cache is None else cache[str(i)]
-            hidden, trace = layer(self.config, spec, self.dtype, self.wanted, name=str(i))(hidden, held, told[i])
+            own = spec.kv_source is None
+            held = cache[str(i)] if own and cache is not None else None
+            here = told[i] if spec.kv_source is None else replace(told[i], shared=traces[spec.kv_source].attended)
+            hidden, trace = layer(self.config, spec, self.dtype, self.wanted, name=str(i))(hidden, held, here)
             traces.append(trace)
-        caches = None if cache is None else {str(i): t.cache for i, t in enumerate(traces)}
+        caches = None if cache is None else {i: traces[int(i)].cache for i in cache}
         return hidden, Trace(caches, tuple(t.hidden for t in traces), tuple(t.weights for t in traces))
 
 
@@ -92,10 +107,11 @@ class _AnyLayer(FlaxGemmaDecoderLayer):
     """A layer that is told of every kind of layer there is, and which one it is."""
 
     def __call__(self, hidden: jax.Array, cache: Any, told: Any) -> tuple[jax.Array, Trace]:
-        """cache: the layer's own, and () its place among `told`, a tuple of Told."""
-        own, kind = cache
+        """cache: the layer's own, () its place among `told`, a tuple of Told, and its embedding of the tokens."""
+        own, kind, layer_input = cache
         one = told[0] if len(told) == 1 else jax.tree_util.tree_map(lambda *each: jnp.stack(each)[kind], *told)
-        return super().__call__(hidden, own, one)
+        hidden, trace = super().__call__(hidden, own, replace(one, layer_input=layer_input))
+        return hidden, replace(trace, attended=None)
 
 
 def _scanned(
@@ -114,9 +130,11 @@ def _scanned(
     kinds = list(dict.fromkeys(map(_kind, specs)))
 
     def run(hidden: jax.Array, cache: Any, told: list[Told]) -> tuple[jax.Array, Trace]:
-        each = dict(zip(map(_kind, specs), told, strict=True))
+        each = {_kind(spec): replace(one, layer_input=None) for spec, one in zip(specs, told, strict=True)}
         which = jnp.asarray([kinds.index(_kind(spec)) for spec in specs])
-        return module(hidden, (cache, which), tuple(each[kind] for kind in kinds))
+        inputs = [one.layer_input for one in told]
+        own = None if inputs[0] is None else jnp.stack(inputs)  # type: ignore[arg-type]
+        return module(hidden, (cache, which, own), tuple(each[kind] for kind in kinds))
 
     return run
 
@@ -138,7 +156,8 @@ class FlaxGemmaModule(nn.Module):
     remat: bool = False
 
     def setup(self) -> None:
-        self.embed_tokens = FlaxGemmaScaledEmbedding(self.config, self.dtype)
+        c = self.config
+        self.embed_tokens = FlaxGemmaScaledEmbedding(c, c.vocab_size, c.hidden_size, self.dtype)
 
     @nn.compact
     def __call__(
@@ -159,15 +178,18 @@ class FlaxGemmaModule(nn.Module):
         else:
             layers = FlaxGemmaLayerCollection(c, specs, self.dtype, wanted, self.remat, name="layers")
         embedded = self.embed_tokens(input_ids)
+        if c.hidden_size_per_layer_input:
+            inputs = per_layer.layer_inputs(c, self.dtype, input_ids, embedded)
+            told = [replace(one, layer_input=inputs[:, :, i]) for i, one in enumerate(told)]
         embedded = embedded if scale == 1.0 else embedded * scale
         hidden, trace = layers(embedded, None if cache is None else cache["layers"], told)
         hidden = FlaxGemmaRMSNorm(c.rms_norm_eps * scale**2, c.kind.norm_offset, name="norm")(hidden)
-        inputs = trace.hidden if scale == 1.0 else (each / scale for each in trace.hidden)
+        states = trace.hidden if scale == 1.0 else (each / scale for each in trace.hidden)
         past = None if cache is None else {"layers": trace.cache, "index": cache["index"] + input_ids.shape[1]}
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
             past_key_values=past,
-            hidden_states=(*inputs, hidden) if wanted.hidden_states else None,
+            hidden_states=(*states, hidden) if wanted.hidden_states else None,
             attentions=tuple(trace.weights) if wanted.attentions else None,
         )
 

@@ -20,11 +20,13 @@ import numpy as np
 from gemmakit import outputs
 from gemmakit.checkpoint import open_checkpoint, save_checkpoint
 from gemmakit.checkpoint.formats.msgpack import pytorch_name
+from gemmakit.checkpoint.layout import SCALAR
 from gemmakit.checkpoint.settings import generation_for
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import ConfigError, InputError, TokenOutOfRange
 from gemmakit.family import FLAX, member_class
 from gemmakit.flax import cache as caches
+from gemmakit.flax import per_layer
 from gemmakit.flax.attention import Wanted, implementation
 from gemmakit.flax.loss import known
 from gemmakit.flax.weights import (
@@ -105,8 +107,7 @@ class FlaxGemmaPreTrainedModel(Generic[Output]):
         if not isinstance(config, GemmaConfig):
             raise InputError(f"config is a {type(config).__name__}; give a GemmaConfig, or use from_pretrained.")
         member_class(type(self), config.model_type)  # refuses another member's
-        if not config.kind.in_flax:
-            raise ConfigError(f"{config.kind.title} runs in PyTorch alone: use {config.kind.classes['causal_lm']}.")
+        per_layer.check_rows(config)
         shapes = {replace(config.layer(i), rope="", window=None) for i in range(config.num_hidden_layers)}
         if scan_layers and len(shapes) > 1:
             raise ConfigError("scan_layers=True needs layers of one shape, and this model's differ: leave it out.")
@@ -187,8 +188,9 @@ class FlaxGemmaPreTrainedModel(Generic[Output]):
         return nested({p: given[p] if p in given else fresh(p, s, rng, self.config) for p, s in shapes.items()})
 
     def num_parameters(self) -> int:
-        """Parameters, a tied head counted once."""
-        return sum(int(np.prod(leaf.shape)) for leaf in flat(self.params_shape_tree).values())
+        """Parameters that can be trained, a tied head counted once."""
+        leaves = flat(self.params_shape_tree).items()
+        return sum(int(np.prod(leaf.shape)) for path, leaf in leaves if not path.endswith(SCALAR))
 
     def to_bf16(self, params: Any, mask: Any = None) -> dict[str, Any]:
         """`params` with floating leaves in bfloat16, or those where the tree `mask` has True. The dtype of the

@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gemmakit.checkpoint import Checkpoint, LazyTensor, TensorInfo, require_memory
 from gemmakit.checkpoint.arrays import as_bytes
 from gemmakit.checkpoint.formats.msgpack import Leaf, encode, pytorch_name
-from gemmakit.checkpoint.layout import differences, tied_names, warn_of_copies
+from gemmakit.checkpoint.layout import SCALAR, differences, tied_names, warn_of_copies
 from gemmakit.checkpoint.save import MSGPACK, encode_files, save_shards
 from gemmakit.checkpoint.settings import config_for
 from gemmakit.config import GemmaConfig
@@ -93,8 +93,9 @@ def unstack_layers(params: Any) -> dict[str, Any]:
 def fresh(path: str, shape: Any, key: jax.Array, config: GemmaConfig) -> jax.Array:
     """One fresh parameter. Made leaf by leaf: compiled together, the random numbers of all layers take minutes."""
     last = path.rpartition("/")[2]
-    if last in ("weight", "bias"):
-        return jnp.full(shape.shape, 1.0 - config.kind.norm_offset if last == "weight" else 0.0, shape.dtype)
+    constants = {"weight": 1.0 - config.kind.norm_offset, "bias": 0.0, SCALAR: 1.0}
+    if last in constants:
+        return jnp.full(shape.shape, constants[last], shape.dtype)
     pad = config.pad_token_id if last == "embedding" else None
     # A path gives the same numbers in every class that has it.
     salt = np.uint32(zlib.crc32(path.removeprefix(PREFIX).encode()))
@@ -154,6 +155,7 @@ def merge_lora(params: Any, lora: Any) -> dict[str, Any]:
 AXES: dict[str, str | None] = {
     "batch": "data",
     "vocab": "tensor",
+    "layer_vocab": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
@@ -161,8 +163,9 @@ AXES: dict[str, str | None] = {
 }
 
 # pattern of a parameter's path -> what its axes mean. A stack of layers has one axis more in front.
-PARAMETERS: tuple[tuple[str, tuple[str, ...]], ...] = (
+PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"embed_tokens/embedding$", ("vocab", "hidden")),
+    (r"embed_tokens_per_layer/embedding$", ("layer_vocab", None)),
     (r"q_proj/kernel$", ("hidden", "heads")),
     (r"[kv]_proj/kernel$", ("hidden", "kv_heads")),
     (r"o_proj/kernel$", ("heads", "hidden")),

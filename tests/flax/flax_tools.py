@@ -26,12 +26,29 @@ ROPES = dict(
         "full_attention": dict(rope_type="linear", factor=4.0, rope_theta=900.0),
     }
 )
+# Gemma 4 with every part at once: embeddings of each layer, keys and values of other layers, values that are keys.
+GEMMA4 = dict(
+    model_type="gemma4_text", sliding_window=WINDOW, final_logit_softcapping=4.0, hidden_size_per_layer_input=20,
+    vocab_size_per_layer_input=VOCAB,
+)  # fmt: skip
 MEMBERS = {
     "gemma2": dict(model_type="gemma2", **LAYERS, **CAPS),
     "gemma3": dict(model_type="gemma3_text", **LAYERS, **ROPES),
     "vaultgemma": dict(model_type="vaultgemma", **LAYERS, **CAPS),
     "embeddinggemma": dict(model_type="gemma3_text", **LAYERS, **ROPES, use_bidirectional_attention=True),
-}
+    "gemma4": dict(
+        **GEMMA4, num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2, num_kv_shared_layers=2,
+        use_double_wide_mlp=True, global_head_dim=20, attention_k_eq_v=True, num_global_key_value_heads=1,
+    ),
+}  # fmt: skip
+# The same members with layers of one shape, which can be scanned.
+ALIKE = {
+    **MEMBERS,
+    "gemma4": dict(
+        **GEMMA4, num_hidden_layers=3, layer_types=["sliding_attention"] * 2 + ["full_attention"],
+        global_head_dim=None,
+    ),
+}  # fmt: skip
 
 
 @dataclass
@@ -50,10 +67,16 @@ def make_torch(cls="CausalLM", seed=0, model_type="gemma", **fields):
     model = getattr(gemmakit, f"AutoModelFor{cls}").from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name or name.endswith("bias"):
+            if "norm" in name:  # what a norm multiplies by is around 1.1 in every member
+                parameter.normal_(1.1 - config.kind.norm_offset, 0.3)
+                if config.kind.scale is not None and name.endswith(("q_norm.weight", "k_norm.weight")):
+                    parameter.mul_(len(parameter) ** -0.25)  # in place of a scale of scores
+            elif name.endswith("bias"):
                 parameter.normal_(0.1, 0.3)
             else:
                 parameter.normal_(0.0, 0.2)
+        for buffer in (b for name, b in model.named_buffers() if name.endswith("layer_scalar")):
+            buffer.uniform_(0.5, 1.5)
     return model
 
 

@@ -1,8 +1,9 @@
 """Every member of the family against the PyTorch backend: windows, caps, four norms, norms of q and k, two rotations.
 
 The window is 5 and texts are several of it long. FLOAT32 as in test_flax_parity.py; a cap's tanh and the norms of q and
-k are a few operations more, on values that they bound. BFLOAT16: its few steps of 2^-8 for one layer more, and two
-roundings of a cap.
+k are a few operations more, on values that they bound. Gemma 4's layers here are one more, add to the stream three
+times each, and some rows nearly cancel before a norm: there either backend may be 1e-5 off its own float64. BFLOAT16:
+its few steps of 2^-8 for one layer more, and two roundings of a cap.
 """
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from flax_tools import MEMBERS, PADDING, WINDOW, apart, as_torch, batch, flat, labels_of, make_torch
+from flax_tools import ALIKE, MEMBERS, PADDING, WINDOW, apart, as_torch, batch, flat, labels_of, make_torch
 from tiny_shapes import SHAPES
 
 import gemmakit
@@ -20,12 +21,18 @@ from gemmakit.flax import FlaxGemmaForCausalLM, FlaxGemmaModel, init_lora, merge
 from gemmakit.flax.masks import visibility
 from gemmakit.flax.weights import nested
 
-FLOAT32 = 1e-5
+FLOAT32 = dict.fromkeys(MEMBERS, 1e-5) | {"gemma4": 4e-5}
 BFLOAT16 = 16 * 2**-8
 WIDTH = 23
 
-CAUSAL = ("gemma2", "gemma3", "vaultgemma")
-NAMES = {"gemma2": "FlaxGemma2", "gemma3": "FlaxGemma3", "vaultgemma": "FlaxVaultGemma", "embeddinggemma": "FlaxGemma3"}
+CAUSAL = ("gemma2", "gemma3", "vaultgemma", "gemma4")
+NAMES = {
+    "gemma2": "FlaxGemma2",
+    "gemma3": "FlaxGemma3",
+    "vaultgemma": "FlaxVaultGemma",
+    "embeddinggemma": "FlaxGemma3",
+    "gemma4": "FlaxGemma4",
+}
 
 
 @pytest.fixture
@@ -51,14 +58,15 @@ def test_logits_losses_hidden_states_and_attentions_equal_pytorch(member, name, 
     asked = dict(output_hidden_states=True, output_attentions=True)
     ours = pair.flax(ids, mask, labels=labels, **asked)
     theirs = torch_run(pair.torch, ids, mask, labels=as_torch(labels), **asked)
-    assert apart(ours.logits, theirs.logits, mask) < FLOAT32
+    assert apart(ours.logits, theirs.logits, mask) < FLOAT32[name]
     assert float(ours.loss) == pytest.approx(float(theirs.loss), rel=1e-6)
-    assert len(ours.hidden_states) == len(theirs.hidden_states) == 4
+    assert len(ours.hidden_states) == len(theirs.hidden_states) == MEMBERS[name]["num_hidden_layers"] + 1
     for mine, other in zip(ours.hidden_states, theirs.hidden_states, strict=True):
-        assert apart(mine, other, mask) < FLOAT32
+        assert apart(mine, other, mask) < FLOAT32[name]
     for mine, other in zip(ours.attentions, theirs.attentions, strict=True):
-        assert apart(np.swapaxes(mine, 1, 2), other.transpose(1, 2), mask) < FLOAT32
-    assert apart(pair.flax(ids, mask).logits, theirs.logits, mask) < FLOAT32  # the fused form, which keeps no weights
+        assert apart(np.swapaxes(mine, 1, 2), other.transpose(1, 2), mask) < FLOAT32[name]
+    fused = pair.flax(ids, mask).logits  # the form that keeps no weights
+    assert apart(fused, theirs.logits, mask) < FLOAT32[name]
 
 
 @pytest.mark.parametrize("padding", ["none", "left"])
@@ -73,7 +81,7 @@ def test_steps_through_a_cache_equal_the_whole_pass(member, name, padding):
         seen = None if mask is None else np.pad(mask[:, :end], ((0, 0), (0, room - end)))
         out = pair.flax(ids[:, start:end], seen, past_key_values=cache)
         at = None if mask is None else mask[:, start:end]
-        assert apart(out.logits, whole[:, start:end], at) < FLOAT32
+        assert apart(out.logits, whole[:, start:end], at) < FLOAT32[name]
         cache, start = out.past_key_values, end
     assert int(cache["index"]) == WIDTH
 
@@ -134,7 +142,7 @@ def test_bfloat16_is_close_to_pytorchs_and_as_near_to_float32(member, name):
     assert errors[0] <= 1.25 * errors[1]
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "gemma4"])
 def test_a_stream_too_large_for_float16_is_carried_scaled(tmp_path, name):
     """Norms of 30,000 on what enters the stream: unscaled it would pass 65,504.
 
@@ -164,24 +172,27 @@ def test_loss_and_every_gradient_equal_pytorch(member, name):
     gradients = jax.grad(lambda p: pair.flax(ids, mask, params=p, labels=labels).loss)(pair.flax.params)
     theirs = dict(pair.torch.named_parameters())
     overall = max(float(p.grad.abs().max()) for p in theirs.values())
-    assert len(flat(gradients)) == len(theirs)
-    for path, gradient in flat(gradients).items():
+    gradients = flat(gradients)
+    scalars = [gradients.pop(path) for path in [*gradients] if path.endswith("layer_scalar")]
+    assert not any(map(np.any, scalars))  # in PyTorch a buffer
+    assert len(gradients) == len(theirs)
+    for path, gradient in gradients.items():
         at, transposed = pytorch_name(path)
         other = theirs[at].grad.numpy()
         difference = np.abs((gradient.T if transposed else gradient) - other).max()
-        assert difference <= min(FLOAT32 * overall, 1e-4 * np.abs(other).max()), at
+        assert difference <= FLOAT32[name] * min(overall, 10 * np.abs(other).max()), at
 
 
 @pytest.mark.parametrize("name", MEMBERS)
-def test_scanned_layers_compute_the_same(member, name):
-    pair = member(name)
+def test_scanned_layers_compute_the_same(both, name):
+    pair = both("gqa", **ALIKE[name])
     ids, mask = batch("left", width=WIDTH)
     scanned = FlaxGemmaForCausalLM.from_pretrained(pair.folder, scan_layers=True)
     for seen in (mask, None):
         ours = scanned(ids, seen, output_hidden_states=True)
         theirs = pair.flax(ids, seen, output_hidden_states=True)
-        assert apart(ours.logits, theirs.logits, seen) < FLOAT32
-        assert apart(ours.hidden_states[2], theirs.hidden_states[2], seen) < FLOAT32
+        assert apart(ours.logits, theirs.logits, seen) < FLOAT32[name]
+        assert apart(ours.hidden_states[2], theirs.hidden_states[2], seen) < FLOAT32[name]
     if name in CAUSAL:
         settings = dict(attention_mask=mask, max_new_tokens=2 * WINDOW, eos_token_id=None)
         np.testing.assert_array_equal(
@@ -202,7 +213,7 @@ def test_packed_bidirectional_and_given_masks_equal_pytorch(member, name):
         with torch.no_grad():
             theirs = pair.torch(as_torch(ids), **given).logits
         at = mask if case.get("attention_mask") is mask else None
-        assert apart(pair.flax(ids, **case).logits, theirs, at) < FLOAT32, case.keys()
+        assert apart(pair.flax(ids, **case).logits, theirs, at) < FLOAT32[name], case.keys()
 
 
 @pytest.mark.parametrize("name", MEMBERS)
@@ -214,7 +225,7 @@ def test_classification_heads_equal_pytorch_and_travel_back(tmp_path, name, head
     assert type(ours).__name__ == f"Flax{type(before).__name__}"
     ids, mask = batch("left", width=WIDTH)
     at = mask if head.startswith("Token") else None
-    assert apart(ours(ids, mask).logits, torch_run(before, ids, mask).logits, at) < FLOAT32
+    assert apart(ours(ids, mask).logits, torch_run(before, ids, mask).logits, at) < FLOAT32[name]
     ours.save_pretrained(tmp_path / "flax")
     after = getattr(gemmakit, f"AutoModelFor{head}").from_pretrained(tmp_path / "flax")
     assert type(after) is type(before)
@@ -229,7 +240,7 @@ def test_classes_follow_the_model_type_and_weights_come_back_the_same(member, tm
     assert isinstance(pair.flax, FlaxGemmaForCausalLM)
     bare = FlaxGemmaModel.from_pretrained(pair.folder)
     ids, _ = batch(width=WIDTH)
-    assert apart(bare(ids).last_hidden_state, torch_run(pair.torch.model, ids).last_hidden_state) < FLOAT32
+    assert apart(bare(ids).last_hidden_state, torch_run(pair.torch.model, ids).last_hidden_state) < FLOAT32[name]
     for safe in (True, False):
         pair.flax.save_pretrained(tmp_path / str(safe), safe_serialization=safe)
         again = FlaxGemmaForCausalLM.from_pretrained(tmp_path / str(safe))
@@ -248,12 +259,22 @@ def test_another_members_class_is_refused_by_name(member):
         gemmakit.FlaxGemma2Model(gemmakit.Gemma3TextConfig(), _do_init=False)
 
 
+def test_what_compiled_code_cannot_run_is_refused(member):
+    config = member("gemma4").flax.config
+    with pytest.raises(ConfigError, match="layers of one shape"):
+        FlaxGemmaForCausalLM.from_pretrained(member("gemma4").folder, scan_layers=True)
+    fewer = gemmakit.Gemma4TextConfig.from_dict({**config.to_dict(), "vocab_size_per_layer_input": 159})
+    with pytest.raises(ConfigError, match="vocab_size_per_layer_input is 159 and vocab_size 160"):
+        gemmakit.FlaxGemma4ForCausalLM(fewer, _do_init=False)
+
+
 def test_adapters_merge_and_every_tensor_is_needed(member, tmp_path):
     pair = member("gemma3")
     ids, mask = batch("left", width=WIDTH)
     lora = jax.tree_util.tree_map(lambda x: x + 0.2, init_lora(pair.flax.params, 2, jax.random.PRNGKey(0)))
     adapted = pair.flax(ids, mask, lora=lora).logits
-    assert apart(pair.flax(ids, mask, params=merge_lora(pair.flax.params, lora)).logits, adapted, mask) < FLOAT32
+    merged = pair.flax(ids, mask, params=merge_lora(pair.flax.params, lora)).logits
+    assert apart(merged, adapted, mask) < FLOAT32["gemma3"]
     assert apart(pair.flax(ids, mask).logits, adapted, mask) > 1e-2
     with pytest.raises(GemmakitError, match="q_norm"):
         pair.flax.params = nested({at: leaf for at, leaf in flat(pair.flax.params).items() if "q_norm" not in at})

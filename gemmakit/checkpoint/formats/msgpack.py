@@ -31,7 +31,12 @@ PYTORCH: dict[str, tuple[str, bool]] = {
     "bias": ("bias", False),
 }
 # how a module whose weight is no kernel ends -> what its weight is called in the tree
-_OTHER_WEIGHTS = {"embed_tokens": "embedding", "norm": "weight", "layernorm": "weight"}
+_OTHER_WEIGHTS = {
+    "embed_tokens": "embedding",
+    "embed_tokens_per_layer": "embedding",
+    "norm": "weight",
+    "layernorm": "weight",
+}
 
 CHUNK_BYTES = 2**30
 _CHUNKED, _SHAPE, _CHUNKS = "__msgpack_chunked_array__", "shape", "chunks"
