@@ -101,7 +101,8 @@ def __getattr__(name: str) -> Any:
 
     if name not in (*_HOME, *_MODULES):
         # Names that only transformers has are looked up where they are, so that the package's own stay few.
-        others = importlib.import_module("gemmakit.compat") if name[:1].isupper() or name == "set_seed" else None
+        home = "gemmakit.flax.compat" if name.startswith(FLAX) else "gemmakit.compat"
+        others = importlib.import_module(home) if name[:1].isupper() or name == "set_seed" else None
         if others is None or name not in others.__all__:
             raise AttributeError(f"module 'gemmakit' has no attribute {name!r}")
         return getattr(others, name)

@@ -6,7 +6,6 @@ same meaning do the same. Axis letters: B rows, n tokens so far, V vocabulary.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import random
 import time
@@ -42,21 +41,6 @@ PreTrainedTokenizerFast = TokenizersBackend = GemmaTokenizerFast
 Ids = int | Sequence[int] | Tensor
 # Given the ids and scores of a step, what processes them: tensors are made where these are.
 Made = Callable[[Tensor, Tensor], Processor]
-
-
-class FlaxAutoModelForCausalLM:
-    """`FlaxGemmaForCausalLM`: next tokens, in JAX."""
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As `FlaxGemmaForCausalLM.from_pretrained`."""
-        home = importlib.import_module("gemmakit.flax")  # by name: the package needs no jax
-        return home.FlaxGemmaForCausalLM.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-
-    @classmethod
-    def from_config(cls, config: GemmaConfig, **kwargs: Any) -> Any:
-        """A model with fresh weights."""
-        return importlib.import_module("gemmakit.flax").FlaxGemmaForCausalLM(config, **kwargs)
 
 
 class AggregationStrategy(str, Enum):

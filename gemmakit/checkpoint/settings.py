@@ -26,15 +26,15 @@ def config_for(
 ) -> GemmaConfig:
     """A configuration of one's own for a model that is loaded: a copy of the one given, or the checkpoint's.
 
-    An Orbax folder's follows from its shapes. overrides: fields of it. instead: what older code passes -> what says it
-    now. Raises InputError for an override that is no field or that goes with a given configuration, and what
-    `GemmaConfig.from_pretrained` does.
+    An Orbax folder's follows from its shapes where no config.json is there. overrides: fields of it. instead: what
+    older code passes -> what says it now. Raises InputError for an override that is no field or that goes with a given
+    configuration, and what `GemmaConfig.from_pretrained` does.
     """
     if given is not None:
         if overrides:
             raise InputError(f"config and {', '.join(overrides)} are both given: set the fields in the config.")
         return copy.deepcopy(given)
-    if is_orbax(name):  # such a folder has none, and its shapes tell enough
+    if is_orbax(name) and not (Path(name) / "config.json").is_file():
         config = OrbaxFile(Path(name)).config()
         config.update(dict(overrides))
         return config

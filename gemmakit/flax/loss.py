@@ -5,6 +5,7 @@ Axis letters: B batch, S positions, V vocabulary, C labels.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -22,6 +23,12 @@ IGNORED_LABEL = -100
 def known(*arrays: Any) -> bool:
     """Whether the numbers can be looked at: inside jit, grad and vmap they cannot."""
     return not any(isinstance(a, Tracer) for a in arrays)
+
+
+def check_array(name: str, value: Any, call: str) -> None:
+    """Raises InputError for what holds arrays by name; a tokenizer's whole result is the commonest of these."""
+    if isinstance(value, Mapping):
+        raise InputError(f"{name} is a {type(value).__name__}; it must be an array: unpack it, as in {call}(**{name}).")
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:

@@ -28,7 +28,7 @@ from gemmakit.family import FLAX, member_class
 from gemmakit.flax import cache as caches
 from gemmakit.flax import per_layer
 from gemmakit.flax.attention import Wanted, implementation
-from gemmakit.flax.loss import known
+from gemmakit.flax.loss import check_array, known
 from gemmakit.flax.weights import (
     Rules,
     config_of,
@@ -307,6 +307,7 @@ class FlaxGemmaPreTrainedModel(Generic[Output]):
 
     def _checked_ids(self, ids: Any) -> Any:
         """(B, S) int32. Raises InputError, TokenOutOfRange."""
+        check_array("input_ids", ids, "model")
         if np.ndim(ids) != 2:
             raise InputError(f"input_ids has shape {tuple(np.shape(ids))}; it must be (batch, sequence).")
         if not known(ids):
@@ -346,7 +347,8 @@ class FlaxGemmaPreTrainedModel(Generic[Output]):
         Args:
             pretrained_model_name_or_path: a folder, a .gguf file, or "owner/name" on the Hub.
             dtype: of the computation; "auto" takes the one of the weights.
-            config: instead of the config.json found there; Orbax folders have none, and their shapes tell enough.
+            config: instead of the config.json found there; of Google's Orbax folders, which have none, shapes tell
+                enough, of a Flax model's own parameters they do not.
             param_dtype: of the parameters; None keeps what is stored. Each tensor goes from the mapped file straight to
                 this dtype and to its devices.
             _do_init: False returns (model without parameters, parameters), as old code expects.

@@ -16,7 +16,7 @@ from tiny_shapes import SHAPES
 
 import gemmakit
 from gemmakit.errors import CheckpointError, InputError, UnsafeFile
-from gemmakit.flax import FlaxGemmaForCausalLM, FlaxGemmaForSequenceClassification, FlaxGemmaModel
+from gemmakit.flax import FlaxGemmaForCausalLM, FlaxGemmaForSequenceClassification, FlaxGemmaModel, stack_layers
 
 
 def equal_trees(ours, theirs):
@@ -145,6 +145,31 @@ def test_orbax_checkpoints_of_google_deepmind_gemma_are_read(both, tmp_path, sha
         "head_dim",
     ):
         assert getattr(guessed, name) == getattr(config, name)
+
+
+def test_orbax_saves_of_our_own_parameters_open_in_both_backends(both, tmp_path):
+    import orbax.checkpoint as ocp
+
+    pair = both("mqa")
+    params, folder = pair.flax.params, tmp_path / "orbax"
+    with ocp.StandardCheckpointer() as saver:  # which waits at the end for what is written meanwhile
+        saver.save(folder.absolute(), {"params": params})
+    with pytest.raises(CheckpointError, match=r"put its config\.json into the folder"):
+        FlaxGemmaForCausalLM.from_pretrained(folder)
+    equal_trees(FlaxGemmaForCausalLM.from_pretrained(folder, config=pair.flax.config).params, params)
+    (folder / "config.json").write_text(pair.flax.config.to_json_string())
+    theirs = gemmakit.AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    for name, tensor in pair.torch.state_dict().items():
+        assert torch.equal(theirs[name], tensor), name
+
+
+def test_a_stack_of_layers_in_orbax_is_refused_by_name(both, tmp_path):
+    import orbax.checkpoint as ocp
+
+    pair = both("mqa")
+    ocp.PyTreeCheckpointer().save((tmp_path / "orbax").absolute(), stack_layers(pair.flax.params))
+    with pytest.raises(CheckpointError, match="unstack_layers"):
+        FlaxGemmaForCausalLM.from_pretrained(tmp_path / "orbax", config=pair.flax.config)
 
 
 def test_every_difference_is_named(both, tmp_path):

@@ -11,7 +11,8 @@ import gemmakit
 from gemmakit.errors import GenerationConfigError, InputError, NumericalError, PromptTooLong, TokenOutOfRange
 from gemmakit.flax import FlaxGemmaForCausalLM
 from gemmakit.flax.decode import step
-from gemmakit.flax.decode.prompt import bucket, refuse_unsupported
+from gemmakit.flax.decode.processors import process
+from gemmakit.flax.decode.prompt import bucket, knobs, make_plan, refuse_unsupported
 
 EOS = [5, 17, 29, 41, 53, 65, 77, 89]
 
@@ -127,6 +128,81 @@ def test_what_forbids_and_shapes_is_pytorchs(pair):
     settings = dict(repetition_penalty=1.4, min_new_tokens=6, suppress_tokens=[9, 12, 33],
                     begin_suppress_tokens=[50, 51], forced_eos_token_id=7, eos_token_id=[*EOS, 7])  # fmt: skip
     same_tokens(pair.flax, pair.torch, ids, mask, max_new_tokens=12, **settings)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_n_grams_that_may_not_repeat_are_pytorchs(pair, size):
+    """A vocabulary of 40, prompts that repeat themselves: greedy text would come back to what it said."""
+    rng = np.random.default_rng(size)
+    ids, mask = left_padded([np.append([[2]], rng.integers(4, 12, (1, n)), axis=1) for n in (1, 5, 17)])
+    settings = dict(no_repeat_ngram_size=size, suppress_tokens=list(range(44, 160)), max_new_tokens=20)
+    settings |= dict(eos_token_id=None, pad_token_id=0)
+    same_tokens(pair.flax, pair.torch, ids, mask, **settings)
+    same_tokens(pair.flax, pair.torch, ids, mask, **settings, num_beams=2)
+    free = pair.flax.generate(ids, attention_mask=mask, **{**settings, "no_repeat_ngram_size": 0}).sequences
+    kept = pair.flax.generate(ids, attention_mask=mask, **settings).sequences
+    assert (np.asarray(free) != np.asarray(kept)).any()
+
+
+def test_a_forced_first_token_is_pytorchs_and_comes_after_one_token_alone(pair):
+    settings = dict(forced_bos_token_id=9, begin_suppress_tokens=[9, 50], max_new_tokens=5, eos_token_id=None)
+    for ids in (np.asarray([[2]]), np.asarray([[2, 8, 31]])):
+        same_tokens(pair.flax, pair.torch, ids, None, **settings)
+    assert np.asarray(pair.flax.generate(**settings).sequences)[0, :2].tolist() == [2, 9]
+
+
+def test_a_tokenizers_whole_result_in_place_of_ids_is_named(pair):
+    whole = gemmakit.BatchEncoding({"input_ids": np.asarray([[2, 5]]), "attention_mask": np.asarray([[1, 1]])})
+    with pytest.raises(InputError, match=r"input_ids is a BatchEncoding; .* as in model\(\*\*input_ids\)"):
+        pair.flax(whole)
+    with pytest.raises(InputError, match=r"as in generate\(\*\*input_ids\)"):
+        pair.flax.generate(whole)
+
+
+# By transformers' name, with its arguments -> the setting of the same meaning.
+NAMES = {
+    "FlaxNoRepeatNGramLogitsProcessor": ((2,), dict(no_repeat_ngram_size=2)),
+    "FlaxForcedBOSTokenLogitsProcessor": ((9,), dict(forced_bos_token_id=9)),
+    "FlaxForcedEOSTokenLogitsProcessor": ((9, 7), dict(forced_eos_token_id=7)),
+    "FlaxMinLengthLogitsProcessor": ((6, 5), dict(min_length=6)),
+    "FlaxSuppressTokensLogitsProcessor": (([9, 12],), dict(suppress_tokens=[9, 12])),
+    "FlaxSuppressTokensAtBeginLogitsProcessor": (([9, 12], 1), dict(begin_suppress_tokens=[9, 12])),
+    "FlaxTemperatureLogitsWarper": ((0.7,), dict(temperature=0.7)),
+    "FlaxTopKLogitsWarper": ((7,), dict(top_k=7)),
+    "FlaxTopPLogitsWarper": ((0.6,), dict(top_p=0.6)),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_transformers_names_of_processors_do_what_the_settings_do(name):
+    arguments, setting = NAMES[name]
+    made = getattr(gemmakit, name)(*arguments)
+    config = gemmakit.GenerationConfig(
+        eos_token_id=5, **setting, do_sample=True, **{} if "top_k" in setting else {"top_k": 0}
+    )
+    plan = make_plan(config, 1, 8, ())
+    scores = jax.random.normal(jax.random.PRNGKey(0), (2, 40)) * 3
+    ids = jax.random.randint(jax.random.PRNGKey(1), (2, 9), 9, 12)
+    numbers = knobs(config, 8, 1)
+    for length in range(1, 9):
+        seen = jnp.broadcast_to(jnp.arange(9) < length, ids.shape)
+        theirs = process(plan, numbers, scores, jnp.int32(length - 1), ids, seen)
+        np.testing.assert_array_equal(made(ids, scores, jnp.int32(length)), theirs)
+    assert made == getattr(gemmakit, name)(*arguments)
+
+
+def test_lists_of_processors_go_to_generate_and_share_compiled_code(pair):
+    ids, mask = batch("left")
+
+    def run():
+        processors = [gemmakit.FlaxSuppressTokensLogitsProcessor([9]), gemmakit.FlaxTopKLogitsWarper(3)]
+        made = gemmakit.FlaxLogitsProcessorList(processors)
+        return pair.flax.generate(ids, attention_mask=mask, max_new_tokens=5, logits_processor=made).sequences
+
+    first = run()
+    with CountCompilations() as again:
+        np.testing.assert_array_equal(run(), first)
+    assert again.count == 0
 
 
 @pytest.mark.filterwarnings("ignore:min_length is")

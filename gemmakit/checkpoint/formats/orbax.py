@@ -1,5 +1,7 @@
 """Orbax folders as google-deepmind/gemma writes them for Gemma 1, 2 and 3, as arrays in the PyTorch layout.
 
+So are those that hold the parameters of a Flax model of gemmakit or of transformers, as training loops save them.
+
 Axis letters: D hidden, F mlp, N heads, K kv heads, H head_dim, V vocabulary.
 """
 
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gemmakit.checkpoint.arrays import BITS, TensorInfo, to_jax
+from gemmakit.checkpoint.formats.msgpack import pytorch_name
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import CheckpointError, MissingDependency
 from gemmakit.family import PRESETS, kind_of
@@ -76,6 +79,9 @@ OUTSIDE = {"embedder/input_embedding": "model.embed_tokens.weight", "final_norm/
 # What only images need begins so, with the keys joined by dots.
 IMAGES = ("vision_encoder.", "embedder.mm_")
 _LAYER = re.compile(r"layer_(\d+)/(.+)")
+# In the tree of a Flax model; and a layer of it that has no number.
+FLAX_EMBEDDING = "/embed_tokens/embedding"
+_STACK = re.compile(r"/layers/(?!\d+/)")
 
 
 def sniff(path: Path) -> bool:
@@ -89,9 +95,18 @@ def open(path: Path) -> OrbaxFile:
 
 
 def is_orbax(name: str | os.PathLike[str]) -> bool:
-    """Whether this is a folder that Orbax wrote."""
+    """Whether this is a folder that Orbax wrote. Beside a config.json the weights are its own where none is another's.
+
+    A folder of another kind may well hold one called "checkpoint".
+    """
     folder = Path(name)
-    return folder.is_dir() and not (folder / "config.json").is_file() and any((folder / m).exists() for m in MARKS)
+    marks = MARKS[:3] if (folder / "config.json").is_file() else MARKS
+    others = (".safetensors", ".msgpack", ".bin", ".gguf")
+    return (
+        folder.is_dir()
+        and any((folder / mark).exists() for mark in marks)
+        and not any(path.suffix in others for path in folder.iterdir())
+    )
 
 
 @dataclass(frozen=True)
@@ -139,12 +154,22 @@ class OrbaxFile:
             return "gemma3_text"
         return "gemma2" if f"layer_0/{NORMS[1]}" in self._held else "gemma"
 
-    def config(self) -> GemmaConfig:
-        """The configuration, which comes with no Orbax checkpoint: from the shapes.
+    @property
+    def is_flax(self) -> bool:
+        """Whether these are a Flax model's own parameters, by the names of its tree."""
+        return any(f"/{name}".endswith(FLAX_EMBEDDING) for name in self._held)
 
-        Of Gemma 2 and 3 shapes do not tell windows, caps and tables, so it is that of the released size of these.
-        Raises CheckpointError.
+    def config(self) -> GemmaConfig:
+        """The configuration, where no config.json lies in the folder: from the shapes.
+
+        Of Gemma 2 and 3 shapes do not tell windows, caps and tables, so it is that of the released size of these; those
+        of a Flax model's own parameters do not tell heads. Raises CheckpointError.
         """
+        if self.is_flax:
+            raise CheckpointError(
+                f"{self.path} holds the parameters of a Flax model, whose shapes do not tell its heads: put its "
+                "config.json into the folder, or name it, config= or --config."
+            )
         held = {name: stored.shape for name, stored in self._held.items()}
         layers = {name.split("/")[0] for name in held if name.startswith("layer_")}
         try:
@@ -179,6 +204,15 @@ class OrbaxFile:
     def _named(self) -> dict[str, tuple[str, Rearrange]]:
         """name here -> (name there, how it becomes ours); a name there that nothing claims is kept as it is."""
         places: dict[str, tuple[str, Rearrange]] = {}
+        if self.is_flax:
+            for source in self._held:
+                name, transposed = pytorch_name(source)
+                if _STACK.search(f"/{source}"):
+                    raise CheckpointError(
+                        f"{self.path}: {source!r} is a stack of all layers: save gemmakit.flax.unstack_layers(params)."
+                    )
+                places[name] = source, _turned if transposed else _same
+            return places
         norms = {there: here for there, here in zip(NORMS, kind_of(self.model_type).norms, strict=True) if here}
         for source in self._held:
             layer = _LAYER.fullmatch(source)

@@ -162,7 +162,8 @@ class GenerationMixin:
         inside = not known(input_ids, attention_mask)
         prompt = (traced if inside else prepare)(self.config, config, input_ids, attention_mask)
         ids, mask = (prompt.ids, prompt.mask) if inside else prompt.padded()
-        plan = make_plan(config, prompt.new if inside else bucket(prompt.new), tuple(logits_processor or ()))
+        room = prompt.new if inside else bucket(prompt.new)
+        plan = make_plan(config, prompt.ids.shape[1], room, tuple(logits_processor or ()))
         if self.rules is not None and not inside:
             ids, mask = self.rules.batch(ids), self.rules.batch(mask)
         numbers = knobs(config, prompt.new, prompt.ids.shape[1])

@@ -16,6 +16,7 @@ import numpy as np
 
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import GenerationConfigError, InputError, TokenOutOfRange
+from gemmakit.flax.loss import check_array
 from gemmakit.generation import GenerationConfig
 
 SHORTEST = 16
@@ -26,8 +27,9 @@ Custom = Callable[[Any, Any, Any], Any]
 SUPPORTED = frozenset((
     "max_length", "max_new_tokens", "min_length", "min_new_tokens", "do_sample", "num_beams", "early_stopping",
     "length_penalty", "temperature", "top_k", "top_p", "min_p", "seed", "repetition_penalty", "suppress_tokens",
-    "begin_suppress_tokens", "forced_eos_token_id", "renormalize_logits", "num_return_sequences", "pad_token_id",
-    "bos_token_id", "eos_token_id", "return_dict_in_generate", "output_scores", "use_cache", "extra",
+    "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "no_repeat_ngram_size", "renormalize_logits",
+    "num_return_sequences", "pad_token_id", "bos_token_id", "eos_token_id", "return_dict_in_generate", "output_scores",
+    "use_cache", "extra",
 ))  # fmt: skip
 STRATEGIES = ("greedy_search", "sample", "beam_search", "beam_sample")
 
@@ -48,6 +50,8 @@ class Plan:
     on: frozenset[str]
     suppress: tuple[int, ...] = ()
     suppress_first: tuple[int, ...] = ()
+    no_repeat_ngram_size: int = 0
+    force_first: tuple[int, ...] = ()
     force_last: tuple[int, ...] = ()
     custom: tuple[Custom, ...] = ()
     early_stopping: bool | str = False
@@ -59,9 +63,10 @@ class Plan:
         return 1 if "beams" not in self.on else len(self.eos) + 1
 
 
-def make_plan(config: GenerationConfig, room: int, custom: tuple[Custom, ...]) -> Plan:
+def make_plan(config: GenerationConfig, prompt_length: int, room: int, custom: tuple[Custom, ...]) -> Plan:
+    """prompt_length: as the caller has it, with the padding of shorter rows."""
     beams = config.num_beams > 1
-    forced = config.forced_eos_token_id
+    first, forced = config.forced_bos_token_id, config.forced_eos_token_id
     return Plan(
         room=room,
         eos=config.eos_token_ids,
@@ -71,6 +76,8 @@ def make_plan(config: GenerationConfig, room: int, custom: tuple[Custom, ...]) -
         on=frozenset(_on(config)),
         suppress=tuple(config.suppress_tokens or ()),
         suppress_first=tuple(config.begin_suppress_tokens or ()),
+        no_repeat_ngram_size=config.no_repeat_ngram_size,
+        force_first=() if first is None or prompt_length > 1 else (first,),
         force_last=() if forced is None else (forced,) if isinstance(forced, int) else tuple(forced),
         custom=custom,
         early_stopping=config.early_stopping,
@@ -179,6 +186,7 @@ def traced(model: GemmaConfig, config: GenerationConfig, ids: Any, mask: Any) ->
 
 
 def _ids(model: GemmaConfig, config: GenerationConfig, ids: Any) -> np.ndarray:
+    check_array("input_ids", ids, "generate")
     ids = np.zeros((1, 0), np.int32) if ids is None else np.asarray(ids)
     if ids.size == 0:
         if config.bos_token_id is None or config.bos_token_id < 0:
@@ -197,6 +205,7 @@ def _ids(model: GemmaConfig, config: GenerationConfig, ids: Any) -> np.ndarray:
 
 def _mask(config: GenerationConfig, ids: np.ndarray, mask: Any) -> np.ndarray:
     """bool (B, P), from the caller or, where that is safe, from the pad token."""
+    check_array("attention_mask", mask, "generate")
     mask = _inferred(config, ids) if mask is None else np.asarray(mask)
     if mask.shape != ids.shape:
         raise InputError(f"attention_mask has shape {mask.shape}; it must be {ids.shape}, like input_ids.")
