@@ -103,7 +103,8 @@ class GemmaConfig(ConfigFiles):
         attention_k_eq_v: in full layers one projection gives keys and values.
         num_kv_shared_layers: so many of the last layers read the keys and values of an earlier one.
         use_double_wide_mlp: those layers' MLP is twice as wide.
-        enable_moe_block: a mixture of experts; refused.
+        enable_moe_block: beside each MLP stand num_experts smaller ones, moe_intermediate_size wide, of which a token
+            takes top_k_experts.
         hidden_size_per_layer_input, vocab_size_per_layer_input: width and ids of the embedding that every layer has of
             its own; 0 wide for none.
         pruned_heads: {layer: query heads that are gone}, in the numbers of the whole model; gives a saved pruned model
@@ -165,6 +166,9 @@ class GemmaConfig(ConfigFiles):
     num_kv_shared_layers: Annotated[int | None, Whole(0)] = None
     use_double_wide_mlp: Annotated[bool | None, FLAG] = None
     enable_moe_block: Annotated[bool | None, FLAG] = None
+    num_experts: Annotated[int | None, Whole(1, 2**16)] = None
+    top_k_experts: Annotated[int | None, Whole(1, 2**16)] = None
+    moe_intermediate_size: Annotated[int | None, _WIDTH] = None
     hidden_size_per_layer_input: Annotated[int | None, Whole(0, 2**16)] = None
     vocab_size_per_layer_input: Annotated[int | None, Whole(1, 2**31 - 1)] = None
     pruned_heads: dict[int, list[int]] = field(default_factory=dict[int, "list[int]"])

@@ -95,6 +95,9 @@ OPTIONAL = (
     "num_kv_shared_layers",
     "use_double_wide_mlp",
     "enable_moe_block",
+    "num_experts",
+    "top_k_experts",
+    "moe_intermediate_size",
     "hidden_size_per_layer_input",
     "vocab_size_per_layer_input",
 )
@@ -187,6 +190,9 @@ KINDS: dict[str, Kind] = {
             "num_kv_shared_layers": 0,
             "use_double_wide_mlp": False,
             "enable_moe_block": False,
+            "num_experts": None,
+            "top_k_experts": None,
+            "moe_intermediate_size": None,
             "hidden_size_per_layer_input": 256,
             "vocab_size_per_layer_input": 262144,
         },
@@ -258,6 +264,9 @@ PRESETS: dict[str, dict[str, Any]] = {
                        num_attention_heads=16, num_key_value_heads=8, num_global_key_value_heads=1),
     "gemma4-31b": dict(_GEMMA4_DENSE, hidden_size=5376, intermediate_size=21504, num_hidden_layers=60,
                        num_attention_heads=32, num_key_value_heads=16, num_global_key_value_heads=4),
+    "gemma4-26b-a4b": dict(_GEMMA4_DENSE, hidden_size=2816, intermediate_size=2112, num_hidden_layers=30,
+                           num_attention_heads=16, num_key_value_heads=8, num_global_key_value_heads=2,
+                           enable_moe_block=True, num_experts=128, top_k_experts=8, moe_intermediate_size=704),
 }  # fmt: skip
 
 

@@ -93,12 +93,17 @@ def check_layers(config: Any) -> None:
     sides = (None, False, "all", "vision") if "global_head_dim" in kind.defaults else (None, False, True)
     check("use_bidirectional_attention", config.use_bidirectional_attention, OneOf(*sides), ConfigError)
     if config.enable_moe_block:
-        raise ConfigError(
-            "enable_moe_block is True: gemmakit does not run mixtures of experts (Gemma 4 26B-A4B); take a dense size, "
-            "such as gemma4-12b."
-        )
+        _check_experts(config)
     if config.layer_types is not None:
         _check_types(config, kind, config.layer_types)
+
+
+def _check_experts(config: Any) -> None:
+    for name in ("num_experts", "top_k_experts", "moe_intermediate_size"):
+        if getattr(config, name) is None:
+            raise ConfigError(f"enable_moe_block is True and {name} is None: a mixture of experts needs all three of "
+                              "num_experts, top_k_experts and moe_intermediate_size.")  # fmt: skip
+    check("top_k_experts", config.top_k_experts, Whole(1, config.num_experts), ConfigError)
 
 
 def _check_types(config: Any, kind: Kind, types: Any) -> None:

@@ -3,7 +3,7 @@
 Loading into either backend, converting and inspecting ask `differences`.
 
 Axis letters: D hidden, F mlp, N heads, K kv heads, H head_dim, V vocabulary, C labels, L layers, P width of a layer's
-own embedding.
+own embedding, E experts, M width of an expert.
 """
 
 from __future__ import annotations
@@ -57,6 +57,17 @@ PER_LAYER_TABLES: dict[str, tuple[str, ...]] = {
     "per_layer_projection_norm.weight": ("P",),
 }
 SCALAR = "layer_scalar"
+# Where E experts stand beside the MLP, M wide ("2M" is gate and up).
+EXPERTS: dict[str, tuple[str, ...]] = {
+    "router.proj.weight": ("E", "D"),
+    "router.scale": ("D",),
+    "router.per_expert_scale": ("E",),
+    "experts.gate_up_proj": ("E", "2M", "D"),
+    "experts.down_proj": ("E", "D", "M"),
+    "post_feedforward_layernorm_1.weight": ("D",),
+    "pre_feedforward_layernorm_2.weight": ("D",),
+    "post_feedforward_layernorm_2.weight": ("D",),
+}
 
 
 def tensor_shapes(config: GemmaConfig, architecture: str = "GemmaForCausalLM") -> dict[str, Shape]:
@@ -83,6 +94,9 @@ def _layer(config: GemmaConfig, index: int) -> dict[str, Shape]:
         "KH": kv_heads(config, index) * spec.head_dim,
         "H": spec.head_dim,
         "P": config.hidden_size_per_layer_input or 0,
+        "E": config.num_experts or 0,
+        "M": config.moe_intermediate_size or 0,
+        "2M": 2 * (config.moe_intermediate_size or 0),
     }
     first, *others = _norms(kind)
     attention = {name: shape for name, shape in ATTENTION.items() if not _is_elsewhere(name, spec)}
@@ -90,6 +104,7 @@ def _layer(config: GemmaConfig, index: int) -> dict[str, Shape]:
     biases = {f"{name.removesuffix('weight')}bias": (axis,) for name, (axis, _) in attention.items()}
     names = {first: ("D",), **attention, **dict.fromkeys(head_norms, ("H",)), **dict.fromkeys(others, ("D",)), **MLP}
     names |= biases if config.attention_bias else {}
+    names |= EXPERTS if config.enable_moe_block else {}
     names |= PER_LAYER if axes["P"] else {}
     shapes = {name: tuple(axes[a] for a in shape) for name, shape in names.items()}
     return {**shapes, SCALAR: (1,)} if kind.layer_scalar else shapes

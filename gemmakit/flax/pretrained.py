@@ -107,6 +107,11 @@ class FlaxGemmaPreTrainedModel(Generic[Output]):
         if not isinstance(config, GemmaConfig):
             raise InputError(f"config is a {type(config).__name__}; give a GemmaConfig, or use from_pretrained.")
         member_class(type(self), config.model_type)  # refuses another member's
+        if config.enable_moe_block:
+            raise ConfigError(
+                f"the model has {config.num_experts} experts in each layer (Gemma 4 26B-A4B): mixtures of experts run "
+                f"in PyTorch alone, as {config.kind.classes['causal_lm']}."
+            )
         per_layer.check_rows(config)
         shapes = {replace(config.layer(i), rope="", window=None) for i in range(config.num_hidden_layers)}
         if scan_layers and len(shapes) > 1:

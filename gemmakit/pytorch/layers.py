@@ -188,6 +188,7 @@ class LayerParts(NamedTuple):
     per_layer_input_gate: Any = None
     per_layer_projection: Any = None
     post_per_layer_input_norm: Any = None
+    experts: Any = None  # beside the MLP
 
     def projections(self) -> list[tuple[str, Any]]:
         """Each by its name, of those that the layer has."""

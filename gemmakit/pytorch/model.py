@@ -17,7 +17,7 @@ from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError, TokenOutOfRange
 from gemmakit.family import FULL_ATTENTION, layer_type, members
 from gemmakit.outputs import BaseModelOutputWithPast
-from gemmakit.pytorch import per_layer
+from gemmakit.pytorch import experts, per_layer
 from gemmakit.pytorch.attention import MASKLESS, SEGMENTED, GemmaAttention
 from gemmakit.pytorch.cache import Cache, DynamicCache, cache_of
 from gemmakit.pytorch.fused import fused_layer
@@ -43,7 +43,8 @@ from gemmakit.pytorch.shared_keys import SharedKeys
 class GemmaDecoderLayer(nn.Module):
     """x + after_attention(attention(before_attention(x))), then x + after_mlp(mlp(before_mlp(x))).
 
-    The four norms are those of `family.Norms`, None for none. Where layers have embeddings of their own, then x + what
+    The four norms are those of `family.Norms`, None for none. Where there are experts, mlp is what `experts` makes of
+    both. Where layers have embeddings of their own, then x + what
     `per_layer` adds; where they have one, times their `layer_scalar`.
     """
 
@@ -56,7 +57,7 @@ class GemmaDecoderLayer(nn.Module):
         self.mlp = GemmaMLP(config, config.layer(layer_idx))
         for name, norm in layer_norms(config).items():
             self.add_module(name, norm)
-        for name, module in per_layer.layer_parts(config).items():
+        for name, module in (experts.layer_parts(config) | per_layer.layer_parts(config)).items():
             self.add_module(name, module)
         self.register_buffer("layer_scalar", torch.ones(1) if config.kind.layer_scalar else None)
 
@@ -84,7 +85,9 @@ class GemmaDecoderLayer(nn.Module):
             before, after, before_mlp, after_mlp = self.norms()
             attended, weights = self.self_attn(before(x), *told, output_attentions, shared)
             x = x + through(after, attended)
-            x = x + through(after_mlp, self.mlp(before_mlp(x)))
+            inner = self.mlp(before_mlp(x))
+            inner = experts.beside(self, x, inner) if "experts" in self._modules else inner
+            x = x + through(after_mlp, inner)
             if layer_input is not None:
                 x = x + per_layer.added(self.parts(), x, layer_input)
         return x if self.layer_scalar is None else x * self.layer_scalar, weights
@@ -101,7 +104,7 @@ class GemmaDecoderLayer(nn.Module):
         a, m = attention._modules.get, mlp._modules.get
         q, k, v, o = a("q_proj"), a("k_proj"), a("v_proj"), a("o_proj")
         gate, up, down, act = m("gate_proj"), m("up_proj"), m("down_proj"), getattr(mlp, "act_fn", None)
-        extra = [own.get(name) for name in per_layer.LAYER_PARTS]
+        extra = [own.get(name) for name in (*per_layer.LAYER_PARTS, "experts")]
         return LayerParts(attention, mlp, self.norms(), self.norm_names, q, k, v, o, gate, up, down, act, *extra)  # type: ignore[arg-type]
 
 

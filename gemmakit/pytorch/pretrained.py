@@ -29,6 +29,7 @@ from gemmakit.hub import HubOptions, find_gguf, push_saved, refuse_code
 from gemmakit.pytorch import per_layer
 from gemmakit.pytorch.adapters.methods import AdapterMethods
 from gemmakit.pytorch.attention import implementation
+from gemmakit.pytorch.experts import GemmaExperts
 from gemmakit.pytorch.methods import ModelMethods, assign
 from gemmakit.pytorch.parallel.processes import local_device, rank
 from gemmakit.pytorch.parallel.sharded import is_sharded, save_together
@@ -264,6 +265,9 @@ class GemmaPreTrainedModel(AdapterMethods, QuantizedMethods, ModelMethods):
 
 def _init_module(module: nn.Module, std: float, only: str | None = None) -> None:
     """Fresh values for a module's parameters, or for the one called `only`: its neighbour may come from a file."""
+    if isinstance(module, GemmaExperts):
+        for weight in module.parameters():
+            weight.normal_(0.0, std)
     if not isinstance(module, (nn.Linear, nn.Embedding)) or module.weight.is_meta:
         return
     if not module.weight.is_floating_point():

@@ -34,6 +34,7 @@ def model_keys(config: GemmaConfig, kind: str, name: str) -> dict[str, Any]:
     local = config.rope(SLIDING_ATTENTION) if config.kind.ropes else rope
     wrong = {
         f"model_type={config.model_type!r}": architecture is None,
+        f"{config.num_experts} experts": bool(config.enable_moe_block),
         "tie_word_embeddings=False": not config.tie_word_embeddings,
         "attention_bias=True": config.attention_bias,
         f"hidden_act={config.hidden_act!r}": config.hidden_act != "gelu_pytorch_tanh",

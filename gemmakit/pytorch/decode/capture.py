@@ -454,6 +454,8 @@ def _of_model(model: CausalLM) -> str | None:
     for rope in model.model.ropes:
         if (kind := model.config.rope(rope)["rope_type"]) in FOLLOW_LENGTH:
             return f"rope type {kind} reads the length on the host"
+    if model.config.enable_moe_block:
+        return "which experts a step reads is asked on the host"
     if model.config.attn_implementation == "flex_attention":
         return "flex_attention makes its blocks anew each step"
     return next((reason for module in model.modules() if (reason := _foreign(module))), None)

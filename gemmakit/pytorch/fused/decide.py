@@ -129,6 +129,8 @@ class FusionDecision:
     def _obstacle(self) -> str:
         """Why the modules must be called themselves; empty when a fused form computes the same."""
         parts = self.parts
+        if parts.experts is not None:
+            return "experts stand beside its MLP"
         if any(self.hooks[-2:]):
             return "torch has a hook for every module"
         for name, module, kind in _named(parts):

@@ -43,6 +43,11 @@ def quantizer_for(
             raise CheckpointError(f"{config.name_or_path or 'config.json'} holds quantized weights: {e}") from e
     assert wanted is not None
     wanted.validate()
+    if config.enable_moe_block:
+        raise InputError(
+            f"the model has {config.num_experts} experts in each layer, which hold most of its weights, and gemmakit "
+            f"rounds no experts to {_kind(wanted)[1]} bits: load it without quantization_config."
+        )
     if isinstance(wanted, WeightOnlyConfig):
         return WeightOnlyQuantizer(wanted, config.tie_word_embeddings, stored is not None)
     if not wanted.is_quantizable:
