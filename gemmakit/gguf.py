@@ -131,7 +131,8 @@ class GgufHeader:
         experts = self.get(f"{architecture}.expert_count", int, 0)
         if experts:
             raise CheckpointError(
-                f"{self.path} holds a mixture of {experts} experts, and gemmakit runs none: take a dense model's file."
+                f"{self.path} holds a mixture of {experts} experts, which gemmakit reads from safetensors alone: take "
+                "those, or a dense model's file."
             )
         return ARCHITECTURES[architecture]
 

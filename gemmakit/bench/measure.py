@@ -104,8 +104,8 @@ def random_model(
     tied = model.tied_weights if config.tie_word_embeddings else {}
     for name, like in list(model.state_dict().items()):
         if name not in tied:
-            norm = 1.0 - config.kind.norm_offset if name.endswith("norm.weight") else 0.0
-            start = 1.0 if name.endswith(SCALAR) else norm
+            norm = 1.0 - config.kind.norm_offset if "norm" in name else 0.0
+            start = 1.0 if name.endswith((SCALAR, "router.scale", "per_expert_scale")) else norm
             part = None if plan is None else plan.part(name)
             rows = like.shape[0] if part is None or part.dim else part.size
             tensor = torch.full((rows, *like.shape[1:]), start, dtype=dtype, device=device)
@@ -128,12 +128,15 @@ def weights_read(model: GemmaForCausalLM) -> dict[str, Any]:
     """weight_bytes that a decoding step reads, head_bytes of them and head_dtype.
 
     Counted over the model's own tensors, in the format they are in: codes, scales and zeros of packed weights too. Of
-    an embedding table that is not also the head, all layers' own one too, only a row is read, which is left out.
+    an embedding table that is not also the head, all layers' own one too, only a row is read, which is left out; of
+    experts those that a token takes.
     """
+    share = experts_read(model.config)
     tensors = model.state_dict()
     head = {n: t for n, t in tensors.items() if n.startswith(HEAD)}
     head = head or {n: t for n, t in tensors.items() if n.startswith(EMBEDDING)}
-    layers = sum(t.nbytes for n, t in tensors.items() if not n.startswith((HEAD, EMBEDDING, TABLE)))
+    inner = {n: t.nbytes for n, t in tensors.items() if not n.startswith((HEAD, EMBEDDING, TABLE))}
+    layers = int(sum(size * (share if ".experts." in n else 1.0) for n, size in inner.items()))
     head_bytes = sum(t.nbytes for t in head.values())
     dtype = next(t.dtype for n, t in head.items() if n.endswith("weight"))
     return {
@@ -141,11 +144,16 @@ def weights_read(model: GemmaForCausalLM) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def experts_read(config: GemmaConfig) -> float:
+    """The part of all experts that a token takes."""
+    return (config.top_k_experts or 1) / (config.num_experts or 1) if config.enable_moe_block else 1.0
+
+
 def linear_weights(config: GemmaConfig) -> int:
-    """Elements of the projections of all layers, without the head."""
-    shapes = tensor_shapes(config)
+    """Elements of the projections of all layers that a token meets, without the head."""
+    shapes, share = tensor_shapes(config), experts_read(config)
     return sum(
-        prod(shape)
+        int(prod(shape) * (share if ".experts." in name else 1.0))
         for name, shape in shapes.items()
         if len(shape) > 1 and not name.startswith((EMBEDDING, HEAD, TABLE))
     )

@@ -14,7 +14,15 @@ from gemmakit.checkpoint.formats import GGUF, SAFETENSORS, TITLES
 from gemmakit.checkpoint.formats.gguf import released_name
 from gemmakit.checkpoint.formats.orbax import OrbaxFile
 from gemmakit.checkpoint.formats.safetensors import SafetensorsFile
-from gemmakit.checkpoint.layout import architecture_of, differences, released_size, tensor_shapes, tied_names
+from gemmakit.checkpoint.layout import (
+    EXPERT_MATRICES,
+    architecture_of,
+    as_matrix,
+    differences,
+    released_size,
+    tensor_shapes,
+    tied_names,
+)
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import CheckpointError, GemmakitError
 from gemmakit.generation import GenerationConfig
@@ -141,9 +149,9 @@ def _quantized_bytes(name: str, shape: tuple[int, ...], group: int | None) -> in
     module = name.rpartition(".")[0]
     if name.endswith(".weight") and module.endswith(("embed_tokens", "embed_tokens_per_layer", "lm_head")):
         group = None
-    elif not name.endswith(".weight") or len(shape) != 2:
+    elif not name.endswith(EXPERT_MATRICES) and (not name.endswith(".weight") or len(shape) != 2):
         return 2 * prod(shape)
-    rows, columns = shape
+    rows, columns = as_matrix(shape)
     if group is None:
         return rows * columns + 4 * rows
     return rows * (16 * -(-columns // 32) + 3 * -(-columns // group))
@@ -361,9 +369,10 @@ def _promised(config: GemmaConfig, name: str, shape: tuple[int, ...]) -> dict[st
     """Name -> dtype and shape of what config.json says that this weight is stored as."""
     settings = WeightOnlyConfig.from_dict(config.extra["quantization_config"])
     layout = settings.layout_of(name.removesuffix(".weight"), config.tie_word_embeddings)
-    if layout is None or len(shape) != 2:
+    if layout is None or len(shape) < 2:
         return {}
-    return {name + part: held for part, held in stored_parts(*shape, *layout).items()}
+    rows, columns = as_matrix(shape)
+    return {name + part: held for part, held in stored_parts(rows, columns, *layout).items()}
 
 
 def _holder(found: Findings) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from gemmakit.checkpoint.checkpoint import Checkpoint
@@ -68,6 +69,16 @@ EXPERTS: dict[str, tuple[str, ...]] = {
     "pre_feedforward_layernorm_2.weight": ("D",),
     "post_feedforward_layernorm_2.weight": ("D",),
 }
+
+
+# One tensor for all experts, whose rows stand below each other where it is a matrix.
+EXPERT_MATRICES = ("experts.gate_up_proj", "experts.down_proj")
+
+
+def as_matrix(shape: Iterable[int]) -> Shape:
+    """(O, I) of a weight, the rows of several below each other."""
+    *rows, columns = shape
+    return (prod(rows), columns)
 
 
 def tensor_shapes(config: GemmaConfig, architecture: str = "GemmaForCausalLM") -> dict[str, Shape]:

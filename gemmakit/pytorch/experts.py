@@ -72,6 +72,7 @@ class GemmaExperts(nn.Module):
     def __init__(self, config: GemmaConfig):
         super().__init__()
         assert config.num_experts and config.moe_intermediate_size
+        self.num_experts = config.num_experts
         E, D, M = config.num_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * M, D))
         self.down_proj = nn.Parameter(torch.empty(E, D, M))
@@ -87,16 +88,24 @@ class GemmaExperts(nn.Module):
         for expert in experts.unique().tolist():
             # By place among a token's experts first: the order in which transformers' rows stand.
             place, token = (expert == experts.T).nonzero(as_tuple=True)
-            gate, up = linear(x[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
-            given = linear(activated(self.act_fn, gate) * up, self.down_proj[expert])
+            gate, up = self.product("gate_up_proj", expert, x[token]).chunk(2, dim=-1)
+            given = self.product("down_proj", expert, activated(self.act_fn, gate) * up)
             out.index_add_(0, token, (given * shares[token, place, None]).to(x.dtype))
         return out
+
+    def product(self, name: str, expert: int, x: Float[Tensor, "n I"]) -> Float[Tensor, "n O"]:
+        """x by one expert's part of the matrix of that name."""
+        return linear(x, getattr(self, name)[expert])
+
+    def parts(self, name: str, experts: Int[Tensor, "n k"], dtype: torch.dtype) -> Float[Tensor, "n k O I"]:
+        """Copies of several experts' parts of it."""
+        return getattr(self, name)[experts]
 
     def _at_once(
         self, x: Float[Tensor, "n D"], experts: Int[Tensor, "n k"], shares: Float[Tensor, "n k"]
     ) -> Float[Tensor, "n D"]:
         """The same without asking which experts were chosen, for graphs: their weights are copied together."""
-        inner = (self.gate_up_proj[experts] @ x[:, None, :, None]).squeeze(-1)  # (n, k, 2M)
+        inner = (self.parts("gate_up_proj", experts, x.dtype) @ x[:, None, :, None]).squeeze(-1)  # (n, k, 2M)
         gate, up = inner.chunk(2, dim=-1)
-        given = (self.down_proj[experts] @ (self.act_fn(gate) * up)[..., None]).squeeze(-1)
+        given = (self.parts("down_proj", experts, x.dtype) @ (self.act_fn(gate) * up)[..., None]).squeeze(-1)
         return (given * shares[..., None]).sum(1).to(x.dtype)

@@ -75,6 +75,8 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
         matrices = {name.split(".")[-1]: m for name, m in layer.named_modules() if name.endswith("_proj")}
         for table in per_layer.tables(self):
             plan[per_layer.TABLE] = per_layer.plan(table)
+        if experts := self.config.num_experts if self.config.enable_moe_block else None:
+            plan["experts"] = f"{self.config.top_k_experts} of {experts} a token, read one by one"
         for name, module in {**matrices, "lm_head": self.lm_head}.items():
             if isinstance(module, QuantizedLinear | Linear):
                 weight = module.packed if isinstance(module, QuantizedLinear) else module.weight

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gemmakit.checkpoint import Checkpoint, LazyTensor, open_checkpoint, require_memory, save_checkpoint
-from gemmakit.checkpoint.layout import differences, warn_of_copies
+from gemmakit.checkpoint.layout import as_matrix, differences, warn_of_copies
 from gemmakit.config import GemmaConfig
 from gemmakit.dtypes import dtype_name
 from gemmakit.errors import InputError
@@ -23,7 +23,7 @@ from gemmakit.pytorch.model import GemmaModel
 from gemmakit.pytorch.pretrained import GemmaPreTrainedModel, wanted_shapes
 from gemmakit.pytorch.quantize import rounding
 from gemmakit.pytorch.quantize.gptq import calibrate, memory_bytes
-from gemmakit.pytorch.quantize.loading import replace_with_quantized
+from gemmakit.pytorch.quantize.loading import is_taken, replace_with_quantized
 from gemmakit.pytorch.quantize.modules import TABLES
 from gemmakit.pytorch.quantize.own import WeightOnlyQuantizer
 from gemmakit.quantization import WeightOnlyConfig, parse_quantization
@@ -165,15 +165,14 @@ def _streamed(
     for name, key in stored.items():
         owner = name.removesuffix(".weight")
         info = checkpoint.info(key)
-        taken = name.endswith(".weight") and isinstance(model.get_submodule(owner), quantizer.kinds)
-        layout = quantizer.layout(owner) if taken else None
+        layout = quantizer.layout(owner) if is_taken(model, name, quantizer) else None
         if layout is None:
             load = _Plain(key, checkpoint, done)
             out[key] = LazyTensor(info.dtype, tuple(info.shape), load)
             largest = max(largest, info.nbytes)
             continue
         weight = _Weight(key, layout, checkpoint, done)
-        O, I = info.shape
+        O, I = as_matrix(info.shape)
         like = rounding.empty(O, I, *layout, device="meta")
         for part, tensor, field in _parts(key, like):
             out[part] = LazyTensor(dtype_name(tensor.dtype), tuple(tensor.shape), getattr(weight, field))
@@ -229,14 +228,18 @@ class _Weight:
 
     def codes(self) -> Tensor:
         (scale, zero), self.tables = self._tables(), None
-        codes = rounding.codes_of(self.checkpoint.tensor(self.key), *self.layout, scale, zero)
+        codes = rounding.codes_of(self._matrix(), *self.layout, scale, zero)
         self.done.add(self.key, self.checkpoint.info(self.key).nbytes)
         return codes
 
     def _tables(self) -> tuple[Tensor, Tensor | None]:
         if self.tables is None:
-            self.tables = rounding.tables_of(self.checkpoint.tensor(self.key), *self.layout, self.key)
+            self.tables = rounding.tables_of(self._matrix(), *self.layout, self.key)
         return self.tables
+
+    def _matrix(self) -> Tensor:
+        tensor = self.checkpoint.tensor(self.key)
+        return tensor.view(as_matrix(tensor.shape)) if tensor.ndim > 2 else tensor
 
 
 # -- by what the codes do to a text ------------------------------------------------------------------------------------

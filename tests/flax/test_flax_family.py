@@ -266,6 +266,9 @@ def test_what_compiled_code_cannot_run_is_refused(member):
     fewer = gemmakit.Gemma4TextConfig.from_dict({**config.to_dict(), "vocab_size_per_layer_input": 159})
     with pytest.raises(ConfigError, match="vocab_size_per_layer_input is 159 and vocab_size 160"):
         gemmakit.FlaxGemma4ForCausalLM(fewer, _do_init=False)
+    mixed = dict(enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=8)
+    with pytest.raises(ConfigError, match="4 experts in each layer"):
+        gemmakit.FlaxGemma4ForCausalLM(gemmakit.Gemma4TextConfig.from_dict({**config.to_dict(), **mixed}))
 
 
 def test_adapters_merge_and_every_tensor_is_needed(member, tmp_path):

@@ -11,8 +11,13 @@ from parity_tools import apart, batch
 from tiny_shapes import COMMON, MEMBERS, SHAPES, WINDOW
 
 import gemmakit
+from gemmakit.checkpoint.formats.gguf_writing import write_gguf
+from gemmakit.checkpoint.inspect import inspect
 from gemmakit.errors import ConfigError, InputError
 from gemmakit.pytorch.experts import GemmaExperts
+from gemmakit.pytorch.kernels.packed import dequantize
+from gemmakit.pytorch.quantize.modules import QuantizedExperts, QuantizedWeight
+from gemmakit.text.gguf import vocabulary_of
 
 LENGTH = 3 * WINDOW + 3
 FLOAT32 = 4e-5
@@ -127,15 +132,52 @@ def test_weights_travel_both_ways(mixed, tmp_path):
     assert gemmakit.AutoConfig.from_pretrained(tmp_path) == both.ours.config
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_experts_in_few_bits_compute_what_their_codes_stand_for(mixed, tmp_path, bits):
+    """1e-3: the products of packed weights round what they read to 16 bits in blocks of 32."""
+    both = mixed()
+    config = gemmakit.WeightOnlyConfig(bits=bits, activation_bits=16)
+    rounded = gemmakit.GemmaForCausalLM.from_pretrained(both.folder, quantization_config=config)
+    plain = gemmakit.GemmaForCausalLM.from_pretrained(both.folder)
+    with torch.no_grad():
+        for name, module in rounded.named_modules():
+            if isinstance(module, QuantizedWeight):
+                plain.get_parameter(f"{name}.weight").copy_(module.dequantized())
+            for matrix, packed in (module.matrices if isinstance(module, QuantizedExperts) else {}).items():
+                stored = plain.get_parameter(f"{name}.{matrix}")
+                stored.copy_(dequantize(packed).view_as(stored))
+    ids, _ = batch("none", rows=2, width=LENGTH)
+    assert apart(run(rounded, ids).logits, run(plain, ids).logits) < 1e-3
+    assert rounded.num_parameters() == plain.num_parameters()
+    experts = rounded.model.layers[1].experts
+    assert set(experts.matrices) == {"gate_up_proj", "down_proj"}
+    x, chosen, shares = torch.randn(4, 48), torch.tensor([[1, 4], [0, 6], [2, 3], [5, 1]]), torch.rand(4, 2)
+    assert torch.allclose(experts._at_once(x, chosen, shares), experts(x, chosen, shares), rtol=1e-2, atol=1e-2)
+    rounded.save_pretrained(tmp_path / "saved")
+    gemmakit.quantize_checkpoint(both.folder, tmp_path / "streamed", config)
+    for folder in ("saved", "streamed"):
+        assert not inspect(tmp_path / folder).problems
+        again = gemmakit.GemmaForCausalLM.from_pretrained(tmp_path / folder).state_dict()
+        for name, tensor in rounded.state_dict().items():
+            assert torch.equal(again[name], tensor), (folder, name)
+    halved = rounded.to(torch.bfloat16).model.layers[1].experts
+    assert halved.gate_up_proj_scale.dtype == experts.matrices["gate_up_proj"].scale.dtype
+
+
 def test_what_does_not_run_is_refused_by_name(mixed, tmp_path):
     both = mixed()
-    with pytest.raises(InputError, match=r"7 experts in each layer.*rounds no experts to 8 bits"):
+    with pytest.raises(InputError, match=r"7 experts in each layer.*bitsandbytes does not round"):
         gemmakit.GemmaForCausalLM.from_pretrained(
-            both.folder, quantization_config=gemmakit.WeightOnlyConfig(bits=8, group_size=None)
+            both.folder, quantization_config=gemmakit.BitsAndBytesConfig(load_in_8bit=True)
         )
     sizes = {**COMMON, **SHAPES["gqa"], **MEMBERS["gemma4_text"], **MIXED}
     with pytest.raises(ConfigError, match="num_experts is None"):
         gemmakit.Gemma4TextConfig(**{**sizes, "num_experts": None})
     with pytest.raises(ConfigError, match="top_k_experts is 8"):
         gemmakit.Gemma4TextConfig(**{**sizes, "top_k_experts": 8})
-    assert "experts stand beside its MLP" in str(both.ours.decode_plan())
+    plan = both.ours.decode_plan()
+    assert "experts stand beside its MLP" in plan["seams"]
+    assert plan["experts"] == "3 of 7 a token, read one by one"
+    vocabulary = vocabulary_of(gemmakit.AutoTokenizer.from_pretrained(gemmakit.demo_model()))
+    with pytest.raises(ConfigError, match="7 experts"):
+        write_gguf(tmp_path / "x.gguf", gemmakit.Gemma4TextConfig(**{**sizes, "vocab_size": 2048}), {}, vocabulary)

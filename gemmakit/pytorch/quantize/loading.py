@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from gemmakit.checkpoint import Checkpoint
+from gemmakit.checkpoint.layout import EXPERT_MATRICES, as_matrix
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import CheckpointError, ConfigError, InputError
+from gemmakit.pytorch.experts import GemmaExperts
 from gemmakit.pytorch.quantize.bitsandbytes import BitsAndBytesQuantizer
 from gemmakit.pytorch.quantize.own import WeightOnlyQuantizer
 from gemmakit.pytorch.quantize.quantizer import PartNames, Quantizer
@@ -43,10 +45,10 @@ def quantizer_for(
             raise CheckpointError(f"{config.name_or_path or 'config.json'} holds quantized weights: {e}") from e
     assert wanted is not None
     wanted.validate()
-    if config.enable_moe_block:
+    if config.enable_moe_block and not isinstance(wanted, WeightOnlyConfig):
         raise InputError(
-            f"the model has {config.num_experts} experts in each layer, which hold most of its weights, and gemmakit "
-            f"rounds no experts to {_kind(wanted)[1]} bits: load it without quantization_config."
+            f"the model has {config.num_experts} experts in each layer, which hold most of its weights, in one tensor "
+            f"that {wanted.quant_method} does not round: take WeightOnlyConfig(bits={_kind(wanted)[1] or 8})."
         )
     if isinstance(wanted, WeightOnlyConfig):
         return WeightOnlyQuantizer(wanted, config.tie_word_embeddings, stored is not None)
@@ -93,10 +95,9 @@ def stored_parts(
     """{parameter name: its parts} for every weight of `stored` that the file holds quantized."""
     if quantizer is None:
         return {}
-    kinds = quantizer.kinds
-    weights = {n: k for n, k in stored.items() if isinstance(_owner(model, n), kinds) and n.endswith(".weight")}
+    weights = {name: key for name, key in stored.items() if is_taken(model, name, quantizer)}
     groups = {name: parts for name, key in weights.items() if (parts := quantizer.parts(key, checkpoint))}
-    if quantizer.stored and not groups and not any(map(quantizer.takes, (n.rpartition(".")[0] for n in weights))):
+    if quantizer.stored and not groups and not any(map(quantizer.takes, (n.removesuffix(".weight") for n in weights))):
         raise CheckpointError(
             f"{checkpoint.files[0].parent} holds no quantized weights, though its config.json has a "
             "quantization_config: take that out, or quantize the weights again."
@@ -116,8 +117,8 @@ def unpacked_shapes(
     parts = {key for group in groups.values() for part, key in group.items() if part != "weight"}
     shapes = {name: shape for name, shape in checkpoint.shapes().items() if name not in parts}
     for name, group in groups.items():
-        owner = name.rpartition(".")[0]
-        shapes[group["weight"]] = quantizer.shape(owner, wanted[name], group, checkpoint)
+        found = quantizer.shape(name.removesuffix(".weight"), wanted[name], group, checkpoint)
+        shapes[group["weight"]] = wanted[name] if found == as_matrix(wanted[name]) else found
     return shapes
 
 
@@ -133,14 +134,14 @@ def replace_with_quantized(
 
     tensor: the plain weight as it is stored, or the tensors of its parts; dtype: what plain weights are cast to.
     """
-    owner, _, attribute = name.rpartition(".")
-    old = model.get_submodule(owner)
-    if quantizer is None or attribute != "weight" or not isinstance(old, quantizer.kinds):
+    if quantizer is None or not is_taken(model, name, quantizer):
         return False
+    owner, matrix = name.rpartition(".")[0], name.removesuffix(".weight")
+    old = model.get_submodule(owner)
     if isinstance(tensor, Mapping):
-        module = quantizer.from_parts(old, owner, tensor, device)
-    elif quantizer.takes(owner):
-        module = quantizer.from_float(old, owner, tensor, device, dtype)
+        module = quantizer.from_parts(old, matrix, tensor, device)
+    elif quantizer.takes(matrix):
+        module = quantizer.from_float(old, matrix, tensor, device, dtype)
     else:
         return False
     if isinstance(old, nn.Linear):
@@ -149,5 +150,8 @@ def replace_with_quantized(
     return True
 
 
-def _owner(model: nn.Module, name: str) -> nn.Module:
-    return model.get_submodule(name.rpartition(".")[0])
+def is_taken(model: nn.Module, name: str, quantizer: Quantizer) -> bool:
+    """Whether the parameter is a weight that the scheme can round: of a projection, an embedding, or all experts."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    ends = EXPERT_MATRICES if isinstance(owner, GemmaExperts) else (".weight",)
+    return isinstance(owner, quantizer.kinds) and name.endswith(ends)

@@ -10,7 +10,13 @@ from torch import nn
 from gemmakit.dtypes import dtype_name
 from gemmakit.errors import InputError
 from gemmakit.pytorch.layers import GemmaScaledEmbedding, Linear
-from gemmakit.pytorch.quantize.modules import QuantizedEmbedding, QuantizedLinear, QuantizedWeight, resized
+from gemmakit.pytorch.quantize.modules import (
+    QuantizedEmbedding,
+    QuantizedExperts,
+    QuantizedLinear,
+    QuantizedWeight,
+    resized,
+)
 from gemmakit.pytorch.quantize.quantizer import Quantizer
 
 
@@ -43,7 +49,10 @@ class QuantizedMethods(nn.Module):
         packed = {id(m.weight): m for m in self.modules() if isinstance(m, QuantizedWeight) and not only_trainable}
         if exclude_embeddings:
             packed.pop(id(self.get_input_embeddings().weight), None)  # type: ignore[operator]
-        return stored + sum(m.packed.shape[0] * m.packed.shape[1] - m.weight.numel() for m in packed.values())
+        held = [module.packed for module in packed.values()]
+        experts = [] if only_trainable else [m for m in self.modules() if isinstance(m, QuantizedExperts)]
+        held += [matrix for module in experts for matrix in module.matrices.values()]
+        return stored + sum(matrix.shape[0] * matrix.shape[1] - matrix.codes.numel() for matrix in held)
 
     def _set_quantizer(self, quantizer: Quantizer | None) -> None:
         """For this model and the models in it, which share its configuration."""

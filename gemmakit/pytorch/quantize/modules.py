@@ -1,6 +1,7 @@
-"""A projection, an embedding and a tied head whose weight is `PackedWeight`; modules like any others.
+"""A projection, an embedding, a tied head and experts whose weight is `PackedWeight`; modules like any others.
 
-Their tensors are called `weight` (the codes), `weight_scale` and `weight_zero` (4 bits only), in files too.
+Their tensors are called `weight` (the codes), `weight_scale` and `weight_zero` (4 bits only), in files too; those of
+experts by the names of their matrices in place of `weight`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gemmakit.pytorch.experts import GemmaExperts
 from gemmakit.pytorch.kernels import PackedWeight, linear_packed
 from gemmakit.pytorch.kernels.ids import WeightFormat
 from gemmakit.pytorch.kernels.packed import dequantize
@@ -77,14 +79,19 @@ class QuantizedWeight(nn.Module):
         """Nothing: codes are given."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        scale = self.weight_scale
+        return super()._apply(_without_casts(fn, [self.weight_scale]), recurse)
 
-        def moved(tensor: Tensor) -> Tensor:
-            new = fn(tensor)
-            # Scales are part of the stored weight: a cast of the module is one of its inputs and outputs.
-            return tensor.to(new.device) if tensor is scale and new.dtype != tensor.dtype else new
 
-        return super()._apply(moved, recurse)
+def _without_casts(fn: Callable[[Tensor], Tensor], scales: list[Tensor]) -> Callable[[Tensor], Tensor]:
+    """fn, but for casts of scales: they are part of the stored weight, and a cast of the module is one of its inputs
+    and outputs."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        new = fn(tensor)
+        is_scale = any(tensor is scale for scale in scales)
+        return tensor.to(new.device) if is_scale and new.dtype != tensor.dtype else new
+
+    return moved
 
 
 class QuantizedLinear(QuantizedWeight, nn.Linear):
@@ -132,6 +139,54 @@ class QuantizedEmbedding(QuantizedWeight, GemmaScaledEmbedding):
         picked = (None if t is None else t.index_select(0, ids) for t in (codes, scale, zero))
         rows = dequantize(PackedWeight(*picked, *sizes), self.compute_dtype)  # type: ignore[arg-type]
         return rows.view(*input.shape, self.embedding_dim) * self.embed_scale
+
+
+class QuantizedExperts(GemmaExperts):
+    """Experts of whose matrices some are packed, the rows of all experts below each other; a product reads one's rows.
+
+    Gradients reach x, never a packed matrix.
+    """
+
+    def __init__(self, plain: GemmaExperts):
+        nn.Module.__init__(self)
+        self.num_experts, self.act_fn = plain.num_experts, plain.act_fn
+        for name, parameter in plain.named_parameters():
+            self.register_parameter(name, parameter)
+        self._layouts: dict[str, tuple[Any, ...]] = {}
+
+    def hold(self, name: str, packed: PackedWeight) -> None:
+        """Take these tensors for the matrix of that name, without a copy."""
+        self.register_parameter(name, nn.Parameter(packed.codes, requires_grad=False))
+        self.register_buffer(f"{name}_scale", packed.scale)
+        self.register_buffer(f"{name}_zero", packed.zero)
+        self._layouts[name] = packed[3:]
+
+    @property
+    def matrices(self) -> dict[str, PackedWeight]:
+        """By name, those that are packed."""
+        return {name: self._packed(name) for name in self._layouts}
+
+    def product(self, name: str, expert: int, x: Tensor) -> Tensor:
+        if name not in self._layouts:
+            return super().product(name, expert, x)
+        packed = self._packed(name)
+        rows = len(packed.codes) // self.num_experts
+        return linear_packed(x, packed.rows(slice(expert * rows, (expert + 1) * rows)))
+
+    def parts(self, name: str, experts: Tensor, dtype: torch.dtype) -> Tensor:
+        if name not in self._layouts:
+            return super().parts(name, experts, dtype)
+        packed = self._packed(name)
+        count = len(packed.codes) // self.num_experts
+        rows = experts[..., None] * count + torch.arange(count, device=experts.device)
+        return dequantize(packed.rows(rows.flatten()), dtype).view(*rows.shape, packed.in_features)
+
+    def _packed(self, name: str) -> PackedWeight:
+        tables = (getattr(self, name + end) for end in ("", *TABLES))
+        return PackedWeight(*tables, *self._layouts[name])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        return super()._apply(_without_casts(fn, [packed.scale for packed in self.matrices.values()]), recurse)
 
 
 @torch.no_grad()

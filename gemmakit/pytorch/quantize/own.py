@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from gemmakit.checkpoint import Checkpoint
+from gemmakit.checkpoint.layout import as_matrix
 from gemmakit.dtypes import dtype_name
 from gemmakit.errors import InputError
+from gemmakit.pytorch.experts import GemmaExperts
 from gemmakit.pytorch.kernels import PackedWeight
 from gemmakit.pytorch.kernels.packed import packed_format
 from gemmakit.pytorch.quantize import rounding
-from gemmakit.pytorch.quantize.modules import TABLES, QuantizedEmbedding, QuantizedLinear
+from gemmakit.pytorch.quantize.modules import TABLES, QuantizedEmbedding, QuantizedExperts, QuantizedLinear
 from gemmakit.pytorch.quantize.quantizer import PartNames, weight_error
 from gemmakit.quantization import WeightOnlyConfig
 
@@ -22,7 +24,7 @@ from gemmakit.quantization import WeightOnlyConfig
 class WeightOnlyQuantizer:
     """A `Quantizer`. Holds settings only, so a model with one can be copied and pickled."""
 
-    kinds: tuple[type[nn.Module], ...] = (nn.Linear, nn.Embedding)
+    kinds: tuple[type[nn.Module], ...] = (nn.Linear, nn.Embedding, GemmaExperts)
 
     def __init__(self, config: WeightOnlyConfig, tied: bool, stored: bool = False):
         """tied: the model's head is its embedding; stored: the file's weights are quantized."""
@@ -64,6 +66,7 @@ class WeightOnlyQuantizer:
         if layout is None:
             raise weight_error(parts, checkpoint, "is quantized, but config.json says that it was kept")
         codes = checkpoint.info(parts["weight"])
+        expected = as_matrix(expected)
         if len(codes.shape) != 2 or len(expected) != 2:
             raise weight_error(parts, checkpoint, f"is {codes.dtype} of shape {codes.shape}, not a matrix")
         like = rounding.empty(codes.shape[0], expected[1], *layout, device="meta")
@@ -81,9 +84,10 @@ class WeightOnlyQuantizer:
         """Rounded from the stored numbers, whatever dtype the rest of the model gets."""
         layout = self.layout(name)
         assert layout is not None
-        packed = rounding.quantize(weight.detach(), *layout, device=device, name=f"{name}.weight")
+        matrix = weight.detach().view(as_matrix(weight.shape))
+        packed = rounding.quantize(matrix, *layout, device=device, name=f"{name}.weight")
         packed = packed._replace(activation_bits=self.config.activation_bits)
-        return _module(module, packed, dtype or weight.dtype)
+        return _module(module, name, packed, dtype or weight.dtype)
 
     def from_parts(
         self, module: nn.Module, name: str, tensors: Mapping[str, Tensor], device: torch.device
@@ -91,14 +95,17 @@ class WeightOnlyQuantizer:
         tables = (tensors["weight"], tensors["weight_scale"], tensors.get("weight_zero"))
         codes, scale, zero = (None if t is None else t.to(device) for t in tables)
         assert codes is not None and scale is not None
-        assert isinstance(module, (nn.Linear, nn.Embedding))
-        I = module.in_features if isinstance(module, nn.Linear) else module.embedding_dim
+        if isinstance(module, GemmaExperts):
+            I: int = getattr(module, name.rpartition(".")[2]).shape[-1]
+        else:
+            assert isinstance(module, (nn.Linear, nn.Embedding))
+            I = module.in_features if isinstance(module, nn.Linear) else module.embedding_dim
         layout = self.layout(name)
         assert layout is not None
         bits, group_size = layout
         format, group_size = packed_format(bits, group_size), I if group_size is None else group_size
         packed = PackedWeight(codes, scale, zero, I, group_size, format, self.config.activation_bits)
-        return _module(module, packed, torch.float32)
+        return _module(module, name, packed, torch.float32)
 
     # -- out -------------------------------------------------------------------------------------------------------
 
@@ -109,8 +116,15 @@ class WeightOnlyQuantizer:
         return self.config.to_dict()
 
 
-def _module(module: nn.Module, packed: PackedWeight, dtype: torch.dtype) -> nn.Module:
-    """What takes the place of a projection or embedding. An embedding learns the model's dtype once all is loaded."""
+def _module(module: nn.Module, name: str, packed: PackedWeight, dtype: torch.dtype) -> nn.Module:
+    """What takes the place of a projection, an embedding or experts, of which `name` names the matrix.
+
+    An embedding learns the model's dtype once all is loaded.
+    """
+    if isinstance(module, GemmaExperts):
+        held = module if isinstance(module, QuantizedExperts) else QuantizedExperts(module)
+        held.hold(name.rpartition(".")[2], packed)
+        return held
     if isinstance(module, nn.Embedding):
         return QuantizedEmbedding(packed, dtype, module.padding_idx, getattr(module, "scaled_by", None))
     return QuantizedLinear(packed)
