@@ -133,6 +133,7 @@ if TYPE_CHECKING:
     from gemmakit.config import GemmaConfig
     from gemmakit.config import GemmaConfig as Gemma2Config
     from gemmakit.config import GemmaConfig as Gemma3TextConfig
+    from gemmakit.config import GemmaConfig as Gemma4TextConfig
     from gemmakit.config import GemmaConfig as VaultGemmaConfig
     from gemmakit.conversion import convert_checkpoint, convert_tokenizer
     from gemmakit.flax import (
@@ -143,15 +144,19 @@ if TYPE_CHECKING:
     )
     from gemmakit.flax import FlaxGemmaForCausalLM as FlaxGemma2ForCausalLM
     from gemmakit.flax import FlaxGemmaForCausalLM as FlaxGemma3ForCausalLM
+    from gemmakit.flax import FlaxGemmaForCausalLM as FlaxGemma4ForCausalLM
     from gemmakit.flax import FlaxGemmaForCausalLM as FlaxVaultGemmaForCausalLM
     from gemmakit.flax import FlaxGemmaForSequenceClassification as FlaxGemma2ForSequenceClassification
     from gemmakit.flax import FlaxGemmaForSequenceClassification as FlaxGemma3TextForSequenceClassification
+    from gemmakit.flax import FlaxGemmaForSequenceClassification as FlaxGemma4TextForSequenceClassification
     from gemmakit.flax import FlaxGemmaForSequenceClassification as FlaxVaultGemmaForSequenceClassification
     from gemmakit.flax import FlaxGemmaForTokenClassification as FlaxGemma2ForTokenClassification
     from gemmakit.flax import FlaxGemmaForTokenClassification as FlaxGemma3TextForTokenClassification
+    from gemmakit.flax import FlaxGemmaForTokenClassification as FlaxGemma4TextForTokenClassification
     from gemmakit.flax import FlaxGemmaForTokenClassification as FlaxVaultGemmaForTokenClassification
     from gemmakit.flax import FlaxGemmaModel as FlaxGemma2Model
     from gemmakit.flax import FlaxGemmaModel as FlaxGemma3TextModel
+    from gemmakit.flax import FlaxGemmaModel as FlaxGemma4TextModel
     from gemmakit.flax import FlaxGemmaModel as FlaxVaultGemmaModel
     from gemmakit.generation import GenerationConfig, SynthIDTextWatermarkingConfig, WatermarkingConfig
     from gemmakit.generation.constraints import DisjunctiveConstraint, PhrasalConstraint
@@ -183,20 +188,25 @@ if TYPE_CHECKING:
     from gemmakit.pytorch.heads import GemmaForCausalLM, GemmaForSequenceClassification, GemmaForTokenClassification
     from gemmakit.pytorch.heads import GemmaForCausalLM as Gemma2ForCausalLM
     from gemmakit.pytorch.heads import GemmaForCausalLM as Gemma3ForCausalLM
+    from gemmakit.pytorch.heads import GemmaForCausalLM as Gemma4ForCausalLM
     from gemmakit.pytorch.heads import GemmaForCausalLM as VaultGemmaForCausalLM
     from gemmakit.pytorch.heads import GemmaForSequenceClassification as Gemma2ForSequenceClassification
     from gemmakit.pytorch.heads import GemmaForSequenceClassification as Gemma3TextForSequenceClassification
+    from gemmakit.pytorch.heads import GemmaForSequenceClassification as Gemma4TextForSequenceClassification
     from gemmakit.pytorch.heads import GemmaForSequenceClassification as VaultGemmaForSequenceClassification
     from gemmakit.pytorch.heads import GemmaForTokenClassification as Gemma2ForTokenClassification
     from gemmakit.pytorch.heads import GemmaForTokenClassification as Gemma3TextForTokenClassification
+    from gemmakit.pytorch.heads import GemmaForTokenClassification as Gemma4TextForTokenClassification
     from gemmakit.pytorch.heads import GemmaForTokenClassification as VaultGemmaForTokenClassification
     from gemmakit.pytorch.model import GemmaModel
     from gemmakit.pytorch.model import GemmaModel as Gemma2Model
     from gemmakit.pytorch.model import GemmaModel as Gemma3TextModel
+    from gemmakit.pytorch.model import GemmaModel as Gemma4TextModel
     from gemmakit.pytorch.model import GemmaModel as VaultGemmaModel
     from gemmakit.pytorch.pretrained import GemmaPreTrainedModel
     from gemmakit.pytorch.pretrained import GemmaPreTrainedModel as Gemma2PreTrainedModel
     from gemmakit.pytorch.pretrained import GemmaPreTrainedModel as Gemma3PreTrainedModel
+    from gemmakit.pytorch.pretrained import GemmaPreTrainedModel as Gemma4PreTrainedModel
     from gemmakit.pytorch.pretrained import GemmaPreTrainedModel as VaultGemmaPreTrainedModel
     from gemmakit.pytorch.quantize_checkpoint import quantize_checkpoint
     from gemmakit.quantization import BitsAndBytesConfig, WeightOnlyConfig

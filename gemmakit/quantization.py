@@ -22,6 +22,7 @@ QUANT_TYPES = ("fp4", "nf4")
 GROUP_SIZES = (32, 128)
 _EMBEDDING, _HEAD, _CLASSIFIER = "embed_tokens", "lm_head", "score"
 _TABLE = "embed_tokens_per_layer"  # read by row, as an embedding that is not also the head
+ROUTER = "router.proj"  # chooses experts: a wrong choice costs more than its few bits save
 
 
 class _ModuleNames:
@@ -189,7 +190,7 @@ class WeightOnlyConfig:
     def layout_of(self, module: str, tied: bool) -> tuple[int, int | None] | None:
         """The same of the module of this name; tied: the head is the embedding's weight."""
         last = module.rpartition(".")[2]
-        if last == _CLASSIFIER or self.keeps(module):
+        if last == _CLASSIFIER or module.endswith(ROUTER) or self.keeps(module):
             return None
         if last == _TABLE:
             return self.layout(head=True)

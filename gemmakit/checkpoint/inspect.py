@@ -28,7 +28,7 @@ from gemmakit.errors import CheckpointError, GemmakitError
 from gemmakit.generation import GenerationConfig
 from gemmakit.gguf import read_gguf_header
 from gemmakit.gguf_settings import config_values, is_setting
-from gemmakit.quantization import WeightOnlyConfig, stored_parts
+from gemmakit.quantization import ROUTER, WeightOnlyConfig, stored_parts
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _SCAN_ELEMENTS = 1 << 22
@@ -150,6 +150,8 @@ def _quantized_bytes(name: str, shape: tuple[int, ...], group: int | None) -> in
     if name.endswith(".weight") and module.endswith(("embed_tokens", "embed_tokens_per_layer", "lm_head")):
         group = None
     elif not name.endswith(EXPERT_MATRICES) and (not name.endswith(".weight") or len(shape) != 2):
+        return 2 * prod(shape)
+    if module.endswith(ROUTER):
         return 2 * prod(shape)
     rows, columns = as_matrix(shape)
     if group is None:

@@ -15,7 +15,7 @@ from flax_tools import ALIKE, MEMBERS, PADDING, WINDOW, apart, as_torch, batch, 
 from tiny_shapes import SHAPES
 
 import gemmakit
-from gemmakit.checkpoint.formats.msgpack import pytorch_name
+from gemmakit.checkpoint.formats.msgpack import flax_path, pytorch_name
 from gemmakit.errors import ConfigError, GemmakitError
 from gemmakit.flax import FlaxGemmaForCausalLM, FlaxGemmaModel, init_lora, merge_lora
 from gemmakit.flax.masks import visibility
@@ -183,6 +183,21 @@ def test_loss_and_every_gradient_equal_pytorch(member, name):
         assert difference <= FLOAT32[name] * min(overall, 10 * np.abs(other).max()), at
 
 
+def test_recomputed_layers_that_share_keys_give_the_same_gradients(member):
+    pair = member("gemma4")
+    ids, mask = batch("left", width=WIDTH)
+    labels = labels_of(ids, mask)
+
+    def gradients(model):
+        return jax.grad(lambda p: model(ids, mask, params=p, labels=labels).loss)(pair.flax.params)
+
+    again = type(pair.flax)(pair.flax.config, _do_init=False, gradient_checkpointing=True)
+    ours, theirs = flat(gradients(again)), flat(gradients(pair.flax))
+    overall = max(float(np.abs(leaf).max()) for leaf in theirs.values())
+    for path, leaf in theirs.items():
+        assert np.abs(np.asarray(ours[path]) - np.asarray(leaf)).max() <= FLOAT32["gemma4"] * overall, path
+
+
 @pytest.mark.parametrize("name", MEMBERS)
 def test_scanned_layers_compute_the_same(both, name):
     pair = both("gqa", **ALIKE[name])
@@ -250,6 +265,16 @@ def test_classes_follow_the_model_type_and_weights_come_back_the_same(member, tm
             np.testing.assert_array_equal(flat(again.params)[path], leaf)
     fresh = type(pair.flax)(pair.flax.config)
     assert flat(fresh.params).keys() == flat(pair.flax.params).keys()
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_names_of_parameters_and_of_tensors_are_each_others(member, name):
+    pair = member(name)
+    stored = dict(map(pytorch_name, flat(pair.flax.params)))
+    assert stored.keys() == pair.torch.state_dict().keys() - {"lm_head.weight"}
+    for path in flat(pair.flax.params):
+        tensor, transposed = pytorch_name(path)
+        assert flax_path(tensor) == (path, transposed)
 
 
 def test_another_members_class_is_refused_by_name(member):

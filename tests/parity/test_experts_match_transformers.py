@@ -16,6 +16,7 @@ from gemmakit.checkpoint.inspect import inspect
 from gemmakit.errors import ConfigError, InputError
 from gemmakit.pytorch.experts import GemmaExperts
 from gemmakit.pytorch.kernels.packed import dequantize
+from gemmakit.pytorch.layers import Linear
 from gemmakit.pytorch.quantize.modules import QuantizedExperts, QuantizedWeight
 from gemmakit.text.gguf import vocabulary_of
 
@@ -151,6 +152,7 @@ def test_experts_in_few_bits_compute_what_their_codes_stand_for(mixed, tmp_path,
     assert rounded.num_parameters() == plain.num_parameters()
     experts = rounded.model.layers[1].experts
     assert set(experts.matrices) == {"gate_up_proj", "down_proj"}
+    assert type(rounded.model.layers[1].router.proj) is Linear  # a choice is not worth the few bits
     x, chosen, shares = torch.randn(4, 48), torch.tensor([[1, 4], [0, 6], [2, 3], [5, 1]]), torch.rand(4, 2)
     assert torch.allclose(experts._at_once(x, chosen, shares), experts(x, chosen, shares), rtol=1e-2, atol=1e-2)
     rounded.save_pretrained(tmp_path / "saved")
