@@ -3,7 +3,8 @@
 The window is 5 and texts are several of it long. FLOAT32 as in test_flax_parity.py; a cap's tanh and the norms of q and
 k are a few operations more, on values that they bound. Gemma 4's layers here are one more, add to the stream three
 times each, and some rows nearly cancel before a norm: there either backend may be 1e-5 off its own float64. BFLOAT16:
-its few steps of 2^-8 for one layer more, and two roundings of a cap.
+its few steps of 2^-8 for one layer more, and two roundings of a cap; twice that for Gemma 4, whose scores are not
+scaled down, so that a rounded one moves its weight by more.
 """
 
 import jax
@@ -22,7 +23,7 @@ from gemmakit.flax.masks import visibility
 from gemmakit.flax.weights import nested
 
 FLOAT32 = dict.fromkeys(MEMBERS, 1e-5) | {"gemma4": 4e-5}
-BFLOAT16 = 16 * 2**-8
+BFLOAT16 = dict.fromkeys(MEMBERS, 16 * 2**-8) | {"gemma4": 32 * 2**-8}
 WIDTH = 23
 
 CAUSAL = ("gemma2", "gemma3", "vaultgemma", "gemma4")
@@ -47,10 +48,14 @@ def torch_run(model, ids, mask=None, **more):
 
 
 GRID = [("gqa", padding) for padding in PADDING] + [("mqa", "left"), ("mha", "left")]
+CASES = [
+    pytest.param(name, *case, marks=pytest.mark.slow if name == "gemma4" and case[0] == "mha" else ())
+    for name in MEMBERS
+    for case in GRID
+]
 
 
-@pytest.mark.parametrize(("shape", "padding"), GRID)
-@pytest.mark.parametrize("name", MEMBERS)
+@pytest.mark.parametrize(("name", "shape", "padding"), CASES)
 def test_logits_losses_hidden_states_and_attentions_equal_pytorch(member, name, shape, padding):
     pair = member(name, shape)
     ids, mask = batch(padding, width=WIDTH)
@@ -136,7 +141,7 @@ def test_bfloat16_is_close_to_pytorchs_and_as_near_to_float32(member, name):
         truth = torch_run(pair.torch, ids, mask).logits.numpy()
         logits, others = half(ids, mask).logits, torch_run(theirs, ids, mask).logits
         assert logits.dtype == jnp.bfloat16
-        assert apart(logits, others, mask) < BFLOAT16
+        assert apart(logits, others, mask) < BFLOAT16[name]
         found = np.asarray(logits, np.float32), others.float().numpy()
         errors += [float((np.square(f - truth) * mask[..., None]).mean()) for f in found]
     assert errors[0] <= 1.25 * errors[1]
@@ -146,20 +151,23 @@ def test_bfloat16_is_close_to_pytorchs_and_as_near_to_float32(member, name):
 def test_a_stream_too_large_for_float16_is_carried_scaled(tmp_path, name):
     """Norms of 30,000 on what enters the stream: unscaled it would pass 65,504.
 
-    2^-6: a few roundings of 2^-11 a layer, of which the farthest logit adds up as many as the processor's sums have.
+    2^-6: a few roundings of 2^-11 a layer, of which the farthest logit adds up as many as the processor's sums have;
+    2^-4 where scores are not scaled down.
     """
     model = make_torch(**SHAPES["gqa"], **MEMBERS[name])
     with torch.no_grad():
         for at, parameter in model.named_parameters():
             if "post_" in at:
                 parameter.mul_(3e4)
+            if "per_layer_input_gate" in at:  # what it gives passes the largest number in any scale
+                parameter.mul_(1e-4)
     model.save_pretrained(tmp_path)
     half = FlaxGemmaForCausalLM.from_pretrained(tmp_path, jnp.float16)
     ids, mask = batch("left", width=WIDTH)
     out = half(ids, mask, output_hidden_states=True)
     truth = torch_run(model, ids, mask, output_hidden_states=True)
     assert float(truth.hidden_states[-2].abs().max()) > 65504
-    assert apart(out.logits, truth.logits, mask) < 2**-6
+    assert apart(out.logits, truth.logits, mask) < (2**-4 if name == "gemma4" else 2**-6)
 
 
 @pytest.mark.parametrize("name", MEMBERS)

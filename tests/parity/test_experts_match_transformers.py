@@ -54,9 +54,8 @@ def test_logits_of_one_pass_equal_the_oracle_to_the_bit(mixed, form, dtype):
     assert any(isinstance(module, GemmaExperts) for module in both.ours.modules())
 
 
-@pytest.mark.parametrize("shape", ["mqa", "gqa"])
-def test_greedy_tokens_and_beams_are_the_oracles_past_several_windows(mixed, shape):
-    both = mixed(shape=shape, tie_word_embeddings=False)
+def test_greedy_tokens_and_beams_are_the_oracles_past_several_windows(mixed):
+    both = mixed(tie_word_embeddings=False)
     ids, mask = batch("left", width=11)
     for more in ({}, {"num_beams": 2}):
         asked = dict(attention_mask=mask, max_new_tokens=3 * WINDOW, do_sample=False, eos_token_id=None, **more)
@@ -96,13 +95,13 @@ def test_loss_and_every_gradient_equal_the_oracle(mixed):
 def test_a_decoding_step_reads_the_weights_of_the_chosen_experts_alone(mixed):
     """The others hold NaN, which any product with them would show."""
     both = mixed()
-    ids = torch.tensor([[2, 9, 31, 77]])
+    ids = torch.tensor([[2, 9]])
     before = run(both.ours, ids, use_cache=False).logits
     layer = both.ours.model.layers[1]
     chosen: set[int] = set()
     layer.router.register_forward_hook(lambda _, __, out: chosen.update(out[0].flatten().tolist()))
     run(both.ours, ids, use_cache=False)
-    assert 3 <= len(chosen) < 7
+    assert 3 <= len(chosen) <= 6
     with torch.no_grad():
         kept = layer.experts.gate_up_proj.clone(), layer.experts.down_proj.clone()
         try:
@@ -162,8 +161,8 @@ def test_experts_in_few_bits_compute_what_their_codes_stand_for(mixed, tmp_path,
         again = gemmakit.GemmaForCausalLM.from_pretrained(tmp_path / folder).state_dict()
         for name, tensor in rounded.state_dict().items():
             assert torch.equal(again[name], tensor), (folder, name)
-    halved = rounded.to(torch.bfloat16).model.layers[1].experts
-    assert halved.gate_up_proj_scale.dtype == experts.matrices["gate_up_proj"].scale.dtype
+    scale = experts.gate_up_proj_scale.clone()
+    assert torch.equal(experts.to(torch.bfloat16).gate_up_proj_scale, scale)  # part of the stored weight
 
 
 def test_what_does_not_run_is_refused_by_name(mixed, tmp_path):
