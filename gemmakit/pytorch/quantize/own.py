@@ -95,11 +95,7 @@ class WeightOnlyQuantizer:
         tables = (tensors["weight"], tensors["weight_scale"], tensors.get("weight_zero"))
         codes, scale, zero = (None if t is None else t.to(device) for t in tables)
         assert codes is not None and scale is not None
-        if isinstance(module, GemmaExperts):
-            I: int = getattr(module, name.rpartition(".")[2]).shape[-1]
-        else:
-            assert isinstance(module, (nn.Linear, nn.Embedding))
-            I = module.in_features if isinstance(module, nn.Linear) else module.embedding_dim
+        I = _inputs(module, name)
         layout = self.layout(name)
         assert layout is not None
         bits, group_size = layout
@@ -114,6 +110,14 @@ class WeightOnlyQuantizer:
 
     def to_dict(self) -> dict[str, Any]:
         return self.config.to_dict()
+
+
+def _inputs(module: nn.Module, name: str) -> int:
+    """I of the weight of a module, of experts that of the matrix that is named."""
+    if isinstance(module, GemmaExperts):
+        return getattr(module, name.rpartition(".")[2]).shape[-1]
+    assert isinstance(module, (nn.Linear, nn.Embedding))
+    return module.in_features if isinstance(module, nn.Linear) else module.embedding_dim
 
 
 def _module(module: nn.Module, name: str, packed: PackedWeight, dtype: torch.dtype) -> nn.Module:
