@@ -5,6 +5,8 @@ FLOAT32, GRADIENTS: as in test_family_matches_transformers; sums of three expert
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from parity_tools import apart, batch
@@ -146,6 +148,8 @@ def test_experts_in_few_bits_compute_what_their_codes_stand_for(mixed, tmp_path,
             for matrix, packed in (module.matrices if isinstance(module, QuantizedExperts) else {}).items():
                 stored = plain.get_parameter(f"{name}.{matrix}")
                 stored.copy_(dequantize(packed).view_as(stored))
+    numbers = copy.deepcopy(rounded).dequantize().state_dict()
+    assert all(torch.equal(numbers[name], tensor) for name, tensor in plain.state_dict().items())
     ids, _ = batch("none", rows=2, width=LENGTH)
     assert apart(run(rounded, ids).logits, run(plain, ids).logits) < 1e-3
     assert rounded.num_parameters() == plain.num_parameters()

@@ -109,6 +109,9 @@ class QuantizedMethods(nn.Module):
         if quantizer is None:
             raise InputError("this model is not quantized: there is nothing to dequantize.")
         for name, module in list(self.named_modules()):
+            if isinstance(module, QuantizedExperts):
+                self.set_submodule(name, module.dequantized(chosen))  # type: ignore[arg-type]
+                continue
             weight = quantizer.dequantized(module)
             if weight is not None:
                 self.set_submodule(name, _plain(module, weight.to(chosen)))  # type: ignore[arg-type]

@@ -181,6 +181,19 @@ class QuantizedExperts(GemmaExperts):
         rows = experts[..., None] * count + torch.arange(count, device=experts.device)
         return dequantize(packed.rows(rows.flatten()), dtype).view(*rows.shape, packed.in_features)
 
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> GemmaExperts:
+        """Plain experts with the numbers that the codes stand for."""
+        plain = GemmaExperts.__new__(GemmaExperts)
+        nn.Module.__init__(plain)
+        plain.num_experts, plain.act_fn = self.num_experts, self.act_fn
+        for name, parameter in self.named_parameters():
+            if name in self._layouts:
+                packed = self._packed(name)
+                weight = dequantize(packed, dtype).view(self.num_experts, -1, packed.in_features)
+                parameter = nn.Parameter(weight, requires_grad=False)
+            plain.register_parameter(name, parameter)
+        return plain.train(self.training)
+
     def _packed(self, name: str) -> PackedWeight:
         tables = (getattr(self, name + end) for end in ("", *TABLES))
         return PackedWeight(*tables, *self._layouts[name])
