@@ -94,6 +94,11 @@ def quantize_checkpoint(
     if config.extra.get("quantization_config") is not None:
         method = config.extra["quantization_config"].get("quant_method", "another library")
         raise InputError(f"{source} is quantized by {method} already: quantize the weights it was made from.")
+    if calibration_ids is not None and config.enable_moe_block:
+        raise InputError(
+            f"the model has {config.num_experts} experts in each layer, of which a text reaches few with enough of its "
+            "tokens to calibrate them: leave calibration_ids out (--calibrate)."
+        )
     quantizer = WeightOnlyQuantizer(wanted, config.tie_word_embeddings)
     report = progress or (lambda *_: None)
     with open_checkpoint(source, hub, allow_pickle=allow_pickle) as checkpoint:

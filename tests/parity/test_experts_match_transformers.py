@@ -175,6 +175,8 @@ def test_what_does_not_run_is_refused_by_name(mixed, tmp_path):
         gemmakit.GemmaForCausalLM.from_pretrained(
             both.folder, quantization_config=gemmakit.BitsAndBytesConfig(load_in_8bit=True)
         )
+    with pytest.raises(InputError, match="7 experts in each layer"):
+        gemmakit.quantize_checkpoint(both.folder, tmp_path / "q", "int4", calibration_ids=torch.full((1, 8), 5))
     sizes = {**COMMON, **SHAPES["gqa"], **MEMBERS["gemma4_text"], **MIXED}
     with pytest.raises(ConfigError, match="num_experts is None"):
         gemmakit.Gemma4TextConfig(**{**sizes, "num_experts": None})
