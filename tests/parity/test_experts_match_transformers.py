@@ -19,6 +19,7 @@ from gemmakit.errors import ConfigError, InputError
 from gemmakit.pytorch.experts import GemmaExperts
 from gemmakit.pytorch.kernels.packed import dequantize
 from gemmakit.pytorch.layers import Linear
+from gemmakit.pytorch.parallel.tensor import TensorPlan
 from gemmakit.pytorch.quantize.modules import QuantizedExperts, QuantizedWeight
 from gemmakit.text.gguf import vocabulary_of
 
@@ -177,6 +178,8 @@ def test_what_does_not_run_is_refused_by_name(mixed, tmp_path):
         )
     with pytest.raises(InputError, match="7 experts in each layer"):
         gemmakit.quantize_checkpoint(both.folder, tmp_path / "q", "int4", calibration_ids=torch.full((1, 8), 5))
+    with pytest.raises(InputError, match="a tensor plan does not split"):
+        TensorPlan(both.ours.config, 0, 2)
     sizes = {**COMMON, **SHAPES["gqa"], **MEMBERS["gemma4_text"], **MIXED}
     with pytest.raises(ConfigError, match="num_experts is None"):
         gemmakit.Gemma4TextConfig(**{**sizes, "num_experts": None})

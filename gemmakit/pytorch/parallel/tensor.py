@@ -84,6 +84,11 @@ class TensorPlan:
         self.read_bytes = 0
         if config.pruned_heads:
             raise InputError("pruned_heads leaves layers with different heads, which a tensor plan does not split.")
+        if config.enable_moe_block:
+            raise InputError(
+                f"the model has {config.num_experts} experts in each layer, which a tensor plan does not split: load it "
+                "whole, or spread its layers by device_map."
+            )
         if wrong := _obstacle(config, size):
             able = [n for n in range(1, config.num_attention_heads + 1) if not _obstacle(config, n)]
             raise InputError(f"{wrong}, which {size} processes cannot share: take {', '.join(map(str, able))} of them.")
