@@ -86,8 +86,8 @@ class TensorPlan:
             raise InputError("pruned_heads leaves layers with different heads, which a tensor plan does not split.")
         if config.enable_moe_block:
             raise InputError(
-                f"the model has {config.num_experts} experts in each layer, which a tensor plan does not split: load it "
-                "whole, or spread its layers by device_map."
+                f"the model has {config.num_experts} experts in each layer, which a tensor plan does not split: load "
+                "it whole, or spread its layers by device_map."
             )
         if wrong := _obstacle(config, size):
             able = [n for n in range(1, config.num_attention_heads + 1) if not _obstacle(config, n)]
