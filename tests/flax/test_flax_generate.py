@@ -354,7 +354,7 @@ def test_nan_in_the_weights_names_the_step(pair):
 @pytest.mark.parametrize(("settings", "error", "words"), [
     (dict(penalty_alpha=0.6, top_k=4), GenerationConfigError, "contrastive search"),
     (dict(num_beams=4, num_beam_groups=2, diversity_penalty=1.0), GenerationConfigError, "group beam"),
-    (dict(no_repeat_ngram_size=2), GenerationConfigError, "no_repeat_ngram_size is 2"),
+    (dict(encoder_no_repeat_ngram_size=2), GenerationConfigError, "encoder_no_repeat_ngram_size is 2"),
     (dict(cache_implementation="quantized"), GenerationConfigError, "cache_implementation"),
     (dict(num_return_sequences=2), GenerationConfigError, "num_return_sequences is 2"),
     (dict(temprature=0.5), GenerationConfigError, "temperature"),
