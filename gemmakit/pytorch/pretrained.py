@@ -14,14 +14,7 @@ from torch import nn
 from gemmakit.checkpoint import Checkpoint, open_checkpoint, require_memory, save_checkpoint
 from gemmakit.checkpoint.formats.gguf import GgufFile
 from gemmakit.checkpoint.formats.state_dict import StateDict
-from gemmakit.checkpoint.layout import (
-    EXPERT_MATRICES,
-    HEADS,
-    Differences,
-    differences,
-    stored_names,
-    warn_of_copies,
-)
+from gemmakit.checkpoint.layout import HEADS, Differences, differences, stored_names, warn_of_copies
 from gemmakit.checkpoint.readahead import fault_in, read_ahead
 from gemmakit.checkpoint.settings import config_for, generation_for
 from gemmakit.checks import Accepted, take_accepted
@@ -389,8 +382,7 @@ def _bytes(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None, quantiz
     if stored is None:
         return info.nbytes
     owner = name.removesuffix(".weight")
-    matrix = len(info.shape) == 2 or name.endswith(EXPERT_MATRICES)
-    if quantizer is not None and matrix and quantizer.takes(owner):
+    if quantizer is not None and len(info.shape) > 1 and quantizer.takes(owner):
         return int(info.nbytes // stored.itemsize * quantizer.bits_of(owner) / 8)
     if dtype is None or not stored.is_floating_point:
         return info.nbytes

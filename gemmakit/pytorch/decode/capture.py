@@ -461,15 +461,12 @@ def _of_model(model: CausalLM) -> str | None:
     return next((reason for module in model.modules() if (reason := _foreign(module))), None)
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-
-
 def _foreign(module: nn.Module) -> str | None:
     """Why a replay might leave out something that this module does."""
     kind = type(module)
     if kind.__module__.split(".")[0] not in ("gemmakit", "torch"):
         return f"{kind.__module__}.{kind.__name__} is another library's"
-    if any(getattr(module, hooks) for hooks in _HOOKS):
+    if module._forward_hooks or module._forward_pre_hooks:
         return f"a {kind.__name__} has hooks"
     if "forward" in module.__dict__:
         return f"the forward of a {kind.__name__} was replaced"
