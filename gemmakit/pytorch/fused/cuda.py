@@ -1,5 +1,6 @@
 """A decoder layer on CUDA: five Triton kernels, one more where attention is divided among many programs, and one for
-each norm of what attention or the MLP gives.
+each norm of what attention or the MLP gives. Values are normed by their module, an embedding that the layer has of its
+own is added by its modules, and a layer that reads the keys of another attends by torch.
 
 Axis letters: B batch, S positions, D hidden, F mlp, N heads, K kv heads, H head_dim, T keys.
 """
@@ -36,9 +37,6 @@ def fuse(parts: LayerParts, x: Tensor) -> FusedLayer | str:
         found = misfit(module, x.dtype) or ("summed over processes" if is_summed(module) else "")
         if found:
             return f"{name} is {found}"
-    for name, norm in parts.norm_modules():
-        if norm.offset != 1.0:
-            return f"{name} multiplies by {norm.offset} + weight"
     return TritonLayer(parts, x)
 
 
@@ -54,7 +52,7 @@ class TritonLayer(FusedLayer):
         super().__init__(parts)
         self.device = x.device
         operands = {name: _operand(module) for name, module in parts.projections()}
-        self.qkv = [operands[name] for name in ("q_proj", "k_proj", "v_proj")]
+        self.qkv = [operands[name] for name in ("q_proj", "k_proj", "v_proj") if name in operands]
         self.gate_up = [operands["gate_proj"], operands["up_proj"]]
         self.o, self.down = operands["o_proj"], operands["down_proj"]
         why = _no_attention(parts.self_attn)
@@ -66,16 +64,15 @@ class TritonLayer(FusedLayer):
         """Whether the kernels that read weights take x (B, S, ...)."""
         return x.shape[0] * x.shape[1] <= MAX_ROWS and available(self.device)
 
-    def norm_qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """In one launch when the three weights have one format."""
+    def norm_qkv(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """In one launch when the weights have one format."""
         p = self.parts
         with suppress(Refused):
             if self._fits(x):
-                modules = (p.q_proj, p.k_proj, p.v_proj)
-                q, k, v = self._norm_project(x, p.norms.before_attention, self.qkv, modules)
-                return q, k, v
-        h = self._normed(x, p.norms.before_attention)
-        return p.q_proj(h), p.k_proj(h), p.v_proj(h)
+                modules = tuple(module for module in (p.q_proj, p.k_proj, p.v_proj) if module is not None)
+                q, *kv = self._norm_project(x, p.norms.before_attention, self.qkv, modules)
+                return (q, kv[0], kv[-1]) if kv else (q, None, None)
+        return p.self_attn.project(self._normed(x, p.norms.before_attention))
 
     def _norm_project(
         self, x: Tensor, norm: nn.Module, weights: list[Operand], modules: tuple[nn.Module, ...]
@@ -90,7 +87,8 @@ class TritonLayer(FusedLayer):
     def _normed(self, x: Tensor, norm: nn.Module) -> Tensor:
         if available(self.device):
             with suppress(Refused):
-                return launch.rms_norm_saving(x, *_norm(norm, x.dtype)[:2])[0]
+                weight, eps, _, offset = _norm(norm, x.dtype)
+                return launch.rms_norm_saving(x, weight, eps, offset)[0]
         return norm(x)
 
     def attention_add(self, attended: Tensor, residual: Tensor) -> Tensor:
@@ -157,13 +155,19 @@ class TritonLayer(FusedLayer):
         attention, room = self.parts.self_attn, None
         if k is None or v is None:
             return super().attend(q, k, v, tables, visible, cache, cache_position, shared)
+        leaves = shared is not None and attention.layer_idx in shared.sources
         if available(self.device) and _takes(q, tables, visible, attention):
-            room = _room(q, k, cache, cache_position, attention, visible)
+            in_pages = leaves and type(cache) is PagedCache  # where others could not read them as they lie
+            room = None if in_pages else _room(q, k, cache, cache_position, attention, visible)
         if room is not None:
             with suppress(Refused):
+                if shared is not None and leaves:
+                    end = room.keys.shape[2] if room.places is not None else room.start + k.shape[1]
+                    shared.hold(attention.layer_idx, room.keys[:, :, :end], room.values[:, :, :end])
+                values = v if attention.v_norm is None else attention.v_norm(v.unflatten(-1, (-1, attention.head_dim)))
                 return launch.attend(
-                    q, k, v, tables, room, attention.head_dim, attention.scaling, visible.mask, visible.blind,
-                    visible.causal, last=visible.last, reach=visible.reach, softcap=attention.softcap,
+                    q, k, values.view_as(v), tables, room, attention.head_dim, attention.scaling, visible.mask,
+                    visible.blind, visible.causal, last=visible.last, reach=visible.reach, softcap=attention.softcap,
                     q_norm=attention.q_norm and _norm(attention.q_norm, q.dtype),
                     k_norm=attention.k_norm and _norm(attention.k_norm, k.dtype),
                 )  # fmt: skip
@@ -180,7 +184,7 @@ def _operand(module: nn.Module) -> Operand:
 
 
 def _norm(norm: Any, dtype: torch.dtype) -> Norm:
-    return Norm(norm.weight.detach(), norm.eps_of(dtype), norm.gain_of(dtype))
+    return Norm(norm.weight.detach(), norm.eps_of(dtype), norm.gain_of(dtype), norm.offset)
 
 
 def _bias(module: Any) -> Tensor | None:

@@ -39,12 +39,12 @@ _ACTIVATIONS_BACK: dict[int, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def rms_norm(
-    x: Float[Tensor, "*rows D"], weight: Float[Tensor, " D"], eps: float, gain: float = 1.0
+    x: Float[Tensor, "*rows D"], weight: Float[Tensor, " D"], eps: float, gain: float = 1.0, offset: float = 1.0
 ) -> Float[Tensor, "*rows D"]:
-    """x * rsqrt(mean(x^2) + eps) * (1 + weight) * gain in float32, then rounded to x's dtype."""
+    """x * rsqrt(mean(x^2) + eps) * (offset + weight) * gain in float32, then rounded to x's dtype."""
     y = x.float()
     y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
-    return (y * (1.0 + weight.float()) * gain).to(x.dtype)
+    return (y * (offset + weight.float()) * gain).to(x.dtype)
 
 
 def rms_scale(x: Tensor, eps: float) -> Tensor:
@@ -52,9 +52,9 @@ def rms_scale(x: Tensor, eps: float) -> Tensor:
     return torch.rsqrt(x.float().pow(2).mean(-1) + eps)
 
 
-def rms_norm_saving(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def rms_norm_saving(x: Tensor, weight: Tensor, eps: float, offset: float = 1.0) -> tuple[Tensor, Tensor]:
     """The norm, and what its way back needs."""
-    return rms_norm(x, weight, eps), rms_scale(x, eps)
+    return rms_norm(x, weight, eps, offset=offset), rms_scale(x, eps)
 
 
 def rms_norm_back(

@@ -37,16 +37,27 @@ def tiny(**changes):
 
 WINDOW = 6
 CAPS = dict(attn_logit_softcapping=5.0, final_logit_softcapping=30.0)
-MEMBERS = {"gemma2": CAPS, "gemma3_text": {}, "vaultgemma": CAPS}
+MEMBERS = {
+    "gemma2": CAPS,
+    "gemma3_text": {},
+    "vaultgemma": CAPS,
+    "gemma4_text": dict(
+        num_hidden_layers=3, layer_types=["sliding_attention", "full_attention", "full_attention"],
+        num_kv_shared_layers=1, query_pre_attn_scalar=None, global_head_dim=12, attention_k_eq_v=True,
+        num_global_key_value_heads=1, hidden_size_per_layer_input=6, vocab_size_per_layer_input=130,
+    ),
+}  # fmt: skip
 
 
 def member_of(name):
     """Another member of the family, as small."""
     classes = KINDS[name].classes
     config = getattr(gemmakit, classes["config"])(
-        vocab_size=130, hidden_size=24, intermediate_size=20, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-        max_position_embeddings=64, num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"],
-        sliding_window=WINDOW, query_pre_attn_scalar=12, **MEMBERS[name],
+        **dict(
+            vocab_size=130, hidden_size=24, intermediate_size=20, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=8, max_position_embeddings=64, num_hidden_layers=2,
+            layer_types=["sliding_attention", "full_attention"], sliding_window=WINDOW, query_pre_attn_scalar=12,
+        ) | MEMBERS[name]
     )  # fmt: skip
     return tiny_gemma.away_from_zero(getattr(gemmakit, classes["causal_lm"])(config)).eval()
 
@@ -99,7 +110,7 @@ def test_every_member_of_the_family_equals_its_modules(both, started, member, dt
     for padding, cache in ((None, DynamicCache), (mask, DynamicCache), (mask, lambda: WindowCache(model.config))):
         modules, fused = both(model, lambda m=padding, c=cache: steps(model, ids, c(), mask=m))
         assert far(fused, modules) < TOLERANCE[dtype]
-    assert started.count("attend") == 3 * 2 * len(model.model.layers), "attention went through torch"
+    assert started.count("attend") == 3 * 2 * len(model.config.kv_layers()), "attention went through torch"
 
 
 def test_layers_that_forget_attend_through_the_kernel(both, started):

@@ -51,7 +51,7 @@ def _own_cache(tmp_path, monkeypatch):
 
 def compiled(kernel, constants, capability, pointers, divisible):
     """pointers: types of arguments that are not *bf16; divisible: numbers that are multiples of 16, as strides are."""
-    constants = dict(constants)
+    constants = {**({"OFFSET": 1.0} if "OFFSET" in kernel.arg_names else {}), **constants}
     options = {"num_warps": constants.pop("num_warps")}
     signature, attrs = {}, {}
     for i, name in enumerate(kernel.arg_names):
@@ -173,6 +173,7 @@ MEMBERS = {
     "gemma2 9B": (16, 8, 256, dict(CAPPED=True)), "gemma2 27B": (32, 16, 128, dict(CAPPED=True)),
     "gemma3 270M": (4, 1, 256, dict(Q_NORM=True, K_NORM=True)),
     "gemma3 27B": (32, 16, 128, dict(Q_NORM=True, K_NORM=True)),
+    "gemma4 31B": (32, 16, 256, dict(Q_NORM=True, K_NORM=True, OFFSET=0.0)),
 }  # fmt: skip
 
 

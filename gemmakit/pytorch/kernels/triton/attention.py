@@ -22,14 +22,16 @@ _CHANGING = ["start", "last", "table_stride", "mask_row", "mask_query", "blind_r
 
 
 @triton.jit
-def normed(x, factor, norm_ptr, h, H: tl.constexpr):
+def normed(x, factor, norm_ptr, h, H: tl.constexpr, OFFSET: tl.constexpr):
     """Features h of rows x, RMSNorm's, rounded. factor: (rows, 1)."""
     weight = tl.load(norm_ptr + h, mask=h < H, other=0.0).to(tl.float32)
-    return (x.to(tl.float32) * factor * (1.0 + weight)).to(x.dtype)
+    return (x.to(tl.float32) * factor * (OFFSET + weight)).to(x.dtype)
 
 
 @triton.jit
-def turned(x_ptr, at, cos, sin, h, mask, norm_ptr, eps, H: tl.constexpr, NORM: tl.constexpr):
+def turned(
+    x_ptr, at, cos, sin, h, mask, norm_ptr, eps, H: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr
+):  # fmt: skip
     """The rows at offsets `at`, with NORM normed, rotated as layers.rotate rounds: both products, then their sum.
 
     (rows, HP).
@@ -40,7 +42,8 @@ def turned(x_ptr, at, cos, sin, h, mask, norm_ptr, eps, H: tl.constexpr, NORM: t
     if NORM:
         wide = x.to(tl.float32)
         factor = tl.rsqrt(tl.sum(wide * wide, 1) / H + eps)[:, None]
-        x, other = normed(x, factor, norm_ptr, h, H), normed(other, factor, norm_ptr, across, H)
+        x = normed(x, factor, norm_ptr, h, H, OFFSET)
+        other = normed(other, factor, norm_ptr, across, H, OFFSET)
     other = other.to(tl.float32)
     other = tl.where(h < H // 2, -other, other)
     straight = (x.to(tl.float32) * cos).to(x.dtype).to(tl.float32)
@@ -125,7 +128,7 @@ def angles(ptr, at, mask):
 @triton.jit
 def append(
     k_ptr, v_ptr, cos_ptr, sin_ptr, norm_ptr, eps, keys_ptr, values_ptr, at, b, kv, j, h, table_row, writes,
-    S: tl.constexpr, K: tl.constexpr, H: tl.constexpr, NORM: tl.constexpr,
+    S: tl.constexpr, K: tl.constexpr, H: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """Norm and rotate the new keys, write them and the new values to `at` if that is up to this program, and give both.
 
@@ -134,7 +137,8 @@ def append(
     mask = (j < S)[:, None] & (h < H)
     table = b * table_row + j[:, None] * H + h
     new = (((b * S + j) * K + kv) * H)[:, None]
-    k = turned(k_ptr, new, angles(cos_ptr, table, mask), angles(sin_ptr, table, mask), h, mask, norm_ptr, eps, H, NORM)
+    cos, sin = angles(cos_ptr, table, mask), angles(sin_ptr, table, mask)
+    k = turned(k_ptr, new, cos, sin, h, mask, norm_ptr, eps, H, NORM, OFFSET)
     v = tl.load(v_ptr + new + h, mask=mask, other=0.0)
     tl.store(keys_ptr + at, k, mask=mask & writes)
     tl.store(values_ptr + at, v, mask=mask & writes)
@@ -150,9 +154,10 @@ def attend(
     S: tl.constexpr, N: tl.constexpr, K: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, BR: tl.constexpr,
     BT: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, MASK: tl.constexpr, BLIND: tl.constexpr,
     CAUSAL: tl.constexpr, PLACED: tl.constexpr, PAGE: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
-    CAPPED: tl.constexpr, WHOLE_MASK: tl.constexpr,
+    CAPPED: tl.constexpr, WHOLE_MASK: tl.constexpr, OFFSET: tl.constexpr = 1.0,
 ):  # fmt: skip
-    """q (B, S, N, H), k and v (B, S, K, H), not rotated; cos, sin (B or 1, S, H); q_norm, k_norm (H,).
+    """q (B, S, N, H), k and v (B, S, K, H), not rotated; cos, sin (B or 1, S, H); q_norm, k_norm (H,), by
+    OFFSET + which they multiply.
 
     Grid: B * K, SPLITS, the blocks of BR of the G * S rows.
     keys, values: (B, K, capacity, H), or with PAGE (pages, PAGE, K, H) and a table (B, P) of pages. The places of the
@@ -176,7 +181,7 @@ def attend(
     table = b * table_row + s[:, None] * H + h
     row = ((b * S + s) * N + kv * G + r // S)[:, None]
     cos, sin = angles(cos_ptr, table, real), angles(sin_ptr, table, real)
-    q = turned(q_ptr, row * H, cos, sin, h, real, q_norm_ptr, q_eps, H, Q_NORM)
+    q = turned(q_ptr, row * H, cos, sin, h, real, q_norm_ptr, q_eps, H, Q_NORM, OFFSET)
     mask_at = b * mask_row + s[:, None] * mask_query - (0 if WHOLE_MASK else hidden)
 
     top = tl.full((BR,), float("-inf"), tl.float32)
@@ -199,7 +204,7 @@ def attend(
         writes = tl.program_id(2) == 0
         new_k, new_v = append(
             k_ptr, v_ptr, cos_ptr, sin_ptr, k_norm_ptr, k_eps, keys_ptr, values_ptr, new_at, b, kv, j, h, table_row,
-            writes, S, K, H, K_NORM,
+            writes, S, K, H, K_NORM, OFFSET,
         )  # fmt: skip
         seen = (j < S)[None, :]
         if CAUSAL:

@@ -50,13 +50,15 @@ def row_scales(x_ptr, rows, eps, I: tl.constexpr, R: tl.constexpr, BI: tl.conste
 
 
 @triton.jit
-def inputs(x_ptr, norm_ptr, scales, rows, i, I: tl.constexpr, R: tl.constexpr, NORM: tl.constexpr):
+def inputs(
+    x_ptr, norm_ptr, scales, rows, i, I: tl.constexpr, R: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr
+):  # fmt: skip
     """x[:, i], normalised and rounded as the module rounds when NORM: (R, 1, n, C) in x's dtype."""
     r = row_numbers(R)
     x = tl.load(x_ptr + r * I + i, mask=(r < rows) & (i < I), other=0.0)
     if NORM:
         weight = tl.load(norm_ptr + i, mask=i < I, other=0.0).to(tl.float32)
-        x = (x.to(tl.float32) * scales * (1.0 + weight)).to(x.dtype)
+        x = (x.to(tl.float32) * scales * (OFFSET + weight)).to(x.dtype)
     return x
 
 
@@ -64,16 +66,17 @@ def inputs(x_ptr, norm_ptr, scales, rows, i, I: tl.constexpr, R: tl.constexpr, N
 def input_tiles(
     x_ptr, norm_ptr, scales, rows, start,
     I: tl.constexpr, R: tl.constexpr, BI: tl.constexpr, C: tl.constexpr, NORM: tl.constexpr, FORMAT: tl.constexpr,
+    OFFSET: tl.constexpr,
 ):  # fmt: skip
     """The inputs from `start` in the order in which codes lie: all of them, or for INT4 those that meet the low and
     those that meet the high halves of the bytes. (R, 1, n, C) each.
     """
     if FORMAT == _INT4:
-        low = inputs(x_ptr, norm_ptr, scales, rows, places(start, BI // 32, 16, 32), I, R, NORM)
-        high = inputs(x_ptr, norm_ptr, scales, rows, places(start + 16, BI // 32, 16, 32), I, R, NORM)
+        low = inputs(x_ptr, norm_ptr, scales, rows, places(start, BI // 32, 16, 32), I, R, NORM, OFFSET)
+        high = inputs(x_ptr, norm_ptr, scales, rows, places(start + 16, BI // 32, 16, 32), I, R, NORM, OFFSET)
         return low, high
     else:
-        x = inputs(x_ptr, norm_ptr, scales, rows, places(start, BI // C, C, C), I, R, NORM)
+        x = inputs(x_ptr, norm_ptr, scales, rows, places(start, BI // C, C, C), I, R, NORM, OFFSET)
         return x, x
 
 
@@ -190,7 +193,7 @@ def project(
     O0, O1, O2,
     I: tl.constexpr, R: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, C: tl.constexpr,
     NORM: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr,
-    WEIGHTS: tl.constexpr, STAGES: tl.constexpr,
+    WEIGHTS: tl.constexpr, STAGES: tl.constexpr, OFFSET: tl.constexpr = 1.0,
 ):  # fmt: skip
     """y = (residual +) norm(x) @ w.T + bias for one to three weights (O0, O1, O2 outputs) in one launch.
 
@@ -217,14 +220,14 @@ def project(
         # Weights do not depend on what ran before, so they are asked for before the norm is summed.
         codes, scale, zero = weight_tile(w, scale_ptr, zero_ptr, o, O, 0, I, BI, FORMAT, C, GROUP)
         scales = row_scales(x_ptr, rows, eps, I, R, BI, C)
-        x, x_high = input_tiles(x_ptr, norm_ptr, scales, rows, 0, I, R, BI, C, NORM, FORMAT)
+        x, x_high = input_tiles(x_ptr, norm_ptr, scales, rows, 0, I, R, BI, C, NORM, FORMAT, OFFSET)
         sums = partial_sums(codes, scale, zero, x, x_high, rows, FORMAT)
     else:
         scales = row_scales(x_ptr, rows, eps, I, R, BI, C) if NORM else 0.0
         sums = tl.zeros((R, BO, BI // RUN), tl.float32)
         for start in tl.range(0, I, BI, num_stages=STAGES):
             codes, scale, zero = weight_tile(w, scale_ptr, zero_ptr, o, O, start, I, BI, FORMAT, C, GROUP)
-            x, x_high = input_tiles(x_ptr, norm_ptr, scales, rows, start, I, R, BI, C, NORM, FORMAT)
+            x, x_high = input_tiles(x_ptr, norm_ptr, scales, rows, start, I, R, BI, C, NORM, FORMAT, OFFSET)
             sums += partial_sums(codes, scale, zero, x, x_high, rows, FORMAT)
     y = finished(sums, scale_ptr, bias_ptr, o, O, BIAS, FORMAT).to(y_ptr.dtype.element_ty)
     r = tl.arange(0, R)[:, None]
@@ -257,7 +260,7 @@ def gate_up(
     O,
     I: tl.constexpr, R: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, C: tl.constexpr,
     BIAS: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr, ACT: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, OFFSET: tl.constexpr = 1.0,
 ):  # fmt: skip
     """act(norm(x) @ gate.T) * (norm(x) @ up.T), each step rounded as the modules round. x: (rows, I), y: (rows, O)."""
     o = tl.program_id(0) * BO + tl.arange(0, BO)
@@ -266,7 +269,7 @@ def gate_up(
         codes0, s0, z0 = weight_tile(w0, scale0, zero0, o, O, 0, I, BI, FORMAT, C, GROUP)
         codes1, s1, z1 = weight_tile(w1, scale1, zero1, o, O, 0, I, BI, FORMAT, C, GROUP)
         scales = row_scales(x_ptr, rows, eps, I, R, BI, C)
-        x, x_high = input_tiles(x_ptr, norm_ptr, scales, rows, 0, I, R, BI, C, True, FORMAT)
+        x, x_high = input_tiles(x_ptr, norm_ptr, scales, rows, 0, I, R, BI, C, True, FORMAT, OFFSET)
         gates = partial_sums(codes0, s0, z0, x, x_high, rows, FORMAT)
         ups = partial_sums(codes1, s1, z1, x, x_high, rows, FORMAT)
     else:
@@ -276,7 +279,7 @@ def gate_up(
         for start in tl.range(0, I, BI, num_stages=STAGES):
             codes0, s0, z0 = weight_tile(w0, scale0, zero0, o, O, start, I, BI, FORMAT, C, GROUP)
             codes1, s1, z1 = weight_tile(w1, scale1, zero1, o, O, start, I, BI, FORMAT, C, GROUP)
-            x, x_high = input_tiles(x_ptr, norm_ptr, scales, rows, start, I, R, BI, C, True, FORMAT)
+            x, x_high = input_tiles(x_ptr, norm_ptr, scales, rows, start, I, R, BI, C, True, FORMAT, OFFSET)
             gates += partial_sums(codes0, s0, z0, x, x_high, rows, FORMAT)
             ups += partial_sums(codes1, s1, z1, x, x_high, rows, FORMAT)
     gate = finished(gates, scale0, bias0, o, O, BIAS, FORMAT).to(y_ptr.dtype.element_ty)

@@ -22,6 +22,7 @@ from gemmakit.pytorch.kernels.packed import FORMATS, PackedWeight
 from gemmakit.pytorch.kernels.triton import MAX_ROWS, interpreted, starting, tuning
 
 T = TypeVar("T")
+# Of Gemma 4's full layers heads are 512 wide, whose numbers the registers do not hold, however they are divided.
 MAX_HEAD_DIM = 256
 UNLIMITED = 2**31 - 1  # keys that are seen, where all are
 # A program of the norm keeps a row in its registers, of its backward three rows and the sums: longer ones would spill,
@@ -99,11 +100,12 @@ def alike(operands: Sequence[Operand]) -> bool:
 
 
 class Norm(NamedTuple):
-    """x * rsqrt(mean(x^2) + eps) * (1 + weight) * gain."""
+    """x * rsqrt(mean(x^2) + eps) * (offset + weight) * gain."""
 
     weight: Tensor
     eps: float
     gain: float = 1.0
+    offset: float = 1.0
 
 
 def block_constants(
@@ -162,6 +164,7 @@ def project(
         RESIDUAL=residual is not None,
         BIAS=bias,
         WEIGHTS=len(weights),
+        OFFSET=1.0 if norm is None else norm.offset,
         **shape,
     )
     return ys
@@ -185,7 +188,7 @@ def gate_up(
     _start(
         "gemv.gate_up", (-(-gate.O // shape["BO"]),), x, norm.weight, norm.eps, M, gate.codes, up.codes,
         _or(gate.scale, x), _or(up.scale, x), _or(gate.zero, x), _or(up.zero, x), b0, b1, y, gate.O, BIAS=bias,
-        ACT=int(act), **shape,
+        ACT=int(act), OFFSET=norm.offset, **shape,
     )  # fmt: skip
     return y
 
@@ -274,6 +277,7 @@ def attend(
     places = _or(room.places, q)
     flags = dict(BLIND=blind is not None, PLACED=room.places is not None, PAGE=page, SPLITS=parts)
     norms = [Norm(q, 0.0) if norm is None else norm for norm in (q_norm, k_norm)]
+    offset = next((norm.offset for norm in (q_norm, k_norm) if norm is not None), 1.0)
     log2e = math.log2(math.e)
     grid = (B * K, parts, -(-(N // K * S) // fixed["BR"]))
     _start(
@@ -283,7 +287,8 @@ def attend(
         S * H if cos.shape[0] > 1 else 0, *room.keys.stride()[:2],
         0 if room.table is None else room.table.stride(0), *_steps(mask), *_steps(blind),
         MASK=mask is not None, CAUSAL=causal and mask is None, CAPPED=softcap is not None,
-        WHOLE_MASK=reach is not None, Q_NORM=q_norm is not None, K_NORM=k_norm is not None, **fixed, **flags,
+        WHOLE_MASK=reach is not None, Q_NORM=q_norm is not None, K_NORM=k_norm is not None, OFFSET=offset, **fixed,
+        **flags,
     )  # fmt: skip
     if parts > 1:
         shared = {name: fixed[name] for name in ("S", "N", "H", "HP", "BT")}
@@ -326,20 +331,20 @@ def norm_constants(D: int) -> dict[str, int]:
     return dict(D=D, BLOCK=block, num_warps=min(max(block // 512, 1), 16))
 
 
-def rms_norm_saving(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def rms_norm_saving(x: Tensor, weight: Tensor, eps: float, offset: float = 1.0) -> tuple[Tensor, Tensor]:
     """x: (..., D), weight: (D,) -> the norm in x's dtype, and what its rows were scaled by: (...) float32."""
     if x.shape[-1] > MAX_DIM:
-        return reference.rms_norm_saving(x, weight, eps)
+        return reference.rms_norm_saving(x, weight, eps, offset)
     x = x.contiguous()
     y, scale = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
-    _start_norm(x, Norm(weight, eps), None, y, scale)
+    _start_norm(x, Norm(weight, eps, offset=offset), None, y, scale)
     return y, scale
 
 
 def norm_add(x: Tensor, norm: Norm, residual: Tensor) -> Tensor:
     """residual + norm(x), (..., D), each step rounded to x's dtype."""
     if x.shape[-1] > MAX_DIM:
-        return residual + reference.rms_norm(x, norm.weight, norm.eps, norm.gain)
+        return residual + reference.rms_norm(x, *norm)
     x, y = x.contiguous(), torch.empty_like(residual, memory_format=torch.contiguous_format)
     scale = x.new_empty(x.shape[:-1], dtype=torch.float32)
     _start_norm(x, norm, residual.contiguous(), y, scale)
@@ -349,7 +354,8 @@ def norm_add(x: Tensor, norm: Norm, residual: Tensor) -> Tensor:
 def _start_norm(x: Tensor, norm: Norm, residual: Tensor | None, y: Tensor, scale: Tensor) -> None:
     tensors = (x, norm.weight.contiguous(), _or(residual, x), y, scale)
     shape = norm_constants(x.shape[-1])
-    _start_rows("rowwise.norm", scale.numel(), *tensors, norm.eps, norm.gain, RESIDUAL=residual is not None, **shape)
+    flags = dict(RESIDUAL=residual is not None, OFFSET=norm.offset)
+    _start_rows("rowwise.norm", scale.numel(), *tensors, norm.eps, norm.gain, **flags, **shape)
 
 
 def rms_norm_back(

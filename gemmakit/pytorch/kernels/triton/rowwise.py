@@ -19,9 +19,9 @@ from gemmakit.pytorch.kernels.triton.gemv import _GELU_ERF, _GELU_TANH, _RELU, a
 @triton.jit
 def norm(
     x_ptr, weight_ptr, residual_ptr, y_ptr, scale_ptr, eps, gain,
-    D: tl.constexpr, BLOCK: tl.constexpr, RESIDUAL: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, RESIDUAL: tl.constexpr, OFFSET: tl.constexpr = 1.0,
 ):  # fmt: skip
-    """y = x * scale * (1 + weight) * gain with scale = rsqrt(mean(x^2) + eps), rounded once. x, y: (M, D).
+    """y = x * scale * (OFFSET + weight) * gain with scale = rsqrt(mean(x^2) + eps), rounded once. x, y: (M, D).
 
     With RESIDUAL y is the sum with it, rounded once more. scale: (M,) float32. Grid: M. BLOCK: at least D.
     """
@@ -30,7 +30,7 @@ def norm(
     weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, 0) / D + eps)
     tl.store(scale_ptr + row, scale)
-    y = (x * scale * (1.0 + weight) * gain).to(y_ptr.dtype.element_ty)
+    y = (x * scale * (OFFSET + weight) * gain).to(y_ptr.dtype.element_ty)
     if RESIDUAL:
         residual = tl.load(residual_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float32)
         y = (residual + y.to(tl.float32)).to(y.dtype)
