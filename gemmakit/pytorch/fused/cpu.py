@@ -30,8 +30,8 @@ from gemmakit.pytorch.masks import Visibility
 from gemmakit.pytorch.shapes import Float, Int
 from gemmakit.pytorch.shared_keys import KeyBuffers, SharedKeys
 
-# Below so many bytes a second thread costs more than it saves.
-ALONE = 1 << 18
+# Below so many bytes a second thread costs more than it saves; an output row takes the time of so many more.
+ALONE, ROW = 1 << 18, 128
 
 
 def fuse(parts: LayerParts, x: Tensor) -> FusedLayer | str:
@@ -64,7 +64,8 @@ class Stack:
         self.count = len(weights)
         self.outs = [m.out for m in self.fastest]
         self.pointers = ctypes.c_void_p * self.count
-        self.small = sum(t.nbytes for m in modules for t in (*m.parameters(), *m.buffers())) < ALONE
+        read = sum(t.nbytes for m in modules for t in (*m.parameters(), *m.buffers()))
+        self.small = read + ROW * sum(self.outs) < ALONE
 
     @property
     def matrices(self) -> ctypes.Array[cpu.Matrix]:
