@@ -7,7 +7,8 @@ import hashlib
 import signal
 import time
 from collections.abc import Awaitable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +19,7 @@ import gemmakit
 from gemmakit.cli import options as o
 from gemmakit.cli import processes
 from gemmakit.cli.shell import INTERRUPTED, note
-from gemmakit.errors import MissingDependency
+from gemmakit.errors import InputError, MissingDependency
 from gemmakit.files import sampled_digest
 from gemmakit.hub import HubOptions, commit_of, find_file, local_directory, packaged_model
 from gemmakit.progress import progress_bar
@@ -51,6 +52,12 @@ def batch(
     dtype: o.Dtype = "auto",
     revision: o.Revision = None,
     tensor: o.Tensor = None,
+    ray: Annotated[
+        bool, Option("--ray", help="On the Ray cluster that is there, which RAY_ADDRESS names or this machine is of.")
+    ] = False,
+    actors: Annotated[
+        int | None, Option(metavar="N", min=1, help="With --ray: models to load; if left out, one a GPU or node.")
+    ] = None,
     cache_bytes: Annotated[int | None, Option(metavar="N", min=1, help="Memory for keys and values.")] = None,
 ) -> int:
     """Answer a file of requests: {"prompt": ...}, {"messages": ...} or {"input": ...} a line, settings beside it, or OpenAI's batch lines.
@@ -61,6 +68,10 @@ def batch(
     """  # noqa: E501
     if find_spec("fastapi") is None:
         raise MissingDependency("batches need the package fastapi: pip install 'gemmakit[serve]'.")
+    if ray and tensor is not None:
+        raise InputError("--ray runs whole models, an actor each, and --tensor splits one: give one of them.")
+    if actors is not None and not ray:
+        raise InputError("--actors is of --ray.")
     if (code := processes.spread(tensor)) is not None:
         return code
     source = str(model or gemmakit.demo_model())
@@ -85,16 +96,23 @@ def batch(
     from gemmakit.serve.app import ask, bare_app  # loads torch; what is wrong with the files is known by now
     from gemmakit.serve.service import Loading, Service
 
-    service = Service(ServeSettings(queue_s=None))
+    loading, service = Loading(source, ("gemmakit",), options, None, engine), Service(ServeSettings(queue_s=None))
     try:
-        service.load(Loading(source, ("gemmakit",), options, None, engine))
-        served, app = service.ready(), bare_app(service)
+        with ExitStack() as stack:
+            if ray:
+                from gemmakit.serve.ray_pool import pool
 
-        async def answer(row: Row) -> tuple[int, Mapping[str, Any]]:
-            return await ask(app, row.url, _body(row, served.draws, max_new_tokens, seed))
+                cluster = stack.enter_context(pool(loading, actors, concurrency))
+                side_by_side, draws, asked = concurrency * len(cluster.actors), cluster.draws, cluster.answer
+            else:
+                service.load(loading)
+                side_by_side, draws, asked = concurrency, service.ready().draws, partial(ask, bare_app(service))
 
-        with _Told(run) as told:
-            asyncio.run(_until_ctrl_c(run_batch(run, answer, concurrency, told)))
+            async def answer(row: Row) -> tuple[int, Mapping[str, Any]]:
+                return await asked(row.url, _body(row, draws, max_new_tokens, seed))
+
+            with _Told(run) as told:
+                asyncio.run(_until_ctrl_c(run_batch(run, answer, side_by_side, told)))
     except (KeyboardInterrupt, asyncio.CancelledError):
         note(str(run.stopped("interrupted")))
         return INTERRUPTED
