@@ -149,13 +149,18 @@ def experts_read(config: GemmaConfig) -> float:
     return (config.top_k_experts or 1) / (config.num_experts or 1) if config.enable_moe_block else 1.0
 
 
-def linear_weights(config: GemmaConfig) -> int:
-    """Elements of the projections of all layers that a token meets, without the head."""
+def linear_weights(config: GemmaConfig, prompt: bool = False) -> int:
+    """Elements of the projections of all layers that a token meets, without the head.
+
+    prompt: one of a prompt, whose last alone goes through the layers that read the keys of others.
+    """
     shapes, share = tensor_shapes(config), experts_read(config)
+    readers = [i for i in range(config.num_hidden_layers) if prompt and config.layer(i).kv_source is not None]
+    passed = (EMBEDDING, HEAD, TABLE, *(f"model.layers.{i}." for i in readers))
     return sum(
         int(prod(shape) * (share if ".experts." in name else 1.0))
         for name, shape in shapes.items()
-        if len(shape) > 1 and not name.startswith((EMBEDDING, HEAD, TABLE))
+        if len(shape) > 1 and not name.startswith(passed)
     )
 
 
@@ -171,7 +176,7 @@ def costs(model: GemmaForCausalLM, work: Work) -> dict[str, Any]:
         "bytes_a_token": {str(c): read["weight_bytes"] + itemsize * held(n) for c, n in behind.items()},
         "kv_bytes_a_token": itemsize * held(1),
         **read,
-        "prefill_flops_a_token": 2 * linear_weights(model.config),
+        "prefill_flops_a_token": 2 * linear_weights(model.config, prompt=True),
     }
 
 

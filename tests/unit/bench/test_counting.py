@@ -62,6 +62,13 @@ def test_linear_weights_are_those_of_the_projections():
     assert linear_weights(model.config) == found
 
 
+def test_a_prompt_meets_no_weights_of_layers_that_read_others_keys():
+    config = size_config("gemma4-e2b")
+    layers = [2 * (3 * 1536 * 6144 + (2 * 8 + 2) * 1536 * wide + 2 * 1536 * 256) for wide in (256, 512)]
+    assert 2 * linear_weights(config, prompt=True) == 12 * layers[0] + 3 * layers[1] + 2 * 1536 * 35 * 256
+    assert linear_weights(size_config("2b"), prompt=True) == linear_weights(size_config("2b"))
+
+
 def test_training_costs_six_operations_a_weight_and_token_besides_attention():
     config = size_config("2b")
     weights = linear_weights(config) + config.vocab_size * config.hidden_size
