@@ -29,23 +29,30 @@ def choose_tokens(rows: Sequence[Row], logits: Tensor) -> tuple[Tensor, Tensor, 
     chain = shared_chain(rows)
     if chain is not None:
         return *Step(chain, _picker(rows)).choose(_no_ids(logits), logits), {}
-    lines, errors = [line.float() for line in logits.split(1)], {}
+    # One piece of memory for all rows, which is theirs: copies of a line each cost more than choosing from it.
+    scores, errors = logits.float(), {}
     together: dict[tuple[Any, ...], list[int]] = {}
     for i, row in enumerate(rows):
         if row.by_scores:
             together.setdefault(row.chain, []).append(i)
             continue
+        line = scores[i : i + 1]
         try:
-            lines[i] = row.process(lines[i].clone())  # memory of its own, for processors that write to it
+            _keep(line, row.process(line))
         except Exception as e:
             errors[i] = e
     for chain, places in together.items():
         if chain:
-            group = torch.cat([lines[i] for i in places])
-            for i, line in zip(places, Step(chain).process(_no_ids(group), group).split(1), strict=True):
-                lines[i] = line
-    scores = torch.cat(lines)
+            at = sent(places, scores.device)
+            group = scores[at]
+            scores.index_copy_(0, at, Step(chain).process(_no_ids(group), group))
     return _picker(rows)(scores), scores, errors
+
+
+def _keep(line: Tensor, processed: Tensor) -> None:
+    """What a processor gave, where its scores lie; it may have written there itself, or changed nothing."""
+    if processed is not line:
+        line.copy_(processed)
 
 
 def logprobs_of(logits: Tensor) -> Tensor:
