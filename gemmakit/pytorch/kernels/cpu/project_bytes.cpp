@@ -113,8 +113,8 @@ void multiply_strip(const Matrix& w, const Few& few, int64_t row, void* y, const
   }
 }
 
-// Bytes of a weight that a thread takes at a time.
-constexpr int64_t SHARE = 1 << 18;
+// Bytes of a weight that a thread takes at a time, and parts of a row of x that threads round.
+constexpr int64_t SHARE = 1 << 18, FILL_PARTS = 4;
 
 // Up to GROUPS * FEW rows of x.
 template <int F>
@@ -129,19 +129,28 @@ void multiply_few(const Matrix* w, int count, const void* x, int M, void* const*
     int some = few.count[g] = (M - done + few.groups - g - 1) / (few.groups - g);
     int64_t from = done * blocks;
     few.x[g] = {q + from * BLOCK, scale + from, minus + from, back + from, blocks};
-    for (int m = 0; m < some; m++) fill_rows<F>(at<F>(x, done * w->in), w->in, m, some, few.x[g]);
   }
 #pragma omp parallel num_threads(threads) if (w->out * w->in > 1 << 18)
-  for (int i = 0; i < count; i++) {
-    auto strip = w[i].format == INT4        ? multiply_strip<F, INT4>
-                 : w[i].format == INT8_ROWS ? multiply_strip<F, INT8_ROWS>
-                                            : multiply_strip<F, INT8_GROUPS>;
-    int64_t bytes = w[i].in * L / (w[i].format == INT4 ? 2 : 1), all = (w[i].out + L - 1) / L;
-    int64_t each = all / (8 * threads) < SHARE / bytes ? all / (8 * threads) : SHARE / bytes;
-    each = each < 1 ? 1 : each;
+  {
+#pragma omp for schedule(static)
+    for (int64_t p = 0; p < M * FILL_PARTS; p++) {
+      int g = 0, m = p / FILL_PARTS, first = 0;
+      while (m >= first + few.count[g]) first += few.count[g++];
+      int64_t part = p % FILL_PARTS;
+      fill_rows<F>(at<F>(x, first * w->in), w->in, m - first, few.count[g], blocks * part / FILL_PARTS,
+                   blocks * (part + 1) / FILL_PARTS, few.x[g]);
+    }
+    for (int i = 0; i < count; i++) {
+      auto strip = w[i].format == INT4        ? multiply_strip<F, INT4>
+                   : w[i].format == INT8_ROWS ? multiply_strip<F, INT8_ROWS>
+                                              : multiply_strip<F, INT8_GROUPS>;
+      int64_t bytes = w[i].in * L / (w[i].format == INT4 ? 2 : 1), all = (w[i].out + L - 1) / L;
+      int64_t each = all / (8 * threads) < SHARE / bytes ? all / (8 * threads) : SHARE / bytes;
+      each = each < 1 ? 1 : each;
 #pragma omp for schedule(dynamic, 1) nowait
-    for (int64_t p = 0; p < all; p += each)
-      for (int64_t s = p; s < p + each && s < all; s++) strip(w[i], few, s * L, y[i], residual);
+      for (int64_t p = 0; p < all; p += each)
+        for (int64_t s = p; s < p + each && s < all; s++) strip(w[i], few, s * L, y[i], residual);
+    }
   }
 }
 
