@@ -1,4 +1,4 @@
-"""--tensor N: the same command as N processes, which share a model. The first alone reads and writes."""
+"""--tensor N, --devices N: the same command as N processes, which share a model. The first alone reads and writes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOOK_S, PATIENCE_S = 0.05, 10.0
 _SAID = (0, shell.FAILED, shell.INTERRUPTED, shell.PIPE_CLOSED)
 
 
-def spread(count: int | None) -> int | None:
+def spread(count: int | None, flag: str = "--tensor") -> int | None:
     """Run this command as `count` processes and give their exit code; None in each of them, and where one is enough.
 
     Processes that torchrun started are these already. Raises InputError where they are not `count`.
@@ -28,7 +28,7 @@ def spread(count: int | None) -> int | None:
         return None
     if "RANK" in os.environ:
         if os.environ.get("WORLD_SIZE") != str(count):
-            raise InputError(f"--tensor is {count}, but torchrun started {os.environ.get('WORLD_SIZE')} processes.")
+            raise InputError(f"{flag} is {count}, but torchrun started {os.environ.get('WORLD_SIZE')} processes.")
         if not is_first():
             sys.stdin, sys.stdout = open(os.devnull), open(os.devnull, "w")  # noqa: SIM115
         return None

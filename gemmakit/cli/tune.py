@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
+from gemmakit.cli import processes
 from gemmakit.cli.shell import INTERRUPTED, note
 from gemmakit.errors import InputError
 from gemmakit.progress import progress_bar
@@ -94,6 +95,7 @@ def tune(
     judge_rows: Annotated[
         int | None, Option(metavar="N", help="Held-out rows that are answered before and after; 200, 0 for none.")
     ] = None,
+    devices: Annotated[int, Option(metavar="N", min=1, help="Processes that share the weights and each pass.")] = 1,
     track: Annotated[
         str | None, Option(metavar="A,B", help="Send the numbers to tensorboard, trackio, wandb too.")
     ] = None,
@@ -117,6 +119,10 @@ def tune(
                                        ("checkpointing", checkpointing)) if on},
     }  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}
+    if not (show or dry_run) and (code := processes.spread(devices, "--devices")) is not None:
+        return code
+    if devices > 1 and not (show or dry_run):
+        given["devices"] = devices
     from gemmakit.tune import TuneSettings
     from gemmakit.tune import resume as go_on
     from gemmakit.tune import tune as begin

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from gemmakit.tune.devices import part, part_of
 from gemmakit.tune.settings import TuneSettings
 
 STATE_BYTES = 12  # a parameter: its gradient and two moments, in float32
@@ -43,7 +44,7 @@ class Optimizer:
                 wide.data, wide.grad = parameter.detach().float(), parameter.grad.float()
             adam.step()
             if wide is not parameter:
-                parameter.data.copy_(rounded_at_random(wide.detach()))
+                part(parameter.detach()).copy_(rounded_at_random(part(wide.detach())))
         self._release()
 
     def zero_grad(self) -> None:
@@ -68,9 +69,9 @@ class Optimizer:
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         for name, adam in self.adams.items():
             if f"{name}/step" in tensors:
-                device = self.parameters[name].device
                 moments = {key: tensors[f"{name}/{key}"].clone() for key in STATES}
-                adam.state[self.wide[name]] = {k: t if k == "step" else t.to(device) for k, t in moments.items()}
+                like = self.parameters[name]
+                adam.state[self.wide[name]] = {k: t if k == "step" else part_of(t, like) for k, t in moments.items()}
 
 
 def rounded_at_random(x: Tensor) -> Tensor:

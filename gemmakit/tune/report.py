@@ -6,10 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from gemmakit.errors import CheckpointError
 from gemmakit.files import replacing, write_text
+from gemmakit.tune import devices
 from gemmakit.tune.trackers import Trackers
 
 METRICS, CARD, PLOT = "metrics.jsonl", "README.md", "loss.png"
@@ -27,28 +28,36 @@ class Metrics:
     def __init__(self, folder: Path, keep: int | None = None, trackers: Trackers | None = None):
         self.trackers, self.path = trackers, folder / METRICS
         self.records = [] if keep is None else [r for r in read_metrics(folder) if r["step"] <= keep]
-        write_text(self.path, "".join(json.dumps(r) + "\n" for r in self.records))
-        self._file = self.path.open("a", encoding="utf-8")
+        self.records = devices.of_first(self.records)
+        self._file: IO[str] | None = None
+        if devices.is_first():
+            write_text(self.path, "".join(json.dumps(r) + "\n" for r in self.records))
+            self._file = self.path.open("a", encoding="utf-8")
 
     def put(self, **record: Any) -> None:
         self.records.append(record)
+        if self._file is not None:
+            self._write(self._file, json.dumps(record) + "\n")
+        if self.trackers is not None:
+            self.trackers.put(record)
+
+    def _write(self, file: IO[str], line: str) -> None:
         try:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
+            file.write(line)
+            file.flush()
         except OSError as error:
             raise CheckpointError(
                 f"{self.path} cannot be written: {error.strerror}. Free some space: the run goes on from where it was "
                 "last saved."
             ) from None
-        if self.trackers is not None:
-            self.trackers.put(record)
 
     def has(self, step: int, name: str) -> bool:
         return any(r["step"] == step and name in r for r in self.records)
 
     def close(self) -> None:
-        with suppress(OSError):  # what could not be written was told of
-            self._file.close()
+        if self._file is not None:
+            with suppress(OSError):  # what could not be written was told of
+                self._file.close()
         if self.trackers is not None:
             self.trackers.close()
 

@@ -30,7 +30,7 @@ from gemmakit.pytorch.adapters import (
     save_adapter,
 )
 from gemmakit.pytorch.placement import parse_device
-from gemmakit.tune import report, state
+from gemmakit.tune import devices, report, state
 from gemmakit.tune.data import Source, find_splits, read
 from gemmakit.tune.examples import Encoder, Example, Pair, Question
 from gemmakit.tune.judge import accuracy
@@ -82,6 +82,7 @@ def prepare(settings: TuneSettings) -> Prepared:
     Raises InputError and what loading raises; nothing is written.
     """
     check_trackers(settings.track)
+    devices.meet(settings.devices, parse_device(settings.device))
     sources = {split: read(path, settings.columns) for split, path in find_splits(settings.data).items()}
     source = demo_model() if settings.model == "demo" else settings.model
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -102,6 +103,8 @@ def prepare(settings: TuneSettings) -> Prepared:
         "version": gemmakit.__version__,
         "torch": torch.__version__,
     }
+    if settings.devices > 1:
+        devices.split(model)
     return Prepared(
         settings, model, tokenizer, adapter, examples, questions, objectives["train"], objectives.get("valid"), kept
     )
@@ -164,6 +167,8 @@ def _device(settings: TuneSettings) -> Any:
     """Where PyTorch's weights are; JAX has a device of its own."""
     if settings.backend == "flax":
         return "cpu"
+    if settings.devices > 1:
+        return devices.local(parse_device(settings.device))
     return "auto" if settings.device == "auto" else parse_device(settings.device)
 
 
@@ -224,18 +229,24 @@ def tune(settings: TuneSettings, *, overwrite: bool = False, tell: Tell | None =
     gradients stay no numbers; CheckpointError where the disk refuses.
     """
     folder = Path(settings.out).expanduser()
-    _check_folder(folder, overwrite, settings)
+    devices.meet(settings.devices, parse_device(settings.device))
+    devices.by_first(lambda: _check_folder(folder, overwrite, settings))
     made = prepare(settings)
+    devices.by_first(lambda: _begin(folder, made))
+    return _train(made, folder, None, tell)
+
+
+def _begin(folder: Path, made: Prepared) -> None:
     for path in [path for pattern in LEFT for path in folder.glob(pattern)]:
         path.unlink()
     write_text(folder / SETTINGS, json.dumps(made.kept, indent=2, ensure_ascii=False) + "\n")
-    return _train(made, folder, None, tell)
 
 
 def resume(folder: str | os.PathLike[str], *, tell: Tell | None = None, **changes: Any) -> Result:
     """Go on with a run from where it was last saved; on a CPU to the bit as if it had not ended.
 
-    changes: settings that decide nothing of what is computed, such as save_steps. Raises InputError for others, and
+    changes: settings that decide nothing of what is computed, such as save_steps. With another number of devices the
+    data is the same, and sums are rounded otherwise. Raises InputError for others, and
     where the data or the model is not what it was.
     """
     folder = Path(folder).expanduser()
@@ -244,6 +255,7 @@ def resume(folder: str | os.PathLike[str], *, tell: Tell | None = None, **change
     before = _kept(folder / SETTINGS)
     settings = TuneSettings.from_dict({**before["settings"], "out": str(folder)}, str(folder / SETTINGS))
     TuneSettings.check_names(changes, "resume")
+    changes.setdefault("devices", devices.running())  # any number goes on
     different = {k: v for k, v in changes.items() if v != getattr(settings, k)}
     fixed = sorted(different.keys() - FREE)
     if fixed:
@@ -305,7 +317,8 @@ def _train(made: Prepared, folder: Path, held: state.State | None, tell: Tell | 
     torch.manual_seed(settings.seed)
     if held is not None:
         trainer.go_on_from(held)
-    trackers = Trackers(settings.track, folder, made.kept["settings"], trainer.done)
+    asked = settings.track if devices.is_first() else ()
+    trackers = Trackers(asked, folder, made.kept["settings"], trainer.done)
     metrics = report.Metrics(folder, None if held is None else held.step, trackers)
     try:
         if held is None:
@@ -319,14 +332,17 @@ def _train(made: Prepared, folder: Path, held: state.State | None, tell: Tell | 
                 last = trainer.done == trainer.total
                 if not last and trainer.done % settings.eval_steps == 0:
                     _judge(made, trainer, metrics)
-                if pressed or last or trainer.done % settings.save_steps == 0:
-                    state.save(folder, trainer.state())  # after all that is measured at this step
-                if pressed:
+                stop = devices.any_of(bool(pressed), made.model.device)
+                if stop or last or trainer.done % settings.save_steps == 0:
+                    held = trainer.state()  # after all that is measured at this step
+                    devices.by_first(lambda held=held: state.save(folder, held))
+                if stop:
                     return Result(folder, False, metrics.records)
         trainer.take_average()
         _judge(made, trainer, metrics, last=True)
         _write(made, folder)
-        report.card(folder, made.kept, metrics.records, report.plot(folder, metrics.records))
+        if devices.is_first():
+            report.card(folder, made.kept, metrics.records, report.plot(folder, metrics.records))
         return Result(folder, True, metrics.records)
     finally:
         metrics.close()
@@ -347,9 +363,9 @@ def _write(made: Prepared, folder: Path) -> None:
     if made.adapter is not None:
         save_adapter(made.model, made.adapter, folder, base=made.settings.model)
         return
-    stored = made.model
-    stored.save_pretrained(folder)
-    made.tokenizer.save_pretrained(folder)
+    made.model.save_pretrained(folder, is_main_process=devices.is_first())
+    if devices.is_first():
+        made.tokenizer.save_pretrained(folder)
 
 
 @contextmanager

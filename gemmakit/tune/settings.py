@@ -53,13 +53,13 @@ OWN: tuple[tuple[tuple[str, ...], Callable[[TuneSettings], bool], str], ...] = (
     (("train_on", "packing", "judge_rows"), lambda s: s.loss == "sft", "pairs of answers"),
     (("epochs",), lambda s: s.max_steps is None, "max_steps"),
     (
-        ("quantization", "dropout", "neftune", "attention", "device", "loss_chunk"),
+        ("quantization", "dropout", "neftune", "attention", "device", "devices", "loss_chunk"),
         lambda s: s.backend == "pytorch",
         "the backend flax",
     ),
 )
 # Where a run may differ from the one it goes on from: what decides neither what is computed nor in which order.
-FREE = {"out", "save_steps", "eval_steps", "log_steps", "device", "track"}
+FREE = {"out", "save_steps", "eval_steps", "log_steps", "device", "devices", "track"}
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ class TuneSettings:
     ema: decay of the average of the weights that is saved instead of the last ones; 0 for none.
     loss_chunk: positions whose logits exist at a time.
     backend: "pytorch", or "flax" for losses and gradients by JAX, on its own device.
+    devices: processes that share the weights, and the rows of each pass.
     track: where the numbers go beside the folder: "tensorboard", "trackio", "wandb".
 
     Raises InputError for values out of range, and for what this run would not read.
@@ -125,6 +126,7 @@ class TuneSettings:
     log_steps: Annotated[int, Whole(1)] = 10
     judge_rows: Annotated[int, Whole(0)] = 200
     backend: Annotated[str, OneOf("pytorch", "flax")] = "pytorch"
+    devices: Annotated[int, Whole(1)] = 1
     track: Annotated[tuple[str, ...], Names(*TRACKERS)] = ()
 
     def __post_init__(self) -> None:
@@ -137,6 +139,8 @@ class TuneSettings:
                     raise InputError(f"{name} is {value!r}, which --backend flax has not: leave one of them out.")
             if self.method == "full" and self.dtype not in ("auto", "float32"):
                 raise InputError(f"dtype is {self.dtype!r}: --backend flax trains all weights in float32.")
+        if self.devices > 1 and self.loss != "sft":
+            raise InputError(f"devices={self.devices} is of the loss sft: --loss {self.loss} runs in one process.")
         if self.method == "full" and self.dtype == "float16":
             raise InputError(
                 "float16 holds no number over 65,504 nor steps as small as an optimizer's: train --full in "

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gemmakit.errors import NumericalError
-from gemmakit.tune import state
+from gemmakit.tune import devices, state
 from gemmakit.tune.batches import Order, to
 from gemmakit.tune.objectives import Objective
 from gemmakit.tune.optimizer import Optimizer, learning_rate
@@ -73,17 +73,21 @@ class Trainer:
         self.model.train()
         self.optimizer.zero_grad()
         with noisy_embeddings(self.model, self.settings.neftune):
-            for batch in batches:
-                part = self.objective.loss(self.model, to(batch, self.model.device), items)
+            for units, batch in zip(passes, batches, strict=True):
+                own = devices.own(units)
+                if len(own) < len(units):  # a process without rows runs another's for nothing: it gathers with the rest
+                    batch = self.objective.batch(own or units[:1])
+                part = self.objective.loss(self.model, to(batch, self.model.device), items) * bool(own)
                 part.backward()
                 loss += part.item()
-                tokens += batch["input_ids"].numel()
-        return loss, tokens
+                tokens += batch["input_ids"].numel() * bool(own)
+        loss, total = devices.summed((loss, tokens), self.model.device)
+        return loss, int(total)
 
     def _clip(self) -> float:
         """The length of the whole gradient, which is cut to the setting's."""
         gradients = [p.grad for p in self.trained.values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients, foreach=False)
+        norm = devices.whole(torch.nn.utils.get_total_norm(gradients, foreach=False))
         if self.settings.clip:
             torch.nn.utils.clip_grads_with_norm_(self.trained.values(), self.settings.clip, norm, foreach=False)
         return float(norm)
@@ -106,18 +110,20 @@ class Trainer:
     # -- where it stands ---------------------------------------------------------------------------------------------
 
     def state(self) -> state.State:
+        """Whole tensors, so that any number of processes goes on from them; every process calls this."""
         tensors: dict[str, Tensor] = {f"weights/{n}": p for n, p in self.trained.items()}
         tensors |= {f"optimizer/{n}": t for n, t in self.optimizer.tensors().items()}
         tensors |= {f"average/{n}": t for n, t in self.average.items()}
+        tensors = {n: devices.whole(t.detach()).cpu() for n, t in tensors.items()}
         return state.State(self.done, self.skipped, {**tensors, **state.random_states(self.model.device)})
 
     @torch.no_grad()
     def go_on_from(self, held: state.State) -> None:
         found = held.tensors
         for name, parameter in self.trained.items():
-            parameter.copy_(found[f"weights/{name}"])
+            parameter.copy_(devices.part_of(found[f"weights/{name}"], parameter))
         for name, mean in self.average.items():
-            mean.copy_(found[f"average/{name}"])
+            mean.copy_(devices.part_of(found[f"average/{name}"], mean))
         self.optimizer.load({n.removeprefix("optimizer/"): t for n, t in found.items() if n.startswith("optimizer/")})
         self.done, self.skipped = held.step, held.skipped
         state.set_random_states(found, self.model.device)

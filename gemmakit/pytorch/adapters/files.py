@@ -22,6 +22,8 @@ from gemmakit.pytorch.adapters.config import LoraConfig
 from gemmakit.pytorch.adapters.modules import Adapter
 from gemmakit.pytorch.adapters.place import adapters_of, add_adapter, remove_adapter, targets_of
 from gemmakit.pytorch.methods import ModelMethods
+from gemmakit.pytorch.parallel import processes
+from gemmakit.pytorch.parallel.sharded import gathered
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _PREFIX = "base_model.model."
@@ -29,13 +31,18 @@ Name = str | os.PathLike[str]
 
 
 def save_adapter(model: ModelMethods, config: LoraConfig, folder: Name, base: Name = "") -> None:
-    """Write the model's adapter; each file is the old or the new, whole. base: what it is for, a folder or a Hub id."""
+    """Write the model's adapter; each file is the old or the new, whole. base: what it is for, a folder or a Hub id.
+
+    Of a sharded model every process calls this, and the first writes.
+    """
     folder = Path(folder)
     tensors = {
-        key: parameter.detach().cpu().contiguous()
+        key: gathered(parameter).contiguous()
         for name, adapter in adapters_of(model).items()
         for key, parameter in _keys(name, adapter).items()
     }
+    if processes.rank() > 0:
+        return
     save_file(tensors, folder / WEIGHTS)
     settings = {"base_model_name_or_path": os.fspath(base) or None, **config.to_dict()}
     write_text(folder / CONFIG, json.dumps(settings, indent=2, sort_keys=True) + "\n")
