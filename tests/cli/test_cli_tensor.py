@@ -15,6 +15,7 @@ def test_two_processes_answer_as_one(gemmakit, tiny):
     ]
 
 
+@pytest.mark.slow  # three processes that load torch, to be refused
 def test_what_cannot_be_split_is_one_line(gemmakit, tiny):
     done = gemmakit("run", "x", "--model", tiny, "--tensor", "3")
     assert done.returncode == 2
@@ -29,7 +30,6 @@ def test_what_has_no_parts_is_refused_before_anything_starts(gemmakit, tiny):
     assert "--tensor splits a plain PyTorch model" in done.stderr
 
 
-@pytest.mark.slow  # four loads
 def test_a_batch_of_two_processes_has_the_answers_of_one(gemmakit, tiny, tmp_path):
     rows = [{"prompt": f"text {i}", "custom_id": f"id {i}", "max_tokens": 4 + i % 3} for i in range(12)]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
