@@ -77,7 +77,7 @@ def batch(
     source = str(model or gemmakit.demo_model())
     options = dict(device_map=device, dtype=dtype, revision=revision, **o.split(tensor))
     engine = dict(max_batch_size=concurrency, cache_bytes=cache_bytes)
-    if not processes.is_first():
+    if not processes.is_first(tensor):
         from gemmakit.serve.service import Loading, follow_first
 
         follow_first(Loading(source, ("gemmakit",), options, None, engine))

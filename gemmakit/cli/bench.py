@@ -71,7 +71,7 @@ def bench(
     threads = threads or max(1, available_cores() // (tensor or 1))
     asked: dict[str, Any] = {"dtype": dtype, "device": device, "threads": threads, "quantize": quantize}
     asked |= o.split(tensor)
-    if not processes.is_first():
+    if not processes.is_first(tensor):
         from gemmakit.bench import measure
 
         measure.speed(_source(model, size), work, **asked)

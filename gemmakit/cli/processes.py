@@ -29,23 +29,23 @@ def spread(count: int | None, flag: str = "--tensor") -> int | None:
     if "RANK" in os.environ:
         if os.environ.get("WORLD_SIZE") != str(count):
             raise InputError(f"{flag} is {count}, but torchrun started {os.environ.get('WORLD_SIZE')} processes.")
-        if not is_first():
+        if not is_first(count):
             sys.stdin, sys.stdout = open(os.devnull), open(os.devnull, "w")  # noqa: SIM115
         return None
     return None if count == 1 else _run(count)
 
 
-def is_first() -> bool:
-    """Whether this process is the one that reads and writes."""
-    return os.environ.get("RANK", "0") == "0"
+def is_first(count: int | None) -> bool:
+    """Whether this process is the one that reads and writes. count: how many share the model; None: it has its own."""
+    return count is None or os.environ.get("RANK", "0") == "0"
 
 
-def shared_texts(texts: Iterable[str]) -> Iterator[str]:
-    """The first process's texts, in every process, as they come."""
+def shared_texts(texts: Iterable[str], count: int) -> Iterator[str]:
+    """The texts of the first of so many processes, in every process, as they come."""
     from gemmakit.pytorch.parallel import processes
 
     rest = iter(texts)
-    while (text := processes.shared(next(rest, None) if is_first() else None)) is not None:
+    while (text := processes.shared(next(rest, None) if is_first(count) else None)) is not None:
         yield text
 
 

@@ -109,7 +109,7 @@ def run(
         raise InputError("--tensor splits a plain PyTorch model: --server, --backend flax and --adapter do without it.")
     if (code := processes.spread(tensor)) is not None:
         return code
-    if processes.is_first():
+    if processes.is_first(tensor):
         prompts = records.texts(prompt, input_, format_, column or ("prompt" if generates else "text"))
     else:
         prompts, output = [], None
@@ -129,7 +129,7 @@ def run(
                 adapter=adapter, **o.split(tensor))  # fmt: skip
     loaded_s = time.perf_counter() - start
     if tensor is not None:
-        prompts = processes.shared_texts(prompts)
+        prompts = processes.shared_texts(prompts, tensor)
     with nullcontext() if output is None else sink:
         if not generates:
             options = {"aggregation_strategy": aggregation or "simple"} if task == "token-classification" else {}

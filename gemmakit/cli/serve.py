@@ -128,7 +128,7 @@ def serve(
         ),
         named,
     )
-    if not processes.is_first():
+    if not processes.is_first(tensor):
         follow_first(loading)
         return 0
     socket = listen(host, port, settings.stall_s)

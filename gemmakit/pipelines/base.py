@@ -177,6 +177,17 @@ def _batch_size(size: Any) -> int:
     return size
 
 
+# What of a tokenizer's options says in which form ids come.
+_FORM = {"return_tensors", "return_dict", "tokenize", "return_overflowing_tokens", "stride"}
+
+
+def encoding_options(name: str, given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A tokenizer's options that a caller gave as `name`. Raises InputError for those that the pipeline decides."""
+    if form := sorted(_FORM & (given or {}).keys()):
+        raise InputError(f"{name} has {', '.join(form)}, which the pipeline decides.")
+    return dict(given or {})
+
+
 def padded(rows: Sequence[Sequence[int]], pad: int, device: Any, side: str) -> tuple[torch.Tensor, torch.Tensor]:
     """ids and mask, (B, P), of rows of different lengths; the mask is 0 on padding, which is on `side`."""
     P = max(map(len, rows))

@@ -134,7 +134,12 @@ class TextClassificationPipeline(ClassificationPipeline):
         return_all_scores: bool | None = None,
     ) -> list[Any]:
         """The results of a batch, in its order; the options are described at the class."""
-        top_k = None if return_all_scores else top_k
+        if return_all_scores:
+            if top_k not in (UNSET, None):
+                raise InputError(
+                    f"top_k is {top_k}, but return_all_scores asks for the scores of all: give one of them."
+                )
+            top_k = None
         _check_top_k(top_k)
         self._function(function_to_apply)
         found = self.logits(self._rows(batch, truncation, max_length))
@@ -244,6 +249,11 @@ class TokenClassificationPipeline(ClassificationPipeline):
     ) -> list[list[Record]]:
         """The results of a batch, in its order; the options are described at the class."""
         if grouped_entities is not None or ignore_subwords is not None:
+            if aggregation_strategy != "none":
+                raise InputError(
+                    f"aggregation_strategy is {aggregation_strategy!r}, which says what grouped_entities and "
+                    "ignore_subwords say in older words: give it alone."
+                )
             grouped = "first" if ignore_subwords else "simple"
             aggregation_strategy = grouped if grouped_entities else "none"
         strategy = self._strategy(aggregation_strategy, stride)

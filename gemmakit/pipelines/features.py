@@ -9,7 +9,7 @@ import torch
 
 from gemmakit.auto import AutoModel
 from gemmakit.errors import InputError
-from gemmakit.pipelines.base import Pipeline, Record, evaluating, is_flax
+from gemmakit.pipelines.base import Pipeline, Record, encoding_options, evaluating, is_flax
 
 
 class FeatureExtractionPipeline(Pipeline):
@@ -56,7 +56,7 @@ class FeatureExtractionPipeline(Pipeline):
         tokenize_kwargs: Mapping[str, Any] | None = None,
     ) -> Record:
         """input_ids and attention_mask, (1, S)."""
-        options = dict(tokenize_kwargs or {})
+        options = encoding_options("tokenize_kwargs", tokenize_kwargs)
         if truncation is not None and options.setdefault("truncation", truncation) != truncation:
             raise InputError("truncation is given twice, the second time in tokenize_kwargs: give it once.")
         if options.get("truncation"):

@@ -11,7 +11,7 @@ from gemmakit.auto import AutoModelForCausalLM
 from gemmakit.errors import InputError, PromptTooLong
 from gemmakit.generation.config import refuse_unknown
 from gemmakit.generation.settings import DEFAULTS
-from gemmakit.pipelines.base import Pipeline, Record, padded
+from gemmakit.pipelines.base import Pipeline, Record, encoding_options, padded
 from gemmakit.text.chat import free_variables
 
 DEFAULT_NEW_TOKENS = 256
@@ -89,9 +89,7 @@ class TextGenerationPipeline(Pipeline):
 
         Raises InputError for a variable of the template that is not the caller's to set.
         """
-        more = dict(tokenizer_encode_kwargs or {})
-        if form := more.keys() & {"return_tensors", "return_dict", "tokenize"}:
-            raise InputError(f"tokenizer_encode_kwargs has {', '.join(sorted(form))}, which the pipeline decides.")
+        more = encoding_options("tokenizer_encode_kwargs", tokenizer_encode_kwargs)
         if isinstance(prompt, str):
             return list(self.tokenizer(prefix + prompt, **more)["input_ids"])
         goes_on = _goes_on(prompt, continue_final_message)
@@ -145,6 +143,7 @@ class TextGenerationPipeline(Pipeline):
 
     def preprocess(self, prompt_text: Any, *, handle_long_generation: str | None = None, **options: Any) -> Record:
         """input_ids and attention_mask, (1, P), and the prompt; options as in `encode`, and those of generate()."""
+        self.check_options(options)
         known = inspect.signature(self.encode).parameters
         row = self.encode(prompt_text, **{name: value for name, value in options.items() if name in known})
         row = self._fitted(row, handle_long_generation, options)
@@ -193,7 +192,7 @@ class TextGenerationPipeline(Pipeline):
         return [record(prompt, row, new) for new in news]
 
     def _fitted(self, row: list[int], how: str | None, settings: Mapping[str, Any]) -> list[int]:
-        """A prompt that leaves room for what it is to be continued by, cut on its left if `how` is "hole"."""
+        """A prompt that leaves room for its continuation, cut behind <bos> if `how` is "hole"."""
         if how is None:
             return row
         if how != "hole":
@@ -209,7 +208,10 @@ class TextGenerationPipeline(Pipeline):
                 f"{new} new tokens are asked for and the context holds {self._context()}: nothing of a prompt fits "
                 "beside them. Ask for fewer."
             )
-        return row if len(row) <= kept else row[-kept:]
+        if len(row) <= kept:
+            return row
+        start = row[:1] if row[0] == self.tokenizer.bos_token_id else []
+        return start + row[len(row) - kept + len(start) :]
 
     def _context(self) -> int:
         return min(self.model.config.max_position_embeddings, self.tokenizer.model_max_length)

@@ -15,6 +15,14 @@ def test_two_processes_answer_as_one(gemmakit, tiny):
     ]
 
 
+def test_a_process_among_others_answers_by_itself_unless_it_is_told_to_share(gemmakit, tiny, monkeypatch):
+    monkeypatch.setenv("RANK", "1")  # as in a job whose processes each do something of their own
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = gemmakit("run", "def add(", "--model", tiny, "-n", "2")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip()
+
+
 @pytest.mark.slow  # three processes that load torch, to be refused
 def test_what_cannot_be_split_is_one_line(gemmakit, tiny):
     done = gemmakit("run", "x", "--model", tiny, "--tensor", "3")

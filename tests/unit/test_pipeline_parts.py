@@ -112,6 +112,25 @@ def test_older_names_of_options_mean_what_they_meant(pipes):
         assert pipe(TEXTS, **given) == pipe(TEXTS, aggregation_strategy=meant)
 
 
+@pytest.mark.parametrize(
+    ("task", "given", "said"),
+    [
+        ("text-classification", {"return_all_scores": True, "top_k": 2}, "top_k is 2"),
+        ("token-classification", {"aggregation_strategy": "max", "ignore_subwords": False}, "aggregation_strategy"),
+        ("feature-extraction", {"tokenize_kwargs": {"return_tensors": "pt"}}, "tokenize_kwargs has return_tensors"),
+        ("text-generation", {"tokenizer_encode_kwargs": {"return_dict": False}}, "which the pipeline decides"),
+    ],
+)
+def test_options_that_contradict_one_another_are_refused(task, given, said, pipes):
+    with pytest.raises(InputError, match=said):
+        pipes[task](TEXTS, **given)
+
+
+def test_the_parts_of_a_call_refuse_the_options_that_it_refuses(pipes):
+    with pytest.raises(InputError, match="max_new_tokns"):
+        pipes["text-generation"].preprocess(TEXTS[0], max_new_tokns=5)
+
+
 def test_encoding_and_stopping_are_told_by_the_names_of_transformers(pipes):
     pipe = pipes["text-generation"]
     plain = pipe(TEXTS[0], max_new_tokens=8, return_tensors=True)[0]["generated_token_ids"]
@@ -135,7 +154,7 @@ def test_a_long_prompt_is_cut_on_its_left_where_that_is_asked_for(pipes):
     with pytest.raises(PromptTooLong):
         pipe(long, max_new_tokens=10)
     made = pipe(long, max_new_tokens=10, handle_long_generation="hole", return_tensors=True)[0]["generated_token_ids"]
-    assert made[:54] == ids[-54:] and len(made) <= 64
+    assert made[:54] == [pipe.tokenizer.bos_token_id, *ids[-53:]] and len(made) <= 64
     short = pipe(TEXTS[0], max_new_tokens=10)
     assert pipe(TEXTS[0], max_new_tokens=10, handle_long_generation="hole") == short
     with pytest.raises(InputError, match="handle_long_generation is 'x'"):

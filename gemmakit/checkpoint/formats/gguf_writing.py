@@ -71,7 +71,6 @@ def write_gguf(
         kind: of the matrices: F32, F16, BF16, Q8_0 or Q4_0. Norms are always F32. With Q4_0 the embedding, which is the
             head too, is Q8_0, and so is that which layers have of their own; a matrix whose rows are no multiple of 32
             is F16, as llama.cpp has it. Codes of groups of 32 that Q8_0 or Q4_0 can hold are copied as they are.
-            32 that Q8_0 or Q4_0 can hold are copied as they are.
         name: general.name; by default the file's.
 
     At every instant a reader finds the old file or the new one, whole, even after kill -9 or on a full disk. Takes a
