@@ -58,6 +58,16 @@ def test_chat_takes_an_adapter(said, tiny, tmp_path):
     assert code == 2 and "holds no adapter" in beside
 
 
+def test_adapters_of_a_server_are_named_each_once_or_one_is_for_all(said, tmp_path):
+    for given, expected in [
+        (("a=x", "a=y"), "--adapter is 'a=y'; it must be NAME=DIR, each name once"),
+        (("=x",), "--adapter is '=x'"),
+        ((str(tmp_path), "a=x"), f"write NAME={tmp_path}"),
+    ]:
+        code, _, beside = said("serve", *(part for text in given for part in ("--adapter", text)))
+        assert code == 2 and expected in beside and beside.count("\n") == 1, beside
+
+
 def test_what_is_learnt_is_shown_and_what_it_takes_is_said(said, tiny, rows):
     code, printed, beside = said("tune", tiny, rows, "--chat", "--show", 1)
     assert code == 0, beside

@@ -1,6 +1,11 @@
 """Two processes that share weights and rows learn what one learns, and one goes on where two were cut off."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +17,7 @@ from tune_tools import WORDS, write
 from gemmakit.errors import InputError
 from gemmakit.tune import TuneSettings, resume, tune
 from gemmakit.tune.report import read_metrics
+from gemmakit.tune.state import load as load_state
 
 # float32: gradients summed in another order, and what six steps of Adam make of that.
 CLOSE = 1e-5
@@ -90,3 +96,34 @@ def test_other_processes_than_were_asked_for_are_refused(tiny, data, tmp_path):
     with pytest.raises(InputError, match="--loss dpo runs in one process"):
         TuneSettings.from_dict({**asked, "devices": 2, "loss": "dpo"}, "a test")
     assert not (tmp_path / "out").exists()
+
+
+def started(*arguments):
+    """The command, in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "gemmakit.cli", "tune", *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds a command's processes where Linux lists them")
+def test_a_process_that_dies_ends_the_run_and_fewer_go_on(tiny, data, tmp_path):
+    out = tmp_path / "out"
+    asked = (tiny, data, "--out", out, "--batch-size", 3, "--rank", 4, "--max-steps", 400, "--save-steps", 1)
+    run = started(*asked, "--devices", 2)
+    end = time.monotonic() + 200
+    while not (out / "state.safetensors").is_file() and run.poll() is None and time.monotonic() < end:
+        time.sleep(0.1)
+    assert run.poll() is None, run.communicate()
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    second = next(pid for pid in children if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+    os.kill(int(second), signal.SIGKILL)
+    _, told = run.communicate(timeout=60)
+    assert run.returncode != 0 and told
+    before = load_state(out).step
+    assert 0 < before < 400
+    kept = json.loads((out / "tune.json").read_text())
+    (out / "tune.json").write_text(json.dumps({**kept, "settings": {**kept["settings"], "max_steps": before + 2}}))
+    assert resume(out).finished
+    assert load_state(out).step == before + 2
