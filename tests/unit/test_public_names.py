@@ -25,6 +25,7 @@ BY_MODULE = {
     "gemmakit.text.prompts": ["Prompts"],
     "gemmakit.flax": None,
     "gemmakit.integrations": None,
+    "gemmakit.compat": None,
 }
 NAMES = [name for name in gemmakit.__all__ if name != "__version__"]
 SHAPED = [
