@@ -100,7 +100,7 @@ REASONS: dict[str, str] = {
         Pipeline.__init__(image_processor) Pipeline.__init__(video_processor) Pipeline.__init__(processor)
         GemmaConfig.sub_configs_defaults GemmaConfig.get_mtp_config TextGenerationPipeline.XL_PREFIX
         GenerationConfig.extra_output_flags""",
-    "of mixtures of experts, linear attention and recurrent states, which no Gemma here has": """
+    "of other kinds of experts, of linear attention and recurrent states, which no Gemma here has": """
         GemmaModel.*expert* DynamicCache.*conv_state DynamicCache.*recurrent_state DynamicCache.update_indexer
         DynamicCache.is_linear DynamicCache.has_previous_state DynamicCache.activate_past_recording
         DynamicCache.is_recording_past""",

@@ -67,6 +67,15 @@ class QuantizedWeight(nn.Module):
         """The weight (O, I) that the codes stand for."""
         return dequantize(self.packed, dtype)
 
+    # By these two names peft finds the numbers of a weight that holds codes: DoRA measures them.
+
+    @property
+    def W_q(self) -> Tensor:
+        return self.weight
+
+    def dequantize(self) -> Tensor:
+        return self.dequantized()
+
     def scheme(self) -> str:
         """In words: "int4, groups of 32"."""
         groups = "rows" if self.group_size == self._inputs else f"groups of {self.group_size}"
