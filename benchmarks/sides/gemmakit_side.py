@@ -98,10 +98,11 @@ def rows(spec: dict[str, Any]) -> dict[str, Any]:
     from gemmakit import BatchEngine, Request
 
     model, found = load(spec), {}
-    settings = {"max_new_tokens": spec["new"] + 1, "min_new_tokens": spec["new"] + 1, "do_sample": False}
+    # Not min_new_tokens, for which each row's scores are looked through apart: llama.cpp's side takes the best of all.
+    settings = {"max_new_tokens": spec["new"] + 1, "eos_token_id": [], "do_sample": False}
     for count in spec["rows"]:
         room = count * (spec["prompt"] + spec["new"] + 32)
-        engine = BatchEngine(model, max_batch_size=count, cache_tokens=room, share_prefixes=False)
+        engine = BatchEngine(model, max_batch_size=count, cache_tokens=room, share_prefixes=False, speculate=False)
         for i in range(count):
             engine.add(Request(timing.prompt_ids(spec["prompt"], model.config.vocab_size, seed=i), settings=settings))
         waiting = set(range(count))
