@@ -101,8 +101,11 @@ def test_a_model_of_tiny_layers_equals_its_modules(both, K, dtype):
     assert far(fused, modules) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("member", MEMBERS)
+# A norm's offset and who reads whose keys are the same in every dtype, and an interpreted layer takes seconds.
+CASES = [(member, dtype) for member in MEMBERS for dtype in TOLERANCE if member != "gemma4_text" or dtype.itemsize == 4]
+
+
+@pytest.mark.parametrize(("member", "dtype"), CASES, ids=str)
 def test_every_member_of_the_family_equals_its_modules(both, started, member, dtype):
     model, ids = member_of(member).to(dtype), prompts(2, 3 * WINDOW)
     mask = torch.ones_like(ids)
