@@ -6,8 +6,9 @@ O outputs, I inputs, r rank.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -29,12 +30,20 @@ class Update(NamedTuple):
     gain: Tensor | None = None
 
 
+Rows = Mapping[int, slice | Tensor]  # by the place of an adapter among the names
+# A thread has a context of its own: passes of one model that run at the same time choose apart.
+_chosen: ContextVar[Mapping[RowAdapters, Rows]] = ContextVar("row_adapters")
+
+
 class RowAdapters:
     """The adapters of a model by name, and which rows of the pass that runs take which."""
 
     def __init__(self, names: Iterable[str]):
         self.names = tuple(names)
-        self.rows: dict[int, slice | Tensor] = {}  # by the place of an adapter among the names
+
+    @property
+    def rows(self) -> Rows:
+        return _chosen.get({}).get(self, {})
 
     @contextmanager
     def chosen(self, parts: Iterable[tuple[str | None, int]], device: torch.device) -> Generator[None, None, None]:
@@ -45,14 +54,15 @@ class RowAdapters:
             if name is not None:
                 found.setdefault(self.names.index(name), []).extend(range(total, total + count))
             total += count
-        self.rows = {
+        rows_of: Rows = {
             place: slice(None) if len(rows) == total else torch.tensor(rows, device=device)
             for place, rows in found.items()
         }
+        token = _chosen.set({**_chosen.get({}), self: rows_of})
         try:
             yield
         finally:
-            self.rows = {}
+            _chosen.reset(token)
 
 
 class RowAdaptedLinear(nn.Module):

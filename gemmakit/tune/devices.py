@@ -40,12 +40,13 @@ def meet(devices: int, device: torch.device) -> None:
         processes.join(device)
 
 
-def by_first(do: Callable[[], None]) -> None:
-    """Let the first process do what only one may; what it raises, all raise."""
+def by_first(do: Callable[[], T]) -> T | None:
+    """Let the first process do what only one may; what it raises, all raise. What comes of it, in the first alone."""
     failure: GemmakitError | None = None
+    made: T | None = None
     if is_first():
         try:
-            do()
+            made = do()
         except GemmakitError as error:
             failure = error
     said = processes.shared(None if failure is None else str(failure))
@@ -53,6 +54,7 @@ def by_first(do: Callable[[], None]) -> None:
         raise failure
     if said is not None:
         raise InputError(said)
+    return made
 
 
 def split(model: Any) -> Any:

@@ -127,7 +127,8 @@ class Encoder:
         if turns is not None:
             said = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
             ids, learnt = self._chat([*turns, *said], tools)
-            asked = 0 if self.everything else len(self._prompt(turns, tools))
+            # The ids go on otherwise than the prompt where it opens an empty thought and several turns follow.
+            asked = 0 if self.everything else _shared(self._prompt(turns, tools), ids)
             return ids, [on and place >= asked for place, on in enumerate(learnt)]
         if not isinstance(prompt, str) or not isinstance(answer, str):
             raise InputError("prompt and completion must be texts, or lists of messages")
@@ -151,9 +152,8 @@ class Encoder:
         """The last turn behind the prompt that a server sends for it, which may open it with an empty thought that is
         not written of turns that are over.
         """
-        start = next((i for i, pair in enumerate(zip(prompt, ids, strict=False)) if pair[0] != pair[1]), len(prompt))
-        thought = self.tokenizer.response_form.thought
-        if start == len(prompt) or prompt[start] != self.tokenizer.convert_tokens_to_ids(thought):
+        start, thought = _shared(prompt, ids), self.tokenizer.response_form.thought
+        if thought is None or start == len(prompt) or prompt[start] != self.tokenizer.convert_tokens_to_ids(thought):
             return ids, learnt
         opening = [self.everything] * (len(prompt) - start)
         return [*prompt, *ids[start:]], [*learnt[:start], *opening, *learnt[start:]]
@@ -181,6 +181,11 @@ class Encoder:
         if True not in learnt:
             raise InputError("holds nothing to learn: no turn of the assistant, or none within the length")
         return Example(where, ids, learnt)
+
+
+def _shared(prompt: list[int], ids: list[int]) -> int:
+    """How many ids the two begin with in common."""
+    return next((i for i, pair in enumerate(zip(prompt, ids, strict=False)) if pair[0] != pair[1]), len(prompt))
 
 
 def _each(rows: Sequence[Row], make: Callable[[Row], Any]) -> list[Any]:

@@ -58,8 +58,6 @@ class Metrics:
         if self._file is not None:
             with suppress(OSError):  # what could not be written was told of
                 self._file.close()
-        if self.trackers is not None:
-            self.trackers.close()
 
 
 def read_metrics(folder: Path) -> list[Record]:

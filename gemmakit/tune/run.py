@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import gemmakit
 from gemmakit.auto import AutoModelForCausalLM, AutoTokenizer
 from gemmakit.checkpoint import require_memory
 from gemmakit.errors import CheckpointError, InputError, MissingDependency
-from gemmakit.files import read_json_object, sampled_digest, write_text
+from gemmakit.files import read_json_object, replacing, sampled_digest, write_text
 from gemmakit.hub import demo_model
 from gemmakit.pytorch.adapters import (
     ALL_LINEAR,
@@ -46,7 +46,7 @@ LEFT = (
     state.NAME, report.METRICS, report.CARD, report.PLOT, "adapter_config.json", "adapter_model.safetensors",
     "config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json",
     "model-*-of-*.safetensors", "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "chat_template.jinja", SETTINGS,
+    "chat_template.jinja", "tensorboard/events.out.tfevents.*", SETTINGS,
 )  # fmt: skip
 
 Tell = Callable[[Step, int], None]
@@ -232,14 +232,19 @@ def tune(settings: TuneSettings, *, overwrite: bool = False, tell: Tell | None =
     devices.meet(settings.devices, parse_device(settings.device))
     devices.by_first(lambda: _check_folder(folder, overwrite, settings))
     made = prepare(settings)
-    devices.by_first(lambda: _begin(folder, made))
-    return _train(made, folder, None, tell)
+    with devices.by_first(lambda: closing(_begin(folder, made))) or nullcontext() as trackers:
+        return _train(made, folder, None, trackers, tell)
 
 
-def _begin(folder: Path, made: Prepared) -> None:
-    for path in [path for pattern in LEFT for path in folder.glob(pattern)]:
-        path.unlink()
-    write_text(folder / SETTINGS, json.dumps(made.kept, indent=2, ensure_ascii=False) + "\n")
+def _begin(folder: Path, made: Prepared) -> Trackers:
+    """The trackers; once all of them have begun, the run takes the place of what another left in the folder."""
+    left = [path for pattern in LEFT for path in folder.glob(pattern)]
+    with replacing(folder / SETTINGS) as staged:
+        staged.write_text(json.dumps(made.kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="")
+        trackers = Trackers(made.settings.track, folder, made.kept["settings"], staged.stat().st_mtime_ns)
+        for path in left:
+            path.unlink()
+    return trackers
 
 
 def resume(folder: str | os.PathLike[str], *, tell: Tell | None = None, **changes: Any) -> Result:
@@ -266,7 +271,11 @@ def resume(folder: str | os.PathLike[str], *, tell: Tell | None = None, **change
         raise InputError(
             f"{what} is not what the run began with (SHA-256 {old:.16}..., now {new:.16}...): it cannot go on."
         )
-    return _train(made, folder, state.load(folder), tell)
+    held, begun = state.load(folder), (folder / SETTINGS).stat().st_mtime_ns
+    step = 0 if held is None else held.step
+    begin = lambda: Trackers(made.settings.track, folder, made.kept["settings"], begun, step)  # noqa: E731
+    with devices.by_first(lambda: closing(begin())) or nullcontext() as trackers:
+        return _train(made, folder, held, trackers, tell)
 
 
 def _kept(path: Path) -> dict[str, Any]:
@@ -312,13 +321,13 @@ def _check_folder(folder: Path, overwrite: bool, settings: TuneSettings) -> None
         raise InputError(f"--out {folder} cannot be written: {error.strerror}.") from None
 
 
-def _train(made: Prepared, folder: Path, held: state.State | None, tell: Tell | None) -> Result:
+def _train(
+    made: Prepared, folder: Path, held: state.State | None, trackers: Trackers | None, tell: Tell | None
+) -> Result:
     settings, trainer = made.settings, Trainer(made.model, made.objective, made.settings)
     torch.manual_seed(settings.seed)
     if held is not None:
         trainer.go_on_from(held)
-    asked = settings.track if devices.is_first() else ()
-    trackers = Trackers(asked, folder, made.kept["settings"], trainer.done)
     metrics = report.Metrics(folder, None if held is None else held.step, trackers)
     try:
         if held is None:

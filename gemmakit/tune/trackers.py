@@ -26,11 +26,11 @@ class Tracker(Protocol):
 
 
 class _TensorBoard:
-    """Event files in the run's folder; what a run that died wrote after `step` is hidden."""
+    """Event files in the run's folder; what a run that died wrote after `step`, or before its first save, is hidden."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], step: int):
         module: Any = import_module("torch.utils.tensorboard")
-        self.writer = module.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self.writer = module.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else 0)
         self.writer.add_text("settings", "\n".join(f"    {name}: {value}" for name, value in settings.items()), step)
 
     def put(self, step: int, values: Mapping[str, float]) -> None:
@@ -44,9 +44,9 @@ class _TensorBoard:
 class _Service:
     """wandb, and trackio, which has its functions: a run by its folder's name and what it is known by."""
 
-    def __init__(self, package: str, folder: Path, settings: Mapping[str, Any]):
+    def __init__(self, package: str, folder: Path, settings: Mapping[str, Any], begun: int):
         self.module: Any = import_module(package)
-        known = _known_by(folder)
+        known = _known_by(folder, begun)
         own = {} if package == "trackio" else {"dir": str(folder), "id": known}
         self.module.init(
             project=PROJECT, name=f"{folder.name}-{known[:6]}", config=dict(settings), resume="allow", **own
@@ -59,20 +59,26 @@ class _Service:
         self.module.finish()
 
 
-def _known_by(folder: Path) -> str:
+def _known_by(folder: Path, begun: int) -> str:
     """Of a folder and when its run was begun: a run that goes on goes on there too."""
-    begun = (folder / "tune.json").stat().st_mtime_ns
     return hashlib.sha256(f"{folder.resolve()} {begun}".encode()).hexdigest()[:16]
 
 
 class Trackers:
     """Those that a run asked for. One that fails later is told of and left out: it costs the run nothing.
 
-    step: how far the run has come. Raises InputError for one that does not begin.
+    begun: when the run was, in ns. step: how far it has come. Raises InputError for one that does not begin; none runs
+    then.
     """
 
-    def __init__(self, names: Sequence[str], folder: Path, settings: Mapping[str, Any], step: int):
-        self.running = {name: _begun(name, folder, settings, step) for name in names}
+    def __init__(self, names: Sequence[str], folder: Path, settings: Mapping[str, Any], begun: int, step: int = 0):
+        self.running: dict[str, Tracker] = {}
+        try:
+            for name in sorted(names, key="tensorboard".__eq__):  # last: it writes to the folder
+                self.running[name] = _begun(name, folder, settings, begun, step)
+        except BaseException:
+            self.close()
+            raise
 
     def put(self, record: Mapping[str, Any]) -> None:
         values = {name: float(value) for name, value in record.items() if name != "step"}
@@ -91,11 +97,11 @@ class Trackers:
             warnings.warn(f"{name} takes no more numbers of this run, which goes on: {error}", stacklevel=4)
 
 
-def _begun(name: str, folder: Path, settings: Mapping[str, Any], step: int) -> Tracker:
+def _begun(name: str, folder: Path, settings: Mapping[str, Any], begun: int, step: int) -> Tracker:
     try:
         if name == "tensorboard":
             return _TensorBoard(folder, settings, step)
-        return _Service(TRACKERS[name], folder, settings)
+        return _Service(TRACKERS[name], folder, settings, begun)
     except Exception as error:  # each has its own kinds
         raise InputError(f"--track {name} does not begin: {error}") from error
 

@@ -180,6 +180,25 @@ def test_an_adapter_that_would_give_other_numbers_is_refused_by_name(tmp_path, c
         load_adapter(tiny(), saved(tmp_path, **changes))
 
 
+@pytest.mark.parametrize("changes", [
+    {"target_modules": ["q_proj", "mlp"]},  # a module that is no projection, after one that is
+    {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True},
+    {"target_modules": ["q_proj"]},  # the file holds more
+])  # fmt: skip
+def test_a_model_that_refuses_an_adapter_is_as_it_was(tmp_path, changes):
+    model = tiny().requires_grad_(True)
+    model.get_input_embeddings().requires_grad_(False)
+    before = [(name, type(module)) for name, module in model.named_modules()]
+    learnt = {name: p.requires_grad for name, p in model.named_parameters()}
+    with pytest.raises(InputError):
+        load_adapter(model, saved(tmp_path, **changes))
+    if len(changes["target_modules"]) > 1:
+        with pytest.raises(InputError):
+            add_adapter(model, LoraConfig(**changes))
+    assert [(name, type(module)) for name, module in model.named_modules()] == before
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == learnt
+
+
 def test_an_adapter_of_another_model_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"not this model's.*another model"):
         load_adapter(tiny(hidden_size=48), saved(tmp_path))
@@ -229,7 +248,12 @@ def test_a_rank_that_the_matrices_have_not_is_refused_before_memory_is_taken_for
     [
         {"target_modules": "["},
         {"target_modules": 5},
+        {"target_modules": "(?<=a+)q_proj"},
         {"rank_pattern": {"(": 2}},
+        pytest.param(
+            {"rank_pattern": {"(?i)q_proj": 4}},
+            marks=pytest.mark.skipif(sys.version_info < (3, 11), reason="flags anywhere are read before Python 3.11"),
+        ),
         {"rank_pattern": {"q_proj": 0}},
         {"rank_pattern": ["q_proj"]},
     ],

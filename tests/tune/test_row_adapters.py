@@ -2,6 +2,8 @@
 
 import asyncio
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from gemmakit.pytorch.adapters import (
     save_adapter,
 )
 from gemmakit.pytorch.decode.batch import BatchEngine, Request, generate_batch
+from gemmakit.pytorch.row_adapters import RowAdaptedLinear, RowAdapters, Update
 
 KINDS = {
     "lora": LoraConfig(r=3, lora_alpha=6),
@@ -111,6 +114,31 @@ def test_a_row_is_answered_as_by_the_model_with_that_adapter_alone(tiny, folders
     with torch.no_grad():  # where nobody chooses, the model is its own
         plain = gemmakit.GemmaForCausalLM.from_pretrained(tiny)(ids).logits
         torch.testing.assert_close(several(ids).logits, plain)
+
+
+def test_passes_of_one_model_in_two_threads_choose_apart():
+    base, adapters = torch.nn.Linear(4, 3).requires_grad_(False), RowAdapters(["lora"])
+    layer = RowAdaptedLinear(base, adapters, {0: Update(torch.randn(2, 4), torch.randn(3, 2))})
+    x, opened, left = torch.randn(5, 4), threading.Event(), threading.Event()
+
+    def choosing():
+        with adapters.chosen([("lora", 5)], x.device):
+            opened.set()
+            assert left.wait(60)
+            return layer(x)
+
+    with ThreadPoolExecutor(1) as other:
+        answer = other.submit(choosing)
+        try:
+            assert opened.wait(60)
+            with adapters.chosen([("lora", 2), (None, 3)], x.device):
+                mixed = layer(x)
+            plain = layer(x)
+        finally:
+            left.set()
+        adapted = answer.result()
+    assert torch.equal(plain, base(x)) and not (adapted == plain).all(1).any()
+    assert (mixed == plain).all(1).tolist() == [False, False, True, True, True]
 
 
 def test_prefixes_are_shared_within_one_adapter_only(tiny, folders):

@@ -9,6 +9,7 @@ from tune_tools import WORDS, write
 from gemmakit.errors import InputError, MissingDependency
 from gemmakit.tune import TuneSettings, resume, tune
 from gemmakit.tune.report import read_metrics
+from gemmakit.tune.trackers import Trackers
 
 
 @pytest.fixture
@@ -62,6 +63,25 @@ def test_a_service_that_fails_is_told_of_and_costs_the_run_nothing(settings, wan
     assert len(read_metrics(tmp_path / "out")) == 4
 
 
+def test_a_service_that_does_not_begin_costs_nothing_of_what_the_folder_held(settings, wandb, tmp_path, monkeypatch):
+    """Those that had begun are closed."""
+
+    def init(**named):
+        raise ConnectionError("log in first")
+
+    refusing = types.ModuleType("trackio")
+    refusing.init, refusing.__spec__ = init, types.SimpleNamespace(name="trackio")
+    monkeypatch.setitem(sys.modules, "trackio", refusing)
+    held = {"tune.json": b"{}", "adapter_model.safetensors": b"old", "metrics.jsonl": b""}
+    (tmp_path / "out").mkdir()
+    for name, content in held.items():
+        (tmp_path / "out" / name).write_bytes(content)
+    with pytest.raises(InputError, match="--track trackio does not begin: log in first"):
+        tune(TuneSettings(**settings, track=("wandb", "trackio")), overwrite=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == held
+    assert len(wandb.begun) == wandb.ended == 1
+
+
 def test_event_files_hold_the_numbers_of_the_run(settings, tmp_path):
     pytest.importorskip("tensorboard", reason="TensorBoard's files are written by its package: pip install tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -70,6 +90,19 @@ def test_event_files_hold_the_numbers_of_the_run(settings, tmp_path):
     found = EventAccumulator(str(tmp_path / "out" / "tensorboard")).Reload()
     losses = [(event.step, event.value) for event in found.Scalars("loss")]
     assert losses == [(r["step"], pytest.approx(r["loss"], rel=1e-6)) for r in result.records]  # float32 there
+
+
+def test_events_of_a_run_that_died_before_its_first_save_are_hidden(tmp_path):
+    pytest.importorskip("tensorboard", reason="TensorBoard's files are written by its package: pip install tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for steps in (range(6), range(3)):
+        trackers = Trackers(("tensorboard",), tmp_path, {}, begun=1)
+        for step in steps:
+            trackers.put({"step": step, "loss": len(steps)})
+        trackers.close()
+    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    assert [(event.step, event.value) for event in found] == [(0, 3), (1, 3), (2, 3)]
 
 
 def test_what_is_not_there_is_said_before_anything_is_written(settings, tmp_path, monkeypatch):

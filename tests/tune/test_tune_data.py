@@ -161,6 +161,24 @@ def test_a_turn_that_is_asked_behind_an_empty_thought_is_learnt_behind_it(tokeni
             assert example.learnt[len(prompt)] and not example.learnt[len(prompt) - 1]
 
 
+def test_answers_before_the_last_are_learnt_from_their_first_token_where_a_prompt_opens_a_thought(tokenizer, tmp_path):
+    thinker = gemma4_form.equip(copy.deepcopy(tokenizer))
+    turns = [*chat("2 + 2?", "4 it is")["messages"], *chat("And 3?", "7 it is")["messages"]]
+    (made,) = examples(write(tmp_path / "rows.jsonl", [{"prompt": turns[:1], "completion": turns[1:]}]), thinker)
+    (whole,) = examples(write(tmp_path / "rows.jsonl", [{"messages": turns}]), thinker)
+    assert made == whole and learnt(thinker, made).startswith("4 it is<turn|>")
+
+
+def test_a_template_that_asks_with_more_than_it_writes_is_learnt_as_it_writes(tokenizer, tmp_path):
+    """Of a form that has no thoughts."""
+    other = copy.deepcopy(tokenizer)
+    end = "{{- '<start_of_turn>model\\n' -}}\n{%- endif"
+    assert end in other.chat_template
+    other.chat_template = other.chat_template.replace(end, "{{- '<start_of_turn>model\\nWell, ' -}}\n{%- endif")
+    path = write(tmp_path / "rows.jsonl", [chat("2 + 2?", "4")])
+    assert examples(path, other) == examples(path, tokenizer)
+
+
 @pytest.mark.parametrize("kind", ["json", "parquet"])
 def test_the_same_rows_come_from_every_format(tokenizer, tmp_path, kind):
     rows = [chat("Hi", "Ho"), chat('Say, "a"', "b\nc")]
@@ -270,11 +288,14 @@ def test_a_run_that_takes_anothers_place_leaves_nothing_of_it(tiny, chats, tmp_p
     common = dict(model=str(tiny), data=str(chats), out=str(tmp_path / "out"), batch_size=4, max_steps=1)
     tune(TuneSettings(**common, method="full", freeze=("layers",)))
     (tmp_path / "out" / "notes.txt").write_text("mine")
+    (tmp_path / "out" / "tensorboard").mkdir()
+    (tmp_path / "out" / "tensorboard" / "events.out.tfevents.1.here.2.3").touch()
     full = {path.name for path in (tmp_path / "out").iterdir()}
     tune(TuneSettings(**common, rank=1), overwrite=True)
     adapter = {path.name for path in (tmp_path / "out").iterdir()}
     assert "model.safetensors" in full and "adapter_config.json" not in full
     assert "adapter_config.json" in adapter and "notes.txt" in adapter
+    assert not any((tmp_path / "out" / "tensorboard").iterdir())
     assert not adapter & {name for name in full if name.startswith(("model", "tokenizer", "config", "generation"))}
     tune(TuneSettings(**common, method="full", freeze=("layers",)), overwrite=True)
     assert {path.name for path in (tmp_path / "out").iterdir()} == full

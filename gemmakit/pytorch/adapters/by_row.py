@@ -11,7 +11,7 @@ from torch import nn
 from gemmakit.errors import InputError
 from gemmakit.pytorch.adapters.files import load_adapter
 from gemmakit.pytorch.adapters.modules import AdaptedLinear, Adapter
-from gemmakit.pytorch.adapters.place import adapters_of, remove_adapter
+from gemmakit.pytorch.adapters.place import adapters_of, as_it_was, remove_adapter
 from gemmakit.pytorch.methods import ModelMethods
 from gemmakit.pytorch.row_adapters import RowAdaptedLinear, RowAdapters, Update, row_adapters
 
@@ -25,10 +25,11 @@ def load_adapters(model: ModelMethods, folders: Mapping[str, str | os.PathLike[s
     if row_adapters(model) is not None or adapters_of(model):
         raise InputError("the model has an adapter already: load it again, and give all adapters at once.")
     adapters, updates = RowAdapters(folders), dict[str, dict[int, Update]]()
-    for place, folder in enumerate(folders.values()):
-        load_adapter(model, folder)
-        for name, adapter in remove_adapter(model).items():
-            updates.setdefault(name, {})[place] = _update(name, adapter, model, folder)
+    with as_it_was(model):
+        for place, folder in enumerate(folders.values()):
+            load_adapter(model, folder)
+            for name, adapter in remove_adapter(model).items():
+                updates.setdefault(name, {})[place] = _update(name, adapter, model, folder)
     for name, held in updates.items():
         base: nn.Linear = model.get_submodule(name)  # type: ignore[assignment]
         model.set_submodule(name, RowAdaptedLinear(base, adapters, held).train(base.training))

@@ -58,9 +58,9 @@ class LoraConfig:
             check(f"rank_pattern[{key!r}]", r, Whole(1), InputError)
         for key, alpha in self.alpha_pattern:
             check(f"alpha_pattern[{key!r}]", alpha, Real(0, above=True), InputError)
-        expressions = [key for key, _ in (*self.rank_pattern, *self.alpha_pattern)]
+        expressions = [(key, _ending(key)) for key, _ in (*self.rank_pattern, *self.alpha_pattern)]
         if isinstance(self.target_modules, str):
-            expressions.append(self.target_modules)
+            expressions.append((self.target_modules, self.target_modules))
         _check_expressions(expressions)
 
     def rank(self, name: str) -> int:
@@ -119,12 +119,17 @@ def _all_text(values: Any) -> bool:
     return isinstance(values, list | tuple) and all(isinstance(value, str) for value in values)
 
 
-def _check_expressions(texts: Sequence[str]) -> None:
-    """A file may bring any: those that a name of a module can keep busy for ever are refused before they are used."""
+def _check_expressions(texts: Sequence[tuple[str, str]]) -> None:
+    """A file may bring any: those that a name of a module can keep busy for ever are refused before they are used.
+
+    texts: each as it was written, and as it is matched.
+    """
     ways = 0.0
-    for text in texts:
+    for text, matched in texts:
         try:
             ways += _ways(_PARSER.parse(text)) if len(text) <= MAX_EXPRESSION else math.inf
+            if ways <= MAX_WAYS:
+                _compiled(matched)
         except (re.error, OverflowError, RecursionError) as error:
             raise InputError(f"{text!r:.200} is no regular expression for names of modules: {error}.") from None
         if ways > MAX_WAYS:
@@ -169,4 +174,8 @@ def _compiled(text: str) -> re.Pattern[str]:
 
 def _ends(pattern: str, name: str) -> bool:
     """As PEFT matches the keys of its patterns: the end of a name, from a dot on."""
-    return _compiled(rf"(.*\.)?({pattern})$").match(name) is not None
+    return _compiled(_ending(pattern)).match(name) is not None
+
+
+def _ending(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})$"

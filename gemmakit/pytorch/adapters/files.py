@@ -20,7 +20,7 @@ from gemmakit.errors import CheckpointError, InputError, UnsafeFile
 from gemmakit.files import read_json_object, write_text
 from gemmakit.pytorch.adapters.config import LoraConfig
 from gemmakit.pytorch.adapters.modules import Adapter
-from gemmakit.pytorch.adapters.place import adapters_of, add_adapter, remove_adapter, targets_of
+from gemmakit.pytorch.adapters.place import adapters_of, add_adapter, as_it_was, targets_of
 from gemmakit.pytorch.methods import ModelMethods
 from gemmakit.pytorch.parallel import processes
 from gemmakit.pytorch.parallel.sharded import gathered
@@ -57,12 +57,9 @@ def load_adapter(model: ModelMethods, folder: Name) -> LoraConfig:
     folder = Path(folder).expanduser()
     config, stored = _read(folder)
     _check_ranks(model, config, stored, str(folder))
-    add_adapter(model, config)
-    try:
+    with as_it_was(model):
+        add_adapter(model, config)
         _fill(model, stored, str(folder))
-    except InputError:
-        remove_adapter(model)
-        raise
     return config
 
 

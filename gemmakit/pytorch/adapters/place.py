@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -15,7 +18,8 @@ def add_adapter(model: ModelMethods, config: LoraConfig) -> list[str]:
     """Put fresh adapters around the modules that `config` targets; the names of these modules.
 
     All other parameters are frozen. A is drawn from torch's generator, B is zero: the model computes what it did.
-    Raises InputError where there is an adapter already, or nothing that `config` names.
+    Raises InputError where there is an adapter already, nothing that `config` names, or among it what cannot have one;
+    the model is then as it was.
     """
     if adapters_of(model):
         raise InputError("the model has an adapter already: merge_adapter it first, or load the model again.")
@@ -25,19 +29,28 @@ def add_adapter(model: ModelMethods, config: LoraConfig) -> list[str]:
         )
     modules: dict[str, nn.Module] = dict(model.named_modules())
     names = targets_of(model, config)
-    model.requires_grad_(False)
     for name in names:
-        module, r, scaling = modules[name], config.rank(name), config.scaling(name)
-        if isinstance(module, nn.Embedding):
-            if config.use_dora:
-                raise InputError(f"{name} is an embedding: DoRA is for projections, so leave one of them out.")
-            new: Adapter = AdaptedEmbedding(module, r, scaling, config.lora_dropout)
-        elif isinstance(module, nn.Linear):
-            new = AdaptedLinear(module, r, scaling, config.lora_dropout, config.use_dora)
-        else:
-            raise InputError(f"{name} is a {type(module).__name__}; adapters go around projections and embeddings.")
-        model.set_submodule(name, new.train(module.training))
+        _check_target(name, modules[name], config)
+    made = {name: _around(name, modules[name], config) for name in names}
+    model.requires_grad_(False)
+    for name, new in made.items():
+        model.set_submodule(name, new.train(modules[name].training))
     return names
+
+
+def _check_target(name: str, module: nn.Module, config: LoraConfig) -> None:
+    if not isinstance(module, nn.Linear | nn.Embedding):
+        raise InputError(f"{name} is a {type(module).__name__}; adapters go around projections and embeddings.")
+    if isinstance(module, nn.Embedding) and config.use_dora:
+        raise InputError(f"{name} is an embedding: DoRA is for projections, so leave one of them out.")
+
+
+def _around(name: str, module: nn.Module, config: LoraConfig) -> Adapter:
+    r, scaling = config.rank(name), config.scaling(name)
+    if isinstance(module, nn.Embedding):
+        return AdaptedEmbedding(module, r, scaling, config.lora_dropout)
+    assert isinstance(module, nn.Linear)
+    return AdaptedLinear(module, r, scaling, config.lora_dropout, config.use_dora)
 
 
 def targets_of(model: ModelMethods, config: LoraConfig) -> list[str]:
@@ -65,6 +78,20 @@ def remove_adapter(model: ModelMethods) -> dict[str, Adapter]:
     for name, adapter in found.items():
         model.set_submodule(name, adapter.base_layer.train(adapter.training))
     return found
+
+
+@contextmanager
+def as_it_was(model: ModelMethods) -> Generator[None]:
+    """What fails within leaves the model without the adapters that it put in, and with what was learnt before."""
+    held, learnt = adapters_of(model), [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        if not held:
+            remove_adapter(model)
+        for parameter, flag in learnt:
+            parameter.requires_grad_(flag)
+        raise
 
 
 @torch.no_grad()

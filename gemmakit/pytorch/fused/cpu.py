@@ -11,7 +11,7 @@ tensors, nothing else. Axis letters: B batch, S positions, D hidden, F mlp, N he
 from __future__ import annotations
 
 import ctypes
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -326,10 +326,10 @@ def native_norm(norm: Any, dtype: torch.dtype, width: int = 0) -> cpu.Norm:
     return cpu.Norm(weight.data_ptr(), cpu.FORMATS[weight.dtype], norm.eps_of(dtype), norm.gain_of(dtype), offset)
 
 
-@lru_cache(maxsize=16)
+@cache  # for ever: the kernels hold its address alone
 def _zeros(width: int) -> Tensor:
     """What a norm without a weight multiplies by, less 1."""
-    return torch.zeros(width)
+    return torch.zeros(width, dtype=torch.float32, device="cpu")
 
 
 # Stands for a cache layer where there is no cache: the new keys are all there are.

@@ -1,5 +1,6 @@
 """The fused decoding step of Gemma 2 to 4 and VaultGemma against their modules: norms of heads, windows, caps."""
 
+import ctypes
 import itertools
 import sys
 from pathlib import Path
@@ -14,9 +15,11 @@ from gemmakit.pytorch.attention import GemmaAttention
 from gemmakit.pytorch.cache import DynamicCache, StaticCache
 from gemmakit.pytorch.cache.window import WindowCache, WindowLayer
 from gemmakit.pytorch.fused import fused_layer, layers_plan
+from gemmakit.pytorch.fused.cpu import native_norm
 from gemmakit.pytorch.fused.reference import MAX_ROWS
 from gemmakit.pytorch.kernels import cpu
 from gemmakit.pytorch.kernels.linear import takes_many
+from gemmakit.pytorch.layers import GemmaRMSNorm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "pytorch"))
 from tiny_gemma import away_from_zero, prompts
@@ -273,6 +276,20 @@ def test_norms_of_heads_are_parts_that_hooks_and_replacements_change():
         layer.self_attn.q_norm = torch.nn.RMSNorm(12)
         assert fused_layer(layer, x, False) is None
         assert "q_norm is a torch.nn" in str(layers_plan([layer]))
+
+
+def test_a_norm_without_a_weight_reads_zeros_that_stay_whatever_torchs_defaults_are():
+    norm, width, before = GemmaRMSNorm(1, weighted=False), 1021, torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            found = native_norm(norm, torch.float32, width)
+    finally:
+        torch.set_default_dtype(before)
+    others = [native_norm(norm, torch.float32, other) for other in range(1, 41)]
+    assert len({found.weight, *(other.weight for other in others)}) == 41
+    assert found.format == cpu.FORMATS[torch.float32]
+    assert not any((ctypes.c_float * width).from_address(found.weight))
 
 
 def test_settings_of_a_norm_may_change(modules_only):
