@@ -108,8 +108,6 @@ class QuantizedMethods(nn.Module):
         quantizer, chosen = self._quantizer, dtype or self.dtype  # type: ignore[assignment]
         if quantizer is None:
             raise InputError("this model is not quantized: there is nothing to dequantize.")
-        if any(isinstance(module, QuantizedExperts) for module in self.modules()):
-            raise InputError("experts are not dequantized: load the model without quantization.")
         for name, module in list(self.named_modules()):
             if isinstance(module, QuantizedExperts):
                 self.set_submodule(name, module.dequantized(chosen))  # type: ignore[arg-type]
