@@ -26,6 +26,7 @@ BY_MODULE = {
     "gemmakit.flax": None,
     "gemmakit.integrations": None,
     "gemmakit.compat": None,
+    "gemmakit.flax.compat": None,
 }
 NAMES = [name for name in gemmakit.__all__ if name != "__version__"]
 SHAPED = [
