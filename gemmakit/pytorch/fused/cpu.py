@@ -102,8 +102,7 @@ class NativeLayer(FusedLayer):
         act = ACTIVATION_OF.get(parts.act_fn)
         self.act = act if act in cpu.ACTIVATIONS else None
         weights = [weight_of(module) for _, module in parts.projections()]
-        self.many = all(weight is not None and takes_many(weight) for weight in weights)
-        self.codes = any(isinstance(weight, PackedWeight) for weight in weights)
+        self.many = all(isinstance(weight, PackedWeight) and takes_many(weight) for weight in weights)
         self.decision = self._decision()
 
     @property
@@ -117,7 +116,7 @@ class NativeLayer(FusedLayer):
             attention += ", o_proj and down_proj by their modules, which sum over processes"
         if is_batch_invariant():
             return Decision(f"{cpu.decision()}{attention}, without gradients, any number of rows alike")
-        beyond = f"; beyond that too{', in products of bytes' if self.codes else ''}" if self.many else ""
+        beyond = "; beyond that too, in products of bytes" if self.many else ""
         return Decision(f"{cpu.decision()}{attention}, without gradients, up to {MAX_ROWS} rows{beyond}")
 
     def norm_qkv(

@@ -2,8 +2,8 @@
 
 The reference is torch's linear, of a packed weight once it is dequantized. A few rows against a large weight, which is
 what a decoding step is, go through a kernel that reads the weight once, in its own format, for all rows: on the CPU the
-native one, on a GPU Triton's. On the CPU many rows of bfloat16 go through it too where the processor multiplies pairs
-of them and has no tiles, and through panels in float32 where it only emulates 16-bit products.
+native one, on a GPU Triton's. On the CPU more rows of bfloat16 go through it too where the processor multiplies pairs
+of them and has no tiles, and many through panels in float32 where it only emulates 16-bit products.
 
 With a packed weight, the native kernel computes with the codes as they lie and with x rounded to 16 bits in blocks of
 32 (cpu/inputs.h bounds the error). More rows than eight are multiplied in bytes, with x rounded to 8 bits in blocks of
@@ -39,6 +39,8 @@ from gemmakit.pytorch.shapes import Float
 MIN_WEIGHT = 1 << 20
 # Types of devices that the Triton kernel is for.
 GPU = {"cuda"}
+# Rows of bfloat16 up to which the kernel beats torch where it multiplies pairs (benchmarks/products.py).
+PAIR_ROWS = 32
 # Bits of codes -> rows up to which reading them once for every eight costs less than expanding them.
 FEW_ROWS = {8: 16, 4: 24}
 
@@ -56,7 +58,11 @@ def linear(
         and (weight.numel() >= MIN_WEIGHT or is_batch_invariant())
         and x.dtype == weight.dtype
         and not torch.compiler.is_compiling()  # before the row count, on which a compiled graph would depend
-        and (x.numel() <= MAX_ROWS * weight.shape[1] or not _many_by_torch(weight))
+        and (
+            x.numel() <= _own_rows(weight) * weight.shape[1]
+            or product_dtype(x.dtype) != x.dtype
+            or is_batch_invariant()
+        )
         and weight.is_contiguous()
         and cpu.library() is not None
     ):
@@ -64,9 +70,9 @@ def linear(
     return F.linear(x, weight, bias)
 
 
-def _many_by_torch(weight: Tensor) -> bool:
-    """Whether torch is as good at products of many rows by a plain weight."""
-    return not (product_dtype(weight.dtype) != weight.dtype or is_batch_invariant() or takes_many(weight))
+def _own_rows(weight: Tensor) -> int:
+    """Rows up to which the native kernel is faster than torch at products by a plain weight."""
+    return PAIR_ROWS if weight.dtype == torch.bfloat16 and cpu.multiplies_pairs() else MAX_ROWS
 
 
 def _few_on_gpu(x: Tensor, weight: Tensor) -> bool:
@@ -95,14 +101,9 @@ def linear_packed(
     return torch.ops.gemmakit.linear_packed(x, codes, scale, zero, bias, in_features, group_size, int(format), bits)
 
 
-def takes_many(weight: Tensor | PackedWeight) -> bool:
-    """Whether many rows too are multiplied by this weight by the native kernel, on this processor.
-
-    By codes in bytes, with x rounded to 8 bits in blocks of 32; by bfloat16 as it is.
-    """
-    if isinstance(weight, Tensor):
-        return weight.dtype == torch.bfloat16 and cpu.multiplies_pairs()
-    return weight.activation_bits == 8 and cpu.multiplies_bytes(weight)
+def takes_many(packed: PackedWeight) -> bool:
+    """Whether many rows are multiplied by this weight in bytes, with x rounded to 8 bits in blocks of 32."""
+    return packed.activation_bits == 8 and cpu.multiplies_bytes(packed)
 
 
 def linear_plan(weight: Tensor | PackedWeight) -> Decision:
@@ -166,7 +167,7 @@ def _linear_rows(
     if x.numel() == 0:
         return x.new_empty(shape)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
-    if is_batch_invariant() or takes_many(weight):
+    if is_batch_invariant() or len(flat) <= _own_rows(weight):
         return _native(flat, weight, bias).view(shape)
     # Emulated products lose to a second reading of the weight.
     few = len(flat) <= (MAX_ROWS if product_dtype(x.dtype) == x.dtype else 2 * MAX_ROWS)

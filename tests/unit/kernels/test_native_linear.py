@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gemmakit.pytorch.kernels import cpu, linear, linear_plan
 from gemmakit.pytorch.kernels.cpu import MAX_ROWS
-from gemmakit.pytorch.kernels.linear import MIN_WEIGHT, takes_many
+from gemmakit.pytorch.kernels.linear import MIN_WEIGHT, PAIR_ROWS
 from gemmakit.pytorch.kernels.panels import product_dtype
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason=f"needs the compiled kernels: {cpu.decision().why}")
@@ -138,9 +138,15 @@ def test_gradients_small_weights_and_many_rows_stay_with_torch():
     many = row.expand(MAX_ROWS + 1, -1).contiguous()
     assert not native(many, large, grad=False)
     bf16 = torch.bfloat16
-    own = takes_many(large.to(bf16)) or product_dtype(bf16) != bf16
-    assert native(many.to(bf16), large.to(bf16), grad=False) == own
-    assert not native(many.to(bf16), large.to(bf16), grad=True)
+    panels = product_dtype(bf16) != bf16
+    for rows, own in (
+        (MAX_ROWS + 1, cpu.multiplies_pairs()),
+        (PAIR_ROWS, cpu.multiplies_pairs()),
+        (PAIR_ROWS + 1, False),
+    ):
+        x = row.expand(rows, -1).to(bf16)
+        assert native(x, large.to(bf16), grad=False) == (own or panels)
+        assert not native(x, large.to(bf16), grad=True)
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 4099, 1 << 19])

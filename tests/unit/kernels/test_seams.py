@@ -111,28 +111,9 @@ def test_projections_of_many_rows_are_the_modules_where_codes_are_multiplied_in_
 
 
 @native
-def test_many_rows_of_plain_weights_stay_with_the_modules_but_where_pairs_are_multiplied():
-    for dtype in DTYPES:
-        layer, x = one_layer(dtype, S=9)
-        many = takes_many(layer.mlp.up_proj.weight)
-        assert many == (dtype == torch.bfloat16 and cpu.multiplies_pairs())
-        assert (chosen(layer, x) is not None) == many and chosen(layer, x[:, :8]) is not None
-
-
-@native
-@pytest.mark.parametrize("S", [9, 41])
-@torch.no_grad()
-def test_a_layer_of_bfloat16_over_many_rows_is_the_modules(S):
-    layer, x = one_layer(torch.bfloat16, S=S)
-    if not takes_many(layer.mlp.up_proj.weight):
-        pytest.skip("needs a processor that multiplies pairs of bfloat16 and has no tiles (AVX512-BF16 without AMX)")
-    seams, mlp, normed = chosen(layer, x), layer.mlp, layer.post_attention_layernorm(x)
-    gate, up = mlp.gate_proj(normed), mlp.up_proj(normed)
-    most, unit = float(gate.abs().max() + up.abs().max()), torch.finfo(torch.bfloat16).eps
-    near(seams.norm_gate_up(x), mlp.act_fn(gate) * up, torch.bfloat16, roundings=2, terms=2 * unit * most * most)
-    gated = mlp.act_fn(gate) * up
-    product = mlp.down_proj(gated)
-    near(seams.mlp_add(gated, x), x + product, torch.bfloat16, terms=float(unit * product.abs().max()))
+def test_many_rows_of_plain_weights_stay_with_the_modules():
+    layer, x = one_layer(S=9)
+    assert chosen(layer, x) is None and chosen(layer, x[:, :8]) is not None
 
 
 @native

@@ -181,9 +181,7 @@ def multiplies_bytes(packed: PackedWeight) -> bool:
 
 
 def multiplies_pairs() -> bool:
-    """Whether `project` is at least as fast as torch at products of many rows by bfloat16: on a processor that
-    multiplies pairs of them in vectors, but not tiles, which torch uses.
-    """
+    """Whether `project` is fast at tens of rows of bfloat16, in pairs; torch is faster on processors with tiles."""
     # A rule, not a race at the first use: which one runs decides bits, and those must not depend on who won.
     return instruction_set() == "avx512bf16" and not _has_tiles()
 

@@ -1,0 +1,68 @@
+"""What one core's products reach: bfloat16 over a prompt, ours and torch's, and a few rows against codes.
+
+    python benchmarks/products.py [--seconds 0.5] [--isa avx512] [--out results.json]
+
+Each is the best of as many calls as fit the time, on weights that stay in the second cache: what the arithmetic allows,
+not the memory. `linear.PAIR_ROWS` says up to how many rows ours runs where results may depend on the row count.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from gemmakit.cli.env import about
+from gemmakit.pytorch.kernels import cpu
+from gemmakit.pytorch.quantize.rounding import quantize
+
+RESULT = Path(__file__).parent / "results" / "cpu_products.json"
+# (rows of x, outputs, inputs): as many outputs as a share of the 2B shape's weights that a core takes at a time.
+PROMPT = [(192, 192, 2048), (192, 96, 8192), (64, 192, 2048), (32, 192, 2048), (16, 192, 2048), (8, 192, 2048)]
+FEW = (1, 2, 4, 8, 16)
+OUT, IN = 128, 2048
+
+
+def best(call: Callable[[], object], seconds: float) -> float:
+    """The shortest of its runs, in seconds."""
+    shortest, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        started = time.perf_counter()
+        call()
+        shortest = min(shortest, time.perf_counter() - started)
+    return shortest
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=0.5, help="of calls to each product")
+    parser.add_argument("--isa", help="the native kernels' instruction set; the best if left out")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if not cpu.use_instruction_set(args.isa):
+        parser.error(f"the instruction set {args.isa} was not compiled or does not run here")
+    result = {"what": "the rates of one core's products, weights in its second cache", **about(1),
+              "instruction_set": cpu.instruction_set(), "multiplies_pairs": cpu.multiplies_pairs()}  # fmt: skip
+    result["bf16_gflop_per_s"] = {}
+    for M, O, I in PROMPT:
+        x, w = torch.randn(M, I).bfloat16(), torch.randn(O, I).bfloat16()
+        work, m = 2e-9 * M * O * I, [cpu.matrix(w)]
+        calls = {"gemmakit": lambda x=x, m=m: cpu.project(x, m), "torch": lambda x=x, w=w: x @ w.T}
+        rates = {name: round(work / best(call, args.seconds), 1) for name, call in calls.items()}
+        result["bf16_gflop_per_s"][f"{M} rows, {O} x {I}"] = rates
+    for bits, group in ((8, None), (4, 32)):
+        packed = quantize(torch.randn(OUT, IN), bits, group)
+        m = [cpu.matrix(packed, None, 8)]
+        times = result[f"int{bits}_us"] = {}
+        for M in FEW:
+            x = torch.randn(M, IN).bfloat16()
+            times[M] = round(1e6 * best(lambda x=x, m=m: cpu.project(x, m), args.seconds), 1)
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({name: found for name, found in result.items() if name != "versions"}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
