@@ -20,10 +20,10 @@ TEXT = Path(__file__).parents[2] / "benchmarks" / "data" / "held_out.txt"
 
 
 def prompts(tokenizer, count=50):
-    """The beginnings of 50 paragraphs, 3 to 12 tokens."""
-    texts = [t for t in TEXT.read_text(encoding="utf-8").split("\n") if len(t) > 80][:count]
-    assert len(texts) == count
-    return [tokenizer(text).input_ids[: 3 + i % 10] for i, text in enumerate(texts)]
+    """50 places of a text, 4 to 13 tokens from there."""
+    ids = tokenizer(TEXT.read_text(encoding="utf-8"), add_special_tokens=False).input_ids
+    starts = range(0, count * (len(ids) // count), len(ids) // count)
+    return [[2, *ids[start : start + 3 + i % 10]] for i, start in enumerate(starts)]
 
 
 def tokens(model, rows, **settings):
