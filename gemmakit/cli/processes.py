@@ -8,7 +8,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from typing import IO, Any
 
 from gemmakit.cli import shell
@@ -50,7 +51,7 @@ def shared_texts(texts: Iterable[str], count: int) -> Iterator[str]:
 
 
 def _run(count: int) -> int:
-    """The first process has this one's streams and hears Ctrl-C; the others end with it."""
+    """The first process has this one's streams and hears Ctrl-C; the others end with it, and it with this one."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -59,37 +60,62 @@ def _run(count: int) -> int:
     told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     command = [sys.executable, "-m", "gemmakit.cli", *shell.command]
     quiet: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "start_new_session": True}
+    first: subprocess.Popen[Any] | None = None
     started: list[tuple[subprocess.Popen[Any], IO[bytes]]] = []
+    with _uninterrupted() as asked:
+        try:
+            first = subprocess.Popen(command, env={**told, "RANK": "0", "LOCAL_RANK": "0"})
+            for rank in range(1, count):
+                errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
+                own = {**told, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                started.append((subprocess.Popen(command, env=own, stderr=errors, **quiet), errors))
+            code, left = None, PATIENCE_S
+            while code is None and left > 0:
+                while asked:
+                    asked.pop()
+                    first.terminate()
+                code = _wait(first, LOOK_S)
+                if any(process.poll() for process, _ in started):
+                    left -= LOOK_S
+            if code is None:
+                first.kill()
+            if code not in _SAID:
+                _tell(started)
+            return shell.FAILED if code is None else code
+        finally:
+            if first is not None and first.poll() is None:
+                first.terminate()
+                if _wait(first, PATIENCE_S) is None:
+                    first.kill()
+                    first.wait()
+            for process, errors in started:
+                process.kill()
+                process.wait()
+                errors.close()
+
+
+@contextmanager
+def _uninterrupted() -> Generator[list[int], None, None]:
+    """The SIGTERMs that came and are to be passed on, while no signal stops this process halfway.
+
+    Ctrl-C is left to the first process, which the terminal tells too.
+    """
+    asked: list[int] = []
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))}
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as of nohup: those who are started inherit that
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)
     try:
-        first = subprocess.Popen(command, env={**told, "RANK": "0", "LOCAL_RANK": "0"})
-        signal.signal(signal.SIGTERM, lambda *_: first.terminate())
-        for rank in range(1, count):
-            errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
-            own = {**told, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            started.append((subprocess.Popen(command, env=own, stderr=errors, **quiet), errors))
-        code, left = None, PATIENCE_S
-        while code is None and left > 0:
-            code = _poll(first)
-            if any(process.poll() for process, _ in started):
-                left -= LOOK_S
-        if code is None:
-            first.kill()
-        if code not in _SAID:
-            _tell(started)
-        return shell.FAILED if code is None else code
+        yield asked
     finally:
-        for process, errors in started:
-            process.kill()
-            process.wait()
-            errors.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _poll(first: subprocess.Popen[bytes]) -> int | None:
+def _wait(process: subprocess.Popen[Any], seconds: float) -> int | None:
+    """Its exit code; None where it runs on."""
     try:
-        return first.wait(LOOK_S)
+        return process.wait(seconds)
     except subprocess.TimeoutExpired:
-        return None
-    except KeyboardInterrupt:  # the first was told too, and says how it ends
         return None
 
 

@@ -16,6 +16,7 @@ from gemmakit.errors import InputError
 from gemmakit.hub import push_folder
 from gemmakit.pytorch import per_layer
 from gemmakit.pytorch.attention import implementation
+from gemmakit.pytorch.parallel.processes import require_whole
 from gemmakit.pytorch.pruning import prune_heads
 
 
@@ -120,6 +121,7 @@ class ModelMethods(nn.Module):
 
         The scale by sqrt(D) belongs to GemmaScaledEmbedding; a plain nn.Embedding is used as it is.
         """
+        require_whole(self, "load it without tp_plan to give it another embedding")
         self.base_model.embed_tokens = value
         self._follow_vocabulary()
 
@@ -130,6 +132,7 @@ class ModelMethods(nn.Module):
         """Take another head (D -> V). One with a weight of its own unties the two, in the configuration too."""
         if self.get_output_embeddings() is None:
             raise InputError(f"{type(self).__name__} has no language modelling head.")
+        require_whole(self, "load it without tp_plan to give it another head")
         self.lm_head = new_embeddings
         if new_embeddings.weight is not self.get_input_embeddings().weight:
             self.config.tie_word_embeddings = False
@@ -161,8 +164,10 @@ class ModelMethods(nn.Module):
                 others; False draws them as in a fresh model.
 
         Raises:
-            InputError: a size that is no whole number, or that a special token of the configuration is outside of.
+            InputError: a size that is no whole number, or that a special token of the configuration is outside of; a
+                model that a tensor plan has split.
         """
+        require_whole(self, "resize one that is loaded without tp_plan, save it, and load that")
         embedding, head = self.get_input_embeddings(), self.get_output_embeddings()
         size = self._new_size(new_num_tokens, pad_to_multiple_of)
         heads = [] if head is None or head.weight is embedding.weight else [head]
@@ -233,6 +238,7 @@ class ModelMethods(nn.Module):
 
         What is gone is kept in `config.pruned_heads`, so that gemmakit loads what was saved; other libraries cannot.
         """
+        require_whole(self, "load it without tp_plan to prune it; a plan does not split what is pruned")
         prune_heads(self, heads_to_prune)
 
     # -- training --------------------------------------------------------------------------------------------------

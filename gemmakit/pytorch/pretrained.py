@@ -31,7 +31,7 @@ from gemmakit.pytorch.adapters.methods import AdapterMethods
 from gemmakit.pytorch.attention import implementation
 from gemmakit.pytorch.experts import GemmaExperts
 from gemmakit.pytorch.methods import ModelMethods, assign
-from gemmakit.pytorch.parallel.processes import local_device, rank
+from gemmakit.pytorch.parallel.processes import local_device, rank, require_whole
 from gemmakit.pytorch.parallel.sharded import is_sharded, save_together
 from gemmakit.pytorch.parallel.tensor import TensorPlan, tensor_plan
 from gemmakit.pytorch.placement import DeviceMap, MaxMemory, one_device, spread
@@ -238,8 +238,8 @@ class GemmaPreTrainedModel(AdapterMethods, QuantizedMethods, ModelMethods):
             CheckpointError: the disk refuses.
         """
         take_accepted(kwargs, _SAVING, InputError)
-        if self.tensor_parallel is not None and state_dict is None:
-            raise InputError(f"this is a part of a model ({self.tensor_parallel}): save one loaded without tp_plan.")
+        if state_dict is None:
+            require_whole(self, "save one that is loaded without tp_plan")
         tensors = dict(self.state_dict() if state_dict is None else state_dict)
         together = is_sharded(tensors)
         if not is_main_process and not together:

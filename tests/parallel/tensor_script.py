@@ -1,8 +1,10 @@
 """Run by test_tensor.py in two processes: each prints what it finds as one line of JSON."""
 
 import json
+import os
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -11,6 +13,7 @@ from test_tensor import MODEL_SETTINGS
 from tiny_shapes import COMMON, SHAPES
 
 from gemmakit import GemmaConfig, GemmaForCausalLM
+from gemmakit.errors import InputError
 from gemmakit.pytorch.decode.batch import BatchEngine, Request
 from gemmakit.pytorch.parallel import processes
 from gemmakit.pytorch.parallel.lockstep import LeadingEngine, follow
@@ -70,16 +73,74 @@ def asked(engine, prompts, close=lambda: None):
     return found, found[cancelled], found[late]
 
 
+def refused(engine, *requests):
+    """What an engine says of requests that draw their tokens without a seed, and cannot run."""
+
+    def said(request):
+        try:
+            engine.add(request)
+        except InputError as error:
+            return str(error)
+
+    found = [said(request) for request in requests]
+    engine.add(Request(torch.tensor([[5, 6]]), settings={"do_sample": True, "max_new_tokens": 2}))
+    while engine.has_work:
+        engine.step()
+    engine.close()
+    return found
+
+
 def in_step(one, part, prompts):
-    """Whether an engine that others follow gives what an engine alone does."""
+    """Whether an engine that others follow gives what an engine alone does; and the next number each draws."""
     settings = dict(max_batch_size=3, page_size=4, cache_tokens=64)
     if processes.rank():
         follow(BatchEngine(part, **settings))
-        return None
+        return {"next": torch.rand(()).item()}
     leading = LeadingEngine(part, **settings)
-    several, *ends = asked(leading, prompts, leading.close)
+    several, *ends = asked(leading, prompts)
+    drawn = {"do_sample": True}
+    said = refused(
+        leading,
+        Request([5], settings={**drawn, "max_new_tokens": 100}),
+        Request([5], settings=drawn, logits_processor=[lambda ids, scores: scores]),
+        Request([5], settings={**drawn, "max_time": 5.0}),
+    )
+    following = torch.rand(()).item()
     alone, *_ = asked(BatchEngine(one, **settings), prompts)
-    return {"same": several == alone, "ends": ends}
+    return {"same": several == alone, "ends": ends, "refused": said, "next": following}
+
+
+def failing(part, where):
+    """How the processes of these ranks end, of which each fails at its first step."""
+    failures = [RuntimeError("the first step")] if processes.rank() in where else []
+
+    class Once(LeadingEngine if processes.rank() == 0 else BatchEngine):
+        def _launch(self):
+            if failures:
+                raise failures.pop()
+            super()._launch()
+
+    engine = Once(part, max_batch_size=1, page_size=4, cache_tokens=64)
+    try:
+        if processes.rank():
+            follow(engine)
+            return "closed"
+        with suppress(RuntimeError):
+            engine.step()
+        engine.step()
+        if 0 in where:  # nobody hears it otherwise
+            engine.close()
+        return "closed"
+    except RuntimeError as error:
+        return str(error)
+
+
+def listening():
+    """The addresses, in hexadecimal, on which this process listens; none where the system does not tell."""
+    tables = [table for name in ("tcp", "tcp6") if (table := Path("/proc/self/net") / name).exists()]
+    own = {os.readlink(f) for f in Path("/proc/self/fd").iterdir() if f.is_symlink()} if tables else set()
+    lines = [line.split() for table in tables for line in table.read_text().splitlines()[1:]]
+    return sorted({line[1].partition(":")[0] for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in own})
 
 
 def main():
@@ -110,6 +171,8 @@ def main():
     one = GemmaForCausalLM.from_pretrained(folder / "gqa")
     part = GemmaForCausalLM.from_pretrained(folder / "gqa", tp_plan="auto")
     found["in step"] = in_step(one, part, rows(157, 6))
+    found["failing"] = {"both": failing(part, (0, 1)), "second": failing(part, (1,))}
+    found["listening"] = listening()
     # The codes of a stored file are split as they are, scales of whole rows and all.
     for bits in (8, 4):
         scheme = WeightOnlyConfig(bits=bits, group_size=None if bits == 8 else 32, activation_bits=16)

@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import pytest
+import torch
 from spread import step, table, training
 from tiny_shapes import COMMON, MEMBERS, SHAPES
 from together import together
 
-from gemmakit import GemmaConfig, GemmaForCausalLM
+from gemmakit import GemmaConfig, GemmaForCausalLM, GenerationConfig
 from gemmakit.errors import InputError
+from gemmakit.pytorch.adapters import LoraConfig, add_adapter
 from gemmakit.pytorch.parallel.tensor import TensorPlan
 
 SCRIPT = Path(__file__).with_name("tensor_script.py")
@@ -67,8 +69,24 @@ def test_layers_of_a_part_run_fused_but_for_the_sums(found):
 
 def test_an_engine_that_others_follow_gives_what_one_alone_does(found):
     said = found[0]["in step"]
-    assert said == {"same": True, "ends": [[[None, "cancelled"]], [[None, "timeout"]]]}
-    assert found[1]["in step"] is None
+    assert (said["same"], said["ends"]) == (True, [[[None, "cancelled"]], [[None, "timeout"]]])
+
+
+def test_a_request_that_the_first_refuses_changes_what_no_process_draws(found):
+    said = found[0]["in step"]["refused"]
+    why = ("cache holds 64", "cannot be sent to the others", "max_time is 5.0")
+    assert all(part in text for text, part in zip(said, why, strict=True))
+    assert found[0]["in step"]["next"] == found[1]["in step"]["next"]
+
+
+def test_a_process_goes_on_after_what_all_met_and_ends_of_what_it_met_alone(found):
+    assert [one["failing"]["both"] for one in found] == ["closed", "closed"]
+    assert [one["failing"]["second"] for one in found] == ["closed", "the first step"]
+
+
+def test_processes_of_one_machine_listen_to_no_other(found):
+    # 127.0.0.1 as Linux writes it, on machines of either byte order.
+    assert {address for one in found for address in one["listening"]} <= {"0100007F", "7F000001"}
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -87,12 +105,47 @@ def whole(shape="gqa", **changes):
         (whole("mha"), 3, "num_attention_heads is 4"),
         (whole(num_key_value_heads=3), 2, "num_key_value_heads is 3"),
         (whole(intermediate_size=75), 2, "intermediate_size is 75"),
+        (whole("mha", vocab_size=5), 4, "vocab_size is 5"),  # 2 rows each leave the last none
         (whole(pruned_heads={0: [0, 1, 2]}), 2, "pruned_heads"),
     ],
 )
 def test_what_cannot_be_shared_is_refused_by_its_name(config, size, said):
     with pytest.raises(InputError, match=said):
         TensorPlan(config, 0, size)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.save_pretrained("never"),
+        lambda model: model.resize_token_embeddings(300),
+        lambda model: model.prune_heads({0: [0]}),
+        lambda model: model.dequantize(),
+        lambda model: model.untie_weights(),
+        lambda model: model.set_input_embeddings(torch.nn.Embedding(5, 4)),
+        lambda model: model.set_output_embeddings(torch.nn.Linear(4, 5)),
+        lambda model: add_adapter(model, LoraConfig()),
+    ],
+)
+def test_a_part_is_not_changed_as_if_it_were_the_whole(change):
+    with pytest.raises(InputError, match=r"part of a model that a tensor plan has split \(process 1 of 2"):
+        change(part_of_two())
+
+
+def test_no_clock_ends_what_processes_compute_together():
+    part = part_of_two()
+    with pytest.raises(InputError, match=r"max_time is 1\.5, but several processes"):
+        part.generate(torch.tensor([[5]]), max_time=1.5)
+    part.generation_config = GenerationConfig(max_time=2.5)
+    with pytest.raises(InputError, match=r"max_time is 2\.5, but several processes"):
+        part.generate_batch([[5]])
+
+
+def part_of_two():
+    plan = TensorPlan(whole(), 1, 2)
+    model = GemmaForCausalLM(plan.local_config())
+    plan.enter(model)
+    return model
 
 
 def test_a_refusal_says_how_many_would_do():

@@ -12,6 +12,7 @@ from gemmakit.errors import InputError
 from gemmakit.pytorch.adapters.config import ALL_LINEAR, LoraConfig
 from gemmakit.pytorch.adapters.modules import AdaptedEmbedding, AdaptedLinear, Adapter
 from gemmakit.pytorch.methods import ModelMethods
+from gemmakit.pytorch.parallel.processes import require_whole
 
 
 def add_adapter(model: ModelMethods, config: LoraConfig) -> list[str]:
@@ -23,10 +24,7 @@ def add_adapter(model: ModelMethods, config: LoraConfig) -> list[str]:
     """
     if adapters_of(model):
         raise InputError("the model has an adapter already: merge_adapter it first, or load the model again.")
-    if getattr(model, "tensor_parallel", None) is not None:
-        raise InputError(
-            "the model is split by a tensor plan: merge the adapter first (gemmakit merge), and load that."
-        )
+    require_whole(model, "merge the adapter first (gemmakit merge), and load that")
     modules: dict[str, nn.Module] = dict(model.named_modules())
     names = targets_of(model, config)
     for name in names:

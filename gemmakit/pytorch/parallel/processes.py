@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ T = TypeVar("T")
 _PATIENCE = timedelta(days=30)
 # What torchrun tells each process.
 _TOLD = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_LOOPBACK = ("127.0.0.1", "localhost")
 
 
 def joined() -> bool:
@@ -26,8 +28,8 @@ def joined() -> bool:
 def join(device: torch.device | None = None) -> None:
     """Meet the processes that torchrun started beside this one, unless that is done; alone where nothing was started.
 
-    device: where this one computes; on CUDA they talk by NCCL, else by gloo. Raises InputError where some of what
-    torchrun tells is missing.
+    device: where this one computes; on CUDA they talk by NCCL, else by gloo. Where MASTER_ADDR is the loopback, so is
+    what they listen on. Raises InputError where some of what torchrun tells is missing.
     """
     if joined():
         return
@@ -38,7 +40,28 @@ def join(device: torch.device | None = None) -> None:
         on_cuda = device is not None and device.type == "cuda"
         if device is not None and on_cuda:
             torch.cuda.set_device(local_device(device))
-        dist.init_process_group("nccl" if on_cuda else "gloo", timeout=_PATIENCE)
+        dist.init_process_group("nccl" if on_cuda else "gloo", timeout=_PATIENCE, **_meeting())
+
+
+def _meeting() -> dict[str, Any]:
+    """How to meet: as torchrun says, but processes of one machine listen on no address that others reach.
+
+    What they send each other is pickled. torch would have the first listen on every address, and gloo on the host's.
+    """
+    if os.environ["MASTER_ADDR"] not in _LOOPBACK:
+        return {}
+    loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+    for name in loopback:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun listens itself
+        return {}
+    rank, size, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    listening: dict[str, Any] = {}
+    if rank == 0:
+        with socket.create_server(("127.0.0.1", port), backlog=max(128, size)) as server:
+            listening["master_listen_fd"] = server.detach()  # the store's from here on
+    store = dist.TCPStore("127.0.0.1", port, size, rank == 0, timeout=_PATIENCE, wait_for_workers=False, **listening)
+    return {"store": store, "rank": rank, "world_size": size}
 
 
 def leave() -> None:
@@ -77,3 +100,10 @@ def wait(group: Any = None) -> None:
     """Until every process is here."""
     if joined():
         dist.barrier(group)
+
+
+def require_whole(model: Any, instead: str) -> None:
+    """Raises InputError for a model that a tensor plan has split, of which `instead` says what is to be done."""
+    plan = getattr(model, "tensor_parallel", None)
+    if plan is not None:
+        raise InputError(f"this is a part of a model that a tensor plan has split ({plan}): {instead}.")

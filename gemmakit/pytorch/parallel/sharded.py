@@ -54,8 +54,7 @@ def shard_model(
     device = next(model.parameters()).device
     if device.type == "meta":
         raise InputError("the model has no weights here (they are on 'meta'): load it in every process first.")
-    if getattr(model, "tensor_parallel", None) is not None:
-        raise InputError("the model is split by a tensor plan: load it without tp_plan to shard it for training.")
+    processes.require_whole(model, "load it without tp_plan to shard it for training")
     processes.join(device)
     if not processes.joined():
         raise InputError("shard_model is of processes that torchrun started: torchrun --nproc-per-node 2 script.py.")

@@ -232,7 +232,9 @@ def _obstacle(config: GemmaConfig, size: int) -> str:
     """Which setting so many processes cannot share; empty where they can."""
     specs = dict.fromkeys(config.layer(i) for i in range(config.num_hidden_layers))
     found = (f"{name} is {value}" for spec in specs for name, value in _uneven(spec, size))
-    return next(found, "" if size <= config.vocab_size else f"vocab_size is {config.vocab_size}")
+    rows = config.vocab_size
+    shared = (size - 1) * -(-rows // size) < rows  # each has as many rows but for the last, which needs one at least
+    return next(found, "" if shared else f"vocab_size is {rows}")
 
 
 def _uneven(spec: LayerSpec, size: int) -> Iterator[tuple[str, int]]:

@@ -10,6 +10,7 @@ from torch import nn
 from gemmakit.dtypes import dtype_name
 from gemmakit.errors import InputError
 from gemmakit.pytorch.layers import GemmaScaledEmbedding, Linear
+from gemmakit.pytorch.parallel.processes import require_whole
 from gemmakit.pytorch.quantize.modules import (
     QuantizedEmbedding,
     QuantizedExperts,
@@ -72,6 +73,7 @@ class QuantizedMethods(nn.Module):
 
     def untie_weights(self) -> None:
         """Give the head a copy of the embedding's weight, to be saved apart."""
+        require_whole(self, "untie one that is loaded without tp_plan")
         for tied, source in self.tied_weights.items() if self._ties else ():  # type: ignore[operator]
             embedding = self.get_submodule(source.rpartition(".")[0])
             if isinstance(embedding, QuantizedWeight):
@@ -103,8 +105,9 @@ class QuantizedMethods(nn.Module):
     def dequantize(self, dtype: torch.dtype | None = None) -> Any:
         """Plain weights of `dtype` (None: the model's) in the place of codes, in place; they are no better than these.
 
-        Raises InputError for a model that is plain.
+        Raises InputError for a model that is plain, or that a tensor plan has split.
         """
+        require_whole(self, "load it plain with tp_plan, or dequantize one that is loaded without")
         quantizer, chosen = self._quantizer, dtype or self.dtype  # type: ignore[assignment]
         if quantizer is None:
             raise InputError("this model is not quantized: there is nothing to dequantize.")

@@ -149,6 +149,8 @@ class BatchEngine:
             self._rows[row.sequence.id] = row
             if row.request.deadline is not None:
                 heapq.heappush(self._deadlines, (row.added + row.request.deadline, row.sequence.id))
+        for row in rows:
+            row.seed()
         self._requests[id], self._next_id = list(rows), id + 1
         self._runner.adapters = row_adapters(self.model)
         if self._captured is not None:

@@ -106,7 +106,8 @@ class Row:
     the tokens once more, on the device, for processors and criteria that read them; or None. added, started, spoke:
     when it was added, first ran, gave its first token, by the monotonic clock. prompt_logprobs: those found so far.
     silent: whether only these are wanted. group, held, total: with best_of, its answers, the events of this one, and
-    the sum of its log probabilities. drafts: what it proposes to itself, once it does.
+    the sum of its log probabilities. drafts: what it proposes to itself, once it does. unseeded: whether torch's
+    generator is still to seed this row's.
     """
 
     id: int
@@ -126,6 +127,7 @@ class Row:
     held: list[Event] = field(default_factory=list)
     total: float = 0.0
     drafts: Drafts | None = None
+    unseeded: bool = False
 
     @property
     def prompt_length(self) -> int:
@@ -160,6 +162,15 @@ class Row:
         first = None if self.spoke is None else self.spoke - self.added
         cached = self.sequence.cached or 0
         return Usage(self.prompt_length, cached, self.new_tokens, queued, first, now - self.added)
+
+    def seed(self) -> None:
+        """Begin the row's own chance, unless its request has a seed; once nothing can refuse it any more.
+
+        So what is refused changes no other's draws, and processes that never hear of it draw what the first does.
+        """
+        if self.generator is not None and self.unseeded:
+            self.generator.manual_seed(int(torch.randint(2**63 - 1, ())))
+            self.unseeded = False
 
     def process(self, scores: Tensor) -> Tensor:
         """scores: (1, V) -> (1, V) after this request's processors."""
@@ -244,7 +255,7 @@ def prepare_rows(model: CausalLM, request: Request, number: int) -> list[Row]:
     generators = _generators(config, prompt.ids, count) if config.do_sample else [None] * count
     rows = [_row(request, number, i, context, criteria, generator) for i, generator in enumerate(generators)]
     for row in rows:
-        row.group, row.silent = group, silent
+        row.group, row.silent, row.unseeded = group, silent, config.seed is None
         row.sequence.like = rows[0].sequence if row.index else None
     if request.prompt_logprobs is not None:
         rows[0].prompt_logprobs, rows[0].sequence.whole = [None], True
@@ -341,7 +352,7 @@ def _tensor(prompt: Any, vocab_size: int) -> Tensor:
 
 
 def _generators(config: GenerationConfig, ids: Tensor, count: int) -> list[torch.Generator]:
-    """Each answer's own source of chance: from (seed, answer), or seeded by torch's, so that no neighbour matters."""
+    """Each answer's own source of chance, so that no neighbour matters: from (seed, answer), or still to be seeded."""
     if config.seed is not None:
         return row_generators(config.seed, [ids[0].tolist()] * count, ids.device)
-    return [torch.Generator(ids.device).manual_seed(int(torch.randint(2**63 - 1, ()))) for _ in range(count)]
+    return [torch.Generator(ids.device) for _ in range(count)]
