@@ -92,7 +92,7 @@ def refused(engine, *requests):
 
 def in_step(one, part, prompts):
     """Whether an engine that others follow gives what an engine alone does; and the next number each draws."""
-    settings = dict(max_batch_size=3, page_size=4, cache_tokens=64)
+    settings = dict(max_batch_size=3, page_size=4, cache_tokens=48)
     if processes.rank():
         follow(BatchEngine(part, **settings))
         return {"next": torch.rand(()).item()}
@@ -101,7 +101,7 @@ def in_step(one, part, prompts):
     drawn = {"do_sample": True}
     said = refused(
         leading,
-        Request([5], settings={**drawn, "max_new_tokens": 100}),
+        Request([5], settings={**drawn, "max_new_tokens": 60}),
         Request([5], settings=drawn, logits_processor=[lambda ids, scores: scores]),
         Request([5], settings={**drawn, "max_time": 5.0}),
     )
