@@ -60,7 +60,8 @@ def _meeting() -> dict[str, Any]:
     if rank == 0:
         with socket.create_server(("127.0.0.1", port), backlog=max(128, size)) as server:
             listening["master_listen_fd"] = server.detach()  # the store's from here on
-    store = dist.TCPStore("127.0.0.1", port, size, rank == 0, timeout=_PATIENCE, wait_for_workers=False, **listening)
+    told: dict[str, Any] = {"timeout": _PATIENCE, "wait_for_workers": False, **listening}
+    store = dist.TCPStore("127.0.0.1", port, size, rank == 0, **told)  # pyright: ignore[reportPrivateImportUsage]
     return {"store": store, "rank": rank, "world_size": size}
 
 
