@@ -122,6 +122,11 @@ def note(message: str) -> None:
 
 def _fail(message: str) -> int:
     note(" ".join(message.split()))
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:  # what could not be written would be tried again while Python shuts down
+        abandon_output()
     return FAILED
 
 

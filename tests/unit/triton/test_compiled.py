@@ -219,7 +219,7 @@ def test_expanding_a_weight_reads_and_writes_16_bytes(capability, tmp_path):
 def test_the_reader_of_widths_sees_a_narrow_load(tmp_path):
     """Unless pointers are promised to be multiples of 16, loads come out two bytes wide, and the test must say so."""
     constants = launch.block_constants(tuning.HOPPER, launch.Shape(2048, WeightFormat.BF16), 1, itemsize=2)
-    constants |= dict(NORM=True, RESIDUAL=False, BIAS=False, WEIGHTS=1)
+    constants |= dict(NORM=True, RESIDUAL=False, BIAS=False, WEIGHTS=1, OFFSET=1.0)
     kernel = gemv.project
     signature = {n: "constexpr" if n in constants else "*bf16" for n in kernel.arg_names}
     signature |= dict(eps="fp32", rows="i32", O0="i32", O1="i32", O2="i32")
