@@ -54,8 +54,8 @@ class ModelMethods(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where inputs belong: the device of the first weights that are not offloaded, or of what brings them back."""
-        first = next(self.parameters()).device
-        return next((p.device for p in self.parameters() if not p.is_meta), _brought_to(self) or first)
+        here = next((p.device for p in self.parameters() if not p.is_meta), None)
+        return here or _brought_to(self) or next(self.parameters()).device
 
     @property
     def _tied_weights_keys(self) -> dict[str, str]:
