@@ -16,6 +16,8 @@ from gemmakit.serve.refusals import Refusal
 T = TypeVar("T")
 # Texts become ids beside the event loop, so that a long one holds nobody up.
 READERS = 2
+# Characters that are ids sooner than another thread has begun.
+SHORT = 1024
 # OpenAI's word for a probability of zero, which JSON has no number for.
 NEVER = -9999.0
 
@@ -106,6 +108,12 @@ class ServedModel:
         template.
         """
         return self.pipe.encode(messages, tools=tools, chat_template_kwargs=variables)
+
+    async def encoded(self, prompt: str | Sequence[int]) -> list[int]:
+        """As `encode_prompt`, beside the event loop where it takes long."""
+        if len(prompt) <= SHORT:
+            return self.encode_prompt(prompt)
+        return await self.aside(self.encode_prompt, prompt)
 
     def encode_prompt(self, prompt: str | Sequence[int]) -> list[int]:
         """The ids of a text, with its <bos>; ids as they are. Raises TokenOutOfRange when the engine is given them."""

@@ -30,7 +30,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     served = service.ready(body.model)
     service.count_unknown(body)
     _refuse(body)
-    prompts = [await served.aside(served.encode_prompt, each) for each in _prompts(body.prompt)]
+    prompts = [await served.encoded(each) for each in _prompts(body.prompt)]
     wanted = [
         service.make(
             request,
