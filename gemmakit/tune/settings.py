@@ -116,7 +116,7 @@ class TuneSettings:
     neftune: Annotated[float, Real(0)] = 0.0
     ema: Annotated[float, Real(0, 1, below=True)] = 0.0
     checkpointing: Annotated[bool, FLAG] = False
-    loss_chunk: Annotated[int, Whole(1)] = 1024
+    loss_chunk: Annotated[int, Whole(1)] = 256
     dtype: Annotated[str, OneOf("auto", "float32", "bfloat16", "float16")] = "auto"
     device: Annotated[str, TEXT] = "auto"
     attention: Annotated[str | None, OneOf("eager", "sdpa", "flex_attention", "flash_attention_2")] = None
