@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
 from datetime import timedelta
@@ -41,6 +42,8 @@ def join(device: torch.device | None = None) -> None:
         if device is not None and on_cuda:
             torch.cuda.set_device(local_device(device))
         dist.init_process_group("nccl" if on_cuda else "gloo", timeout=_PATIENCE, **_meeting())
+        if not on_cuda:  # gloo's threads, left running, may abort a process that ends
+            atexit.register(leave)
 
 
 def _meeting() -> dict[str, Any]:
