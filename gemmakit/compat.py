@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from gemmakit.auto import AutoModelForCausalLM
-from gemmakit.checks import Whole, check, ranges
+from gemmakit.checks import Whole, check
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError
 from gemmakit.generation.constraints import Constraint
-from gemmakit.generation.settings import Settings
+from gemmakit.generation.settings import check_filter_value, in_range
 from gemmakit.outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput, ModelOutput
 from gemmakit.pytorch.decode.processors import logits, watermark
 from gemmakit.pytorch.decode.processors.guidance import Guidance
@@ -66,16 +66,6 @@ def set_seed(seed: int, deterministic: bool = False) -> None:
 # -- processors --------------------------------------------------------------------------------------------------------
 
 
-def _in_range(setting: str, value: Any) -> Any:
-    check(setting, value, ranges(Settings)[setting], InputError)
-    return value
-
-
-def _forbids(filter_value: float) -> None:
-    if filter_value != logits.FORBIDDEN:
-        raise InputError(f"filter_value is {filter_value!r}; what is left out gets -inf here: leave it out.")
-
-
 def _on(value: Ids, like: Tensor) -> Tensor:
     """Token ids, (E,), where `like` is."""
     listed = [value] if isinstance(value, int) else value
@@ -104,26 +94,26 @@ def _processor(name: str, make: Callable[..., Made]) -> Any:
 
 def _min_length(min_length: int, eos_token_id: Ids, device: Any = None) -> Made:
     """No eos before `min_length` tokens, prompt included."""
-    _in_range("min_length", min_length)
+    in_range("min_length", min_length)
     return lambda ids, scores: logits.MinLength(min_length, _on(eos_token_id, scores))
 
 
 def _min_new(prompt_length_to_skip: int, min_new_tokens: int, eos_token_id: Ids, device: Any = None) -> Made:
     """No eos before `min_new_tokens` tokens after the prompt."""
-    _in_range("min_new_tokens", min_new_tokens)
+    in_range("min_new_tokens", min_new_tokens)
     length = prompt_length_to_skip + min_new_tokens
     return lambda ids, scores: logits.MinLength(length, _on(eos_token_id, scores))
 
 
 def _temperature(temperature: float) -> Made:
     """Logits divided by the temperature."""
-    made = logits.Temperature(_in_range("temperature", temperature))
+    made = logits.Temperature(in_range("temperature", temperature))
     return lambda ids, scores: made
 
 
 def _repetition(penalty: float, prompt_ignore_length: int | None = None) -> Made:
     """Tokens that are there get less likely. prompt_ignore_length: how many of the first do not count."""
-    _in_range("repetition_penalty", penalty)
+    in_range("repetition_penalty", penalty)
 
     def made(ids: Tensor, scores: Tensor) -> Processor:
         ignored = torch.ones((1, prompt_ignore_length or 0), dtype=torch.bool, device=ids.device)
@@ -134,7 +124,7 @@ def _repetition(penalty: float, prompt_ignore_length: int | None = None) -> Made
 
 def _encoder_repetition(penalty: float, encoder_input_ids: Tensor) -> Made:
     """Tokens of the prompt (B, P) get likelier."""
-    _in_range("encoder_repetition_penalty", penalty)
+    in_range("encoder_repetition_penalty", penalty)
     return lambda ids, scores: logits.EncoderRepetitionPenalty(penalty, encoder_input_ids.to(ids.device))
 
 
@@ -149,8 +139,8 @@ def _shaping(setting: str, argument: str, kind: Callable[[Any, int], Processor],
         bound = signature.bind(*args, **named)
         bound.apply_defaults()
         value, filler, keep = bound.args
-        _in_range(setting, value)
-        _forbids(filler)
+        in_range(setting, value)
+        check_filter_value(filler)
         check("min_tokens_to_keep", keep, Whole(1), InputError)
         made = kind(value, keep)
         return lambda ids, scores: made
@@ -182,7 +172,7 @@ def _bias(sequence_bias: Any) -> Made:
 
 def _bad_words(bad_words_ids: list[list[int]], eos_token_id: Ids | None = None) -> Made:
     """Sequences that do not come; a lone eos stays allowed."""
-    _in_range("bad_words_ids", bad_words_ids)
+    in_range("bad_words_ids", bad_words_ids)
     ends = [] if eos_token_id is None else torch.as_tensor(eos_token_id).flatten().tolist()
     biases = logits.bad_words(bad_words_ids, ends)
     return lambda ids, scores: logits.SequenceBias.of(biases, scores.shape[-1], None, scores.device)

@@ -13,12 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gemmakit.checks import Whole, check, ranges
+from gemmakit.checks import Whole, check
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError
 from gemmakit.flax.decode import processors
 from gemmakit.flax.heads import FlaxGemmaForCausalLM
-from gemmakit.generation.settings import Settings
+from gemmakit.generation.settings import check_filter_value, in_range
 
 
 class FlaxAutoModelForCausalLM:
@@ -71,7 +71,7 @@ class FlaxTemperatureLogitsWarper(FlaxLogitsWarper):
     """Logits divided by the temperature."""
 
     def __init__(self, temperature: float):
-        super().__init__(_in_range("temperature", temperature))
+        super().__init__(in_range("temperature", temperature))
         self.temperature = temperature
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: Any) -> jax.Array:
@@ -82,9 +82,9 @@ class FlaxTopKLogitsWarper(FlaxLogitsWarper):
     """The likeliest k."""
 
     def __init__(self, top_k: int, filter_value: float = processors.FORBIDDEN, min_tokens_to_keep: int = 1):
-        _forbids(filter_value)
+        check_filter_value(filter_value)
         check("min_tokens_to_keep", min_tokens_to_keep, Whole(1), InputError)
-        self.top_k = max(_in_range("top_k", top_k), min_tokens_to_keep)
+        self.top_k = max(in_range("top_k", top_k), min_tokens_to_keep)
         super().__init__(self.top_k)
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: Any) -> jax.Array:
@@ -95,9 +95,9 @@ class FlaxTopPLogitsWarper(FlaxLogitsWarper):
     """The likeliest tokens that make up the share p."""
 
     def __init__(self, top_p: float, filter_value: float = processors.FORBIDDEN, min_tokens_to_keep: int = 1):
-        _forbids(filter_value)
+        check_filter_value(filter_value)
         check("min_tokens_to_keep", min_tokens_to_keep, Whole(1), InputError)
-        super().__init__(_in_range("top_p", top_p), min_tokens_to_keep)
+        super().__init__(in_range("top_p", top_p), min_tokens_to_keep)
         self.top_p, self.min_tokens_to_keep = top_p, min_tokens_to_keep
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: Any) -> jax.Array:
@@ -108,7 +108,7 @@ class FlaxMinLengthLogitsProcessor(FlaxLogitsProcessor):
     """No eos before `min_length` tokens, prompt included."""
 
     def __init__(self, min_length: int, eos_token_id: int):
-        super().__init__(_in_range("min_length", min_length), eos_token_id)
+        super().__init__(in_range("min_length", min_length), eos_token_id)
         self.min_length, self.eos_token_id = min_length, eos_token_id
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: Any) -> jax.Array:
@@ -175,16 +175,6 @@ class FlaxNoRepeatNGramLogitsProcessor(FlaxLogitsProcessor):
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: Any) -> jax.Array:
         there = jnp.broadcast_to(jnp.arange(input_ids.shape[1]) < cur_len, input_ids.shape)
         return processors.without_repeats(scores, self.ngram_size, input_ids, there, cur_len)
-
-
-def _in_range(setting: str, value: Any) -> Any:
-    check(setting, value, ranges(Settings)[setting], InputError)
-    return value
-
-
-def _forbids(filter_value: float) -> None:
-    if filter_value != processors.FORBIDDEN:
-        raise InputError(f"filter_value is {filter_value!r}; what is left out gets -inf here: leave it out.")
 
 
 __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any
 
-from gemmakit.checks import FLAG, TEXT, Instance, OneOf, Real, TokenIds, Whole
+from gemmakit.checks import FLAG, TEXT, Instance, OneOf, Real, TokenIds, Whole, check, ranges
+from gemmakit.errors import InputError
 from gemmakit.generation.watermarks import BaseWatermarkingConfig
 
 CACHES = ("dynamic", "static", "offloaded", "offloaded_static", "quantized", "hybrid",
@@ -120,3 +121,15 @@ class Settings:
 
 
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Settings) if f.name != "extra"}
+
+
+def in_range(setting: str, value: Any) -> Any:
+    """A value that this setting may have. Raises InputError for another."""
+    check(setting, value, ranges(Settings)[setting], InputError)
+    return value
+
+
+def check_filter_value(filter_value: float) -> None:
+    """Raises InputError for another score of what is left out than -inf, the one that processors give here."""
+    if filter_value != float("-inf"):
+        raise InputError(f"filter_value is {filter_value!r}; what is left out gets -inf here: leave it out.")
