@@ -69,19 +69,22 @@ def _run(count: int) -> int:
                 errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
                 own = {**told, "RANK": str(rank), "LOCAL_RANK": str(rank)}
                 started.append((subprocess.Popen(command, env=own, stderr=errors, **quiet), errors))
-            code, left = None, PATIENCE_S
+            code, left, told_to_end = None, PATIENCE_S, False
             while code is None and left > 0:
                 while asked:
                     asked.pop()
+                    told_to_end = True
                     first.terminate()
                 code = _wait(first, LOOK_S)
                 if any(process.poll() for process, _ in started):
                     left -= LOOK_S
             if code is None:
                 first.kill()
-            if code not in _SAID:
+            if code not in _SAID and not told_to_end:
                 _tell(started)
-            return shell.FAILED if code is None else code
+            if code is None:
+                return shell.FAILED
+            return code if code >= 0 else 128 - code  # as a shell tells of a signal
         finally:
             if first is not None and first.poll() is None:
                 first.terminate()

@@ -1,8 +1,13 @@
 """gemmakit run, batch and bench --tensor N: several processes, one command."""
 
 import json
+import signal
+import subprocess
+import time
+from pathlib import Path
 
 import pytest
+from cli_process import command_line, environment
 
 
 def test_two_processes_answer_as_one(gemmakit, tiny):
@@ -30,6 +35,21 @@ def test_what_cannot_be_split_is_one_line(gemmakit, tiny):
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
     assert "num_attention_heads is 4, which 3 processes cannot share: take 1, 2, 4 of them" in done.stderr
+
+
+def test_told_to_end_it_ends_as_a_shell_says_it_and_without_a_word(tiny):
+    line = command_line("run", "x", "--model", tiny, "--tensor", "2")
+    process = subprocess.Popen(line, env=environment(), stderr=subprocess.PIPE, text=True)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if not children.exists():
+        process.kill()
+        pytest.skip("needs Linux's list of a process's children")
+    while len(children.read_text().split()) < 2:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (128 + signal.SIGTERM, "")
 
 
 def test_what_has_no_parts_is_refused_before_anything_starts(gemmakit, tiny):

@@ -9,8 +9,10 @@ from tiny_shapes import COMMON, MEMBERS, SHAPES
 from together import together
 
 from gemmakit import GemmaConfig, GemmaForCausalLM, GenerationConfig
+from gemmakit.compat import MaxTimeCriteria
 from gemmakit.errors import InputError
 from gemmakit.pytorch.adapters import LoraConfig, add_adapter
+from gemmakit.pytorch.decode.stopping import MaxTime
 from gemmakit.pytorch.parallel.tensor import TensorPlan
 
 SCRIPT = Path(__file__).with_name("tensor_script.py")
@@ -130,6 +132,15 @@ def test_what_cannot_be_shared_is_refused_by_its_name(config, size, said):
 def test_a_part_is_not_changed_as_if_it_were_the_whole(change):
     with pytest.raises(InputError, match=r"part of a model that a tensor plan has split \(process 1 of 2"):
         change(part_of_two())
+
+
+@pytest.mark.parametrize("clock", [MaxTimeCriteria(1.5), MaxTime(1.5)])
+def test_no_criterion_with_a_clock_ends_what_processes_compute_together(clock):
+    said = rf"{type(clock).__name__} is 1\.5, but several processes"
+    with pytest.raises(InputError, match=said):
+        part_of_two().generate(torch.tensor([[5]]), max_new_tokens=2, stopping_criteria=[clock])
+    with pytest.raises(InputError, match=said):
+        part_of_two().generate_batch([[5]], max_new_tokens=2, stopping_criteria=[clock])
 
 
 def test_no_clock_ends_what_processes_compute_together():

@@ -289,6 +289,8 @@ def _checked(
     strategy = STRATEGIES[choose(config, assistant_model, streamer, model)]
     ids = inputs if input_ids is None else input_ids
     forgets = custom_generate is None and _forgets(model, config, strategy)
+    criteria = _functions("stopping_criteria", stopping_criteria)
+    stopping.refuse_clocks(model, config, criteria)
     given = (ids, attention_mask, inputs_embeds, past_key_values)
     prompt, new = prepare(model, config, *given, strategy.tried(config), forgets, position_ids)
     if config.token_healing:
@@ -307,7 +309,6 @@ def _checked(
         tokenizer=tokenizer,
     )
     noise = Exponential(_generators(config, generator, prompt, strategy))
-    criteria = _functions("stopping_criteria", stopping_criteria)
     plan = Plan(
         processors=processors.build(context),
         pick=sampler(noise) if config.do_sample else greedy,

@@ -70,11 +70,6 @@ def prepare(
 
     Raises InputError, TokenOutOfRange, PromptTooLong.
     """
-    if config.max_time is not None and getattr(model, "tensor_parallel", None) is not None:
-        raise InputError(
-            f"max_time is {config.max_time}, but several processes share the model, and each has a clock of its own: "
-            "leave it out, or give max_new_tokens."
-        )
     ids = _ids(model, ids, embeds, config)
     extent = _extent(ids, embeds, attention_mask, cache)
     if attention_mask is not None and attention_mask.dim() == 2 and not extent.past:

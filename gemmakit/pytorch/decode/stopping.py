@@ -72,6 +72,20 @@ def build(
     return criteria
 
 
+def refuse_clocks(model: Any, config: GenerationConfig, criteria: Sequence[Criterion]) -> None:
+    """Raises InputError where several processes share the model and the time would end its rows."""
+    if getattr(model, "tensor_parallel", None) is None:
+        return
+    given = [("max_time", config), *((type(criterion).__name__, criterion) for criterion in criteria)]
+    for name, held in given:
+        seconds = held.seconds if isinstance(held, MaxTime) else getattr(held, "max_time", None)
+        if seconds is not None:
+            raise InputError(
+                f"{name} is {seconds}, but several processes share the model, and each has a clock of its own: leave "
+                "it out, or give max_new_tokens."
+            )
+
+
 def reasons(criteria: Sequence[Criterion], ids: Tensor, scores: Tensor, eos: Tensor) -> Tensor:
     """int64 (B,), indices of REASONS: the first reason for each row to end. eos: bool (B,), its last token is one."""
     found = eos.long()

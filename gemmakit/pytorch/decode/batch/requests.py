@@ -230,6 +230,7 @@ def prepare_rows(model: CausalLM, request: Request, number: int) -> list[Row]:
     config = (request.generation_config or model.generation_config).updated(**own)
     config.validate(model.config.vocab_size)
     refuse_unbatched(model.config, config)
+    stopping.refuse_clocks(model, config, tuple(request.stopping_criteria))
     vocabulary = model.config.vocab_size
     # The engine's pages are the cache, whatever cache the settings name.
     given = _tensor(request.prompt, vocabulary)
