@@ -28,6 +28,7 @@ from gemmakit.pytorch.decode.processors import logits, watermark
 from gemmakit.pytorch.decode.processors.guidance import Guidance
 from gemmakit.pytorch.decode.protocols import LogitsProcessor, Processor, StoppingCriteria
 from gemmakit.pytorch.decode.stopping import MaxTime, StopStrings
+from gemmakit.pytorch.decode.strategies.scorer import BeamSearchScorer
 from gemmakit.pytorch.decode.token_bytes import token_table
 from gemmakit.pytorch.pretrained import GemmaPreTrainedModel
 from gemmakit.text import GemmaTokenizer, GemmaTokenizerFast
@@ -337,6 +338,7 @@ class StopStringCriteria(StoppingCriteria):
 __all__ = [
     "AddedToken",
     "AutoModelForCausalLM",
+    "BeamSearchScorer",
     "Constraint",
     "GenerateBeamDecoderOnlyOutput",
     "GenerateDecoderOnlyOutput",
