@@ -81,8 +81,10 @@ def compile_objects(compiler: str, machine: str, source: Path, scratch: Path) ->
         made = {isa: [job.result() for job in compiled] for isa, compiled in jobs.items()}
     objects = {isa: [file for file in files if file] for isa, files in made.items() if all(files)}
     isas = "-DGEMMAKIT_ISAS(DO)=" + " ".join(f"DO({isa})" for isa in objects)
+    digest = runpy.run_path(str(source / "sources.py"))["digest"](source)
     chosen = scratch / "dispatch.o"
-    if not objects or not run(compiler, "-c", isas, "-I", scratch, dispatch, "-o", chosen):
+    named = f'-DGEMMAKIT_SOURCES="{digest}"'
+    if not objects or not run(compiler, "-c", isas, named, "-I", scratch, dispatch, "-o", chosen):
         return []
     return [*(file for files in objects.values() for file in files), chosen]
 

@@ -16,11 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gemmakit.pytorch.kernels.cpu.sources import digest
 from gemmakit.pytorch.kernels.decision import Decision
 from gemmakit.pytorch.kernels.ids import Activation, WeightFormat
 from gemmakit.pytorch.kernels.packed import FORMATS, PackedWeight
 
 MAX_ROWS = 8
+AGAIN = "(install gemmakit again, in a checkout by: pip install -e .)"
 # Of the gate; others go through torch.
 ACTIVATIONS = (Activation.GELU_TANH, Activation.RELU, Activation.SILU)
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
@@ -87,7 +89,9 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
         library = ctypes.CDLL(str(path))
         _declare(library)
     except (OSError, AttributeError) as error:
-        return None, f"{path.name} does not load: {error}"
+        return None, f"{path.name} does not load: {error} {AGAIN}"
+    if library.gemmakit_sources().decode() != digest(path.parent):
+        return None, f"{path.name} was compiled from other sources than those beside it {AGAIN}"
     if library.gemmakit_instruction_set() is None:
         wanted = os.environ.get("GEMMAKIT_ISA")
         sort = f"the instruction set GEMMAKIT_ISA={wanted}" if wanted else "none of AVX2, AVX-512, NEON"
@@ -110,6 +114,7 @@ def _share_threads(torch_folder: Path) -> None:
 
 
 def _declare(library: ctypes.CDLL) -> None:
+    library.gemmakit_sources.restype = ctypes.c_char_p
     library.gemmakit_instruction_set.restype = ctypes.c_char_p
     library.gemmakit_use_instruction_set.argtypes = [ctypes.c_char_p]
     library.gemmakit_project.argtypes = [_POINTER, _INT, _INT, _POINTER, _INT, _POINTER, _POINTER, _INT]

@@ -60,6 +60,9 @@ extern "C" __attribute__((visibility("hidden"))) void __kmpc_dispatch_deinit(voi
 
 extern "C" {
 
+// The digest of what the library was made from, by sources.py.
+const char* gemmakit_sources() { return GEMMAKIT_SOURCES; }
+
 // The instruction set in use, or null when this processor has none of those compiled (or not the one asked for).
 const char* gemmakit_instruction_set() { return chosen ? chosen->isa : nullptr; }
 
