@@ -23,6 +23,7 @@ union Floats {
 union Bits {
   __m512i all;
   __m256i half[2];
+  __m128i quarter[4];
   int32_t lane[16];
 };
 
@@ -41,11 +42,17 @@ TWO(Floats, __m512, max_ps, _mm256_max_ps)
 TWO(Floats, __m512, min_ps, _mm256_min_ps)
 TWO(Floats, __m512, unpacklo_ps, _mm256_unpacklo_ps)
 TWO(Floats, __m512, unpackhi_ps, _mm256_unpackhi_ps)
+TWO(Bits, __m512i, unpacklo_epi32, _mm256_unpacklo_epi32)
+TWO(Bits, __m512i, unpackhi_epi32, _mm256_unpackhi_epi32)
+TWO(Bits, __m512i, unpacklo_epi64, _mm256_unpacklo_epi64)
+TWO(Bits, __m512i, unpackhi_epi64, _mm256_unpackhi_epi64)
+TWO(Bits, __m512i, add_epi16, _mm256_add_epi16)
 TWO(Bits, __m512i, add_epi32, _mm256_add_epi32)
 TWO(Bits, __m512i, mullo_epi32, _mm256_mullo_epi32)
 TWO(Bits, __m512i, madd_epi16, _mm256_madd_epi16)
 TWO(Bits, __m512i, maddubs_epi16, _mm256_maddubs_epi16)
 TWO(Bits, __m512i, and_si512, _mm256_and_si256)
+TWO(Bits, __m512i, xor_si512, _mm256_xor_si256)
 
 // Moving, shifting and rounding, where the number has to be in the instruction.
 template <int N>
@@ -53,6 +60,19 @@ inline __m512 shuffle_ps(__m512 a, __m512 b) {
   Floats x{a}, y{b}, to;
   for (int h = 0; h < 2; h++) to.half[h] = _mm256_shuffle_ps(x.half[h], y.half[h], N);
   return to.all;
+}
+// Two quarters of a, then two of b.
+template <int N>
+inline __m512i shuffle_i32x4(__m512i a, __m512i b) {
+  Bits x{a}, y{b};
+  Bits to{.quarter = {x.quarter[N & 3], x.quarter[N >> 2 & 3], y.quarter[N >> 4 & 3], y.quarter[N >> 6 & 3]}};
+  return to.all;
+}
+template <int AT>
+inline __m512i inserti32x4(__m512i a, __m128i b) {
+  Bits x{a};
+  x.quarter[AT] = b;
+  return x.all;
 }
 template <int HOW>
 inline __m512 roundscale_ps(__m512 a) {
@@ -110,6 +130,10 @@ inline __m512i set1_epi32(int n) {
   Bits to{.half = {_mm256_set1_epi32(n), _mm256_set1_epi32(n)}};
   return to.all;
 }
+inline __m512i set1_epi8(char n) {
+  Bits to{.half = {_mm256_set1_epi8(n), _mm256_set1_epi8(n)}};
+  return to.all;
+}
 inline __m512i set1_epi16(short n) {
   Bits to{.half = {_mm256_set1_epi16(n), _mm256_set1_epi16(n)}};
   return to.all;
@@ -126,6 +150,10 @@ inline __m512i castps_si512(__m512 a) { return (__m512i)a; }
 inline __m256 half_ps(__m512 a, int h) { return Floats{a}.half[h]; }
 inline __m512 castps128_ps512(__m128 a) {
   Floats to{.half = {_mm256_castps128_ps256(a), _mm256_setzero_ps()}};
+  return to.all;
+}
+inline __m512i castsi128_si512(__m128i a) {
+  Bits to{.quarter = {a}};
   return to.all;
 }
 #define WIDER(name, from, half_of)                                                      \
@@ -259,6 +287,8 @@ inline __m512 dpbf16_ps(__m512 acc, __m512bh a, __m512bh b) {
 #define _mm512_castps512_ps256(a) emulated::half_ps(a, 0)
 #define _mm512_extractf32x8_ps(a, h) emulated::half_ps(a, h)
 #define _mm512_shuffle_ps(a, b, n) emulated::shuffle_ps<n>(a, b)
+#define _mm512_shuffle_i32x4(a, b, n) emulated::shuffle_i32x4<n>(a, b)
+#define _mm512_inserti32x4(a, b, at) emulated::inserti32x4<at>(a, b)
 #define _mm512_roundscale_ps(a, how) emulated::roundscale_ps<(how)>(a)
 #define _mm512_cvtps_ph(a, how) emulated::cvtps_ph<(how)>(a)
 #define _mm512_cmp_ps_mask(a, b, how) emulated::cmp_ps_mask<how>(a, b)
@@ -268,12 +298,14 @@ inline __m512 dpbf16_ps(__m512 acc, __m512bh a, __m512bh b) {
 #define _mm256_dpwssd_avx_epi32 emulated::dpwssd
 #define _mm256_dpbusd_avx_epi32 emulated::dpbusd
 #define _mm512_abs_ps emulated::abs_ps
+#define _mm512_add_epi16 emulated::add_epi16
 #define _mm512_add_epi32 emulated::add_epi32
 #define _mm512_add_ps emulated::add_ps
 #define _mm512_and_si512 emulated::and_si512
 #define _mm512_castps128_ps512 emulated::castps128_ps512
 #define _mm512_castps_si512 emulated::castps_si512
 #define _mm512_castsi512_ps emulated::castsi512_ps
+#define _mm512_castsi128_si512 emulated::castsi128_si512
 #define _mm512_cvtepi32_epi16 emulated::cvtepi32_epi16
 #define _mm512_cvtepi32_ps emulated::cvtepi32_ps
 #define _mm512_cvtepi8_epi16 emulated::cvtepi8_epi16
@@ -302,6 +334,7 @@ inline __m512 dpbf16_ps(__m512 acc, __m512bh a, __m512bh b) {
 #define _mm512_scalef_ps emulated::scalef_ps
 #define _mm512_set1_epi16 emulated::set1_epi16
 #define _mm512_set1_epi32 emulated::set1_epi32
+#define _mm512_set1_epi8 emulated::set1_epi8
 #define _mm512_set1_ps emulated::set1_ps
 #define _mm512_setr_epi32 emulated::setr_epi32
 #define _mm512_slli_epi32 emulated::slli_epi32
@@ -309,8 +342,13 @@ inline __m512 dpbf16_ps(__m512 acc, __m512bh a, __m512bh b) {
 #define _mm512_srli_epi32 emulated::srli_epi32
 #define _mm512_storeu_ps emulated::storeu_ps
 #define _mm512_sub_ps emulated::sub_ps
+#define _mm512_unpackhi_epi32 emulated::unpackhi_epi32
+#define _mm512_unpackhi_epi64 emulated::unpackhi_epi64
 #define _mm512_unpackhi_ps emulated::unpackhi_ps
+#define _mm512_unpacklo_epi32 emulated::unpacklo_epi32
+#define _mm512_unpacklo_epi64 emulated::unpacklo_epi64
 #define _mm512_unpacklo_ps emulated::unpacklo_ps
+#define _mm512_xor_si512 emulated::xor_si512
 
 #if defined(EMULATED_AVXVNNI)
 #define __AVXVNNI__ 1
