@@ -6,6 +6,9 @@
 
 #include_next <immintrin.h>
 
+// Where a kernel names an instruction to the assembler, there is none to name.
+#define EMULATED
+
 #include <cfloat>
 #include <cmath>
 #include <cstdint>

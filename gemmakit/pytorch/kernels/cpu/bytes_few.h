@@ -69,7 +69,7 @@ INLINE void join(I* v, const I* b, int c) { v[c] = b[c]; }
 
 // dot4 with the same four inputs in every lane.
 INLINE I dot4_all(I acc, I codes, const void* four) {
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__) && !defined(EMULATED)
   // As the instruction itself reads them: a register of their own each would leave the processor fewer to look ahead with.
   asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(codes), "m"(*(const int32_t*)four));
   return acc;
