@@ -21,6 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from gemmakit.checks import Whole, check
 from gemmakit.errors import InputError
 from gemmakit.pytorch.attention import capped
+from gemmakit.pytorch.kernels import linear
+from gemmakit.pytorch.kernels.wide import multiply_across, multiply_plain_back
 from gemmakit.pytorch.layers import Linear
 from gemmakit.pytorch.masks import packed_documents
 from gemmakit.pytorch.shapes import Float, Int, Shaped
@@ -105,7 +107,7 @@ def chunked_loss(
 
     targets: the id that follows each position, or -100; num_items: what to divide the sum by, instead of the number of
     targets; softcap: logits are capped, see `capped`. With a plain head the gradients are computed along with the loss:
-    memory is a few times (C, V), and (V, D) in float32 where the head is trained in several chunks, for its gradient is
+    memory is (C, V), and (V, D) in float32 where the head is trained in several chunks, for its gradient is
     summed in float32 and rounded once. A head with hooks or adapters, or a quantized one, is run twice instead, so that
     it sees its call.
 
@@ -211,32 +213,19 @@ class _Fused(torch.autograd.Function):
         to_weight = torch.zeros(weight.shape, dtype=sums, device=weight.device) if wanted[1] else None
         to_bias = torch.zeros(len(weight), dtype=torch.float32, device=weight.device) if wanted[2] else None
         for at in _chunks(len(hidden), chunk):
-            logits = F.linear(hidden[at], weight, bias)
-            tanh = None if softcap is None else torch.tanh(logits / softcap)
-            logits = logits if tanh is None or softcap is None else tanh * softcap
-            dtype, scores = logits.dtype, logits.float()
-            del logits
-            peak = scores.logsumexp(-1, keepdim=True)
-            real = (target[at] != IGNORED_LABEL)[:, None]
+            scores = _Scores(linear(hidden[at], weight, bias), softcap)
+            peak, real = scores.logsumexp(), (target[at] != IGNORED_LABEL)[:, None]
             index = target[at].clamp_min(0)[:, None]
-            total += torch.where(real, peak - scores.gather(1, index), 0.0).sum()
+            total += torch.where(real, peak - scores.of(index), 0.0).sum()
             if not any(wanted):
                 continue
-            slope = scores.sub_(peak).exp_()
-            slope.scatter_add_(1, index, torch.full_like(peak, -1.0))
-            # A position that is ignored has none, whatever its logits are.
-            slope = slope.masked_fill_(~real, 0.0).to(dtype)
-            del scores
-            if (
-                tanh is not None and softcap is not None
-            ):  # each step back rounded as autograd rounds it: the cap cancels but for rounding
-                slope = torch.ops.aten.tanh_backward(slope * softcap, tanh) / softcap
+            for part, slope in scores.become_slopes(peak, index, real):
+                if to_weight is not None:
+                    to_weight[part] += multiply_across(slope, hidden[at].to(slope.dtype))
+                if to_bias is not None:
+                    to_bias[part] += slope.sum(0, dtype=torch.float32)
             if to_hidden is not None:
-                to_hidden[at] = slope @ weight.to(dtype)
-            if to_weight is not None:
-                to_weight += slope.mT @ hidden[at].to(dtype)
-            if to_bias is not None:
-                to_bias += slope.sum(0, dtype=torch.float32)
+                to_hidden[at] = multiply_plain_back(scores.held, weight.to(scores.held.dtype))
         ctx.save_for_backward(to_hidden, to_weight, to_bias)
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         return total
@@ -249,3 +238,44 @@ class _Fused(torch.autograd.Function):
             for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return (*scaled, None, None, None, None)
+
+
+# Columns of logits that are in float32 at a time on a CPU, where they stay in its caches.
+_COLUMNS = 8192
+
+
+class _Scores:
+    """Logits (C, V) in one memory, in their own dtype, which their slopes take; float32 are some columns at a time."""
+
+    def __init__(self, logits: Float[Tensor, "C V"], softcap: float | None):
+        self.softcap, self.held = softcap, logits
+        self.parts = list(_chunks(logits.shape[1], _COLUMNS if logits.is_cpu else logits.shape[1]))
+        if softcap is not None:  # of capped ones the tangent is kept, which the way back needs
+            self.held = logits.div_(softcap).tanh_()
+
+    def _scores(self, held: Float[Tensor, "C _"]) -> Float[Tensor, "C _"]:
+        return (held if self.softcap is None else held * self.softcap).float()
+
+    def logsumexp(self) -> Float[Tensor, "C 1"]:
+        found = [self._scores(self.held[:, part]).logsumexp(-1) for part in self.parts]
+        return torch.stack(found, -1).logsumexp(-1, keepdim=True)
+
+    def of(self, index: Int[Tensor, "C 1"]) -> Float[Tensor, "C 1"]:
+        return self._scores(self.held.gather(1, index))
+
+    def become_slopes(
+        self, peak: Float[Tensor, "C 1"], index: Int[Tensor, "C 1"], real: Shaped[Tensor, "C 1"]
+    ) -> Iterator[tuple[slice, Float[Tensor, "C _"]]]:
+        """Which columns, and their slopes: the gradients of the loss to what the head gave there."""
+        for part in self.parts:
+            held, here = self.held[:, part], index - part.start
+            slope = self._scores(held).sub_(peak).exp_()
+            inside = (here >= 0) & (here < slope.shape[1])
+            slope.scatter_add_(1, here.clamp(0, slope.shape[1] - 1), torch.where(inside, -1.0, 0.0))
+            # A position that is ignored has none, whatever its logits are.
+            slope = slope.masked_fill_(~real, 0.0).to(held.dtype)
+            if (
+                self.softcap is not None
+            ):  # each step back rounded as autograd rounds it: the cap cancels but for rounding
+                slope = torch.ops.aten.tanh_backward(slope * self.softcap, held) / self.softcap
+            yield part, held.copy_(slope)

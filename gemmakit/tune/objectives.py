@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemmakit.pytorch.loss import IGNORED_LABEL, row_logprobs
+from gemmakit.pytorch.masks import segments_pay
 from gemmakit.tune.batches import Batch, packed, packs, padded, targets
 from gemmakit.tune.examples import Example, Pair
 
@@ -41,10 +42,15 @@ class Objective(Protocol):
 
 
 class NextTokens:
-    """Cross entropy of what is learnt of each example; packed, as many examples a row as `room` tokens hold."""
+    """Cross entropy of what is learnt of each example; packed, as many examples a row as `room` tokens hold.
 
-    def __init__(self, examples: Sequence[Example], pad: int, chunk: int, room: int | None = None):
+    joined: up to this length examples of a pass stand end to end in one row, without padding, where they are long
+    enough to be attended to one by one.
+    """
+
+    def __init__(self, examples: Sequence[Example], pad: int, chunk: int, room: int | None = None, joined: int = 0):
         self.examples, self.pad, self.chunk, self.packed = examples, pad, chunk, room is not None
+        self.joined = joined
         lengths = [len(example.ids) for example in examples]
         self.units = [[i] for i in range(len(examples))] if room is None else packs(lengths, room)
 
@@ -53,6 +59,9 @@ class NextTokens:
 
     def batch(self, units: Sequence[int]) -> Batch:
         rows = [[self.examples[i] for i in self.units[unit]] for unit in units]
+        lengths = [len(example.ids) for row in rows for example in row]
+        if len(rows) > 1 and max(lengths) <= self.joined and segments_pay(len(lengths), sum(lengths)):
+            return packed([[example for row in rows for example in row]], self.pad)
         return packed(rows, self.pad) if self.packed else padded([row[0] for row in rows], self.pad)
 
     def items(self, batch: Batch) -> int:

@@ -29,6 +29,7 @@ from gemmakit.pytorch.adapters import (
     merge_adapter,
     save_adapter,
 )
+from gemmakit.pytorch.attention import SEGMENTED
 from gemmakit.pytorch.placement import parse_device
 from gemmakit.tune import devices, report, state
 from gemmakit.tune.data import Source, find_splits, read
@@ -205,12 +206,22 @@ def _check_amount(settings: TuneSettings, rows: int) -> None:
 def _objective(settings: TuneSettings, model: Any, tokenizer: Any, made: list[Example] | list[Pair], room: int) -> Any:
     pad = tokenizer.pad_token_id or 0
     if settings.loss == "sft":
-        return NextTokens(made, pad, settings.loss_chunk, room if settings.packing else None)  # type: ignore[arg-type]
+        packs = room if settings.packing else None
+        return NextTokens(made, pad, settings.loss_chunk, packs, _joined(settings, model))  # type: ignore[arg-type]
     reference = None
     if settings.loss == "dpo":
         model.eval()
         reference = reference_logprobs(model, made, pad, settings.loss_chunk).cpu()  # type: ignore[arg-type]
     return Preferences(made, pad, settings.loss_chunk, settings.beta, reference)  # type: ignore[arg-type]
+
+
+def _joined(settings: TuneSettings, model: Any) -> int:
+    """Up to how many tokens examples may stand end to end in one row, at no cost: each is attended to by itself."""
+    if settings.backend == "flax" or settings.neftune or not model.config.is_causal:
+        return 0  # JAX compiles each width anew; the noise is as large as a row's length says
+    if model.config.attn_implementation not in SEGMENTED:
+        return 0
+    return min((w for w in model.model.windows if w is not None), default=model.config.max_position_embeddings)
 
 
 def _digest(folder: Path) -> str:

@@ -79,6 +79,27 @@ def test_packed_rows_learn_what_rows_alone_learn(tiny, chats, attention):
     same(gradients(packed, [units]), gradients(alone, [[i] for i in range(12)]), 1e-5)
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_rows_of_a_pass_that_stand_end_to_end_learn_what_padded_ones_learn(tiny, tmp_path, packing):
+    rows = [{"prompt": f"Say {w}", "completion": " ".join(WORDS * (1 + i % 3))} for i, w in enumerate(WORDS)]
+    settings = dict(data=write(tmp_path / "long.jsonl", rows), batch_size=4, packing=packing)
+    joined, apart = trainer(tiny, **settings), trainer(tiny, **settings)
+    apart.objective.joined = 0
+    batches = [t.objective.batch(range(2)) for t in (joined, apart)]
+    assert [len(batch["input_ids"]) for batch in batches] == [1, 2]
+    same(gradients(joined, [[0, 1]]), gradients(apart, [[0, 1]]), 1e-5)
+
+
+def test_rows_do_not_stand_end_to_end_where_that_would_cost(tiny, chats):
+    """A mask over all of them, another length for the noise, or one that a window cuts."""
+    assert trainer(tiny, chats).objective.joined == 128
+    for changes in ({"attention": "eager"}, {"neftune": 5.0}):
+        assert trainer(tiny, chats, **changes).objective.joined == 0
+    short = trainer(tiny, chats, batch_size=12)
+    short.objective.joined = max(len(example.ids) for example in short.objective.examples) - 1
+    assert len(short.objective.batch(range(12))["input_ids"]) == 12
+
+
 @pytest.mark.parametrize("changes", [{"checkpointing": True}, {"loss_chunk": 3}, {"loss_chunk": 4096}])
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_less_memory_is_the_same_step(tiny, chats, changes, method):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gemmakit.pytorch.kernels.training import is_dense, transformed
 from gemmakit.pytorch.quantize import QuantizedWeight
 from gemmakit.pytorch.shapes import Float, Int
 
@@ -76,16 +77,26 @@ class AdaptedLinear(Adapter):
         return self.base_layer.bias  # type: ignore[return-value]
 
     def forward(self, input: Float[Tensor, "*rows I"]) -> Float[Tensor, "*rows O"]:
-        base = self.base_layer(input)
+        base, factor = self.base_layer(input), self.factor()
+        if factor is None and self._is_plain(input):
+            return _Added.apply(base, self.dropout(input), self.lora_A, self.lora_B, self.scaling)
         x = self.dropout(input).to(self.lora_A.dtype)
         low = F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scaling
-        factor = self.factor()
         if factor is None:
-            return base + low.to(base.dtype)
+            return (base + low).to(base.dtype)
         plain = base if self.dropout.p == 0 or not self.training else self.base_layer(x.to(input.dtype))
         if self.bias is not None:
             plain = plain - self.bias
         return (base + (factor - 1) * plain.to(low.dtype) + factor * low).to(base.dtype)
+
+    def _is_plain(self, input: Tensor) -> bool:
+        """Whether nobody but autograd looks at the operations: no compiler, no transform, no cast by itself."""
+        return (
+            not torch.compiler.is_compiling()
+            and is_dense((input, self.lora_A, self.lora_B), input.device)
+            and not torch.is_autocast_enabled(input.device.type)
+            and not transformed()
+        )
 
     def factor(self) -> Float[Tensor, " O"] | None:
         """With DoRA, what rows of W + scaling B A are multiplied by."""
@@ -110,6 +121,43 @@ class AdaptedLinear(Adapter):
         weight = self.weight.float()
         whole = weight + low
         return whole * (self.lora_magnitude_vector / whole.norm(dim=1))[:, None] - weight
+
+
+class _Added(torch.autograd.Function):
+    """base + scaling * B A x, rounded once. What is kept for the way back is x as it came, and A x, which is narrow.
+
+    Autograd's own lines would keep a float32 copy of x for each projection that reads it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, base: Float[Tensor, "*rows O"], x: Float[Tensor, "*rows I"], A: Tensor, B: Tensor, scaling: float
+    ) -> Float[Tensor, "*rows O"]:
+        low = F.linear(x.flatten(0, -2).to(A.dtype), A).mul_(scaling)
+        ctx.save_for_backward(x, A, B, low)
+        ctx.scaling = scaling
+        out, rows = base.new_empty(base.shape), base.reshape(-1, base.shape[-1])
+        at_once = _ROWS if base.is_cpu else max(1, len(rows))
+        parts = (tensor.split(at_once) for tensor in (out.view(rows.shape), rows, low))
+        for into, given, part in zip(*parts, strict=True):
+            torch.add(given, F.linear(part, B), out=into)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, A, B, low = ctx.saved_tensors
+        (gradient,), (wants_base, wants_x, wants_A, wants_B, _) = gradients, ctx.needs_input_grad
+        g = gradient.flatten(0, -2).to(B.dtype)
+        if torch.is_grad_enabled():  # to be differentiated again, which what was kept of A x cannot be
+            low = F.linear(x.flatten(0, -2).to(A.dtype), A) * ctx.scaling
+        for_low = (g @ B) * ctx.scaling if wants_x or wants_A else None
+        for_x = (for_low @ A).to(x.dtype).view(x.shape) if wants_x and for_low is not None else None
+        for_A = for_low.mT @ x.flatten(0, -2).to(A.dtype) if wants_A and for_low is not None else None
+        return gradient if wants_base else None, for_x, for_A, g.mT @ low if wants_B else None, None
+
+
+# Of an update, this many are made at a time: their float32 numbers stay in a processor's caches.
+_ROWS = 64
 
 
 class AdaptedEmbedding(Adapter):

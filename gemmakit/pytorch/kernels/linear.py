@@ -3,7 +3,8 @@
 The reference is torch's linear, of a packed weight once it is dequantized. A few rows against a large weight, which is
 what a decoding step is, go through a kernel that reads the weight once, in its own format, for all rows: on the CPU the
 native one, on a GPU Triton's. On the CPU more rows of bfloat16 go through it too where the processor multiplies pairs
-of them and has no tiles, and many through panels in float32 where it only emulates 16-bit products.
+of them and has no tiles, and many through panels in float32 where it only emulates 16-bit products: with gradients
+(`wide`) as without.
 
 With a packed weight, the native kernel computes with the codes as they lie and with x rounded to 16 bits in blocks of
 32 (cpu/inputs.h bounds the error). More rows than eight are multiplied in bytes, with x rounded to 8 bits in blocks of
@@ -33,6 +34,7 @@ from gemmakit.pytorch.kernels.invariance import is_batch_invariant
 from gemmakit.pytorch.kernels.packed import PackedWeight
 from gemmakit.pytorch.kernels.panels import multiply, multiply_back, product_dtype
 from gemmakit.pytorch.kernels.triton import launch
+from gemmakit.pytorch.kernels.wide import linear_wide, widens
 from gemmakit.pytorch.shapes import Float
 
 # Smaller weights stay in the processor's caches, where torch is as good and the call costs more than it saves.
@@ -67,7 +69,7 @@ def linear(
         and cpu.library() is not None
     ):
         return torch.ops.gemmakit.linear_rows(x, weight, bias)
-    return F.linear(x, weight, bias)
+    return linear_wide(x, weight, bias) if widens(x, weight) else F.linear(x, weight, bias)
 
 
 def _own_rows(weight: Tensor) -> int:

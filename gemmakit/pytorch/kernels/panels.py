@@ -19,6 +19,8 @@ from gemmakit.pytorch.shapes import Float
 
 # A share of a large cache; smaller panels would make more, less efficient, products.
 PANEL_BYTES = 4 << 20
+# Rows of a panel, at least. On the way back each panel is added to all that is summed: fewer would be more of that.
+MIN_ROWS, MIN_DEPTH = 64, 128
 
 Panels = Iterator[tuple[slice, Tensor]]
 
@@ -34,10 +36,10 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if torch.backends.mkldnn.is_available() and asked is not None and asked() else torch.float32
 
 
-def panels(weight: Tensor | PackedWeight, dtype: torch.dtype) -> Panels:
+def panels(weight: Tensor | PackedWeight, dtype: torch.dtype, at_least: int = MIN_ROWS) -> Panels:
     """(which rows, they as (rows, I) of dtype) on the weight's device, one panel after the other in the same memory."""
     O, I = weight.shape
-    rows = max(64, PANEL_BYTES // (I * dtype.itemsize) // 64 * 64)
+    rows = max(at_least, PANEL_BYTES // (I * dtype.itemsize) // MIN_ROWS * MIN_ROWS)
     parts = [slice(start, min(start + rows, O)) for start in range(0, O, rows)]
     if cpu.library() is None or dtype not in cpu.FORMATS or not cpu.reads(weight):
         for part in parts:
@@ -69,9 +71,11 @@ def multiply(
 def multiply_back(gradient: Float[Tensor, "M O"], weight: Float[Tensor, "O I"] | PackedWeight) -> Float[Tensor, "M I"]:
     """gradient @ weight, in its dtype, summed over the panels in float32."""
     dtype = product_dtype(gradient.dtype) if gradient.device.type == "cpu" else gradient.dtype
-    total: Tensor | None = None
-    for part, panel in panels(weight, dtype):
-        term = (gradient[:, part].to(dtype) @ panel).to(torch.promote_types(dtype, torch.float32))
-        total = term if total is None else total.add_(term)
-    assert total is not None
+    wide = torch.promote_types(dtype, torch.float32)
+    total = gradient.new_zeros(len(gradient), weight.shape[1], dtype=wide)
+    for part, panel in panels(weight, dtype, MIN_DEPTH):
+        if dtype == wide:
+            total.addmm_(gradient[:, part].to(dtype), panel)
+        else:
+            total += gradient[:, part] @ panel
     return total.to(gradient.dtype)

@@ -32,10 +32,16 @@ def fuses(*tensors: Tensor) -> bool:
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or type(tensors[0]) not in _DENSE:
         return False
     device = tensors[0].device
-    return device.type in DEVICES and triton.available(device) and not _transformed() and _dense(tensors, device)
+    return (
+        device.type in DEVICES
+        and triton.available(device)
+        and not transformed()
+        and (is_dense(tensors, device) and all(t.dtype in triton.DTYPES for t in tensors))
+    )
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
+    """Whether operations are traced, or run under func transforms or forward differentiation."""
     return (
         torch._C._functorch.maybe_current_level() is not None  # pyright: ignore[reportAttributeAccessIssue]
         or torch.autograd.forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage]
@@ -43,9 +49,9 @@ def _transformed() -> bool:
     )
 
 
-def _dense(tensors: tuple[Tensor, ...], device: torch.device) -> bool:
-    """Whether they are plain memory of this device, of dtypes that the kernels read."""
-    return all(type(t) in _DENSE and t.device == device and t.dtype in triton.DTYPES for t in tensors)
+def is_dense(tensors: tuple[Tensor, ...], device: torch.device) -> bool:
+    """Whether they are plain memory of this device."""
+    return all(type(t) in _DENSE and t.device == device for t in tensors)
 
 
 def training_plan(device: torch.device | str | None = None) -> Decision:
