@@ -408,8 +408,12 @@ class GemmaAttention(nn.Module):
         cache_position: Int[Tensor, " S"] | None = None,
         output_attentions: bool = False,
         shared: SharedKeys | None = None,
+        attention_mask: Tensor | None = None,
     ) -> tuple[Float[Tensor, "B S D"], Float[Tensor, "B N S T"] | None]:
-        """What the layer adds and, when asked, the weights. shared: where layers leave keys and values for others."""
+        """What the layer adds and, when asked, the weights. shared: where layers leave keys and values for others.
+
+        attention_mask: what `visible` says, for attention that is not this; not looked at here.
+        """
         q, k, v = self.project(hidden_states)
         arguments = (position_embeddings, visible, past_key_values, cache_position, output_attentions, shared)
         out, weights = self.attend(q, k, v, *arguments)
@@ -437,7 +441,7 @@ class GemmaAttention(nn.Module):
         """What happens between the projections; NH is N * H, KH is K * H. k, v: None where another layer's are read."""
         B, S, _ = q.shape
         q = self._heads(q, self.q_norm)
-        cos, sin = position_embeddings
+        cos, sin = (table if table.dim() == 4 else table[:, None] for table in position_embeddings)
         q = rotate(q, cos, sin)
         if k is not None and v is not None:
             k, v = rotate(self._heads(k, self.k_norm), cos, sin), self._heads(v, self.v_norm)
@@ -463,6 +467,11 @@ class GemmaAttention(nn.Module):
             k, v = k[:, :, -visible.last :], v[:, :, -visible.last :]
         out, weights = attend(q, k, v, visible, **told)
         return out.transpose(1, 2).reshape(B, S, -1), weights
+
+    @property
+    def attn_logit_softcapping(self) -> float | None:
+        """The cap by transformers' name, for what computes attention in this module's place."""
+        return self.softcap
 
     def _heads(self, x: Float[Tensor, "B S NH"], norm: GemmaRMSNorm | None) -> Float[Tensor, "B N S H"]:
         x = x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)

@@ -95,6 +95,24 @@ class Visibility(NamedTuple):
     last: int | None = None
     reach: int | None = None
 
+    def written_out(self, queries: int, keys: int, device: torch.device) -> Shaped[Tensor, "#B 1 S T"]:
+        """One mask over all `keys`, bool, True where a query may look, or the caller's own additive one.
+
+        For attention that is not this package's. A query that may look nowhere looks everywhere.
+        """
+        told = self if self.rule is None else self.rule.memo("masked", self.rule.masked)
+        seen = keys if self.last is None else self.last
+        mask = told.mask
+        if self.segments is not None:
+            lengths = torch.tensor(self.segments, device=device)
+            document = torch.arange(len(lengths), device=device).repeat_interleave(lengths)
+            mask = (document[:, None] == document).tril()[None, None]
+        elif mask is None:
+            mask = torch.ones((1, 1, queries, seen), dtype=torch.bool, device=device)
+            mask = mask.tril(seen - queries) if self.causal else mask
+        hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        return torch.nn.functional.pad(mask, (keys - mask.shape[-1], 0), value=hidden)
+
 
 # Documents this long are better attended to one by one than all together under a mask.
 MIN_SEGMENT = 16

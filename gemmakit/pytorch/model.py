@@ -52,6 +52,7 @@ class GemmaDecoderLayer(nn.Module):
 
     def __init__(self, config: GemmaConfig, layer_idx: int):
         super().__init__()
+        self.layer_idx = layer_idx
         self.norm_names = config.kind.norms
         self.self_attn = GemmaAttention(config, layer_idx)
         self.mlp = GemmaMLP(config, config.layer(layer_idx))
@@ -83,7 +84,11 @@ class GemmaDecoderLayer(nn.Module):
             x, weights = fused(x, *told, shared, layer_input), None
         else:
             before, after, before_mlp, after_mlp = self.norms()
-            attended, weights = self.self_attn(before(x), *told, output_attentions, shared)
+            if isinstance(self.self_attn, GemmaAttention):
+                attended, weights = self.self_attn(before(x), *told, output_attentions, shared)
+            else:
+                named = self._by_name(*told, output_attentions, shared, queries=x.shape[1])
+                attended, weights = self.self_attn(before(x), **named)[:2]
             x = x + through(after, attended)
             inner = self.mlp(before_mlp(x))
             inner = experts.beside(self, x, inner) if "experts" in self._modules else inner
@@ -91,6 +96,36 @@ class GemmaDecoderLayer(nn.Module):
             if layer_input is not None:
                 x = x + per_layer.added(self.parts(), x, layer_input)
         return x if self.layer_scalar is None else x * self.layer_scalar, weights
+
+    def _by_name(
+        self,
+        position_embeddings: RotaryTables,
+        visible: Visibility,
+        past_key_values: Cache | None,
+        cache_position: Int[Tensor, " S"] | None,
+        output_attentions: bool,
+        shared: SharedKeys | None,
+        queries: int,
+    ) -> dict[str, Any]:
+        """What attention that is not this package's is called with beside the hidden states, by transformers' names.
+
+        Tables are (B, S, H), the mask (B, 1, S, T). What only passes its arguments on to ours finds these too.
+        """
+        keys = queries
+        if past_key_values is not None and cache_position is not None and past_key_values.max_cache_len is not None:
+            keys = past_key_values.max_cache_len
+        elif past_key_values is not None:
+            keys += past_key_values.get_seq_length(self.layer_idx)
+        cos, sin = position_embeddings
+        return {
+            "position_embeddings": (cos.squeeze(1), sin.squeeze(1)),
+            "attention_mask": visible.written_out(queries, keys, cos.device),
+            "past_key_values": past_key_values,
+            "cache_position": cache_position,
+            "output_attentions": output_attentions,
+            "visible": visible,
+            "shared": shared,
+        }
 
     def norms(self) -> LayerNorms:
         own = self._modules

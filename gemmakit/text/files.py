@@ -149,9 +149,15 @@ class Saving:
         """Bring the Rust tokenizer's own post-processor in line. Encoding here never needs it: settings act at once."""
         self._engine.set_around(*self._around())
 
-    def _texts(self: Any, templates_apart: bool) -> Iterator[tuple[str, str]]:
-        config = {
-            **self.init_kwargs,
+    @property
+    def init_kwargs(self: Any) -> dict[str, Any]:
+        """What a tokenizer like this one is made of beside its vocabulary, as the constructor names it."""
+        return {**self._settings(), "chat_template": self.chat_template, "name_or_path": self.name_or_path}
+
+    def _settings(self: Any) -> dict[str, Any]:
+        """What tokenizer_config.json says, but for the class and the template."""
+        return {
+            **self._other,
             "add_bos_token": self.add_bos_token,
             "add_eos_token": self.add_eos_token,
             "added_tokens_decoder": {str(i): token.to_dict() for i, token in self.added_tokens_decoder.items()},
@@ -165,8 +171,10 @@ class Saving:
             "sp_model_kwargs": getattr(self, "sp_model_kwargs", {}),
             "spaces_between_special_tokens": self.spaces_between_special_tokens,
             "use_default_system_prompt": self.use_default_system_prompt,
-            "tokenizer_class": "GemmaTokenizer",
         }
+
+    def _texts(self: Any, templates_apart: bool) -> Iterator[tuple[str, str]]:
+        config = {**self._settings(), "tokenizer_class": "GemmaTokenizer"}
         template: Any = self.chat_template if isinstance(self.chat_template, Mapping) else self.get_chat_template()
         if isinstance(template, Mapping):
             config["chat_template"] = [{"name": name, "template": text} for name, text in template.items()]

@@ -107,7 +107,7 @@ class TokenizerBase(Calling, Chat, Saving):
         self.name_or_path = name_or_path
         named = {name: other.pop(name, None) for name in NAMED}
         # Whatever a configuration says beyond what is known here is kept, and written back by save_pretrained.
-        self.init_kwargs = other
+        self._other = other
         self._register(
             named, added_tokens_decoder, [*(additional_special_tokens or ()), *_listed(extra_special_tokens)]
         )

@@ -226,3 +226,12 @@ def test_the_released_template_and_our_own_write_the_same(both: Any) -> None:
             start + chat, add_generation_prompt=True, tokenize=False, chat_template=RELEASED
         )
         assert ours == released
+
+
+def test_what_a_tokenizer_is_made_of(both: Any, oracle: Any) -> None:
+    """By the names under which transformers' libraries look it up, the folder's among them."""
+    asked = ("padding_side", "truncation_side", "spaces_between_special_tokens", "clean_up_tokenization_spaces")
+    made = both.init_kwargs
+    assert {name: made[name] for name in asked} == {name: oracle.init_kwargs[name] for name in asked}
+    assert made["name_or_path"] == both.name_or_path and "name_or_path" in oracle.init_kwargs
+    assert made["add_bos_token"] is both.add_bos_token and made["chat_template"] == both.chat_template
