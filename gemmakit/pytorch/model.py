@@ -84,11 +84,12 @@ class GemmaDecoderLayer(nn.Module):
             x, weights = fused(x, *told, shared, layer_input), None
         else:
             before, after, before_mlp, after_mlp = self.norms()
-            if isinstance(self.self_attn, GemmaAttention):
-                attended, weights = self.self_attn(before(x), *told, output_attentions, shared)
+            attention: Any = self.self_attn
+            if isinstance(attention, GemmaAttention):
+                attended, weights = attention(before(x), *told, output_attentions, shared)
             else:
                 named = self._by_name(*told, output_attentions, shared, queries=x.shape[1])
-                attended, weights = self.self_attn(before(x), **named)[:2]
+                attended, weights = attention(before(x), **named)[:2]
             x = x + through(after, attended)
             inner = self.mlp(before_mlp(x))
             inner = experts.beside(self, x, inner) if "experts" in self._modules else inner

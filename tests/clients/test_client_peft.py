@@ -79,3 +79,27 @@ def test_layers_are_recomputed_under_an_adapter(model, ids):
     for other in gradients[1:]:
         for one, two in zip(gradients[0], other, strict=True):
             torch.testing.assert_close(one, two)
+
+
+CODED = [("int8", "LoRA"), ("int8", "DoRA"), ("int8", "LoHa"), ("int8", "OFT"), ("int4", "LoRA"), ("int4", "DoRA")]
+
+
+@pytest.mark.parametrize("safe", [False, True])
+@pytest.mark.parametrize(("codes", "kind"), CODED)
+def test_codes_are_not_merged_onto_and_plain_weights_are(codes, kind, safe, name, ids):
+    """QLoRA and QDoRA say what the same adapter says on the numbers that the codes stand for."""
+    coded = gemmakit.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, quantization_config=codes)
+    adapted, losses = trained(coded, kind, ids)
+    assert losses[-1] != losses[0]
+    before = [p.clone() for p in adapted.parameters()]
+    with torch.no_grad():
+        said = adapted(input_ids=ids).logits
+        with pytest.raises(gemmakit.errors.InputError, match=r"call dequantize\(\) of the model first"):
+            adapted.merge_and_unload(safe_merge=safe)
+        assert all(torch.equal(a, b) for a, b in zip(before, adapted.parameters(), strict=True))
+        adapted.get_base_model().dequantize()
+        # Products of codes round their inputs to 8 bits too, or sum in another order.
+        plain = adapted(input_ids=ids).logits
+        assert float((plain - said).abs().max() / said.abs().max()) < 0.02
+        merged = adapted.merge_and_unload(safe_merge=safe)(input_ids=ids).logits
+    torch.testing.assert_close(merged, plain, atol=1e-3, rtol=1e-3)

@@ -18,6 +18,7 @@ from gemmakit.pytorch.kernels.ids import WeightFormat
 from gemmakit.pytorch.kernels.packed import dequantize
 from gemmakit.pytorch.layers import GemmaScaledEmbedding
 from gemmakit.pytorch.quantize import rounding
+from gemmakit.pytorch.quantize.codes import Codes, guard
 
 # What is stored beside the codes of `weight`, each under the weight's name with this at its end.
 TABLES = ("_scale", "_zero")
@@ -36,7 +37,7 @@ class QuantizedWeight(nn.Module):
 
     def hold(self, packed: PackedWeight) -> None:
         """Take these tensors, without a copy, in place of the ones before."""
-        self.weight = nn.Parameter(packed.codes, requires_grad=False)
+        self.weight = Codes(packed.codes)
         self.register_buffer("weight_scale", packed.scale)
         self.register_buffer("weight_zero", packed.zero)
         self._inputs, self.group_size, self.weight_format, self.activation_bits = packed[3:]
@@ -88,7 +89,13 @@ class QuantizedWeight(nn.Module):
         """Nothing: codes are given."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        return super()._apply(_without_casts(fn, [self.weight_scale]), recurse)
+        super()._apply(_without_casts(fn, [self.weight_scale]), recurse)
+        guard(self)
+        return self
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        guard(self)
 
 
 def _without_casts(fn: Callable[[Tensor], Tensor], scales: list[Tensor]) -> Callable[[Tensor], Tensor]:
