@@ -192,7 +192,7 @@ def test_dtype_has_two_names_and_keeps_the_files_by_default(folder):
 
 
 def test_what_has_no_place_in_a_result_is_refused(folder, pipe):
-    """transformers computes the scores and drops them."""
+    """transformers gives scores beside the text today, and computed and dropped them before."""
     for name in ("return_dict_in_generate", "output_scores", "output_logits", "output_attentions"):
         with pytest.raises(InputError, match=f"{name} is True, but text-generation gives texts"):
             pipe("x", **{name: True})
