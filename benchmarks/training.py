@@ -1,11 +1,15 @@
-"""LoRA on the 2B shape with a few layers, in turn with peft and transformers' Trainer on the CPU.
+"""LoRA on the 2B shape with a few layers, in turn with peft and transformers' Trainer, litgpt and torchtune on the CPU.
 
     python benchmarks/training.py FOLDER [--layers 4] [--steps 4] [--rounds 3] [--out FILE.json]
+        [--litgpt-python litgpt/bin/python] [--torchtune-python torchtune/bin/python]
 
-FOLDER gets random bfloat16 weights and rows of uneven lengths, once. Both sides learn the same rows in the same order,
-batches padded to their longest row, weights frozen in bfloat16 and adapters in float32; gemmakit once more with the
-rows packed. Tokens are those of rows, not of padding; the first step is not counted. Memory is the most that a process
-held, files that it mapped included.
+FOLDER gets random bfloat16 weights and rows of uneven lengths, once. All sides learn the same rows in the same order,
+gemmakit from the weights as they are, the others in bfloat16 too where the processor multiplies it, else in float32:
+torch's emulated products would cost them a hundred times the time. They pad a batch to its longest row; gemmakit lets
+the rows of a batch stand end to end, and is once more measured with rows packed over batches.
+The others have interpreters of their own: `pip install litgpt`, `pip install torchtune torchao==0.10.0`.
+Tokens are those of rows, not of padding; the first step is not counted. Memory is the most that a process held, files
+that it mapped included; of litgpt and torchtune without what loading took.
 """
 
 import argparse
@@ -18,11 +22,15 @@ from pathlib import Path
 from checkpoints import write_random
 from output import finish
 from rounds import Side, interleave
+from torch import bfloat16
 
 from gemmakit.bench.measure import size_config
 from gemmakit.cli.env import about, available_cores
+from gemmakit.dtypes import dtype_name
+from gemmakit.pytorch.kernels.panels import product_dtype
 
 OURS, THEIRS, PACKED = "gemmakit", "peft and Trainer", "gemmakit packed"
+OTHERS = ("litgpt", "torchtune")
 RANK, LR, BATCH, LONGEST = 16, 2e-4, 4, 256
 WORDS = ("sum", "list", "sort", "reverse", "count", "number", "order", "larger", "which", "what", "item", "letter")
 
@@ -73,6 +81,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=available_cores())
+    for name in OTHERS:
+        parser.add_argument(f"--{name}-python", help=f"the interpreter of an environment with {name}, to measure it")
+    parser.add_argument("--peer-dtype", choices=("bfloat16", "float32"), default=dtype_name(product_dtype(bfloat16)))
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     make(args.folder, args.layers)
@@ -82,11 +93,16 @@ def main() -> None:
         "rows": str(in_order(args.folder)),
         "batch_size": BATCH,
         "rank": RANK,
+        "lr": LR,
+        "dtype": args.peer_dtype,
     }
+    pythons = {name: getattr(args, f"{name}_python") for name in OTHERS}
+    peers = {name: python for name, python in pythons.items() if python}
     packs = settings(args.folder, packing=True, batch_size=1, max_length=2 * LONGEST)
     sides = [
         Side(OURS, "gemmakit_tune", {**common, "settings": settings(args.folder)}),
-        Side(THEIRS, "peft_trainer", {**common, **theirs, "lr": LR}),
+        Side(THEIRS, "peft_trainer", {**common, **theirs}),
+        *(Side(name, f"{name}_lora", {**common, **theirs}, python) for name, python in peers.items()),
         Side(PACKED, "gemmakit_tune", {**common, "settings": packs}),
     ]
     found = interleave(sides, args.rounds, say=lambda line: print(line, file=sys.stderr))
@@ -94,8 +110,8 @@ def main() -> None:
         "what": f"LoRA (rank {RANK}) on the 2B shape with {args.layers} layers and random weights; tokens of rows",
         **about(args.threads), "date": str(date.today()), "batch_size": BATCH, "steps": args.steps,
         "sides": {label: found.medians(label) for label in found.labels()},
-        "ratios": {"gemmakit / peft and Trainer": found.ratios(OURS, THEIRS),
-                   "gemmakit packed / gemmakit": found.ratios(PACKED, OURS)},
+        "ratios": {**{f"{OURS} / {peer}": found.ratios(OURS, peer) for peer in (THEIRS, *peers)},
+                   f"{PACKED} / {OURS}": found.ratios(PACKED, OURS)},
         "rounds": found.rounds, "failed": found.failed, "interrupted": found.interrupted,
     }  # fmt: skip
     finish(result, args.out, ("what", "sides", "ratios", "failed"))

@@ -1,7 +1,7 @@
 """peft and transformers' Trainer on the rows of gemmakit_tune.py, in its order, padded a batch at a time.
 
 Fields of the spec: model, rows (a JSON file of [ids, labels] in the order of the steps), batch_size, rank, lr, steps,
-threads.
+threads, dtype.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
     import transformers
 
     torch.set_num_threads(spec["threads"])
-    model = transformers.AutoModelForCausalLM.from_pretrained(spec["model"], dtype="bfloat16")
+    model = transformers.AutoModelForCausalLM.from_pretrained(spec["model"], dtype=spec["dtype"])
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     config = peft.LoraConfig(r=spec["rank"], lora_alpha=2 * spec["rank"], target_modules=names, task_type="CAUSAL_LM")
     model = peft.get_peft_model(model, config)
@@ -61,7 +61,7 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
     seconds = sum(times[1:])
     return {
         "side": f"peft {peft.__version__}, transformers {transformers.__version__}", "torch": torch.__version__,
-        "tokens": tokens, "seconds": seconds, "tokens_per_s": tokens / seconds,
+        "dtype": spec["dtype"], "tokens": tokens, "seconds": seconds, "tokens_per_s": tokens / seconds,
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "first_loss": losses[0], "last_loss": losses[-1],

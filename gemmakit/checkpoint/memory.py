@@ -22,12 +22,13 @@ def free_memory_bytes() -> int | None:
     return min((free for free in (machine, *groups) if free is not None), default=None)
 
 
-def require_memory(needed_bytes: int, what: str, *, remedy: str = "") -> None:
+def require_memory(needed_bytes: int, what: str, *, remedy: str = "", free: int | None = None) -> None:
     """NotEnoughMemory if `needed_bytes` are more than what is free; says nothing where that is not known.
 
-    `what` names the thing in the message ("the weights of google/gemma-7b"); `remedy` replaces the general advice.
+    `what` names the thing in the message ("the weights of google/gemma-7b"); `remedy` replaces the general advice;
+    `free`: bytes, of a device that is not the host.
     """
-    free = free_memory_bytes()
+    free = free_memory_bytes() if free is None else free
     if free is None or needed_bytes <= free:
         return
     advice = remedy or "Close other programs, or choose a smaller dtype, a quantized model or a larger machine."

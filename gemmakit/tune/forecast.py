@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gemmakit.tune.optimizer import STATE_BYTES
+from gemmakit.tune.memory import need
 from gemmakit.tune.run import prepare
 from gemmakit.tune.settings import TuneSettings
 from gemmakit.tune.train import Trainer
@@ -21,8 +21,10 @@ def forecast(settings: TuneSettings) -> Iterator[str]:
     yield f"{len(lengths)} units of {min(lengths)} to {max(lengths)} tokens, {sum(lengths):,} in all"
     yield f"{trainer.total} steps of {settings.batch_size} x {settings.accumulate} units"
     yield f"{trained:,} parameters are trained of {made.model.num_parameters():,}"
-    state = trained * STATE_BYTES
-    yield f"memory: {weights / 1e6:.1f} MB of weights, {state / 1e6:.1f} MB of gradients and moments, and activations"
+    wanted = need(made.model, made.objective, settings)
+    yield f"memory: {weights / 1e6:.1f} MB of weights, {wanted.state / 1e6:.1f} MB of gradients and moments,"
+    pass_ = (wanted.activations + wanted.logits) / 1e6
+    yield f"    at least {pass_:.1f} MB of activations and logits in the largest pass, of {wanted.tokens:,} tokens"
     longest = sorted(range(len(lengths)), key=lambda unit: -lengths[unit])[: settings.batch_size]
     tokens, seconds = 0, 0.0
     for _ in range(2):  # the first also pays for what is set up once

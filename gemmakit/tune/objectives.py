@@ -40,6 +40,10 @@ class Objective(Protocol):
         """Tokens."""
         ...
 
+    def tokens(self, units: Sequence[int]) -> int:
+        """Of a batch of these, with padding."""
+        ...
+
 
 class NextTokens:
     """Cross entropy of what is learnt of each example; packed, as many examples a row as `room` tokens hold.
@@ -59,8 +63,7 @@ class NextTokens:
 
     def batch(self, units: Sequence[int]) -> Batch:
         rows = [[self.examples[i] for i in self.units[unit]] for unit in units]
-        lengths = [len(example.ids) for row in rows for example in row]
-        if len(rows) > 1 and max(lengths) <= self.joined and segments_pay(len(lengths), sum(lengths)):
+        if self._joins(units):
             return packed([[example for row in rows for example in row]], self.pad)
         return packed(rows, self.pad) if self.packed else padded([row[0] for row in rows], self.pad)
 
@@ -75,6 +78,14 @@ class NextTokens:
 
     def length(self, unit: int) -> int:
         return sum(len(self.examples[i].ids) for i in self.units[unit])
+
+    def tokens(self, units: Sequence[int]) -> int:
+        lengths = [self.length(unit) for unit in units]
+        return sum(lengths) if self._joins(units) else len(lengths) * max(lengths)
+
+    def _joins(self, units: Sequence[int]) -> bool:
+        lengths = [len(self.examples[i].ids) for unit in units for i in self.units[unit]]
+        return len(units) > 1 and max(lengths) <= self.joined and segments_pay(len(lengths), sum(lengths))
 
 
 class Preferences:
@@ -113,6 +124,10 @@ class Preferences:
 
     def length(self, unit: int) -> int:
         return len(self.pairs[unit].chosen.ids) + len(self.pairs[unit].rejected.ids)
+
+    def tokens(self, units: Sequence[int]) -> int:
+        rows = [example.ids for unit in units for example in (self.pairs[unit].chosen, self.pairs[unit].rejected)]
+        return len(rows) * max(map(len, rows))
 
 
 def answer_logprobs(model: Any, batch: Batch, chunk: int) -> tuple[Tensor, Tensor]:

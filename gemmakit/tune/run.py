@@ -17,7 +17,6 @@ import torch
 
 import gemmakit
 from gemmakit.auto import AutoModelForCausalLM, AutoTokenizer
-from gemmakit.checkpoint import require_memory
 from gemmakit.errors import CheckpointError, InputError, MissingDependency
 from gemmakit.files import read_json_object, replacing, sampled_digest, write_text
 from gemmakit.hub import demo_model
@@ -31,12 +30,11 @@ from gemmakit.pytorch.adapters import (
 )
 from gemmakit.pytorch.attention import SEGMENTED
 from gemmakit.pytorch.placement import parse_device
-from gemmakit.tune import devices, report, state
+from gemmakit.tune import devices, memory, report, state
 from gemmakit.tune.data import Source, find_splits, read
 from gemmakit.tune.examples import Encoder, Example, Pair, Question
 from gemmakit.tune.judge import accuracy
 from gemmakit.tune.objectives import NextTokens, Objective, Preferences, reference_logprobs
-from gemmakit.tune.optimizer import STATE_BYTES
 from gemmakit.tune.settings import FREE, TuneSettings
 from gemmakit.tune.trackers import Trackers, check_trackers
 from gemmakit.tune.train import Step, Trainer, mean_loss
@@ -97,6 +95,8 @@ def prepare(settings: TuneSettings) -> Prepared:
     objectives = {
         split: _objective(settings, model, tokenizer, made, encoder.limit) for split, made in examples.items()
     }
+    if settings.backend == "pytorch":
+        memory.require_pass(model, objectives["train"], settings)
     kept = {
         "settings": settings.to_dict(),
         "data": {split: {"digest": s.digest, "rows": len(s.rows)} for split, s in sources.items()},
@@ -124,7 +124,7 @@ def _model(settings: TuneSettings, source: str | Path) -> tuple[Any, LoraConfig 
             raise InputError(f"{source} is quantized, and codes cannot be trained: leave --full out, which is QLoRA.")
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not any(f".{part}." in f".{name}." for part in settings.freeze))
-        _require_memory(model, sum(p.nbytes for p in model.parameters()))
+        memory.require_state(model, sum(p.nbytes for p in model.parameters()))
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()  # mapped from the file until now: an optimizer writes
         adapter = None
@@ -138,7 +138,7 @@ def _model(settings: TuneSettings, source: str | Path) -> tuple[Any, LoraConfig 
     if not any(p.requires_grad for p in model.parameters()):
         raise InputError(f"freeze {settings.freeze} leaves nothing to train.")
     if adapter is not None:
-        _require_memory(model)
+        memory.require_state(model)
     if settings.checkpointing:
         model.gradient_checkpointing_enable()
     if settings.backend == "flax":
@@ -154,14 +154,6 @@ def _in_flax(model: Any, source: str | Path, dtype: str) -> Any:
             f"--backend flax needs the package {error.name}: pip install 'gemmakit[flax]'."
         ) from None
     return FlaxModel(model, source, dtype)
-
-
-def _require_memory(model: Any, more: int = 0) -> None:
-    """NotEnoughMemory where gradients and moments, and `more` bytes, are over what the host has free."""
-    if model.device.type == "cpu":
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        remedy = "Train an adapter instead of --full, a smaller --rank, or beside --qlora int4; or --freeze parameters."
-        require_memory(more + trained * STATE_BYTES, f"training {trained:,} parameters", remedy=remedy)
 
 
 def _device(settings: TuneSettings) -> Any:

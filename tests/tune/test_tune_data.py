@@ -7,6 +7,7 @@ import json
 
 import gemma4_form
 import pytest
+import torch
 from tune_tools import chat, write
 
 import gemmakit
@@ -14,6 +15,8 @@ from gemmakit.errors import GemmakitError, InputError, NotEnoughMemory
 from gemmakit.tune import TuneSettings, tune
 from gemmakit.tune.data import find_splits, read
 from gemmakit.tune.examples import Encoder
+from gemmakit.tune.memory import free_bytes, need
+from gemmakit.tune.run import prepare
 
 GOOD = {"role": "user", "content": "Hi"}
 
@@ -265,12 +268,61 @@ def test_what_cannot_be_is_refused_with_its_range_before_anything_is_written(tin
 
 def test_memory_that_is_not_there_is_said_before_the_first_step_with_what_helps(tiny, chats, tmp_path, monkeypatch):
     """Enough for the weights and an adapter, and not for gradients and moments of every weight."""
-    settings = dict(model=str(tiny), data=str(chats), batch_size=4, max_steps=1, dtype="float32")
+    settings = dict(model=str(tiny), data=str(chats), batch_size=4, max_steps=1, dtype="float32", loss_chunk=8)
     free = 3 * (tiny / "model.safetensors").stat().st_size
     monkeypatch.setattr("gemmakit.checkpoint.memory.free_memory_bytes", lambda: free)
     assert tune(TuneSettings(**settings, rank=1, out=str(tmp_path / "lora"))).finished
     with pytest.raises(NotEnoughMemory, match=r"training [\d,]+ parameters needs .*adapter instead of --full"):
         tune(TuneSettings(**settings, method="full", out=str(tmp_path / "full")))
+
+
+@pytest.mark.parametrize("helps", [{"batch_size": 1}, {"checkpointing": True}])
+def test_a_pass_that_is_too_large_is_refused_before_the_first_step_with_what_helps(
+    tiny, chats, tmp_path, monkeypatch, helps
+):
+    """Less free than the largest pass takes, and more than it takes once one of the flags that are named is given."""
+    settings = dict(model=str(tiny), data=str(chats), out=str(tmp_path / "out"), rank=1, batch_size=12, loss_chunk=1)
+
+    def taken(**changes):
+        made = prepare(TuneSettings(**{**settings, **changes}))
+        found = need(made.model, made.objective, made.settings)
+        return found.state + found.activations + found.logits
+
+    monkeypatch.setattr("gemmakit.checkpoint.memory.free_memory_bytes", lambda: None)
+    much, little = taken(), taken(**helps)
+    assert little < much
+    monkeypatch.setattr("gemmakit.checkpoint.memory.free_memory_bytes", lambda: (much + little) // 2)
+    with pytest.raises(NotEnoughMemory, match=r"a pass of \d+ tokens needs .*--checkpointing, a smaller --batch-size"):
+        tune(TuneSettings(**settings))
+    assert not (tmp_path / "out" / "tune.json").exists()
+    prepare(TuneSettings(**{**settings, **helps}))
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("more", [{}, {"attention": "eager"}])
+def test_what_a_pass_is_said_to_keep_is_less_than_what_it_keeps_and_not_by_far(tiny, chats, method, more):
+    """Activations of the largest pass; the weights, which are there anyhow, are not counted."""
+    made = prepare(TuneSettings(model=str(tiny), data=str(chats), out="unused", method=method, batch_size=12, **more))
+    weights = {p.untyped_storage().data_ptr() for p in made.model.parameters()}
+    kept = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        made.objective.loss(made.model.train(), made.objective.batch(range(12)), 1)
+    said = need(made.model, made.objective, made.settings)
+    assert said.activations <= sum(kept.values()) <= 8 * (said.activations + said.logits)
+
+
+def test_a_gpus_free_memory_is_what_the_driver_has_and_what_torch_holds_without_use(monkeypatch):
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (1000, 5000))
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 300)
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: 100)
+    assert free_bytes(torch.device("cuda")) == 1200
 
 
 def test_a_setting_that_is_named_but_not_read_is_refused_whatever_its_value(tiny, chats):
