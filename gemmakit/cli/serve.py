@@ -32,6 +32,9 @@ def serve(
     dtype: o.Dtype = "auto",
     revision: o.Revision = None,
     tensor: o.Tensor = None,
+    replicas: Annotated[
+        int | None, Option(metavar="N", min=1, help="So many models behind one address, by Ray Serve.")
+    ] = None,
     adapter: Annotated[
         list[str] | None,
         Option(
@@ -88,6 +91,9 @@ def serve(
         raise InputError(f"--log-format is {log_format!r}; it must be text or json.")
     if tensor is not None and adapter:
         raise InputError("--tensor splits a plain model: gemmakit merge makes an adapter part of one.")
+    if replicas is not None and (other := "--tensor" if tensor is not None else "--state" if state else None):
+        why = "splits one" if tensor is not None else "is kept by one process"
+        raise InputError(f"--replicas runs whole models, a process each, and {other} {why}: give one of them.")
     if (code := processes.spread(tensor)) is not None:
         return code
     try:
@@ -132,12 +138,18 @@ def serve(
         follow_first(loading)
         return 0
     socket = listen(host, port, settings.stall_s)
+    port = socket.getsockname()[1]
     shown = f"[{host}]" if ":" in host else host
     note(f"loading {model or 'the demo model'}")
 
     def ready() -> None:
-        note(f"serving {loading.names[0]} on http://{shown}:{socket.getsockname()[1]}")
+        note(f"serving {loading.names[0]} on http://{shown}:{port}")
 
+    if replicas is not None:
+        from gemmakit.serve import replicas as deployment
+
+        socket.close()  # it is free; Ray's own process takes it
+        return deployment.run(settings, (host, port), loading, replicas, ready)
     return run(settings, socket, loading, ready)
 
 

@@ -96,21 +96,19 @@ def pool(loading: Loading, actors: int | None, rows: int) -> Generator[Pool, Non
     cluster starts an actor elsewhere, when it has room, where a node dies.
     Raises MissingDependency, and InputError where there is no cluster, no room, or the model cannot be loaded.
     """
-    ray = _ray()
+    ray = import_ray("--ray")
     try:
-        ray.init(address=os.environ.get("RAY_ADDRESS") or "auto", logging_level=logging.ERROR, log_to_driver=False)
+        connect(ray, log_to_driver=False)
     except ConnectionError as error:
         raise InputError(
             f"--ray finds no cluster ({' '.join(str(error).split())[:120]}): start one with `ray start --head`, or "
             "name one by RAY_ADDRESS."
         ) from None
     try:
-        gpus = int(ray.cluster_resources().get("GPU", 0))
-        nodes = sum(1 for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1)
-        needs = {"num_gpus": 1} if gpus else {"num_cpus": 1}
-        options = {**needs, "max_restarts": -1, "max_concurrency": rows + 1, "scheduling_strategy": "SPREAD"}
-        made = ray.remote(**options)(Answerer)
-        started = [made.remote(loading) for _ in range(actors or gpus or max(1, nodes))]
+        count = actors or _devices(ray)
+        options = {"max_restarts": -1, "max_concurrency": rows + 1, "scheduling_strategy": "SPREAD"}
+        made = ray.remote(**needs_of_one(ray, count), **options)(Answerer)
+        started = [made.remote(loading) for _ in range(count)]
         yield Pool(started, _draws(ray, started), ray.exceptions.RayActorError)
     finally:
         ray.shutdown()
@@ -127,8 +125,45 @@ def _draws(ray: Any, started: list[Any]) -> bool:
         raise InputError(f"an actor could not load the model: {last}") from None
 
 
-def _ray() -> Any:
+def _devices(ray: Any) -> int:
+    """GPUs, or nodes where there are none."""
+    return int(ray.cluster_resources().get("GPU", 0)) or max(1, len(_processors(ray)))
+
+
+def _processors(ray: Any) -> list[int]:
+    """Of each node that has any."""
+    alive = (node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
+    return [int(cpus) for cpus in alive if cpus >= 1]
+
+
+def needs_of_one(ray: Any, count: int) -> dict[str, Any]:
+    """What an actor with a model asks of the cluster, where there are to be `count` of them.
+
+    Raises InputError where there is no room for so many.
+    """
+    resources = ray.cluster_resources()
+    kind = "GPU" if resources.get("GPU", 0) else "CPU"
+    if count > resources.get(kind, 0):
+        room = int(resources.get(kind, 0))
+        raise InputError(f"{count} models are asked for, but the cluster has {room} {kind}s, and each takes one.")
+    if kind == "GPU":
+        return {"num_gpus": 1}
+    processors = _processors(ray)
+    # A place costs one processor, so that it is found on any node; left to itself, Ray would allow one thread too.
+    threads = max(1, min(max(processors), sum(processors) // count))
+    told = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+    return {"num_cpus": 1, "runtime_env": {"env_vars": told}}
+
+
+def connect(ray: Any, log_to_driver: bool) -> None:
+    """Join the cluster that RAY_ADDRESS names, or that runs on this machine. Raises ConnectionError where none does."""
+    address = os.environ.get("RAY_ADDRESS") or "auto"
+    ray.init(address=address, logging_level=logging.ERROR, log_to_driver=log_to_driver)
+
+
+def import_ray(flag: str, module: str = "ray") -> Any:
+    """Raises MissingDependency, by the flag that needs it."""
     try:
-        return importlib.import_module("ray")
+        return importlib.import_module(module)
     except ImportError:
-        raise MissingDependency("--ray needs the package ray: pip install 'gemmakit[ray]'.") from None
+        raise MissingDependency(f"{flag} needs the package ray: pip install 'gemmakit[ray]'.") from None

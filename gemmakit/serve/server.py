@@ -120,11 +120,16 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def run(settings: ServeSettings, listening: socket.socket, loading: Loading, ready: Callable[[], None]) -> int:
-    """Serve until told to end; the exit code. Raises what loading raises. ready: called once requests are answered."""
+def set_up(settings: ServeSettings) -> Callable[[], None] | None:
+    """Make a process one that serves; what is to be called before it ends, if anything is."""
     write_to_stderr()
     sys.setswitchinterval(SWITCH_S)
-    flush = export_to(settings.otlp_endpoint) if settings.otlp_endpoint else None
+    return export_to(settings.otlp_endpoint) if settings.otlp_endpoint else None
+
+
+def run(settings: ServeSettings, listening: socket.socket, loading: Loading, ready: Callable[[], None]) -> int:
+    """Serve until told to end; the exit code. Raises what loading raises. ready: called once requests are answered."""
+    flush = set_up(settings)
     service = Service(settings)
 
     def load() -> None:

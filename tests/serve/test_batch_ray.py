@@ -13,6 +13,13 @@ import pytest
 ray = pytest.importorskip("ray", reason="pip install 'gemmakit[ray]' runs it")
 
 
+@pytest.fixture(autouse=True)
+def busy_machine(monkeypatch):
+    """Ray's own niceness, with which actors do not get round to loading a model beside other work, and its 30 s."""
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "240")
+
+
 def batch(*arguments, **environ):
     line = [sys.executable, "-m", "gemmakit.cli", "batch", *map(str, arguments)]
     told = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environ}
