@@ -78,6 +78,7 @@ class GenerationConfig(Settings):
     Work
         use_cache; cache_implementation with cache_config and max_cache_len; prefill_chunk_size: prompt tokens a pass.
         cuda_graphs: replay a step instead of starting its kernels one by one, where a GPU and the settings allow it.
+        speculate: let a row check several tokens a step where its own text proposes them, it pays, and no bit changes.
     Outputs
         num_return_sequences; return_dict_in_generate with output_scores (after processing), output_logits (before),
         output_attentions, output_hidden_states.

@@ -28,7 +28,7 @@ REFUSED: dict[str, str] = {
     "decoder_start_token_id": "Gemma has no encoder; a decoder-only prompt starts with bos_token_id",
     "dola_layers": "contrasting layers (DoLa) is not among the strategies here",
     "use_mtp": "Gemma has no multi-token prediction heads",
-    "speculation_type": "use assistant_model= or prompt_lookup_num_tokens=",
+    "speculation_type": "use assistant_model=, prompt_lookup_num_tokens= or speculate=",
     "assistant_early_exit": "Gemma's inner layers were not trained to predict tokens; use assistant_model=",
     "assistant_lookbehind": "the assistant must share the tokenizer",
     "target_lookbehind": "the assistant must share the tokenizer",
@@ -104,6 +104,7 @@ class Settings:
     max_cache_len: Annotated[int | None, Whole(1)] = None
     prefill_chunk_size: Annotated[int | None, Whole(1)] = None
     cuda_graphs: Annotated[bool, FLAG] = True
+    speculate: Annotated[bool, FLAG] = True
 
     num_return_sequences: Annotated[int, Whole(1)] = 1
     return_dict_in_generate: Annotated[bool, FLAG] = False

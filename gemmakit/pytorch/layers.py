@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gemmakit.config import GemmaConfig
 from gemmakit.family import FULL_ATTENTION, Norms
 from gemmakit.layer_spec import LayerSpec
-from gemmakit.pytorch.kernels import is_batch_invariant, linear, one_by_one
+from gemmakit.pytorch.kernels import are_rows_alike, linear, one_by_one
 from gemmakit.pytorch.kernels.ids import Activation
 from gemmakit.pytorch.kernels.reference import ACTIVATION_OF, ACTIVATIONS
 from gemmakit.pytorch.kernels.training import fuses, gated, rms_norm
@@ -120,8 +120,8 @@ _NUMBERS = {
 
 
 def activated(act: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """act(x); under `batch_invariant` each number as if it stood alone."""
-    return one_by_one(act, x) if is_batch_invariant() else act(x)
+    """act(x); under `batch_invariant` and `rows_alike` each row as if it stood alone."""
+    return one_by_one(act, x) if are_rows_alike() else act(x)
 
 
 class GemmaMLP(nn.Module):

@@ -42,7 +42,7 @@ OTHER = {
     "output_hidden_states": True, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": [1, 107],
 }  # fmt: skip
 OURS = {"seed": 3, "prefill_chunk_size": 16, "json_schema": {"type": "object"}, "regex": "a+", "grammar": 'start: "a"',
-        "cuda_graphs": False, "max_cache_len": 64, "constraints": ["any object"]}  # fmt: skip
+        "cuda_graphs": False, "speculate": False, "max_cache_len": 64, "constraints": ["any object"]}  # fmt: skip
 
 
 def quiet(**settings):

@@ -7,6 +7,7 @@ D hidden, K kv heads, H head_dim, V vocabulary.
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from gemmakit.outputs import CausalLMOutputWithPast
 from gemmakit.pytorch.cache import Cache, counted_positions, new_cache
 from gemmakit.pytorch.decode.protocols import CausalLM
 from gemmakit.pytorch.decode.step import forward
+from gemmakit.pytorch.kernels import rows_alike
 from gemmakit.pytorch.masks import MIN_SEGMENT, segments_pay
 
 # Less padding than this is run along: laying out costs a few passes over keys and values.
@@ -292,7 +294,8 @@ class Rows:
     """A token buffer (R, total) that is filled from the left, and one way to run the model over a part of it.
 
     length: how many places of the buffer are tokens. offset: how many positions the cache holds before the buffer's
-    first, when the prompt continues a conversation or came as embeddings.
+    first, when the prompt continues a conversation or came as embeddings. alike: pass over a few tokens so that none of
+    their bits depends on how many they are.
     """
 
     def __init__(
@@ -308,7 +311,7 @@ class Rows:
         self.model, self.prompt, self.cache = model, prompt, prompt.cache
         self.attentions, self.hidden_states = attentions, hidden_states
         R, P = prompt.ids.shape
-        self.length = P
+        self.length, self.alike = P, False
         self.device = prompt.ids.device
         self.buffer = torch.full((R, total), pad, dtype=torch.long, device=self.device)
         self.buffer[:, :P] = prompt.ids
@@ -343,17 +346,18 @@ class Rows:
         """Run places start..end of the buffer (or `embeds` in their place); logits of the last `keep` of them."""
         seen = end + self.offset
         count = end - start if embeds is None else embeds.shape[1]
-        return forward(
-            self.model,
-            None if embeds is not None else self.buffer[:, start:end],
-            self.cache,
-            None if self.mask is None else self.mask[:, :seen],
-            None if self.positions is None else self.positions[:, seen - count : seen],
-            embeds=embeds,
-            keep=keep,
-            attentions=self.attentions,
-            hidden_states=self.hidden_states,
-        )
+        with rows_alike() if self.alike else nullcontext():
+            return forward(
+                self.model,
+                None if embeds is not None else self.buffer[:, start:end],
+                self.cache,
+                None if self.mask is None else self.mask[:, :seen],
+                None if self.positions is None else self.positions[:, seen - count : seen],
+                embeds=embeds,
+                keep=keep,
+                attentions=self.attentions,
+                hidden_states=self.hidden_states,
+            )
 
     def prefill(self, copies: int = 1, chunk: int | None = None) -> Any:
         """Run the prompt, once; then every row becomes `copies` rows, and so does what the pass returned."""

@@ -68,6 +68,21 @@ class Exponential:
             return out
         return out.exponential_(generator=self._generators)
 
+    def state(self, like: Tensor) -> Tensor:
+        """Of what draws for one row on the device of `like`, to `restore`."""
+        return self._generator(like).get_state()
+
+    def restore(self, state: Tensor, like: Tensor) -> None:
+        self._generator(like).set_state(state)
+
+    def _generator(self, like: Tensor) -> torch.Generator:
+        if isinstance(self._generators, torch.Generator):
+            return self._generators
+        assert self._generators is None, "rows of several generators have a state each"
+        if like.device.type == "cuda":
+            return torch.cuda.default_generators[like.device.index or 0]
+        return torch.default_generator
+
 
 def sampler(noise: Noise) -> Pick:
     """Draw from softmax(scores).

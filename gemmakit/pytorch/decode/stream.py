@@ -15,6 +15,7 @@ from torch import Tensor
 from gemmakit.errors import NumericalError
 from gemmakit.outputs import GenerateDecoderOnlyOutput
 from gemmakit.pytorch.decode.capture import recorded_step
+from gemmakit.pytorch.decode.invariance import steps_alike
 from gemmakit.pytorch.decode.prompt import Prompt, Rows
 from gemmakit.pytorch.decode.protocols import CausalLM
 from gemmakit.pytorch.decode.sampling import NO_TOKEN
@@ -101,6 +102,12 @@ class Run:
         self.ends = torch.zeros(len(prompt.ids) * plan.copies, dtype=torch.long, device=self.rows.device)
         self._reasons: list[str | None] = [None] * len(self.ends)
 
+    def prefill(self) -> None:
+        """Run the prompt and choose the first tokens."""
+        rows = self.rows
+        self.choose(rows.prefill(self.plan.copies, self.plan.config.prefill_chunk_size))
+        rows.alike = len(self.ends) == 1 and not steps_alike(rows.model).why
+
     def next(self) -> None:
         """The plain step: run the newest tokens, choose the next ones."""
         self.choose(self.rows.next())
@@ -155,7 +162,7 @@ def decode(model: CausalLM, prompt: Prompt, plan: Plan) -> Steps[GenerateDecoder
     """One token a row and step, picked by `plan.pick`; a step is run, or replayed."""
     with recorded_step(model, prompt, plan) as static:
         run = Run(model, prompt if static is None else static.host(prompt, plan.copies), plan)
-        run.choose(run.rows.prefill(plan.copies, plan.config.prefill_chunk_size))
+        run.prefill()
         advance = run.next if static is None else static.take_over(run)
         try:
             yield from run.arrived()

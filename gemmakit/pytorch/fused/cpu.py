@@ -22,10 +22,10 @@ from gemmakit.pytorch.cache.core import Cache
 from gemmakit.pytorch.cache.paged import PagedCache
 from gemmakit.pytorch.fused.reference import MAX_ROWS, FusedLayer, writable
 from gemmakit.pytorch.fused.weights import is_summed, misfit, weight_of
-from gemmakit.pytorch.kernels import Decision, PackedWeight, cpu, is_batch_invariant, one_by_one
+from gemmakit.pytorch.kernels import Decision, PackedWeight, cpu, is_batch_invariant
 from gemmakit.pytorch.kernels.linear import takes_many
 from gemmakit.pytorch.kernels.reference import ACTIVATION_OF
-from gemmakit.pytorch.layers import STREAM_SCALES, LayerNorms, LayerParts, RotaryTables
+from gemmakit.pytorch.layers import STREAM_SCALES, LayerNorms, LayerParts, RotaryTables, activated
 from gemmakit.pytorch.masks import Visibility
 from gemmakit.pytorch.shapes import Float, Int
 from gemmakit.pytorch.shared_keys import KeyBuffers, SharedKeys
@@ -151,8 +151,7 @@ class NativeLayer(FusedLayer):
             gate, up = self._norm_project(x, norm, stack)
             if act is not None:
                 return self._gated(act, gate, up)
-            function = self.parts.act_fn
-            return (one_by_one(function, gate) if is_batch_invariant() else function(gate)) * up
+            return activated(self.parts.act_fn, gate) * up
         x, y = x.contiguous(), x.new_empty(B, S, stack.outs[0])
         failed = self.library.gemmakit_norm_gate_up(
             stack.matrices, self.format, x.data_ptr(), B * S, norm, act, y.data_ptr(), stack.threads

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from gemmakit.pytorch.shapes import Float
 
-_asked: ContextVar[bool] = ContextVar("batch_invariant", default=False)
+# For how many rows results are asked not to depend on each other: none, few or any.
+_asked: ContextVar[str] = ContextVar("batch_invariant", default="none")
 
 
 @contextmanager
@@ -24,10 +25,24 @@ def batch_invariant() -> Generator[None]:
     threads, or whether the token is one of a prompt or a decoding step.
 
     Weights in 8 and 4 bits meet activations in as many bits as their `activation_bits` say, for one row as for many.
-    Holds without gradients, for packed passes of what `decode.batch.invariance` finds nothing against: with the native
+    Holds without gradients, for packed passes of what `decode.invariance` finds nothing against: with the native
     kernels, modules of this package alone.
     """
-    token = _asked.set(True)
+    token = _asked.set("any")
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
+@contextmanager
+def rows_alike() -> Generator[None]:
+    """Within, the same of passes over up to eight tokens, in the forms that a pass over one takes by itself: codes meet
+    activations in 16 bits, however many their `activation_bits` are. Longer passes are as they are without it.
+
+    `decode.invariance.steps_alike` says for which models it holds.
+    """
+    token = _asked.set("few")
     try:
         yield
     finally:
@@ -35,7 +50,12 @@ def batch_invariant() -> Generator[None]:
 
 
 def is_batch_invariant() -> bool:
-    return not torch.compiler.is_compiling() and _asked.get()  # a traced graph has no context to ask
+    return not torch.compiler.is_compiling() and _asked.get() == "any"  # a traced graph has no context to ask
+
+
+def are_rows_alike() -> bool:
+    """Under either."""
+    return not torch.compiler.is_compiling() and _asked.get() != "none"
 
 
 def one_by_one(function: Callable[[Tensor], Tensor], x: Float[Tensor, "*rows I"]) -> Float[Tensor, "*rows O"]:

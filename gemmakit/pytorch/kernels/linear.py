@@ -30,7 +30,7 @@ from gemmakit.pytorch.kernels import cpu, triton
 from gemmakit.pytorch.kernels.cpu import MAX_ROWS
 from gemmakit.pytorch.kernels.decision import Decision
 from gemmakit.pytorch.kernels.ids import WeightFormat
-from gemmakit.pytorch.kernels.invariance import is_batch_invariant
+from gemmakit.pytorch.kernels.invariance import are_rows_alike, is_batch_invariant
 from gemmakit.pytorch.kernels.packed import PackedWeight
 from gemmakit.pytorch.kernels.panels import multiply, multiply_back, product_dtype
 from gemmakit.pytorch.kernels.triton import launch
@@ -57,7 +57,7 @@ def linear(
         weight.dtype in cpu.FORMATS
         and not torch.is_grad_enabled()
         and weight.device.type == "cpu"
-        and (weight.numel() >= MIN_WEIGHT or is_batch_invariant())
+        and (weight.numel() >= MIN_WEIGHT or are_rows_alike())
         and x.dtype == weight.dtype
         and not torch.compiler.is_compiling()  # before the row count, on which a compiled graph would depend
         and (

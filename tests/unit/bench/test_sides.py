@@ -13,7 +13,7 @@ from rounds import SIDES, Rounds, Side, run_command
 import gemmakit
 from gemmakit.bench import timing
 from gemmakit.errors import InputError
-from gemmakit.pytorch.decode.batch import invariance
+from gemmakit.pytorch.decode import invariance
 from gemmakit.pytorch.kernels import cpu
 
 sys.path.insert(0, str(SIDES))

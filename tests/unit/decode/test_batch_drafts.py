@@ -11,8 +11,8 @@ from test_batch import BOS, EOS, VOCAB, check_idle, made, prompt
 from gemmakit import GemmaConfig, GemmaForCausalLM
 from gemmakit.errors import InputError
 from gemmakit.pytorch.decode.batch import BatchEngine, Request
-from gemmakit.pytorch.decode.batch.drafts import CREDIT, WIDTH_COST, Drafts, price_of
-from gemmakit.pytorch.decode.strategies.prompt_lookup import LOSS
+from gemmakit.pytorch.decode.batch.drafts import Drafts, price_of
+from gemmakit.pytorch.decode.drafts import CREDIT, LOSS, MOST_CREDIT, WIDTH_COST
 
 
 def windowed():
@@ -87,26 +87,25 @@ def test_a_text_that_repeats_takes_few_steps_and_the_same_at_every_run():
     assert runs[0][1] == runs[1][1] and runs[0][2].stats() == runs[1][2].stats()  # no clock is asked
 
 
-@given(st.lists(st.tuples(st.floats(0, 1), st.integers(1, 40)), max_size=200))
+@given(st.lists(st.tuples(st.floats(0, 1), st.integers(1, 40), st.integers(1, 20)), max_size=200))
 @settings(deadline=None, max_examples=50)
 def test_proposals_never_cost_more_than_they_saved_and_a_share_of_the_time(passes):
-    drafts, tokens, balance = Drafts(), 0, 0.0
-    for share, width in passes:
-        price = price_of(width)
-        drafts.ledger.cost = price
-        proposed = drafts.ledger.affordable()
+    gain, tokens, balance = Drafts().gain, 0, 0.0
+    for share, width, run in passes:
+        gain.cost = price = price_of(width)
+        proposed = gain.count(run, 99)
         accepted = int(share * proposed)
-        drafts.learn(proposed, accepted)
+        gain.enter(proposed, accepted)
         tokens, balance = tokens + accepted + 1, balance + accepted - price * proposed
-        assert balance >= -LOSS * tokens - 1e-9
-        assert proposed * price <= CREDIT + 1e-9
+        assert balance >= -LOSS * tokens - CREDIT - 1e-9
+        assert proposed * price <= MOST_CREDIT + 1e-9
 
 
 def test_the_price_is_a_token_s_share_of_its_pass():
-    assert price_of(1) == WIDTH_COST
+    assert price_of(1) == WIDTH_COST["cpu"]
     for tokens in (2, 8, 500):
-        cost = 1 + WIDTH_COST * (tokens - 1)
-        assert price_of(tokens) == pytest.approx(WIDTH_COST / (cost / tokens))
+        cost = 1 + WIDTH_COST["cpu"] * (tokens - 1)
+        assert price_of(tokens) == pytest.approx(WIDTH_COST["cpu"] / (cost / tokens))
     assert price_of(10**6) < 1
 
 

@@ -11,18 +11,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-import torch
-
 from gemmakit.pytorch.cache.pages import PagePool
 from gemmakit.pytorch.decode.batch.requests import Row
 from gemmakit.pytorch.decode.batch.scheduler import Part, Step
-from gemmakit.pytorch.decode.strategies.prompt_lookup import DEFAULT_NGRAM, Ledger, Ngrams
+from gemmakit.pytorch.decode.drafts import WIDTH_COST, Gain, Repeats
 from gemmakit.pytorch.kernels import Decision
-
-# What one more token adds to a pass, as a share of a pass over one token.
-WIDTH_COST = 0.25
-# Tokens that proposals may have saved and still lose again: a text that repeated itself need not go on so.
-CREDIT = 4.0
+from gemmakit.pytorch.kernels.cpu import MAX_ROWS
 
 
 def speculation(invariance: Decision, overlap: bool, asked: bool | None = None) -> Decision:
@@ -35,26 +29,23 @@ class Drafts:
     """What one row proposes, and how that went."""
 
     def __init__(self) -> None:
-        self.ngrams = Ngrams(DEFAULT_NGRAM)
-        self.ledger = Ledger(torch.device("cpu"))
+        self.repeats, self.gain = Repeats(), Gain(WIDTH_COST["cpu"])
 
     def propose(self, row: Row, price: float) -> tuple[int, ...]:
         """Tokens after the row's last one, up to an eos; none where they do not pay.
 
         price: of a proposed token, in tokens of this row.
         """
-        tokens, self.ledger.cost = row.sequence.tokens, price
-        count = min(self.ledger.affordable(), row.sequence.limit - len(tokens) - 1)  # a pass decides one token more
-        if count < 1:
-            return ()
-        self.ngrams.extend(tokens[len(self.ngrams.tokens) :])
-        found = self.ngrams.continuation(count)
+        tokens, repeats = row.sequence.tokens, self.repeats
+        if repeats.tokens:
+            self.gain.follow(repeats, tokens[len(repeats.tokens) :])
+        else:
+            repeats.extend(tokens)
+        self.gain.cost = price
+        most = min(MAX_ROWS - 1, row.sequence.limit - len(tokens) - 1)  # a pass decides one token more
+        found = repeats.continuation(self.gain.count(repeats.run, most))
         end = next((i + 1 for i, token in enumerate(found) if token in row.step.eos_ids), len(found))
         return tuple(found[:end])
-
-    def learn(self, proposed: int, accepted: int) -> None:
-        self.ledger.enter(proposed, accepted)
-        self.ledger.balance = min(self.ledger.balance, CREDIT)
 
 
 class Speculation:
@@ -80,7 +71,7 @@ class Speculation:
         for part in parts:
             row, accepted = self.rows.get(part.sequence.id), counts[part.sequence.id] - 1
             if row is not None and row.drafts is not None and accepted >= 0:
-                row.drafts.learn(len(part.draft), accepted)
+                row.drafts.gain.enter(len(part.draft), accepted)
                 self.proposed += len(part.draft)
                 self.accepted += accepted
 
@@ -99,4 +90,5 @@ class Speculation:
 
 def price_of(tokens: int) -> float:
     """What one more token in a pass over so many costs, in tokens: its share of the pass over their share of it."""
-    return WIDTH_COST * tokens / (1 + WIDTH_COST * (tokens - 1))
+    cost = WIDTH_COST["cpu"]
+    return cost * tokens / (1 + cost * (tokens - 1))

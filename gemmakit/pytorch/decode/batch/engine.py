@@ -24,10 +24,10 @@ from gemmakit.pytorch.decode.batch.capture import BatchCapture
 from gemmakit.pytorch.decode.batch.choose import likeliest
 from gemmakit.pytorch.decode.batch.drafts import Speculation, speculation
 from gemmakit.pytorch.decode.batch.events import EngineStats, Event
-from gemmakit.pytorch.decode.batch.invariance import invariance
 from gemmakit.pytorch.decode.batch.requests import Request, Row, prepare_rows
 from gemmakit.pytorch.decode.batch.runner import Outcome, Runner, Started
 from gemmakit.pytorch.decode.batch.scheduler import Scheduler, Step
+from gemmakit.pytorch.decode.invariance import invariance
 from gemmakit.pytorch.decode.protocols import CausalLM
 from gemmakit.pytorch.decode.sampling import NO_TOKEN
 from gemmakit.pytorch.row_adapters import row_adapters

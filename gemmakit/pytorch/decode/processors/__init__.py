@@ -50,7 +50,7 @@ from gemmakit.pytorch.decode.prompt import Prompt
 from gemmakit.pytorch.decode.protocols import CausalLM, Processor
 from gemmakit.pytorch.decode.token_bytes import Tokenizer
 
-__all__ = ["FORBIDDEN", "PROCESSORS", "AllowedTokens", "Context", "Processor", "ScoresOnly", "build"]
+__all__ = ["FORBIDDEN", "PROCESSORS", "AllowedTokens", "Context", "Processor", "ScoresOnly", "build", "repeatable"]
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,12 @@ def build(context: Context) -> list[Processor]:
         if made is not None:
             chain.extend(made if isinstance(made, tuple) else (made,))
     return chain
+
+
+def repeatable(processor: Processor) -> bool:
+    """Whether it may be asked of tokens that do not come, in place of those that do, and nobody notices."""
+    own = type(processor).__module__.startswith(f"{__name__}.")
+    return own and not isinstance(processor, Guidance | PrefixAllowedTokens)
 
 
 Builder = Callable[[Context], "Processor | tuple[Processor, ...] | None"]

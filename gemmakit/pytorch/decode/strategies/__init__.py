@@ -20,8 +20,8 @@ from gemmakit.pytorch.decode.step import Plan
 from gemmakit.pytorch.decode.strategies.assisted import assisted_generation
 from gemmakit.pytorch.decode.strategies.beam import beam_search
 from gemmakit.pytorch.decode.strategies.contrastive import contrastive_search
-from gemmakit.pytorch.decode.strategies.prompt_lookup import prompt_lookup_decoding
-from gemmakit.pytorch.decode.stream import Steps, decode
+from gemmakit.pytorch.decode.strategies.prompt_lookup import plain_decoding, prompt_lookup_decoding
+from gemmakit.pytorch.decode.stream import Steps
 
 
 def _none_tried(config: GenerationConfig) -> int:
@@ -53,8 +53,8 @@ class Strategy:
 
 # The names are those of GenerationConfig.get_generation_mode, and prompt_lookup for assistance without a model.
 STRATEGIES: dict[str, Strategy] = {
-    "greedy_search": Strategy(decode, one_result=True),
-    "sample": Strategy(decode),
+    "greedy_search": Strategy(plain_decoding, one_result=True),
+    "sample": Strategy(plain_decoding),
     "beam_search": Strategy(beam_search, beams=True),
     "beam_sample": Strategy(beam_search, beams=True),
     "group_beam_search": Strategy(beam_search, beams=True),

@@ -25,6 +25,7 @@ from gemmakit.pytorch.decode.protocols import CausalLM
 from gemmakit.pytorch.decode.sampling import NO_TOKEN, Noise
 from gemmakit.pytorch.decode.step import Plan
 from gemmakit.pytorch.decode.stream import Run, Steps, refuse_no_token
+from gemmakit.pytorch.kernels.cpu import MAX_ROWS
 from gemmakit.streamers import StepTokens
 
 
@@ -50,6 +51,10 @@ class Drafter(Protocol):
 
     def check(self, scores: Tensor, proposal: Proposal) -> tuple[Tensor, Tensor]:
         """scores: (k + 1, V) of the model, processed. Returns tokens (k + 1,) and a number n: the first n + 1 count."""
+        ...
+
+    def keep(self, count: int) -> None:
+        """So many of the tokens that were checked have come."""
         ...
 
     def learn(self, proposed: int, accepted: int, seconds: float) -> None: ...
@@ -106,6 +111,9 @@ class DraftModel:
         if proposal.probabilities is None:
             return agreement(self.plan.pick(scores), proposal)
         return speculative(scores, proposal.tokens, proposal.probabilities, self.plan.noise)
+
+    def keep(self, count: int) -> None:
+        pass
 
     def learn(self, proposed: int, accepted: int, seconds: float) -> None:
         """Two tokens more after a draft that was right to the end, one less after one that was not."""
@@ -176,6 +184,7 @@ class Checker:
             plan.outputs.add(_at(out, i, start + rows.offset), logits[i : i + 1], each[i])
             reason = self._take(token, each[i])
         rows.buffer[0, rows.length : start + k + 1] = plan.pad
+        self.drafter.keep(rows.length - start)
         excess = start + k - (rows.length - 1)
         if excess and rows.cache is not None:  # crop(0) would forget everything
             rows.cache.crop(-excess)
@@ -210,14 +219,23 @@ def _at(out: Any, i: int, seen: int) -> SimpleNamespace:
     )
 
 
-def speculate(model: CausalLM, prompt: Prompt, plan: Plan, drafter: Drafter) -> Steps[GenerateDecoderOnlyOutput]:
-    """Rounds of drafting and checking, after a first token of the model's own."""
+def speculate(
+    model: CausalLM, prompt: Prompt, plan: Plan, drafter: Drafter, only_alike: bool = False
+) -> Steps[GenerateDecoderOnlyOutput]:
+    """Rounds of drafting and checking, after a first token of the model's own.
+
+    only_alike: check nothing where a bit may depend on how many tokens a pass has.
+    """
     run = Run(model, prompt, plan)
     run.queue.lag = 0  # a draft needs the tokens before it
     checker, rows = Checker(run, drafter), run.rows
     # What is not right is taken back.
     most = plan.total if rows.cache is None or rows.cache.spare is None else rows.cache.spare
-    run.choose(rows.prefill(chunk=plan.config.prefill_chunk_size))
+    run.prefill()
+    if rows.alike:
+        most = min(most, MAX_ROWS - 1)
+    elif only_alike:
+        most = 0
     (step,) = run.arrived()
     yield step
     while not run.over:

@@ -1,6 +1,8 @@
-"""Whether a model gives each request of a batch the same bits whatever else runs, and why not."""
+"""Whether a model gives a token the same bits whatever else runs in its pass, and why not."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +20,7 @@ from gemmakit.pytorch.row_adapters import RowAdaptedLinear
 from gemmakit.rotary import FOLLOW_LENGTH
 
 HELD, NOT_HELD = "each request's bits are its own", "bits may depend on what else runs"
+ALIKE, NOT_ALIKE = "several tokens a pass give the bits of one", "bits may depend on how many tokens a pass has"
 # The code that runs beside the projections; that of the head's owner, above this module, is told by its file.
 _KNOWN = {
     cls.forward
@@ -33,8 +36,41 @@ def invariance(model: CausalLM, asked: bool | None = None) -> Decision:
     return Decision(NOT_HELD, why) if why else Decision(HELD)
 
 
+def steps_alike(model: CausalLM) -> Decision:
+    """Whether `kernels.rows_alike` holds for passes over the newest tokens of a row, after a first pass of this model.
+
+    Cheap: what was decided of each layer is asked, not its modules.
+    """
+    why = _outside(model)
+    if not why:
+        beside: list[tuple[str, Any]] = [("the model", model), *model.named_children(), *model.model.named_children()]
+        layers = model.model.layers
+        named = [(name, module) for name, module in beside if module is not layers]
+        why = next((f"{name} {found}" for name, module in named if (found := _of(module, model.dtype))), "")
+        why = why or next((found for layer in layers if (found := _of_layer(layer))), "")
+    return Decision(NOT_ALIKE, why) if why else Decision(ALIKE)
+
+
+def _of_layer(layer: Any) -> str:
+    """What keeps a decoder layer that has run from a form whose rows are alike."""
+    fusion = layer.__dict__.get("fusion")
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        return "a layer has a hook"
+    if fusion is None or fusion.form is None:
+        return f"a layer runs by its modules{'' if fusion is None else f': {fusion.decision.why}'}"
+    why = native_obstacle(layer.self_attn)
+    return f"a layer attends through torch: {why}" if why else ""
+
+
 def _obstacle(model: CausalLM) -> str:
     """Empty where there is none."""
+    if why := _outside(model):
+        return why
+    return next((f"{name} {why}" for name, module in model.named_modules() if (why := _of(module, model.dtype))), "")
+
+
+def _outside(model: CausalLM) -> str:
+    """What is against it that is no module's."""
     if model.device.type != "cpu":
         return f"the model is on {model.device}, and only the CPU's kernels hold it"
     if cpu.library() is None:
@@ -43,9 +79,7 @@ def _obstacle(model: CausalLM) -> str:
         return f"there are no native kernels for {model.dtype}"
     if torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks:
         return "torch has a hook for every module"
-    if why := _table(model.config):
-        return why
-    return next((f"{name} {why}" for name, module in model.named_modules() if (why := _of(module, model.dtype))), "")
+    return _table(model.config)
 
 
 def _table(config: GemmaConfig) -> str:
