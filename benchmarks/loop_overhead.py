@@ -43,8 +43,8 @@ def main() -> None:
     wild = dict(max_new_tokens=n, eos_token_id=[], do_sample=True, temperature=3.0, top_k=0, seed=0)
     runs = {
         "bare loop": lambda: bare(model, ids, n),
-        "generate": lambda: model.generate(ids, max_new_tokens=n, min_new_tokens=n, eos_token_id=[]),
-        "sampled": lambda: model.generate(ids, **wild),
+        "generate": lambda: model.generate(ids, max_new_tokens=n, eos_token_id=[], speculate=False),
+        "sampled": lambda: model.generate(ids, **wild, speculate=False),
         "sampled, prompt lookup": lambda: model.generate(ids, **wild, prompt_lookup_num_tokens=10),
     }
     times: dict[str, list[float]] = {name: [] for name in runs}

@@ -24,7 +24,7 @@ WIDTH_COST = {"cuda": 0.02, "cpu": 0.25}
 MARGIN = 0.05
 # Share of the time that fruitless proposals may take beside CREDIT passes; with the bookkeeping it stays under 5 %.
 LOSS = 0.02
-CREDIT, MOST_CREDIT = 1.0, 4.0
+CREDIT, MOST_CREDIT = 0.5, 4.0
 # Passes that are remembered, and how fast what was seen of a kind of runs, or paid for a token, fades.
 REMEMBERED, FADING, FORGIVING = 15, 0.95, 0.998
 # How often the token after a run of each kind is expected to be right, and how many that were seen this stands for.
@@ -52,16 +52,16 @@ class Repeats:
 
     def extend(self, tokens: Sequence[int]) -> None:
         for token in tokens:
-            self._append(token)
+            self.append(token)
 
     def continuation(self, count: int) -> list[int]:
         """What may follow, `count` tokens or none; a run that overlaps its own repetition goes round."""
-        if not self.run:
+        if not self.run or not count:
             return []
         period = len(self.tokens) - self._after
         return [self.tokens[self._after + i % period] for i in range(count)]
 
-    def _append(self, token: int) -> None:
+    def append(self, token: int) -> None:
         following, link, length, end = self._next, self._link, self._length, self._end
         self.tokens.append(token)
         place, made = len(self.tokens), len(length)
@@ -125,6 +125,8 @@ class Gain:
 
     def count(self, run: int, most: int) -> int:
         """Of at most so many tokens that a run of this length proposes."""
+        if not run:
+            return 0
         best, expected, likely, gain = 0, 1.0, 1.0, 1 + MARGIN
         for k in range(1, min(most, int(self.balance / self.cost)) + 1):
             likely *= self.chance(run + k - 1)
@@ -147,8 +149,8 @@ class Gain:
         """Tokens that have come: how often each was the one that the text proposed, and the text with them."""
         for token in new:
             if repeats.run:
-                self.saw(repeats.run, repeats.continuation(1)[0] == token)
-            repeats.extend((token,))
+                self.saw(repeats.run, repeats.continuation(1) == [token])
+            repeats.append(token)
 
     def enter(self, proposed: int, accepted: int, seconds: float | None = None) -> None:
         """Book a pass that decided accepted + 1 tokens; seconds: how long it took, when that was measured."""
@@ -188,12 +190,14 @@ class Rewound:
 
     def __call__(self, like: Float[Tensor, "k V"]) -> Float[Tensor, "k V"]:
         self._states.clear()
+        if len(like) == 1:
+            return self._noise(like)
         self._row = like[:1]
         drawn: list[Tensor] = []
         for row in like.split(1):
             self._states.append(self._noise.state(row))
             drawn.append(self._noise(row))
-        return drawn[0] if len(drawn) == 1 else torch.cat(drawn)
+        return torch.cat(drawn)
 
     def keep(self, count: int) -> None:
         """Let the first so many draws count."""
