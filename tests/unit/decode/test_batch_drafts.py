@@ -12,7 +12,7 @@ from gemmakit import GemmaConfig, GemmaForCausalLM
 from gemmakit.errors import InputError
 from gemmakit.pytorch.decode.batch import BatchEngine, Request
 from gemmakit.pytorch.decode.batch.drafts import Drafts, price_of
-from gemmakit.pytorch.decode.drafts import CREDIT, LOSS, MOST_CREDIT, WIDTH_COST
+from gemmakit.pytorch.decode.drafts import CREDIT, LOSS, MOST_CREDIT, WIDTH_COST, Gain
 
 
 def windowed():
@@ -65,20 +65,42 @@ def mixed():
         ask(prompt(5, 4), count=1),
         ask(prompt(6, 5), count=30, eos_token_id=list(range(4, 14))),
         ask(prompt(3, 6), count=30, suppress_tokens=[9]),
+        ask(REPEATED, do_sample=True, seed=5, temperature=0.3, n=2),
+        ask(REPEATED, do_sample=True, seed=6, temperature=2.0, repetition_penalty=1.2, no_repeat_ngram_size=5),
+        ask(REPEATED, no_repeat_ngram_size=3, min_new_tokens=9, eos_token_id=[EOS, 7]),
     ]
 
 
+@pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
     "sizes", [dict(max_batch_size=1), dict(max_batch_size=4, prefill_tokens=8, cache_tokens=100)], ids=["1", "4"]
 )
-def test_answers_are_to_the_bit_those_without_proposals(name, sizes):
+def test_answers_are_to_the_bit_those_without_proposals(name, sizes, eager, monkeypatch):
+    if eager:  # wrong proposals come often
+        monkeypatch.setattr(Gain, "count", lambda self, run, most: min(most, run))
     plain, steps, _ = answers(MODELS[name], mixed(), False, **sizes)
     told, fewer, engine = answers(MODELS[name], mixed(), None, **sizes)
     assert told == plain
     stats = engine.stats()
     assert 0 < stats.draft_tokens >= stats.accepted_tokens and (stats.accepted_tokens > 0 or name == "float32")
-    assert fewer <= steps
+    assert eager or fewer <= steps
+
+
+@pytest.mark.parametrize("how", [dict(do_sample=True, seed=5, temperature=0.3), dict(repetition_penalty=1.01)])
+def test_sampled_rows_and_those_whose_scores_depend_on_the_past_propose_too(how):
+    stats = answers(MODELS["echo"], [ask(REPEATED, count=40, **how)], None)[2].stats()
+    assert stats.accepted_tokens > 0
+
+
+def test_processors_of_ones_own_are_asked_of_what_comes_alone():
+    def asked_of(speculate):
+        lengths = []
+        own = [lambda ids, scores: lengths.append(ids.shape[1]) or scores]
+        request = Request(REPEATED, None, {"max_new_tokens": 20, "eos_token_id": None}, logits_processor=own)
+        return answers(MODELS["echo"], [request], speculate)[0], lengths
+
+    assert asked_of(None) == asked_of(False)
 
 
 def test_a_text_that_repeats_takes_few_steps_and_the_same_at_every_run():

@@ -15,13 +15,16 @@ from gemmakit.pytorch.cache.paged import sent
 from gemmakit.pytorch.decode import processors
 from gemmakit.pytorch.decode.batch.events import TopLogprobs
 from gemmakit.pytorch.decode.batch.requests import Row
-from gemmakit.pytorch.decode.sampling import Exponential, Pick, greedy, sampler
+from gemmakit.pytorch.decode.sampling import Exponential, Noise, Pick, greedy, sampler
 from gemmakit.pytorch.decode.step import Step
 
 
-def choose_tokens(rows: Sequence[Row], logits: Tensor) -> tuple[Tensor, Tensor, dict[int, Exception]]:
+def choose_tokens(
+    rows: Sequence[Row], lengths: Sequence[int], logits: Tensor
+) -> tuple[Tensor, Tensor, dict[int, Exception]]:
     """The next token of each row (NO_TOKEN where there is none), the scores it comes from, and what went wrong.
 
+    lengths: tokens of each before the next. A row that checks proposals stands there once for each place, in order.
     logits: (R, V); tokens: int64 (R,), on the device, for which nobody has waited; scores: float32 (R, V), after each
     row's processors. A processor that raises costs its own row only: the exception is given under the row's place.
     Not even the rounding of a row's numbers depends on the others.
@@ -32,15 +35,22 @@ def choose_tokens(rows: Sequence[Row], logits: Tensor) -> tuple[Tensor, Tensor, 
     # One piece of memory for all rows, which is theirs: copies of a line each cost more than choosing from it.
     scores, errors = logits.float(), {}
     together: dict[tuple[Any, ...], list[int]] = {}
-    for i, row in enumerate(rows):
+    left: set[int] = set()  # rows of which nothing more is asked
+    for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         if row.by_scores:
             together.setdefault(row.chain, []).append(i)
             continue
+        if id(row) in left:
+            continue
         line = scores[i : i + 1]
         try:
-            _keep(line, row.process(line))
+            _keep(line, row.process(line, length))
         except Exception as e:
             errors[i] = e
+        goes_on = i + 1 < len(rows) and rows[i + 1] is row and i not in errors
+        # Nothing is asked after a proposal that is forbidden: a grammar, say, knows no way on from there.
+        if not goes_on or not bool(line[0, row.proposed(length)] > processors.FORBIDDEN):
+            left.add(id(row))
     for chain, places in together.items():
         if chain:
             at = sent(places, scores.device)
@@ -83,7 +93,10 @@ def _picker(rows: Sequence[Row]) -> Pick:
     sampled = [i for i, row in enumerate(rows) if row.generator is not None]
     if not sampled:
         return greedy
-    draw = sampler(Exponential([row.generator for row in rows if row.generator is not None]))
+    drawing = [rows[i] for i in sampled]
+    draw = sampler(Exponential([row.generator for row in drawing if row.generator is not None]))
+    if len(set(map(id, drawing))) < len(drawing):
+        draw = sampler(_noise(drawing))
     if len(sampled) == len(rows):
         return draw
 
@@ -92,3 +105,19 @@ def _picker(rows: Sequence[Row]) -> Pick:
         return greedy(scores).index_copy(0, at, draw(scores[at]))
 
     return pick
+
+
+def _noise(rows: Sequence[Row]) -> Noise:
+    """Noise of each row's own, where some stand there several times: these can take back what they draw."""
+
+    def noise(like: Tensor) -> Tensor:
+        out = torch.empty_like(like)
+        for row in rows:
+            row.drawn.clear()
+        for line, row in zip(out, rows, strict=True):
+            assert row.generator is not None
+            row.drawn.append(row.generator.get_state())
+            line.exponential_(generator=row.generator)
+        return out
+
+    return noise

@@ -15,6 +15,7 @@ from gemmakit.pytorch.cache.pages import PagePool
 from gemmakit.pytorch.decode.batch.requests import Row
 from gemmakit.pytorch.decode.batch.scheduler import Part, Step
 from gemmakit.pytorch.decode.drafts import WIDTH_COST, Gain, Repeats
+from gemmakit.pytorch.decode.processors import repeatable
 from gemmakit.pytorch.kernels import Decision
 from gemmakit.pytorch.kernels.cpu import MAX_ROWS
 
@@ -58,8 +59,8 @@ class Speculation:
     def drafted(self, step: Step) -> Step:
         """The step with what its decoding rows propose.
 
-        These are rows that take the likeliest tokens, by scores that do not depend on the tokens before. None gets
-        pages that another may ask for in the next step.
+        Processors of the caller's own are asked of no token that may not come. No row gets pages that another may ask
+        for in the next step.
         """
         tokens = sum(part.end - part.start for part in (*step.prefill, *step.decode))
         reserved = len(step.prefill) + len(step.decode)
@@ -70,6 +71,8 @@ class Speculation:
         counts = Counter(part.sequence.id for part in decided)
         for part in parts:
             row, accepted = self.rows.get(part.sequence.id), counts[part.sequence.id] - 1
+            if row is not None and accepted >= 0:
+                row.keep(accepted + 1)
             if row is not None and row.drafts is not None and accepted >= 0:
                 row.drafts.gain.enter(len(part.draft), accepted)
                 self.proposed += len(part.draft)
@@ -77,7 +80,7 @@ class Speculation:
 
     def _drafted(self, part: Part, price: float, reserved: int) -> Part:
         row, holding = self.rows[part.sequence.id], part.sequence.holding
-        if not part.last or row.generator is not None or not row.by_scores or row.new_tokens < 1:
+        if not part.last or row.new_tokens < 1 or not all(map(repeatable, row.step.processors)):
             return part
         row.drafts = row.drafts or Drafts()
         draft = row.drafts.propose(row, price)
@@ -85,6 +88,7 @@ class Speculation:
         if not draft or wanted - len(holding.pages) + reserved > self.pool.idle:
             return part
         self.pool.grow(holding, wanted)
+        row.propose(draft)
         return replace(part, end=part.end + len(draft), draft=draft)
 
 

@@ -106,7 +106,8 @@ class Row:
     the tokens once more, on the device, for processors and criteria that read them; or None. added, started, spoke:
     when it was added, first ran, gave its first token, by the monotonic clock. prompt_logprobs: those found so far.
     silent: whether only these are wanted. group, held, total: with best_of, its answers, the events of this one, and
-    the sum of its log probabilities. drafts: what it proposes to itself, once it does. unseeded: whether torch's
+    the sum of its log probabilities. drafts: what it proposes to itself, once it does. drawn: the
+    generator's states before each draw of a step, where it may take some back. unseeded: whether torch's
     generator is still to seed this row's.
     """
 
@@ -127,6 +128,7 @@ class Row:
     held: list[Event] = field(default_factory=list)
     total: float = 0.0
     drafts: Drafts | None = None
+    drawn: list[Tensor] = field(default_factory=list["Tensor"])
     unseeded: bool = False
 
     @property
@@ -172,9 +174,26 @@ class Row:
             self.generator.manual_seed(int(torch.randint(2**63 - 1, ())))
             self.unseeded = False
 
-    def process(self, scores: Tensor) -> Tensor:
-        """scores: (1, V) -> (1, V) after this request's processors."""
-        ids = _no_ids(scores) if self.ids is None else self.ids[:, : len(self.sequence.tokens)]
+    def propose(self, tokens: Sequence[int]) -> None:
+        """Let processors read these after the row's own tokens."""
+        if self.ids is not None:
+            at = len(self.sequence.tokens)
+            self.ids[0, at : at + len(tokens)] = torch.tensor(tokens, device=self.ids.device)
+
+    def proposed(self, place: int) -> int:
+        """The token that is proposed there."""
+        assert self.ids is not None
+        return int(self.ids[0, place])
+
+    def keep(self, count: int) -> None:
+        """Let the first so many draws of a step count."""
+        if count < len(self.drawn) and self.generator is not None:
+            self.generator.set_state(self.drawn[count])
+        self.drawn.clear()
+
+    def process(self, scores: Tensor, length: int) -> Tensor:
+        """scores: (1, V) -> (1, V) after this request's processors, of what follows the first `length` tokens."""
+        ids = _no_ids(scores) if self.ids is None else self.ids[:, :length]
         out = self.step.process(ids, scores)
         if out.shape != scores.shape:
             raise InputError(f"a logits processor gave {tuple(out.shape)} for scores {tuple(scores.shape)}.")

@@ -220,7 +220,7 @@ class Runner:
         logits = torch.cat([logits for _, logits in ran]) if len(ran) > 1 else ran[0][1]
         # Before processors are called, which may write to what they are given.
         logprobs = {i: logprobs_of(logits[i]) for i, row in enumerate(rows) if row.logprobs is not None}
-        tokens, scores, errors = choose_tokens(rows, logits)
+        tokens, scores, errors = choose_tokens(rows, [part.end for part in parts], logits)
         return _Choice(parts, tokens, HostCopy(tokens), scores, errors, logprobs)
 
 
