@@ -2,8 +2,10 @@
 
 import copy
 import pickle
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,3 +122,17 @@ def test_nothing_of_transformers_is_imported_before_it_is_asked_for():
     )
     done = subprocess.run([sys.executable, "-c", program + hidden], capture_output=True, text=True, check=True)
     assert "pip install 'gemmakit[transformers]'" in done.stdout
+
+
+def test_the_page_says_which_clients_need_it():
+    root = Path(__file__).resolve().parents[2]
+    page = (root / "docs" / "transformers.md").read_text(encoding="utf-8")
+    told = page.partition("<!-- the scripts of tests/clients that register -->")[2].partition("\n\n")[0]
+    needed, others = (re.sub(r"[^a-z]", "", part.lower()) for part in told.split(" need.", 1))
+    scripts = {
+        path.stem.removeprefix("test_client_").replace("_", ""): "registered" in path.read_text(encoding="utf-8")
+        for path in (root / "tests" / "clients").glob("test_client_*.py")
+    }
+    assert len(scripts) >= 17
+    for client, registers in scripts.items():
+        assert (client in needed, client in others) == (registers, not registers), client

@@ -83,6 +83,21 @@ def test_the_reference_lists_exactly_what_is_public():
     assert len(documented()) == len(set(documented())) == len(listed), "listed twice"
 
 
+@pytest.mark.parametrize("home", ["gemmakit.compat", "gemmakit.flax.compat"])
+def test_names_of_transformers_are_those_of_the_reference_and_of_the_package(home):
+    """Each is found as gemmakit.NAME and told by that name; nothing else is told. `*` and dir() leave them out."""
+    needs_flax(home)
+    page = next(page for page in PAGES if page.name == "compat.md").read_text(encoding="utf-8")
+    names = importlib.import_module(home).__all__
+    assert len(names) == len(set(names)) > 10
+    for name in names:
+        assert getattr(gemmakit, name) is getattr(importlib.import_module(home), name)
+        own = name in gemmakit.__all__
+        assert own or f"::: {home}.{name}\n" in page + "\n" or f"`{name}` is `" in page, name
+    listed = re.findall(rf"^::: {re.escape(home)}\.(\w+)$", page, re.MULTILINE)
+    assert set(listed) <= set(names) - set(gemmakit.__all__)
+
+
 def test_every_error_is_reachable_and_described():
     errors = gemmakit.errors
     kinds = [e for e in vars(errors).values() if inspect.isclass(e) and e.__module__ == errors.__name__]
