@@ -55,7 +55,16 @@ def test_merging_onto_the_numbers_of_codes_says_the_same(scheme, dora, folder):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
-def test_merging_onto_codes_is_an_error(scheme, folder):
-    """peft's own: numbers do not go into codes."""
-    with pytest.raises(RuntimeError):
-        adapted(quantized(folder, scheme)).merge_and_unload()
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("safe", [False, True])
+def test_merging_onto_codes_is_refused_until_they_are_numbers(scheme, dora, safe, folder):
+    """peft would round what it adds to whole codes, and say nothing where it merges safely or by DoRA."""
+    made = adapted(quantized(folder, scheme), use_dora=dora)
+    before = [p.clone() for p in made.parameters()]
+    for merge in (made.merge_and_unload, made.merge_adapter):
+        with pytest.raises(gemmakit.errors.InputError, match=r"call dequantize\(\) of the model first"):
+            merge(safe_merge=safe)
+    assert all(torch.equal(a, b) for a, b in zip(before, made.parameters(), strict=True))
+    made.get_base_model().dequantize()
+    expected = made(IDS).logits
+    torch.testing.assert_close(made.merge_and_unload(safe_merge=safe)(IDS).logits, expected, atol=1e-4, rtol=1e-4)
