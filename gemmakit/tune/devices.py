@@ -108,7 +108,9 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def part_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """This process's part of a whole tensor, shared out as another is."""
+    """This process's part of a whole tensor, shared out as another is; of one that is shared out, itself."""
+    if hasattr(tensor, "to_local"):
+        return tensor
     if not hasattr(like, "to_local"):
         return tensor.to(like.device)
     from torch.distributed.tensor import distribute_tensor

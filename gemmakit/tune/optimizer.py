@@ -66,6 +66,14 @@ class Optimizer:
             if self.wide[name] in adam.state
         }
 
+    def like(self) -> dict[str, Tensor]:
+        """What `tensors` are once every parameter had a gradient, by "optimizer/NAME/exp_avg" and the like."""
+        found: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            moment = torch.empty_like(parameter, dtype=torch.float32)
+            found |= {f"optimizer/{name}/{key}": torch.zeros(()) if key == "step" else moment for key in STATES}
+        return found
+
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         for name, adam in self.adams.items():
             if f"{name}/step" in tensors:

@@ -42,7 +42,7 @@ from gemmakit.tune.train import Step, Trainer, mean_loss
 SETTINGS = "tune.json"
 # What a run leaves in its folder, for the next one there to take away: an adapter beside a model would be run with it.
 LEFT = (
-    state.NAME, report.METRICS, report.CARD, report.PLOT, "adapter_config.json", "adapter_model.safetensors",
+    *state.LEFT, report.METRICS, report.CARD, report.PLOT, "adapter_config.json", "adapter_model.safetensors",
     "config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json",
     "model-*-of-*.safetensors", "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "chat_template.jinja", "tensorboard/events.out.tfevents.*", SETTINGS,
@@ -246,7 +246,7 @@ def _begin(folder: Path, made: Prepared) -> Trackers:
         staged.write_text(json.dumps(made.kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="")
         trackers = Trackers(made.settings.track, folder, made.kept["settings"], staged.stat().st_mtime_ns)
         for path in left:
-            path.unlink()
+            state.remove(path)
     return trackers
 
 
@@ -347,7 +347,7 @@ def _train(
                 stop = devices.any_of(bool(pressed), made.model.device)
                 if stop or last or trainer.done % settings.save_steps == 0:
                     held = trainer.state()  # after all that is measured at this step
-                    devices.by_first(lambda held=held: state.save(folder, held))
+                    state.save(folder, held)
                 if stop:
                     return Result(folder, False, metrics.records)
         trainer.take_average()

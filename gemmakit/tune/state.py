@@ -1,9 +1,15 @@
-"""Where a run stands, in one file that is the old or the new, whole: a kill at any moment costs the steps since."""
+"""Where a run stands, whole or as it was before: a kill at any moment costs the steps since.
+
+Of one process it is a file, `state.safetensors`. Several that share the weights write a folder a step,
+`state-STEP.parts`, each its part (DCP), so that none of them holds the whole. Any number of processes reads either.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +19,89 @@ from torch import Tensor
 from gemmakit.checkpoint.formats.safetensors import SafetensorsFile
 from gemmakit.checkpoint.save import save_file
 from gemmakit.errors import CheckpointError
+from gemmakit.pytorch.parallel.sharded import is_sharded, load_sharded, save_sharded
+from gemmakit.tune import devices
 
 NAME = "state.safetensors"
+PARTS = "state-*.parts"
+LEFT = (NAME, PARTS, f".{PARTS}.part")  # the last is what a kill leaves of one
 
 
 @dataclass
 class State:
-    """step: steps done. skipped: of these, how many changed nothing. tensors: by name, random states among them."""
+    """step: steps done. skipped: of these, how many changed nothing. tensors: by name, random states among them.
+
+    parts: the folder that holds skipped and tensors, where that is to be read by `read_parts`.
+    """
 
     step: int
     skipped: int
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    parts: Path | None = None
 
 
 def save(folder: Path, state: State) -> None:
-    """Raises CheckpointError where the disk refuses; what was there is as it was."""
+    """Every process calls this. Raises CheckpointError where the disk refuses; what was there is as it was."""
+    if is_sharded(state.tensors):
+        target = folder / PARTS.replace("*", f"{state.step:08d}")
+        if not devices.of_first(target.exists()):  # else what a run that went on from before it had saved
+            save_sharded(target, None, extra={"skipped": state.skipped, **state.tensors})
+    else:
+        target = folder / NAME
+        devices.by_first(lambda: _save_whole(folder, state))
+    devices.by_first(lambda: _remove_but(folder, target))
+
+
+def _save_whole(folder: Path, state: State) -> None:
     told = json.dumps({"step": state.step, "skipped": state.skipped})
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
     save_file(tensors, folder / NAME, {"gemmakit.tune": told})
 
 
+def _remove_but(folder: Path, kept: Path) -> None:
+    for path in (path for pattern in LEFT for path in folder.glob(pattern)):
+        if path != kept:
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """A file, or a folder with what is in it."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink()
+
+
 def load(folder: Path) -> State | None:
-    """None where nothing was saved yet. Raises CheckpointError for a damaged file."""
-    if not (folder / NAME).is_file():
-        return None
+    """The newest there is, None where nothing was saved yet. Raises CheckpointError for a damaged file."""
+    whole = _load_whole(folder) if (folder / NAME).is_file() else None
+    steps = {int(path.name.partition("-")[2].partition(".")[0]): path for path in folder.glob(PARTS)}
+    newest = max(steps, default=-1)
+    if newest > (-1 if whole is None else whole.step):
+        return State(newest, 0, parts=steps[newest])
+    return whole
+
+
+def read_parts(state: State, like: Mapping[str, Tensor], device: torch.device) -> State:
+    """With the tensors of its folder, each as it is shared out in `like`, and random states.
+
+    What the folder does not hold is left out, as moments are of what had no gradient yet.
+    """
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    if state.parts is None:
+        return state
+    try:
+        names = FileSystemReader(state.parts).read_metadata().state_dict_metadata
+    except Exception as error:  # it is a pickle, and fails as pickles do
+        raise CheckpointError(f"{state.parts} is damaged: {error}. Begin anew with --overwrite.") from error
+    wanted = {**like, **random_states(device)}
+    wanted = {name: tensor for name, tensor in wanted.items() if f"extra.{name}" in names}
+    found = load_sharded(state.parts, None, extra={"skipped": 0, **wanted})
+    return State(state.step, found.pop("skipped"), found)
+
+
+def _load_whole(folder: Path) -> State:
     file = SafetensorsFile(folder / NAME)
     try:
         told: Any = json.loads(file.metadata.get("gemmakit.tune", "{}"))

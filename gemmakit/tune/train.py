@@ -110,15 +110,21 @@ class Trainer:
     # -- where it stands ---------------------------------------------------------------------------------------------
 
     def state(self) -> state.State:
-        """Whole tensors, so that any number of processes goes on from them; every process calls this."""
+        """What any number of processes goes on from, each tensor as it is shared out; every process calls this."""
+        drawn = devices.of_first(state.random_states(self.model.device))
+        tensors = {n: t.detach() for n, t in self._held().items()}
+        return state.State(self.done, self.skipped, {**tensors, **drawn})
+
+    def _held(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {f"weights/{n}": p for n, p in self.trained.items()}
         tensors |= {f"optimizer/{n}": t for n, t in self.optimizer.tensors().items()}
-        tensors |= {f"average/{n}": t for n, t in self.average.items()}
-        tensors = {n: devices.whole(t.detach()).cpu() for n, t in tensors.items()}
-        return state.State(self.done, self.skipped, {**tensors, **state.random_states(self.model.device)})
+        return tensors | {f"average/{n}": t for n, t in self.average.items()}
 
     @torch.no_grad()
     def go_on_from(self, held: state.State) -> None:
+        if held.parts is not None:
+            like = {n: torch.empty_like(t) for n, t in (self._held() | self.optimizer.like()).items()}
+            held = state.read_parts(held, {n: t.detach() for n, t in like.items()}, self.model.device)
         found = held.tensors
         for name, parameter in self.trained.items():
             parameter.copy_(devices.part_of(found[f"weights/{name}"], parameter))

@@ -1,4 +1,5 @@
-"""Run by test_tune_devices.py in two processes: a run to its end, and one that is cut off after its third step."""
+"""Run by test_tune_devices.py in two processes: a run to its end, one that is cut off after its third step, and
+one that goes on where one process was."""
 
 import json
 import sys
@@ -6,7 +7,7 @@ import warnings
 from contextlib import suppress
 
 from gemmakit.pytorch.parallel import processes
-from gemmakit.tune import TuneSettings, tune
+from gemmakit.tune import TuneSettings, resume, tune
 
 warnings.simplefilter("ignore")
 
@@ -22,6 +23,7 @@ def main():
         with suppress(KeyboardInterrupt):
             out = f"{settings['out']}-cut"
             tune(TuneSettings.from_dict({**settings, "devices": 2, "out": out}, "a test"), tell=cut)
+        resume(f"{settings['out']}-one-cut")
     print(json.dumps(processes.rank()))
     processes.leave()
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,11 @@ def settings(tiny, data, out, method):
     return {**common, "accumulate": 1 if method == "packed" else 2, **METHODS[method]}
 
 
+def cut(step, total):
+    if step.step == 3:
+        raise KeyboardInterrupt
+
+
 def numbers(folder, name):
     return [record[name] for record in read_metrics(folder) if name in record]
 
@@ -67,6 +73,10 @@ def same(ours, theirs, tolerance):
 
 def run(tiny, data, folder, methods):
     asked = {method: settings(tiny, data, folder / method, method) for method in methods}
+    for method, values in asked.items():
+        one = {**values, "out": str(folder / f"{method}-one-cut")}
+        with suppress(KeyboardInterrupt):
+            tune(TuneSettings.from_dict(one, "a test"), tell=cut)
     ranks = together(Path(__file__).with_name("devices_script.py"), *map(json.dumps, asked.values()))
     assert ranks == [0, 1]
     for method, values in asked.items():
@@ -75,12 +85,22 @@ def run(tiny, data, folder, methods):
         # Weights in bfloat16 are rounded at random, by other numbers in each process.
         tolerance = 0.05 if method == "bfloat16" else CLOSE
         same(folder / method, whole, tolerance)
+        same(folder / f"{method}-one-cut", whole, tolerance)
         assert not (folder / f"{method}-cut" / "adapter_config.json").exists()
+        in_parts(folder / f"{method}-cut")
         assert resume(folder / f"{method}-cut").finished
         same(folder / f"{method}-cut", whole, tolerance)
 
 
-def test_two_processes_learn_what_one_does_and_one_goes_on_from_two(tiny, data, tmp_path):
+def in_parts(folder):
+    """Each process wrote its own, and nobody the whole."""
+    (parts,) = folder.glob("state*")
+    assert parts.name == "state-00000002.parts"
+    sizes = [path.stat().st_size for path in sorted(parts.glob("*.distcp"))]
+    assert len(sizes) == 2 and max(sizes) < 0.75 * sum(sizes)
+
+
+def test_two_processes_learn_what_one_does_and_go_on_from_one_as_one_from_two(tiny, data, tmp_path):
     run(tiny, data, tmp_path, ["lora"])
 
 
@@ -113,7 +133,7 @@ def test_a_process_that_dies_ends_the_run_and_fewer_go_on(tiny, data, tmp_path):
     asked = (tiny, data, "--out", out, "--batch-size", 3, "--rank", 4, "--max-steps", 400, "--save-steps", 1)
     run = started(*asked, "--devices", 2)
     end = time.monotonic() + 200
-    while not (out / "state.safetensors").is_file() and run.poll() is None and time.monotonic() < end:
+    while not list(out.glob("state-*.parts")) and run.poll() is None and time.monotonic() < end:
         time.sleep(0.1)
     assert run.poll() is None, run.communicate()
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()

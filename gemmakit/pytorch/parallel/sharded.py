@@ -119,11 +119,15 @@ def save_together(
 
 
 def save_sharded(
-    folder: str | os.PathLike[str], model: nn.Module, optimizer: Any = None, extra: Mapping[str, Any] | None = None
+    folder: str | os.PathLike[str],
+    model: nn.Module | None,
+    optimizer: Any = None,
+    extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a model, and an optimizer, each process its part (DCP): any other number of processes reads it.
 
-    The folder is there whole or not at all. extra: more tensors and plain values, the same in every process.
+    The folder is there whole or not at all. extra: more tensors, of which each process has its part too or all of them
+    the same, and plain values. model: None where that is all.
     Raises InputError for a folder that is there, CheckpointError where the disk refuses.
     """
     from torch.distributed.checkpoint.api import CheckpointException
@@ -146,7 +150,10 @@ def save_sharded(
 
 
 def load_sharded(
-    folder: str | os.PathLike[str], model: nn.Module, optimizer: Any = None, extra: Mapping[str, Any] | None = None
+    folder: str | os.PathLike[str],
+    model: nn.Module | None,
+    optimizer: Any = None,
+    extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Read what `save_sharded` wrote, by whatever number of processes, into a model and an optimizer of the same form.
 
@@ -165,17 +172,20 @@ def load_sharded(
         load(state, checkpoint_id=source)
     except (OSError, RuntimeError, CheckpointException) as error:
         raise CheckpointError(f"{source} does not fit this model: {error}") from error
-    set_model_state_dict(model, state["model"])
-    if optimizer is not None:
+    if model is not None:
+        set_model_state_dict(model, state["model"])
+    if model is not None and optimizer is not None:
         set_optimizer_state_dict(model, optimizer, state["optimizer"])
     return state["extra"]
 
 
-def _state(model: nn.Module, optimizer: Any, extra: Mapping[str, Any] | None) -> dict[str, Any]:
+def _state(model: nn.Module | None, optimizer: Any, extra: Mapping[str, Any] | None) -> dict[str, Any]:
     """What is stored: tensors by their modules' names, an optimizer's by the parameters'."""
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
-    state: dict[str, Any] = {"model": get_model_state_dict(model), "extra": dict(extra or {})}
-    if optimizer is not None:
+    state: dict[str, Any] = {"extra": dict(extra or {})}
+    if model is not None:
+        state["model"] = get_model_state_dict(model)
+    if model is not None and optimizer is not None:
         state["optimizer"] = get_optimizer_state_dict(model, optimizer)
     return state
