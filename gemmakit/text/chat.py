@@ -169,7 +169,8 @@ class Chat:
         add_generation_prompt: end with the opening of the model's turn.
         continue_final_message: leave the last message open so that the model goes on with it.
         return_assistant_tokens_mask: add `assistant_masks`, 1 for what the assistant says in each of its turns and for
-        the token that ends it: what is generated after the prompt of that turn. Any template does.
+        the token that ends it: what is generated after the prompt of that turn. Any template does. A message with
+            "weight": 0 is left out, as in the files of OpenAI's fine-tuning.
         Returns a BatchEncoding; ids alone with `return_dict=False`; text with `tokenize=False`.
 
         Special tokens inside messages, tools, documents and template variables are encoded as plain text: they cannot

@@ -22,12 +22,14 @@ def assistant_spans(
 ) -> list[Span]:
     """Where in `text`, the chat as the template writes it, each turn of the assistant begins and ends.
 
+    A message of weight 0 is none: it may be written otherwise than it was said, as calls whose thoughts are dropped.
+
     render: messages, and whether to open the assistant's turn after them, to text. ends: tokens that end a turn.
     Raises TemplateError where the template writes a turn otherwise once the chat has gone on.
     """
     found = list[Span]()
     for index, message in enumerate(chat):
-        if message["role"] not in SPEAKERS:
+        if message["role"] not in SPEAKERS or message.get("weight") == 0:
             continue
         if index == 0:
             raise TemplateError("message 0 is the assistant's: a user must speak first, or the turn has no prompt.")

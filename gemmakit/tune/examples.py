@@ -126,10 +126,8 @@ class Encoder:
         turns = self._turns(prompt)
         if turns is not None:
             said = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
-            ids, learnt = self._chat([*turns, *said], tools)
-            # The ids go on otherwise than the prompt where it opens an empty thought and several turns follow.
-            asked = 0 if self.everything else _shared(self._prompt(turns, tools), ids)
-            return ids, [on and place >= asked for place, on in enumerate(learnt)]
+            _check_messages(turns)
+            return self._chat([*({**turn, "weight": 0} for turn in turns), *said], tools)
         if not isinstance(prompt, str) or not isinstance(answer, str):
             raise InputError("prompt and completion must be texts, or lists of messages")
         if not answer:
@@ -220,6 +218,10 @@ def _check_messages(messages: Any) -> None:
     for index, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise InputError(f"message {index} is {message!r:.60}; it must be an object with a role and a content")
+        if message.get("weight", 1) not in (0, 1):
+            raise InputError(
+                f"message {index} has the weight {message['weight']!r:.40}; it must be 0, not learnt, or 1"
+            )
         said = message.get("content") or message.get("tool_calls")
         if message["role"] in SPEAKERS and (not said or (isinstance(said, str) and not said.strip())):
             raise InputError(f"message {index}, of the assistant, is empty")

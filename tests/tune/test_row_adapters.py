@@ -20,7 +20,7 @@ from gemmakit.pytorch.adapters import (
     save_adapter,
 )
 from gemmakit.pytorch.decode.batch import BatchEngine, Request, generate_batch
-from gemmakit.pytorch.row_adapters import RowAdaptedLinear, RowAdapters, Update
+from gemmakit.pytorch.row_adapters import RowAdaptedLinear, RowAdapters, Update, row_adapters
 
 KINDS = {
     "lora": LoraConfig(r=3, lora_alpha=6),
@@ -77,6 +77,19 @@ def told(model, requests, **engine):
         for event in engine.step():
             answers[event.id].append((event.token, event.logprob, event.top_logprobs))
     return list(answers.values())
+
+
+def test_a_compiled_model_takes_the_adapters_that_are_chosen_when_it_runs(tiny, folders):
+    """Not those that were chosen when it was traced."""
+    model = chosen(tiny, folders, dtype="float32")
+    compiled, ids = torch.compile(model, backend="eager"), torch.randint(4, 900, (1, 9))
+    found = []
+    for parts in ([], [("lora", 9)], [("dora", 9)], [("lora", 4), ("few", 5)], [(None, 9)]):
+        with torch.no_grad(), row_adapters(model).chosen(parts, ids.device):
+            found.append(compiled(ids, use_cache=False).logits)
+            torch.testing.assert_close(found[-1], model(ids, use_cache=False).logits)
+    assert all(not torch.equal(one, other) for one, other in zip(found[1:], found[:-1], strict=True))
+    assert torch.equal(found[0], found[-1])
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)

@@ -55,6 +55,7 @@ BAD = {
         "lacks 'content'",
     ),
     "too long": (json.dumps({"text": "word " * 100}), "--truncate"),
+    "no weight": (json.dumps({"messages": [GOOD, {"role": "assistant", "content": "a", "weight": 2}]}), "weight 2"),
     "two <bos>": (json.dumps({"text": "a<bos>b"}), "<bos>"),
 }
 
@@ -170,6 +171,29 @@ def test_answers_before_the_last_are_learnt_from_their_first_token_where_a_promp
     (made,) = examples(write(tmp_path / "rows.jsonl", [{"prompt": turns[:1], "completion": turns[1:]}]), thinker)
     (whole,) = examples(write(tmp_path / "rows.jsonl", [{"messages": turns}]), thinker)
     assert made == whole and learnt(thinker, made).startswith("4 it is<turn|>")
+
+
+def test_a_prompt_holds_calls_whose_thoughts_its_template_drops(tokenizer, tmp_path):
+    """They are asked as a server asks them; the answer alone is learnt. As turns to be learnt they are refused."""
+    thinker = gemma4_form.equip(copy.deepcopy(tokenizer))
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 2}}}
+    turns = [
+        {"role": "user", "content": "2 + 2?"},
+        {"role": "assistant", "reasoning": "Let me add.", "tool_calls": [call]},
+        {"role": "tool", "name": "add", "content": "4"},
+        {"role": "assistant", "content": "It is 4"},
+        *chat("And 3?", "7 it is")["messages"],
+    ]
+    path = write(tmp_path / "rows.jsonl", [{"prompt": turns[:-1], "completion": turns[-1:]}])
+    (made,) = examples(path, thinker, limit=256)
+    prompt = thinker.apply_chat_template(turns[:-1], add_generation_prompt=True)["input_ids"]
+    assert made.ids[: len(prompt)] == prompt and "Let me add" not in thinker.decode(prompt)
+    assert made.learnt.index(True) == len(prompt) and learnt(thinker, made).rstrip() == "7 it is<turn|>"
+    path = write(tmp_path / "rows.jsonl", [{"messages": turns}])
+    with pytest.raises(InputError, match=r"rows\.jsonl:1: .*writes messages up to 1 otherwise"):
+        examples(path, thinker, limit=256)
+    quiet = [*({**turn, "weight": 0} for turn in turns[:-1]), turns[-1]]
+    assert examples(write(tmp_path / "rows.jsonl", [{"messages": quiet}]), thinker, limit=256) == [made]
 
 
 def test_a_template_that_asks_with_more_than_it_writes_is_learnt_as_it_writes(tokenizer, tmp_path):
