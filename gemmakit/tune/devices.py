@@ -116,3 +116,14 @@ def part_of(tensor: Tensor, like: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)  # type: ignore[attr-defined]
+
+
+def shared_out(local: Tensor, like: Tensor) -> Tensor:
+    """This process's part as such a part, of a tensor that is shared out as another is; itself where none is."""
+    if not hasattr(like, "to_local"):
+        return local
+    from torch.distributed.tensor import DTensor
+
+    whole: Any = like
+    told: dict[str, Any] = {"run_check": False, "shape": whole.shape, "stride": whole.stride()}
+    return DTensor.from_local(local, whole.device_mesh, whole.placements, **told)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from gemmakit.tune.devices import part, part_of
+from gemmakit.tune.devices import part, part_of, shared_out
 from gemmakit.tune.settings import TuneSettings
 
 STATE_BYTES = 12  # a parameter: its gradient and two moments, in float32
@@ -20,12 +20,13 @@ class Optimizer:
 
     A weight in bfloat16 has 8 bits: most steps of an optimizer are smaller than half of its last, and would be lost.
     So it is stepped in float32 and rounded up or down at random, on average to where it should be (arXiv:2010.06192).
+    Of a weight that is shared out that copy is of this process's part.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], weight_decay: float):
         self.parameters = dict(parameters)
         self.wide = {
-            n: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for n, p in parameters.items()
+            n: p if p.dtype == torch.float32 else nn.Parameter(part(p.detach()).float()) for n, p in parameters.items()
         }
         matrices = {n for n, p in parameters.items() if p.dim() > 1}
         self.adams = {
@@ -41,10 +42,10 @@ class Optimizer:
                 continue
             adam.param_groups[0]["lr"] = lr
             if wide is not parameter:
-                wide.data, wide.grad = parameter.detach().float(), parameter.grad.float()
+                wide.data, wide.grad = part(parameter.detach()).float(), part(parameter.grad).float()
             adam.step()
             if wide is not parameter:
-                part(parameter.detach()).copy_(rounded_at_random(part(wide.detach())))
+                part(parameter.detach()).copy_(rounded_at_random(wide.detach()))
         self._release()
 
     def zero_grad(self) -> None:
@@ -60,11 +61,16 @@ class Optimizer:
     def tensors(self) -> dict[str, Tensor]:
         """Moments and counts by "NAME/exp_avg" and the like."""
         return {
-            f"{name}/{key}": adam.state[self.wide[name]][key]
+            f"{name}/{key}": self._as_shared(name, key, adam.state[self.wide[name]][key])
             for name, adam in self.adams.items()
             for key in STATES
             if self.wide[name] in adam.state
         }
+
+    def _as_shared(self, name: str, key: str, tensor: Tensor) -> Tensor:
+        """What a copy of this process's part has, as part of a whole."""
+        parameter = self.parameters[name]
+        return tensor if key == "step" or self.wide[name] is parameter else shared_out(tensor, parameter)
 
     def like(self) -> dict[str, Tensor]:
         """What `tensors` are once every parameter had a gradient, by "optimizer/NAME/exp_avg" and the like."""
@@ -78,8 +84,9 @@ class Optimizer:
         for name, adam in self.adams.items():
             if f"{name}/step" in tensors:
                 moments = {key: tensors[f"{name}/{key}"].clone() for key in STATES}
-                like = self.parameters[name]
-                adam.state[self.wide[name]] = {k: t if k == "step" else part_of(t, like) for k, t in moments.items()}
+                like, wide = self.parameters[name], self.wide[name]
+                own = (lambda t: t) if wide is like else part
+                adam.state[wide] = {k: t if k == "step" else own(part_of(t, like)) for k, t in moments.items()}
 
 
 def rounded_at_random(x: Tensor) -> Tensor:

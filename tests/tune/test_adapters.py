@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from gemmakit.errors import CheckpointError, InputError, UnsafeFile
 from gemmakit.pytorch.adapters import LoraConfig, adapters_of, add_adapter, load_adapter, merge_adapter, save_adapter
+from gemmakit.pytorch.adapters.modules import AdaptedLinear
 
 sys.path.append(str(Path(__file__).parents[1] / "unit" / "pytorch"))
 from tiny_gemma import far, prompts, tiny
@@ -296,3 +297,36 @@ def test_codes_refuse_to_be_merged_with_the_remedy(tmp_path):
     add_adapter(model, LoraConfig(r=2, target_modules=("q_proj",)))
     with pytest.raises(InputError, match="without quantization"):
         merge_adapter(model)
+
+
+def adapted(dtype):
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(12, 10).requires_grad_(False)
+    made = AdaptedLinear(layer, 3, 0.5)
+    torch.nn.init.normal_(made.lora_B)
+    return made.to(dtype)
+
+
+def test_gradients_of_an_adapter_are_its_formulas_and_are_differentiated_again():
+    module = adapted(torch.float64)
+    x = torch.randn(2, 70, 12, dtype=torch.float64, requires_grad=True)  # more rows than are updated at a time
+    few = x.detach()[:, :3].requires_grad_()
+    weight = module.weight + module.scaling * module.lora_B @ module.lora_A
+    torch.testing.assert_close(module(x), x @ weight.mT + module.bias)
+    run = lambda x, A, B: torch.func.functional_call(module, {"lora_A": A, "lora_B": B}, x)  # noqa: E731
+    assert torch.autograd.gradcheck(run, (few, module.lora_A, module.lora_B))
+    assert torch.autograd.gradgradcheck(run, (few, module.lora_A, module.lora_B))
+    plain = torch.func.grad(lambda A: run(x.detach(), A, module.lora_B.detach()).square().sum())(module.lora_A.detach())
+    (ours,) = torch.autograd.grad(module(x).square().sum(), module.lora_A)
+    torch.testing.assert_close(ours, plain)
+
+
+def test_an_adapter_keeps_its_input_as_it_came():
+    """And nothing as wide as its output: projections that read the same input keep it once."""
+    module, kept = adapted(torch.bfloat16), []
+    module.lora_A.data, module.lora_B.data = module.lora_A.float(), module.lora_B.float()
+    x = torch.randn(2, 70, 12).bfloat16().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        module(x)
+    large = [t for t in kept if t.numel() >= 140 * 10]
+    assert large and all(t.data_ptr() == x.data_ptr() and t.dtype == x.dtype for t in large)
