@@ -89,6 +89,13 @@ def main():
             "went_on": same(*[GemmaForCausalLM.from_pretrained(folder / f"{name}-{n}") for n in ("other", "many")]),
             "extra": extra,
         }
+    # What one process had saved, optimizer and all.
+    torch.manual_seed(1)
+    taken = shard_model(GemmaForCausalLM(config("gqa")).train())
+    optimizer = torch.optim.AdamW(taken.parameters(), lr=0.01)
+    found["from one"] = load_sharded(folder / "one-parts", taken, optimizer, {"step": 0})
+    trained(taken, 1, optimizer)
+    taken.save_pretrained(folder / "from-one")
     (folder / "file").write_text("")
     found["full"] = said(lambda: many.save_pretrained(folder / "file"))
     found["there"] = said(lambda: save_sharded(folder / "gemma-parts", many))
@@ -97,4 +104,5 @@ def main():
     processes.leave()
 
 
-main()
+if __name__ == "__main__":
+    main()
