@@ -30,6 +30,12 @@ REMEMBERED, FADING, FORGIVING = 15, 0.95, 0.998
 # How often the token after a run of each kind is expected to be right, and how many that were seen this stands for.
 CHANCES, PRIOR = (0.3, 0.5, 0.65, 0.75, 0.85), 4.0
 LEAST_COST = 0.005
+# What a model proposes is as likely to be right as what follows a long run, until it is known better.
+AS_LIKELY = 16
+
+
+def width_cost(device: torch.device) -> float:
+    return WIDTH_COST.get(device.type, WIDTH_COST["cpu"])
 
 
 class Repeats:

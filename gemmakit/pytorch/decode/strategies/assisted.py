@@ -1,14 +1,16 @@
 """Assisted decoding: something cheap drafts a few tokens, the model checks all of them in one pass.
 
-The result is what the model alone would give: with greedy choice the same tokens, with sampling the same distribution.
-Source: arXiv:2211.17192, algorithm 1. One row. Axis letters: k drafted tokens, V vocabulary.
+The result is what the model alone gives: it chooses every token itself, by its own scores and the noise that this token
+meets in any case, and a draft only says which may be chosen in the same pass. A model that drafts draws by the noise of
+the tokens it drafts, and so agrees where the two distributions mostly do: nothing is refused by chance, as in
+arXiv:2211.17192, and no token changes. One row. Axis letters: k drafted tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -19,106 +21,100 @@ from gemmakit.errors import InputError
 from gemmakit.generation import GenerationConfig
 from gemmakit.outputs import GenerateDecoderOnlyOutput
 from gemmakit.pytorch.cache import DynamicCache
+from gemmakit.pytorch.decode.drafts import AS_LIKELY, MOST_CREDIT, Gain, Rewound, width_cost
 from gemmakit.pytorch.decode.processors import FORBIDDEN
 from gemmakit.pytorch.decode.prompt import Prompt, Rows
 from gemmakit.pytorch.decode.protocols import CausalLM
-from gemmakit.pytorch.decode.sampling import NO_TOKEN, Noise
+from gemmakit.pytorch.decode.sampling import NO_TOKEN, greedy, sampler
 from gemmakit.pytorch.decode.step import Plan
 from gemmakit.pytorch.decode.stream import Run, Steps, refuse_no_token
 from gemmakit.pytorch.kernels.cpu import MAX_ROWS
 from gemmakit.streamers import StepTokens
 
-
-@dataclass
-class Proposal:
-    """tokens: (k,) int64. probabilities: (k, V) they were drawn from; None when they were not drawn."""
-
-    tokens: Tensor
-    probabilities: Tensor | None = None
+# A draft model that does not pay is asked again after so many tokens.
+TRIED_AGAIN = 64
 
 
 class Drafter(Protocol):
-    """Proposes tokens, says which of them are right, and learns from it.
+    """Proposes tokens, and learns how that went.
 
     processed: whether what it proposes has passed the processors, so that none of it is forbidden.
     """
 
     processed: bool
 
-    def propose(self, ids: Tensor, new: Sequence[int], limit: int) -> Proposal | None:
-        """At least one token, at most `limit`; or None. ids: (1, n) so far, of which `new` came since the last time."""
-        ...
-
-    def check(self, scores: Tensor, proposal: Proposal) -> tuple[Tensor, Tensor]:
-        """scores: (k + 1, V) of the model, processed. Returns tokens (k + 1,) and a number n: the first n + 1 count."""
-        ...
-
-    def keep(self, count: int) -> None:
-        """So many of the tokens that were checked have come."""
+    def propose(self, ids: Tensor, new: Sequence[int], limit: int) -> Tensor | None:
+        """At least one token (k,) int64, at most `limit`; or None. ids: (1, n) so far, of which `new` came since."""
         ...
 
     def learn(self, proposed: int, accepted: int, seconds: float) -> None: ...
 
 
 class DraftModel:
-    """A smaller model drafts, by the same choice and the same processors as the model it helps."""
+    """A smaller model drafts, by the same choice and the same processors as the model it helps, while that pays."""
 
     processed = True
 
-    def __init__(self, prompt: Prompt, plan: Plan):
-        model = plan.assistant
-        settings = _settings(plan.config, model)
+    def __init__(self, model: CausalLM, prompt: Prompt, plan: Plan):
+        helper = plan.assistant
+        settings = _settings(plan.config, helper)
         self.count = settings.num_assistant_tokens
         self.fixed = settings.num_assistant_tokens_schedule == "constant"
         self.threshold = settings.assistant_confidence_threshold
-        self.plan = plan
-        device = next(model.parameters()).device
+        self.plan, self.pick = plan, sampler(plan.noise) if plan.config.do_sample else greedy
+        device = next(helper.parameters()).device
+        self.gain = Gain(width_cost(prompt.ids.device) + _bytes(helper) / _bytes(model))
+        self.gain.balance = MOST_CREDIT
+        self.idle = 0
         mask = None if prompt.padding is None else ~prompt.padding.to(device)
         own = Prompt(ids=prompt.ids.to(device), embeds=None, mask=mask, cache=DynamicCache(), past=0)
-        self.rows = Rows(model, own, plan.total, plan.pad)
+        self.rows = Rows(helper, own, plan.total, plan.pad)
 
-    def propose(self, ids: Tensor, new: Sequence[int], limit: int) -> Proposal | None:
-        if limit < 1:
+    def propose(self, ids: Tensor, new: Sequence[int], limit: int) -> Tensor | None:
+        count = self.gain.count(AS_LIKELY, min(self.count, limit))
+        self.idle = 0 if count else self.idle + 1
+        if self.idle == TRIED_AGAIN and limit and self.gain.balance > self.gain.cost:
+            count, self.idle = 1, 0
+        if not count:
             return None
-        rows = self.rows
+        rows, noise = self.rows, self.plan.noise if self.plan.config.do_sample else None
         assert rows.cache is not None
+        state = None if noise is None else noise.state(ids)
         rows.buffer[:, : ids.shape[1]] = ids
         rows.length = ids.shape[1]
         rows.cache.crop(min(rows.cache.get_seq_length(), rows.length - 1))
-        probabilities: list[Tensor] = []
-        while len(probabilities) < min(self.count, limit):
-            probabilities.append(self._one(ids.device))
+        for _ in range(count):
+            probability = self._one(ids.device)
             # Reading it waits for the device, as a threshold must.
-            if self.threshold and probabilities[-1][0, rows.buffer[0, rows.length - 1]].item() < self.threshold:
+            if self.threshold and probability.item() < self.threshold:
                 break
-        tokens = rows.buffer[0, ids.shape[1] : rows.length].to(ids.device)
-        return Proposal(tokens, torch.cat(probabilities) if self.plan.config.do_sample else None)
+        if noise is not None and state is not None:  # the check draws for the same tokens
+            noise.restore(state, ids)
+        return rows.buffer[0, ids.shape[1] : rows.length].to(ids.device)
 
     def _one(self, device: torch.device) -> Tensor:
-        """Draft a token; the probabilities (1, V) it was chosen by."""
+        """Draft a token; its probability ()."""
         rows = self.rows
         assert rows.cache is not None
         out = rows.forward(rows.cache.get_seq_length(), rows.length)
         scores = self.plan.process(rows.ids.to(device), out.logits[:, -1].float().to(device))
         # A draft model that is not sound proposes what it will: the check does not rely on it.
-        probability = scores.softmax(-1).nan_to_num(0.0)
-        weights = probability / self.plan.noise(probability) if self.plan.config.do_sample else probability
-        rows.buffer[:, rows.length] = weights.argmax(-1)
+        token = self.pick(scores).clamp_min(0)
+        rows.buffer[:, rows.length] = token
         rows.length += 1
-        return probability
-
-    def check(self, scores: Tensor, proposal: Proposal) -> tuple[Tensor, Tensor]:
-        if proposal.probabilities is None:
-            return agreement(self.plan.pick(scores), proposal)
-        return speculative(scores, proposal.tokens, proposal.probabilities, self.plan.noise)
-
-    def keep(self, count: int) -> None:
-        pass
+        return scores.softmax(-1).nan_to_num(0.0)[0, token[0]]
 
     def learn(self, proposed: int, accepted: int, seconds: float) -> None:
         """Two tokens more after a draft that was right to the end, one less after one that was not."""
+        self.gain.enter(proposed, accepted, seconds)
+        for i in range(min(proposed, accepted + 1)):
+            self.gain.saw(AS_LIKELY, i < accepted)
         if not self.fixed and proposed:
             self.count = self.count + 2 if accepted == proposed else max(1, self.count - 1)
+
+
+def _bytes(model: Any) -> int:
+    return max(1, sum(t.nbytes for t in (*model.parameters(), *model.buffers())))
 
 
 def _settings(config: GenerationConfig, assistant: Any) -> GenerationConfig:
@@ -129,52 +125,30 @@ def _settings(config: GenerationConfig, assistant: Any) -> GenerationConfig:
     return assistant.generation_config.updated(**changed)
 
 
-def agreement(tokens: Tensor, proposal: Proposal) -> tuple[Tensor, Tensor]:
-    """The model's own tokens (k + 1,), and how many of the proposal they repeat from its beginning on.
-
-    Where the model draws its tokens, the draw alone decides: they are distributed as if nothing had been proposed.
-    """
-    return tokens, (tokens[:-1] == proposal.tokens).cumprod(0).sum()
-
-
-def speculative(scores: Tensor, drafted: Tensor, q: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
-    """Keep drafted token i with probability min(1, p_i / q_i); after the first that is not kept, draw from (p - q)+.
-
-    scores: (k + 1, V); drafted: (k,); q: (k, V). Returns tokens (k + 1,) and how many of the drafted are kept.
-    """
-    k = len(drafted)
-    p, at = scores.softmax(-1), torch.arange(k, device=scores.device)
-    likely, drawn_with = p[at, drafted], q[at, drafted]
-    uniform = (-noise(likely[None])).exp()[0]
-    kept = (uniform * drawn_with < likely) & (drawn_with > 0)
-    rest = torch.cat(((p[:k] - q).clamp_min(0), p[k:]))
-    # Where p and q are equal nothing is refused but by rounding; p itself is right then.
-    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)
-    drawn = torch.where(scores.amax(-1).isfinite(), (rest / noise(rest)).argmax(-1), NO_TOKEN)
-    count = kept.long().cumprod(0).sum()
-    places = torch.arange(k + 1, device=scores.device)
-    return torch.where(places < count, torch.cat((drafted, drawn[-1:])), drawn), count
+def agreement(tokens: Tensor, drafted: Tensor) -> Tensor:
+    """How many of the drafted (k,) the model's own tokens (k + 1,) repeat from the beginning on."""
+    return (tokens[:-1] == drafted).cumprod(0).sum()
 
 
 class Checker:
     """Rounds of running the newest token and a proposal, keeping what is right and taking the rest back."""
 
-    def __init__(self, run: Run, drafter: Drafter):
-        self.run, self.rows, self.plan, self.drafter = run, run.rows, run.plan, drafter
+    def __init__(self, run: Run, drafter: Drafter, noise: Rewound | None):
+        """noise: what the plan picks by, where it draws."""
+        self.run, self.rows, self.plan, self.drafter, self.noise = run, run.rows, run.plan, drafter, noise
 
-    def round(self, proposal: Proposal) -> tuple[StepTokens, int]:
+    def round(self, drafted: Tensor) -> tuple[StepTokens, int]:
         """The tokens that come next, and how many of the proposed were right.
 
         There are no more tokens than these if one of them could not be chosen, or ends the row.
         """
-        rows, plan, start, k = self.rows, self.plan, self.rows.length, len(proposal.tokens)
-        rows.buffer[:, start : start + k] = proposal.tokens
+        rows, plan, start, k = self.rows, self.plan, self.rows.length, len(drafted)
+        rows.buffer[:, start : start + k] = drafted
         out = rows.forward(start - 1, start + k, keep=k + 1)
         logits = out.logits[0].float()
-        each = self._processed(logits, proposal.tokens, start)
-        tokens, right = self.drafter.check(
-            torch.cat(each), Proposal(proposal.tokens[: len(each) - 1], proposal.probabilities)
-        )
+        each = self._processed(logits, drafted, start)
+        tokens = plan.pick(torch.cat(each))
+        right = agreement(tokens, drafted[: len(each) - 1])
         *found, accepted = torch.cat((tokens, right[None])).tolist()
         rows.buffer[0, start : start + accepted + 1] = tokens[: accepted + 1].clamp_min(0)
         reason = None
@@ -184,7 +158,8 @@ class Checker:
             plan.outputs.add(_at(out, i, start + rows.offset), logits[i : i + 1], each[i])
             reason = self._take(token, each[i])
         rows.buffer[0, rows.length : start + k + 1] = plan.pad
-        self.drafter.keep(rows.length - start)
+        if self.noise is not None:
+            self.noise.keep(rows.length - start)
         excess = start + k - (rows.length - 1)
         if excess and rows.cache is not None:  # crop(0) would forget everything
             rows.cache.crop(-excess)
@@ -226,9 +201,10 @@ def speculate(
 
     only_alike: check nothing where a bit may depend on how many tokens a pass has.
     """
-    run = Run(model, prompt, plan)
+    noise = Rewound(plan.noise) if plan.config.do_sample else None
+    run = Run(model, prompt, plan if noise is None else replace(plan, pick=sampler(noise)))
     run.queue.lag = 0  # a draft needs the tokens before it
-    checker, rows = Checker(run, drafter), run.rows
+    checker, rows = Checker(run, drafter, noise), run.rows
     # What is not right is taken back.
     most = plan.total if rows.cache is None or rows.cache.spare is None else rows.cache.spare
     run.prefill()
@@ -241,7 +217,7 @@ def speculate(
     while not run.over:
         start = time.perf_counter()
         proposal = drafter.propose(rows.ids, step.tokens[0], min(most, plan.total - rows.length - 1))
-        accepted, proposed = 0, 0 if proposal is None else len(proposal.tokens)
+        accepted, proposed = 0, 0 if proposal is None else len(proposal)
         if proposal is None:
             run.choose(rows.next())
             (step,) = run.arrived()
@@ -269,4 +245,4 @@ def assisted_generation(model: CausalLM, prompt: Prompt, plan: Plan) -> Steps[Ge
         raise InputError(
             "inputs_embeds is given with assistant_model, which has embeddings of its own: pass input_ids."
         )
-    return speculate(model, prompt, plan, DraftModel(prompt, plan))
+    return speculate(model, prompt, plan, DraftModel(model, prompt, plan))

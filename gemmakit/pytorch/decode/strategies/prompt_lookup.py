@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from gemmakit.outputs import GenerateDecoderOnlyOutput
 from gemmakit.pytorch.cache import DynamicCache, WindowCache
-from gemmakit.pytorch.decode.drafts import WIDTH_COST, Gain, Repeats, Rewound
+from gemmakit.pytorch.decode.drafts import Gain, Repeats, width_cost
 from gemmakit.pytorch.decode.processors import repeatable
 from gemmakit.pytorch.decode.prompt import Prompt
 from gemmakit.pytorch.decode.protocols import CausalLM
-from gemmakit.pytorch.decode.sampling import greedy, sampler
 from gemmakit.pytorch.decode.step import Plan
-from gemmakit.pytorch.decode.strategies.assisted import Proposal, agreement, one_row, speculate
+from gemmakit.pytorch.decode.strategies.assisted import one_row, speculate
 from gemmakit.pytorch.decode.stream import Steps, decode
 from gemmakit.pytorch.kernels import Decision
 from gemmakit.pytorch.kernels.cpu import MAX_ROWS
@@ -42,24 +40,15 @@ class Lookup:
         self.repeats = Repeats(config.max_matching_ngram_size or sys.maxsize)
         ids = prompt.ids[0] if prompt.padding is None else prompt.ids[0][~prompt.padding[0]]
         self.repeats.extend(ids.tolist())
-        self.gain = Gain(WIDTH_COST.get(prompt.ids.device.type, WIDTH_COST["cpu"]))
-        self.noise = Rewound(plan.noise) if config.do_sample else None
-        self.pick = greedy if self.noise is None else sampler(self.noise)
+        self.gain = Gain(width_cost(prompt.ids.device))
 
-    def propose(self, ids: Tensor, new: Sequence[int], limit: int) -> Proposal | None:
+    def propose(self, ids: Tensor, new: Sequence[int], limit: int) -> Tensor | None:
         self.gain.follow(self.repeats, new)
         tokens = self.repeats.continuation(self.gain.count(self.repeats.run, min(self.count, limit)))
         if not tokens:
             return None
         end = next((i + 1 for i, token in enumerate(tokens) if token in self.eos), len(tokens))
-        return Proposal(torch.tensor(tokens[:end], dtype=torch.long, device=ids.device))
-
-    def check(self, scores: Tensor, proposal: Proposal) -> tuple[Tensor, Tensor]:
-        return agreement(self.pick(scores), proposal)
-
-    def keep(self, count: int) -> None:
-        if self.noise is not None:
-            self.noise.keep(count)
+        return torch.tensor(tokens[:end], dtype=torch.long, device=ids.device)
 
     def learn(self, proposed: int, accepted: int, seconds: float) -> None:
         self.gain.enter(proposed, accepted, seconds)
@@ -69,16 +58,14 @@ def prompt_lookup_decoding(model: CausalLM, prompt: Prompt, plan: Plan) -> Steps
     """The text so far proposes, the model checks."""
     one_row(prompt)
     assert plan.config.prompt_lookup_num_tokens is not None
-    drafter = Lookup(prompt, plan, plan.config.prompt_lookup_num_tokens)
-    return speculate(model, prompt, replace(plan, pick=drafter.pick), drafter)
+    return speculate(model, prompt, plan, Lookup(prompt, plan, plan.config.prompt_lookup_num_tokens))
 
 
 def plain_decoding(model: CausalLM, prompt: Prompt, plan: Plan) -> Steps[GenerateDecoderOnlyOutput]:
     """A token a row and step; several where the text so far proposes them, they pay, and no bit can change."""
     if speculation(model, prompt, plan).why:
         return decode(model, prompt, plan)
-    drafter = Lookup(prompt, plan, MAX_ROWS - 1)
-    return speculate(model, prompt, replace(plan, pick=drafter.pick), drafter, only_alike=True)
+    return speculate(model, prompt, plan, Lookup(prompt, plan, MAX_ROWS - 1), only_alike=True)
 
 
 def speculation(model: CausalLM, prompt: Prompt, plan: Plan) -> Decision:
