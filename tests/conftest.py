@@ -87,3 +87,15 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def drafting(monkeypatch):
+    """A draft model is asked whether it pays or not: those of tests are as large as what they help."""
+    from gemmakit.pytorch.decode.strategies.assisted import DraftModel
+
+    def eager(self, *given, own=DraftModel.__init__):
+        own(self, *given)
+        self.gain.count = lambda run, most: most
+
+    monkeypatch.setattr(DraftModel, "__init__", eager)

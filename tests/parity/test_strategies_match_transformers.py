@@ -6,6 +6,7 @@ import pytest
 import torch
 from strategy_tools import FLAT, PEAKED, distance, models, prompt, run, tokens
 
+pytestmark = pytest.mark.usefixtures("drafting")
 # Sums in another order: differences of a few float32 roundings of logits of size 1 to 30.
 CLOSE = 5e-4
 

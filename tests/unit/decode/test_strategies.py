@@ -11,7 +11,7 @@ from gemmakit.errors import GenerationConfigError, InputError, NumericalError, P
 from gemmakit.pytorch.cache import DynamicCache, StaticCache
 from gemmakit.pytorch.decode.strategies import STRATEGIES, choose
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("drafting")]
 every_strategy = pytest.mark.parametrize("name", ALL)
 batch_strategy = pytest.mark.parametrize("name", MANY)
 

@@ -70,6 +70,7 @@ def test_rows_of_a_batch_get_what_they_get_alone(member, name):
 
 
 @everyone
+@pytest.mark.usefixtures("drafting")
 @pytest.mark.parametrize("cache", ["own", "full"])
 @pytest.mark.parametrize(
     "how",
