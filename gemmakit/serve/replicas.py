@@ -47,8 +47,9 @@ def run(
     quiet = {"log_level": "ERROR", "enable_access_log": False}
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     with _cluster(ray, count) as ours, _Signals() as signals:
-        if taken := list(serve.status().applications):
-            raise InputError(f"Ray Serve runs {', '.join(taken)} on this cluster: end it with serve shutdown.")
+        if (found := serve.status()).applications or found.proxies:
+            said = ", ".join(found.applications) or "no application"
+            raise InputError(f"Ray Serve runs on this cluster already ({said}): end it with serve shutdown.")
         application = _application(serve, settings, loading, needs_of_one(ray, count), count, quiet)
         try:
             serve.start(http_options={"host": address[0], "port": address[1]}, logging_config=quiet)
