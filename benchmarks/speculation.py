@@ -129,6 +129,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--only", choices=["demo", "gemma3-270m"], help="one of the models")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -141,6 +142,8 @@ def main() -> None:
         "models": {},
     }
     for name, path in models.items():
+        if args.only not in (None, name):
+            continue
         if not Path(path).exists():
             print(f"{name} is not here: `make real` brings it")
             continue

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gemmakit.outputs import GenerateDecoderOnlyOutput
 from gemmakit.pytorch.cache import DynamicCache, WindowCache
+from gemmakit.pytorch.decode.capture import CAPTURES
 from gemmakit.pytorch.decode.drafts import Gain, Repeats, width_cost
 from gemmakit.pytorch.decode.processors import repeatable
 from gemmakit.pytorch.decode.prompt import Prompt
@@ -77,8 +78,8 @@ def speculation(model: CausalLM, prompt: Prompt, plan: Plan) -> Decision:
 def _obstacle(model: CausalLM, prompt: Prompt, plan: Plan) -> str:
     if not plan.config.speculate:
         return "speculate is False"
-    if model.device.type != "cpu":
-        return f"the model is on {model.device}"
+    if model.device.type != "cpu" or model.device.type in CAPTURES:
+        return f"the model is on {model.device}, where steps may be replayed"
     if (rows := len(prompt.ids) * plan.copies) != 1:
         return f"it has {rows} rows"
     if type(prompt.cache) not in (DynamicCache, WindowCache):
