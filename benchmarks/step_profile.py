@@ -27,7 +27,7 @@ def profiled(model, context, steps):
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
 
     def run(new):
-        model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False)
+        model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, speculate=False)
         measure.synchronize(device)
 
     def traced(new):

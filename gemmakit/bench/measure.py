@@ -232,9 +232,9 @@ def greedy(model: GemmaForCausalLM, work: Work) -> Callable[[int, int, Any], Non
             prompt = torch.full((1, context + 1), 5, device=device)
         elif context:
             prompt = torch.tensor([prompt_ids(context, vocabulary, seed=1)], device=device)
-        model.generate(
-            prompt, past_key_values=cache, max_new_tokens=new, eos_token_id=[], do_sample=False, streamer=streamer
-        )
+        # What a step costs is asked: text of random weights repeats itself, and would come several tokens a step.
+        asked: dict[str, Any] = dict(max_new_tokens=new, eos_token_id=[], do_sample=False, speculate=False)
+        model.generate(prompt, past_key_values=cache, streamer=streamer, **asked)
         synchronize(device)
 
     return run
