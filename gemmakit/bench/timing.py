@@ -151,7 +151,10 @@ def above_zero(took_s: float) -> float:
 
 def filled(torch: Any, model: Any, cache: Any, context: int) -> Any:
     """The cache with random keys and values for `context` tokens."""
-    for layer, spec in enumerate(model.config.kv_layers()):
+    config = model.config
+    # Of a peer's configuration: one whose layers are alike.
+    layers = config.kv_layers() if hasattr(config, "kv_layers") else [config] * config.num_hidden_layers
+    for layer, spec in enumerate(layers):
         shape = (1, spec.num_key_value_heads, context, spec.head_dim)
         k, v = (torch.randn(shape, dtype=model.dtype, device=model.device) for _ in "kv")
         cache.update(k, v, layer)
