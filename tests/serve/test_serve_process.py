@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 LONG = {"prompt": "x", "max_tokens": 480, "ignore_eos": True, "stream": True}
+STEP_S = 0.05  # of a `slow` engine: what follows a signal is seen before an answer of many steps has ended
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
@@ -34,6 +35,27 @@ def address(process: subprocess.Popen[str]) -> str:
     raise AssertionError(f"it ended with {process.wait()}")
 
 
+def with_step(folder: Path, body: str) -> dict[str, str]:
+    """An environment in which the engine's step is `body`, with the plain one as `step`; Python loads it at its start."""
+    (folder / "sitecustomize.py").write_text(
+        "import sys, time\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'gemmakit.serve.service':\n"
+        "            from gemmakit.pytorch.decode.batch import BatchEngine\n"
+        "            step = BatchEngine.step\n"
+        f"            def instead(self): {body}\n"
+        "            BatchEngine.step = instead\n"
+        "sys.meta_path.insert(0, Finder())\n"
+    )
+    return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
+
+
+@pytest.fixture
+def slow(tmp_path: Path) -> dict[str, str]:
+    return with_step(tmp_path, f"time.sleep({STEP_S}); return step(self)")
+
+
 @pytest.fixture
 def serve() -> Iterator[Callable[..., tuple[subprocess.Popen[str], str]]]:
     begun: list[subprocess.Popen[str]] = []
@@ -48,9 +70,10 @@ def serve() -> Iterator[Callable[..., tuple[subprocess.Popen[str], str]]]:
         process.communicate()
 
 
-def test_sigterm_lets_running_answers_end_and_takes_no_new_ones(serve):
-    process, url = serve()
-    with httpx.stream("POST", f"{url}/v1/completions", json=LONG, timeout=60) as answer:
+def test_sigterm_lets_running_answers_end_and_takes_no_new_ones(serve, slow):
+    process, url = serve("--no-speculate", **slow)
+    body = {**LONG, "max_tokens": round(4 / STEP_S)}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
         lines = answer.iter_lines()
         next(lines)
         process.send_signal(signal.SIGTERM)
@@ -65,8 +88,8 @@ def test_sigterm_lets_running_answers_end_and_takes_no_new_ones(serve):
 
 
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
-def test_second_signal_ends_at_once(serve, first: signal.Signals):
-    process, url = serve()
+def test_second_signal_ends_at_once(serve, slow, first: signal.Signals):
+    process, url = serve("--no-speculate", **slow)
     with httpx.stream("POST", f"{url}/v1/completions", json={**LONG, "n": 8}, timeout=60) as answer:
         next(answer.iter_lines())
         process.send_signal(first)
@@ -78,8 +101,8 @@ def test_second_signal_ends_at_once(serve, first: signal.Signals):
         assert time.monotonic() - begun < 5
 
 
-def test_drain_has_an_end(serve):
-    process, url = serve("--drain-seconds", 0.1)
+def test_drain_has_an_end(serve, slow):
+    process, url = serve("--no-speculate", "--drain-seconds", 0.1, **slow)
     with httpx.stream("POST", f"{url}/v1/completions", json={**LONG, "n": 8}, timeout=60) as answer:
         next(answer.iter_lines())
         process.send_signal(signal.SIGTERM)
@@ -121,19 +144,7 @@ def test_a_model_that_cannot_be_loaded_is_one_line_and_exit_2(tmp_path: Path, da
 
 
 def test_an_engine_that_dies_ends_the_process_with_1(tmp_path: Path):
-    """The engine is made to raise by a module that Python loads at its start."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import sys\n"
-        "class Finder:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name == 'gemmakit.serve.service':\n"
-        "            from gemmakit.pytorch.decode.batch import BatchEngine\n"
-        "            def step(self): raise RuntimeError('broken on purpose')\n"
-        "            BatchEngine.step = step\n"
-        "sys.meta_path.insert(0, Finder())\n"
-    )
-    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    process = start("--port", 0, PYTHONPATH=paths)
+    process = start("--port", 0, **with_step(tmp_path, "raise RuntimeError('broken on purpose')"))
     url = address(process)
     said = httpx.post(f"{url}/v1/completions", json={"prompt": "x"}, timeout=30)
     assert said.status_code == 503 and said.json()["error"]["code"] == "engine_dead"
