@@ -1,5 +1,7 @@
 """Compiles the CPU kernels when the package is installed; without a compiler it installs all the same."""
 
+import contextlib
+import hashlib
 import os
 import platform
 import runpy
@@ -14,6 +16,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 FOLDER = Path("gemmakit/pytorch/kernels/cpu")
 LIBRARY = FOLDER / "native.so"
+COMPILER = os.environ.get("CXX", "c++")
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 # Best first: the library takes the first that the processor at hand runs.
@@ -43,7 +46,7 @@ class NativeKernels(BuildHookInterface):
     def initialize(self, version: str, build_data: dict) -> None:
         if self.target_name != "wheel":
             return
-        if not compile_library(Path(self.root)):
+        if not is_made(Path(self.root)) and not compile_library(Path(self.root)):
             self.app.display_warning("gemmakit: no CPU kernels were compiled; torch's own are used, which are slower.")
             return
         build_data["artifacts"].append(LIBRARY.as_posix())
@@ -52,9 +55,29 @@ class NativeKernels(BuildHookInterface):
         build_data["tag"] = f"py3-none-{tag}"  # loaded through ctypes, so it fits every Python
 
 
+def is_made(root: Path) -> bool:
+    """Whether compiling would give the library that is there: of two installs in a row only the first compiles."""
+    target = root / LIBRARY
+    with contextlib.suppress(OSError):  # there is no library, or no compiler
+        return recipe(COMPILER, platform.machine(), root / FOLDER).encode() in target.read_bytes()
+    return False
+
+
+def recipe(compiler: str, machine: str, source: Path) -> str:
+    """A digest of all that a library comes from: the sources, this file, the sets it compiles, and the compiler."""
+    said = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
+    how = (sources_of(source), INSTRUCTION_SETS.get(machine), Path(__file__).read_bytes(), compiler, said)
+    return hashlib.sha256(repr(how).encode()).hexdigest()
+
+
+def sources_of(folder: Path) -> str:
+    """The digest that loading compares."""
+    return runpy.run_path(str(folder / "sources.py"))["digest"](folder)
+
+
 def compile_library(root: Path) -> bool:
     """Compile what the compiler can; whether a library came out. Whoever has the old one loaded keeps it."""
-    target, compiler = root / LIBRARY, os.environ.get("CXX", "c++")
+    target, compiler = root / LIBRARY, COMPILER
     _, linking = OPENMP.get(platform.system(), OPENMP["Linux"])
     with tempfile.TemporaryDirectory() as scratch:
         staged = target.with_suffix(f".{os.getpid()}.tmp")
@@ -81,10 +104,11 @@ def compile_objects(compiler: str, machine: str, source: Path, scratch: Path) ->
         made = {isa: [job.result() for job in compiled] for isa, compiled in jobs.items()}
     objects = {isa: [file for file in files if file] for isa, files in made.items() if all(files)}
     isas = "-DGEMMAKIT_ISAS(DO)=" + " ".join(f"DO({isa})" for isa in objects)
-    digest = runpy.run_path(str(source / "sources.py"))["digest"](source)
     chosen = scratch / "dispatch.o"
-    named = f'-DGEMMAKIT_SOURCES="{digest}"'
-    if not objects or not run(compiler, "-c", isas, named, "-I", scratch, dispatch, "-o", chosen):
+    if not objects:
+        return []
+    named = [f'-DGEMMAKIT_SOURCES="{sources_of(source)}"', f'-DGEMMAKIT_RECIPE="{recipe(compiler, machine, source)}"']
+    if not run(compiler, "-c", isas, *named, "-I", scratch, dispatch, "-o", chosen):
         return []
     return [*(file for files in objects.values() for file in files), chosen]
 

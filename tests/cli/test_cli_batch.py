@@ -92,7 +92,8 @@ def test_what_cannot_be_begun_is_one_line_and_writes_nothing(gemmakit, tmp_path,
 
 
 def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(gemmakit, tmp_path):
-    source = write(tmp_path / "in.jsonl", [question(i, max_tokens=8, temperature=1.0) for i in range(400)])
+    asked = [question(i, max_tokens=8, temperature=1.0) for i in range(4000)]
+    source = write(tmp_path / "in.jsonl", asked)
     out = tmp_path / "out.jsonl"
     child = started(source, out)
     wait_for_lines(out, 5, child)
@@ -101,8 +102,8 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(gemmakit, tmp_path):
     assert child.returncode == 130
     assert "interrupted" in said.splitlines()[-1] and "--resume" in said.splitlines()[-1]
     kept = records(out)
-    assert 5 <= len(kept) < 400
-    write(tmp_path / "few.jsonl", [question(i, max_tokens=8, temperature=1.0) for i in range(400) if f"id {i}" in kept])
+    assert 5 <= len(kept) < 4000
+    write(tmp_path / "few.jsonl", [one for i, one in enumerate(asked) if f"id {i}" in kept])
     assert gemmakit("batch", tmp_path / "few.jsonl", tmp_path / "few.out").returncode == 0
     assert answers(tmp_path / "few.out") == answers(out)  # drawn alike, whatever ran beside them
 

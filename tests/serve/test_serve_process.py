@@ -36,7 +36,7 @@ def address(process: subprocess.Popen[str]) -> str:
 
 
 def with_step(folder: Path, body: str) -> dict[str, str]:
-    """An environment in which the engine's step is `body`, with the plain one as `step`; Python loads it at its start."""
+    """An environment where the engine's step is `body`, the plain one being `step`: Python loads it at its start."""
     (folder / "sitecustomize.py").write_text(
         "import sys, time\n"
         "class Finder:\n"

@@ -63,6 +63,9 @@ extern "C" {
 // The digest of what the library was made from, by sources.py.
 const char* gemmakit_sources() { return GEMMAKIT_SOURCES; }
 
+// How it was made, by hatch_build.py, which looks for it in the file and asks for nothing.
+const char* gemmakit_recipe() { return GEMMAKIT_RECIPE; }
+
 // The instruction set in use, or null when this processor has none of those compiled (or not the one asked for).
 const char* gemmakit_instruction_set() { return chosen ? chosen->isa : nullptr; }
 

@@ -1,0 +1,65 @@
+"""The build hook: when it compiles and when the library that is there will do."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import every_isa
+import pytest
+
+ROOT = Path(every_isa.ROOT)
+# Tells its version, and instead of compiling writes down what it was told.
+COMPILER = """#!/bin/sh
+case "$*" in
+--version) echo {version} ;;
+*)  out=; for one; do [ "$out" = next ] && out=$one; [ "$one" = -o ] && out=next; done
+    echo "$*" | tee -a {log} > "$out"
+    case "$*" in *-shared*) cat "$(dirname "$(echo "$*" | grep -o '[^ ]*dispatch.o')")/dispatch.o" >> "$out" ;; esac ;;
+esac
+"""
+
+
+@pytest.fixture
+def build(tmp_path: Path):
+    """A tree of its own with a compiler that counts: (hatch_build.py as a module, how often it was called since)."""
+    tree = tmp_path / "tree"
+    kernels = tree / every_isa.KERNELS
+    shutil.copytree(ROOT / every_isa.KERNELS / "cpu", kernels / "cpu", ignore=shutil.ignore_patterns("*.so"))
+    shutil.copy(ROOT / every_isa.KERNELS / "ids.py", kernels)
+    shutil.copy(ROOT / "hatch_build.py", tree)
+    compiler, log = tmp_path / "c++", tmp_path / "log"
+
+    def install(version: str = "one") -> int:
+        compiler.write_text(COMPILER.format(version=version, log=log))
+        compiler.chmod(0o755)
+        log.write_text("")
+        module = every_isa.build_module(tree)
+        module.COMPILER = str(compiler)
+        assert module.is_made(tree) or module.compile_library(tree)
+        return len(log.read_text().splitlines())
+
+    return tree, install
+
+
+def test_an_install_after_another_compiles_nothing(build):
+    _, install = build
+    assert install() > 0
+    assert install() == 0
+
+
+@pytest.mark.parametrize("what", ["sources", "numbers", "hook", "compiler", "library", "set"])
+def test_whatever_the_library_comes_from_compiles_it_again(build, what: str):
+    tree, install = build
+    kernels = tree / every_isa.KERNELS
+    install()
+    changed = {"sources": kernels / "cpu/native.h", "numbers": kernels / "ids.py", "hook": tree / "hatch_build.py"}
+    if what in changed:
+        changed[what].write_text(changed[what].read_text() + "\n")
+    elif what == "set":
+        hook = tree / "hatch_build.py"
+        hook.write_text(hook.read_text().replace('"avx2": _AVX2,', ""))
+    elif what == "library":
+        (kernels / "cpu/native.so").unlink()
+    assert install("two" if what == "compiler" else "one") > 0
+    assert install("two" if what == "compiler" else "one") == 0
