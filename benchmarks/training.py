@@ -78,7 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=4, help="2 or more: the first is not counted")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=available_cores())
     for name in OTHERS:
@@ -86,6 +86,8 @@ def main() -> None:
     parser.add_argument("--peer-dtype", choices=("bfloat16", "float32"), default=dtype_name(product_dtype(bfloat16)))
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if args.steps < 2:
+        parser.error(f"--steps is {args.steps}; it must be at least 2, for the first is not counted")
     make(args.folder, args.layers)
     common = {"steps": args.steps, "threads": args.threads}
     theirs = {

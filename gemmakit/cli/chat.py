@@ -48,6 +48,8 @@ def chat(
     repetition_penalty: o.RepetitionPenalty = None,
     seed: o.Seed = None,
     think: o.Think = None,
+    draft: o.Draft = None,
+    speculate: o.Speculate = None,
     stats: Annotated[bool, Option("--stats", help="Counts and tokens/s on stderr after each answer.")] = False,
     server: o.Server = None,
     api_key: o.ApiKey = None,
@@ -64,12 +66,14 @@ def chat(
     talk: Conversation
     if server is None:
         pipe = gemmakit.pipeline("text-generation", model, device_map=device, dtype=dtype, revision=revision,
-                                 adapter=adapter)  # fmt: skip
+                                 adapter=adapter, **o.given(assistant_model=draft))  # fmt: skip
         variables = o.template_variables(think, pipe.tokenizer.template_reads("enable_thinking"))
         settings |= o.thinking_room(think, settings, pipe.model.config.max_position_embeddings)
+        settings |= o.drafts(pipe, speculate)
         talk = Conversation(pipe, settings, system, variables=variables)
     else:
         local = {"--device": device != "auto", "--dtype": dtype != "auto", "--revision": revision, "--adapter": adapter}
+        local |= {"--draft": draft, "--speculate": speculate is not None}
         there = connect(server, api_key, model, local)
         variables = o.template_variables(think, there.thinks)
         settings |= o.thinking_room(think, settings, there.context)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
 from gemmakit.errors import InputError
+
+if TYPE_CHECKING:
+    from gemmakit.pipelines import TextGenerationPipeline
 
 Model = Annotated[
     str | None, Option("--model", "-m", metavar="NAME", help="Folder or Hub id; if left out, the demo model.")
@@ -22,6 +25,19 @@ Adapter = Annotated[
 ]
 Tensor = Annotated[
     int | None, Option(metavar="N", min=1, help="Split the model over N processes, each with a part of every layer.")
+]
+Draft = Annotated[
+    str | None,
+    Option(
+        "--draft", metavar="NAME", help="A smaller model with the same vocabulary that proposes tokens, to be quicker."
+    ),
+]
+Speculate = Annotated[
+    bool | None,
+    Option(
+        "--speculate/--no-speculate",
+        help="Check tokens that a text proposes to itself, several a step; if left out, where no bit changes.",
+    ),
 ]
 Revision = Annotated[str | None, Option(metavar="NAME", help="Branch, tag or commit on the Hub.")]
 
@@ -82,6 +98,12 @@ def thinking_room(think: bool | None, settings: Mapping[str, Any], context: int)
 def split(tensor: int | None) -> dict[str, Any]:
     """What --tensor says to from_pretrained."""
     return {} if tensor is None else {"tp_plan": "auto"}
+
+
+def drafts(pipe: TextGenerationPipeline, speculate: bool | None) -> dict[str, Any]:
+    """The settings of --draft, whose model the pipeline has loaded, and of --speculate."""
+    draft = pipe.options.get("assistant_model")
+    return given(assistant_model=draft, speculate=speculate)
 
 
 def given(**options: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, Any
 
@@ -82,6 +82,7 @@ def _run(count: int) -> int:
                 first.kill()
             if code not in _SAID and not told_to_end:
                 _tell(started)
+                _tell_signals([code, *(process.poll() for process, _ in started)])
             if code is None:
                 return shell.FAILED
             return code if code >= 0 else 128 - code  # as a shell tells of a signal
@@ -128,3 +129,11 @@ def _tell(started: Iterable[tuple[subprocess.Popen[Any], IO[bytes]]]) -> None:
         if process.poll():
             errors.seek(0)
             sys.stderr.write(errors.read().decode(errors="replace"))
+
+
+def _tell_signals(codes: Sequence[int | None]) -> None:
+    """Which of the processes a signal ended: they had no time to say it."""
+    for place, code in enumerate(codes, 1):
+        if code is not None and code < 0:
+            why = ", as a system does that has no memory left" if code == -signal.SIGKILL else ""
+            shell.note(f"process {place} of {len(codes)} was ended by signal {-code} ({signal.strsignal(-code)}){why}.")

@@ -52,6 +52,8 @@ def run(
     repetition_penalty: o.RepetitionPenalty = None,
     seed: o.Seed = None,
     think: o.Think = None,
+    draft: o.Draft = None,
+    speculate: o.Speculate = None,
     aggregation: Annotated[
         str | None,
         Option(metavar="HOW", help="Tokens to entities: none, simple (if left out), first, average, max."),
@@ -99,7 +101,7 @@ def run(
             "--chat": chat, "--max-new-tokens": max_new_tokens, "--stop": stop, "--sample": sample is True,
             "--greedy": sample is False, "--temperature": temperature, "--top-k": top_k, "--top-p": top_p,
             "--min-p": min_p, "--repetition-penalty": repetition_penalty, "--seed": seed, "--stats": stats,
-            "--think": think is not None,
+            "--think": think is not None, "--draft": draft, "--speculate": speculate is not None,
         })  # fmt: skip
     elif aggregation is not None:
         raise InputError("--aggregation is of --task token-classification only.")
@@ -107,6 +109,8 @@ def run(
         raise InputError("--think and --no-think are of a chat: give --chat too.")
     if tensor is not None and (server is not None or backend == "flax" or adapter is not None):
         raise InputError("--tensor splits a plain PyTorch model: --server, --backend flax and --adapter do without it.")
+    if draft is not None and (tensor is not None or backend == "flax"):
+        raise InputError("--draft helps a PyTorch model in one process: --tensor and --backend flax do without it.")
     if (code := processes.spread(tensor)) is not None:
         return code
     if processes.is_first(tensor):
@@ -120,13 +124,14 @@ def run(
     if server is not None:
         local = {"--device": device != "auto", "--dtype": dtype != "auto", "--backend": backend != "pytorch"}
         local |= {"--revision": revision, "--adapter": adapter, "--task": not generates}
+        local |= {"--draft": draft, "--speculate": speculate is not None}
         say = _server(server, api_key, model, local, chat, settings, think)
         with nullcontext() if output is None else sink:
             return _end(_each(say, prompts, sink), stats)
     load = gemmakit.pipeline  # loads torch, which is not counted as loading the model
     start = time.perf_counter()
     pipe = load(task, model, framework=_framework(backend), device_map=device, dtype=dtype, revision=revision,
-                adapter=adapter, **o.split(tensor))  # fmt: skip
+                adapter=adapter, **o.given(assistant_model=draft), **o.split(tensor))  # fmt: skip
     loaded_s = time.perf_counter() - start
     if tensor is not None:
         prompts = processes.shared_texts(prompts, tensor)
@@ -135,6 +140,7 @@ def run(
             options = {"aggregation_strategy": aggregation or "simple"} if task == "token-classification" else {}
             _classify(pipe, prompts, sink, 1 if format_ == "pipe" else BATCH, **options)
             return 0
+        settings |= o.drafts(pipe, speculate)
         say: Say = partial(answer, pipe, **settings)
         if chat:
             variables = o.template_variables(think, pipe.tokenizer.template_reads("enable_thinking"))

@@ -60,13 +60,7 @@ def serve(
             "left out.",
         ),
     ] = None,
-    speculate: Annotated[
-        bool | None,
-        Option(
-            "--speculate/--no-speculate",
-            help="Check tokens that a text proposes to itself, several a step; if left out, where no bit changes.",
-        ),
-    ] = None,
+    speculate: o.Speculate = None,
     allowed_host: Annotated[
         list[str] | None, Option(metavar="NAME", help="A name this server goes by; * for any. May be repeated.")
     ] = None,

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,10 +82,7 @@ def read(path: Path, columns: Mapping[str, str]) -> Source:
     kind = path.suffix.lower()
     if kind not in KINDS:
         raise InputError(f"{path} is no data file that is known: name it {', '.join(KINDS)}.")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from None
+    content = _content(path)
     refused, rows = Refusals(), list[Row]()
     for number, found in _ITEMS[kind](content, path):
         where = f"{path.name}:{number}"
@@ -104,6 +102,21 @@ def read(path: Path, columns: Mapping[str, str]) -> Source:
         has = ", ".join(map(str, rows[0].values))
         raise InputError(f"--columns {','.join(missing)}: no row of {path} has it; the first has {has}.")
     return Source(path, hashlib.sha256(content).hexdigest(), rows)
+
+
+def _content(path: Path) -> bytes:
+    """All of the file as it stood at one time: half of an old one and half of a new one is nobody's data."""
+    try:
+        with path.open("rb") as file:
+            before = os.fstat(file.fileno())
+            content = file.read()
+            after, named = os.fstat(file.fileno()), path.stat()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from None
+    stood = [(one.st_ino, one.st_size, one.st_mtime_ns) for one in (before, after, named)]
+    if len(set(stood)) > 1 or len(content) != before.st_size:
+        raise InputError(f"{path} changed while it was read: tune again once whoever writes it has ended.")
+    return content
 
 
 def _renamed(values: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:

@@ -10,6 +10,8 @@ import pytest
 from cli_process import command_line, environment
 from tiny_checkpoint import make
 
+from gemmakit.cli import main
+
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -28,5 +30,16 @@ def gemmakit() -> Command:
             command_line(*arguments), input=data, capture_output=True, timeout=120, env=environment(**environ)
         )
         return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+    return run
+
+
+@pytest.fixture
+def said(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """A command line, in this process: its code, what it prints, and what it says beside."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        code = main([str(argument) for argument in arguments])
+        return code, *capfd.readouterr()
 
     return run

@@ -8,8 +8,6 @@ import signal
 
 import pytest
 
-from gemmakit.cli import main
-
 ROWS = [{"prompt": f"Say {word}", "completion": f"{word} {word}"} for word in ("red", "blue", "green", "white")]
 
 
@@ -18,17 +16,6 @@ def rows(tmp_path_factory):
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     path.write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
     return path
-
-
-@pytest.fixture
-def said(capfd):
-    """A command line, in this process: its code, what it prints, and what it says beside."""
-
-    def run(*arguments):
-        code = main([str(argument) for argument in arguments])
-        return code, *capfd.readouterr()
-
-    return run
 
 
 def test_a_file_becomes_an_adapter_that_runs_and_merges(said, tiny, rows, tmp_path):

@@ -3,7 +3,10 @@
 import asyncio
 import copy
 import dataclasses
+import io
 import json
+import os
+import shutil
 
 import gemma4_form
 import pytest
@@ -16,6 +19,7 @@ from gemmakit.tune import TuneSettings, tune
 from gemmakit.tune.data import find_splits, read
 from gemmakit.tune.examples import Encoder
 from gemmakit.tune.memory import free_bytes, need
+from gemmakit.tune.report import curve
 from gemmakit.tune.run import prepare
 
 GOOD = {"role": "user", "content": "Hi"}
@@ -235,6 +239,72 @@ def test_tables_are_read_with_their_columns_mapped_or_refused_by_name(tokenizer,
         read(path, {})
     path.write_text(f'messages\n"{json.dumps(chat("Hi", "Ho")["messages"]).replace(chr(34), chr(34) * 2)}"\n')
     assert examples(path, tokenizer)[0].ids
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_cells_that_are_huge_or_no_text_are_refused_by_their_row_or_read_whole(tokenizer, tmp_path, kind):
+    rows = [{"prompt": "Hi", "completion": "Ho"}, {"prompt": "word " * 400_000, "completion": "Ho"}]
+    path = tmp_path / f"rows.{kind}"
+    if kind == "csv":
+        path.write_text("prompt,completion\n" + "".join(f"{row['prompt']},{row['completion']}\n" for row in rows))
+    else:
+        pytest.importorskip("pyarrow", reason="Parquet is read with pyarrow: pip install 'gemmakit[parquet]'")
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    place = 3 if kind == "csv" else 2
+    assert read(path, {}).rows[1].values == rows[1]
+    with pytest.raises(InputError, match=rf"1 rows .*rows\.{kind}:{place}: .*--truncate"):
+        examples(path, tokenizer)
+    if kind == "csv":
+        path.write_text('prompt,completion\nHi,Ho\n"{""a"": 1}",Ho\n')
+    else:
+        pyarrow.parquet.write_table(
+            pyarrow.Table.from_pylist(
+                [{"prompt": {"a": None}, "completion": "Ho"}, {"prompt": {"a": 1}, "completion": "Ho"}]
+            ),
+            path,
+        )
+    with pytest.raises(InputError, match=rf"rows\.{kind}:{place}: .*prompt"):
+        examples(path, tokenizer)
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    path = write(tmp_path / "rows.jsonl", [chat("Hi", "Ho")] * 3)
+    other = shutil.copy(path, tmp_path / "other.jsonl")
+
+    def add() -> None:
+        with open(path, "ab") as file:
+            file.write(b"{}")
+
+    class Changing(io.BufferedReader):
+        def read(self, size=-1):
+            changes.pop()()
+            return super().read(size)
+
+    monkeypatch.setattr(type(path), "open", lambda self, mode: Changing(io.FileIO(self)))
+    changes = [lambda: os.truncate(path, 10), lambda: os.replace(other, path), add]
+    while changes:
+        with pytest.raises(InputError, match="changed while it was read"):
+            read(path, {})
+
+
+@pytest.mark.parametrize("pad", ["eos_token", "bos_token", "unk_token"])
+def test_which_token_pads_changes_nothing_that_is_learnt(tiny, chats, tmp_path, pad):
+    """Rows of uneven lengths, whose ends are learnt though the same token pads the others."""
+    other = tmp_path / "other"
+    shutil.copytree(tiny, other)
+    tokenizer = gemmakit.AutoTokenizer.from_pretrained(tiny)
+    tokenizer.pad_token = getattr(tokenizer, pad)
+    tokenizer.save_pretrained(other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "pad_token_id": tokenizer.pad_token_id}))
+    same = {"data": str(chats), "max_steps": 3, "batch_size": 4, "rank": 2, "packing": False, "dtype": "float32"}
+    one, two = (
+        tune(TuneSettings(model=str(folder), out=str(tmp_path / f"out{place}"), **same)).records
+        for place, folder in enumerate((tiny, other))
+    )
+    assert curve(one, "loss") == curve(two, "loss")
 
 
 @pytest.mark.parametrize(("content", "said"), [(b"", "holds no rows"), (b"\xff\xfe\n", "rows.jsonl:1 is not UTF-8")])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import sys
-import time
+import threading
 from pathlib import Path
 
 import pytest
@@ -123,7 +123,14 @@ def test_only_what_the_model_keeps_mapped_is_entered(saved, monkeypatch):
 @on_linux
 def test_loading_returns_while_bytes_are_still_read(saved, monkeypatch):
     monkeypatch.setattr(readahead, "_asked", {})
-    monkeypatch.setattr(readahead, "_advise", lambda files: time.sleep(0.5))
-    start = time.monotonic()
+    gate, read = threading.Event(), threading.Event()
+
+    def reading(files):
+        gate.wait(60)
+        read.set()
+
+    monkeypatch.setattr(readahead, "_advise", reading)
     assert readahead.read_ahead(readahead.weights_at(saved)) is not None
-    assert time.monotonic() - start < 0.4
+    assert not read.is_set()
+    gate.set()
+    assert read.wait(60)

@@ -52,7 +52,7 @@ def test_tensors_can_be_pushed(both: Any) -> None:
 def test_a_long_stream_costs_a_constant_per_token(shared_fast: Any) -> None:
     ids = shared_fast.encode("Some words, and 🙂 then more. " * 8000)
     decoder = shared_fast.incremental_decoder()
-    start = time.monotonic()
+    start = time.process_time()
     text = "".join([decoder.push(index) for index in ids]) + decoder.finish()
     assert text == shared_fast.decode(ids)
-    assert time.monotonic() - start < 20, "quadratic work would take minutes"
+    assert time.process_time() - start < 20, "quadratic work would take minutes"
