@@ -82,6 +82,7 @@ def _run(count: int) -> int:
                 first.kill()
             if code not in _SAID and not told_to_end:
                 _tell(started)
+            if code not in (0, shell.INTERRUPTED, shell.PIPE_CLOSED) and not told_to_end:
                 _tell_signals([code, *(process.poll() for process, _ in started)])
             if code is None:
                 return shell.FAILED

@@ -82,9 +82,16 @@ def _message(error: Exception) -> str | None:
         return "out of memory. Choose a smaller model or dtype, or a shorter prompt; see gemmakit doctor MODEL."
     if type(error).__name__ == "OutOfMemoryError":  # of torch, which a short command has not imported
         return f"{str(error).split('. ')[0]}. Choose a smaller dtype, or --device cpu."
+    if is_of_lost_process(error):
+        return "the connection to another process of this run broke off."
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EIO):
         return f"cannot write: {error.strerror}."
     return None
+
+
+def is_of_lost_process(error: BaseException) -> bool:
+    """Whether another process that shares the model is gone: gloo says so as a RuntimeError, NCCL by its own kinds."""
+    return isinstance(error, RuntimeError) and ("gloo" in str(error) or type(error).__name__.startswith("Dist"))
 
 
 def settle() -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
 from gemmakit.cli import processes
-from gemmakit.cli.shell import INTERRUPTED, note
-from gemmakit.errors import InputError
+from gemmakit.cli.shell import INTERRUPTED, is_of_lost_process, note
+from gemmakit.errors import GemmakitError, InputError
 from gemmakit.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def tune(
     if resume:
         if model is None or data is not None or out is not None or config is not None or overwrite or show or dry_run:
             raise InputError("--resume takes the folder of the run alone: gemmakit tune DIR --resume.")
-        with _told(given.get("log_steps", 10)) as tell:
+        with _told(given.get("log_steps", 10)) as tell, _told_how_to_go_on(model):
             return _end(go_on(model, tell=tell, **given))
     base = {} if config is None else read_toml(config)
     places = {"model": model, "data": data, "out": out}
@@ -147,8 +148,22 @@ def tune(
         for line in forecast(settings):
             print(line)
         return 0
-    with _told(settings.log_steps) as tell:
+    with _told(settings.log_steps) as tell, _told_how_to_go_on(settings.out):
         return _end(begin(settings, overwrite=overwrite, tell=tell))
+
+
+@contextmanager
+def _told_how_to_go_on(folder: str) -> Generator[None, None, None]:
+    """Where another process of the run dies, this one cannot go on, but what is saved can."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_of_lost_process(error):
+            raise
+        raise GemmakitError(
+            "the connection to another process of this run broke off. To go on from where it was last saved, with any "
+            f"number of processes: gemmakit tune {folder} --resume"
+        ) from error
 
 
 def _method(full: bool, dora: bool, qlora: str | None) -> str | None:
