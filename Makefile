@@ -10,6 +10,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 	$(PYTHON) -m venv .venv
 	$(PIP) torch
 	$(PIP) -e .
+	@# pip compiles what it copies; a tree that it only points at would else be compiled by each process anew,
+	@# where PYTHONDONTWRITEBYTECODE is set.
+	@$(BIN)/python -m compileall -q gemmakit
 	@touch $@
 
 .venv/test: .venv/run
