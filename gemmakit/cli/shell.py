@@ -17,6 +17,7 @@ from typing import Any
 from gemmakit.errors import GemmakitError
 
 FAILED, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
+LOST = "the connection to another process of this run broke off"
 # What can move the cursor or change the terminal; a model can be made to write it.
 _SPELLED = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
@@ -83,7 +84,7 @@ def _message(error: Exception) -> str | None:
     if type(error).__name__ == "OutOfMemoryError":  # of torch, which a short command has not imported
         return f"{str(error).split('. ')[0]}. Choose a smaller dtype, or --device cpu."
     if is_of_lost_process(error):
-        return "the connection to another process of this run broke off."
+        return f"{LOST}."
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EIO):
         return f"cannot write: {error.strerror}."
     return None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from gemmakit.cli import processes
-from gemmakit.cli.shell import INTERRUPTED, is_of_lost_process, note
+from gemmakit.cli.shell import INTERRUPTED, LOST, is_of_lost_process, note
 from gemmakit.errors import GemmakitError, InputError
 from gemmakit.progress import progress_bar
 
@@ -161,8 +161,8 @@ def _told_how_to_go_on(folder: str) -> Generator[None, None, None]:
         if not is_of_lost_process(error):
             raise
         raise GemmakitError(
-            "the connection to another process of this run broke off. To go on from where it was last saved, with any "
-            f"number of processes: gemmakit tune {folder} --resume"
+            f"{LOST}. To go on from where it was last saved, with any number of processes: "
+            f"gemmakit tune {folder} --resume"
         ) from error
 
 
