@@ -4,7 +4,7 @@ BIN := .venv/bin
 # uv and poetry do not read constraints.txt, so pip it is.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo demo-server test test-all test-isa check docs format acceptance real clients clean
+.PHONY: demo demo-server test test-all test-isa check docs format acceptance real clients peers clean
 
 .venv/run: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -74,5 +74,9 @@ real: .venv/test
 clients: .venv/test
 	$(BIN)/python scripts/clients.py $(CLIENTS)
 
+# Programs to be measured beside gemmakit, each in an environment of its own: all, or PEERS="openvino onnxruntime llama.cpp transformers".
+peers: .venv/run
+	@$(BIN)/python benchmarks/peers.py $(PEERS)
+
 clean:
-	rm -rf .venv build dist
+	rm -rf .venv .peers build dist

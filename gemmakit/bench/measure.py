@@ -39,6 +39,7 @@ TINY: dict[str, Any] = dict(hidden_size=96, intermediate_size=320, num_hidden_la
                             num_key_value_heads=2, head_dim=32, vocab_size=2048)  # fmt: skip
 STD = 0.02
 POOL = 16_777_213  # draws that are repeated; a prime, so that no two rows are alike
+GROWTH = 8  # of the work, from one size that is tried to the next
 WINDOW = 512  # tokens that quality reads together, <bos> included
 EMBEDDING, HEAD, TABLE = "model.embed_tokens.", "lm_head.", "model.embed_tokens_per_layer."
 
@@ -262,7 +263,8 @@ def limits(device: str, threads: int, limit_s: float = 1.5, limit_bytes: int | N
     """bandwidth_gb_per_s, bandwidth_by (which way of reading was the fastest), matmul_gflop_per_s by dtype; the name,
     memory and versions of an accelerator.
 
-    limit_s: seconds for each figure. limit_bytes: of all buffers; far more than any cache if left out.
+    limit_s: seconds for each figure, which takes a few times that at most. limit_bytes: of all buffers; far more than
+    any cache if left out.
     """
     torch.set_num_threads(threads)
     where = torch.device(device)
@@ -287,17 +289,24 @@ def _plenty_of_bytes(device: torch.device) -> int:
 def read_bandwidth(device: torch.device, nbytes: int, limit_s: float) -> tuple[str, float]:
     """(how, bytes a second) of the fastest of several ways to go through four buffers, one after the other.
 
-    All four are timed together: one alone may still lie in a cache from the last time.
+    All four are timed together: one alone may still lie in a cache from the last time. nbytes: of all four, at most.
     """
-    buffers = [torch.ones(max(nbytes // 16, 1), dtype=torch.float32, device=device) for _ in range(4)]
+
+    def buffers(nbytes: int) -> list[torch.Tensor]:
+        return [torch.ones(max(nbytes // 16, 1), dtype=torch.float32, device=device) for _ in range(4)]
+
+    def sums(nbytes: int) -> list[Callable[[], object]]:
+        return [lambda b=b: b.sum() for b in buffers(nbytes)]
+
+    every = buffers(fitting(max(nbytes // GROWTH**3, 64), nbytes, GROWTH, sums, device, limit_s))
     ways: dict[str, tuple[Callable[[Any], object], int]] = {"torch sum": (lambda b: b.sum(), 1)}
     if device.type != "cpu":
-        ways["copy"] = (torch.empty_like(buffers[0]).copy_, 2)  # read and written
+        ways["copy"] = (torch.empty_like(every[0]).copy_, 2)  # read and written
     elif cpu.library() is not None:
         ways["native read"] = (cpu.read_memory, 1)
-    every = sum(buffer.nbytes for buffer in buffers)
+    read = sum(buffer.nbytes for buffer in every)
     found = {
-        how: moved * every / best_s([lambda go=go, b=b: go(b) for b in buffers], device, limit_s)
+        how: moved * read / best_s([lambda go=go, b=b: go(b) for b in every], device, limit_s)
         for how, (go, moved) in ways.items()
     }
     how = max(found, key=lambda name: found[name])
@@ -305,14 +314,41 @@ def read_bandwidth(device: torch.device, nbytes: int, limit_s: float) -> tuple[s
 
 
 def matmul_rate(device: torch.device, dtype: str, limit_s: float) -> float:
-    """Operations a second of torch.mm, with matrices as prefill has them: 2048 by 2048, wider on an accelerator."""
-    n = 8192 if device.type == "cuda" else 2048 if limit_s >= 0.5 else 256
-    a, b = (torch.randn(n, n, device=device).to(getattr(torch, dtype)) for _ in "ab")
-    return 2 * n**3 / best_s([lambda: torch.mm(a, b)], device, limit_s)
+    """Operations a second of torch.mm, with matrices as prefill has them: 2048 by 2048, wider on an accelerator;
+    smaller ones where such a product takes too long, as of bfloat16 on a processor that only emulates it.
+    """
+
+    def product(n: int) -> list[Callable[[], object]]:
+        a, b = (torch.randn(n, n, device=device).to(getattr(torch, dtype)) for _ in "ab")
+        return [lambda: torch.mm(a, b)]
+
+    n = fitting(64, 8192 if device.type == "cuda" else 2048, 2, product, device, limit_s)
+    return 2 * n**3 / best_s(product(n), device, limit_s)
+
+
+def fitting(
+    least: int,
+    most: int,
+    factor: int,
+    calls: Callable[[int], list[Callable[[], object]]],
+    device: torch.device,
+    limit_s: float,
+) -> int:
+    """The largest size up to `most` whose calls are expected to take half of limit_s, by the time of a smaller one.
+
+    Times `factor`, a size makes GROWTH times the work. Little ones cost little to time, whatever the machine.
+    """
+    size = least
+    while size < most and GROWTH * best_s(calls(size), device, 0.0) <= limit_s / 2:
+        size = min(size * factor, most)
+    return size
 
 
 def best_s(calls: list[Callable[[], object]], device: torch.device, limit_s: float) -> float:
-    """Seconds of the fastest round of all calls, one after another, until the time is up; the first warms up."""
+    """Seconds of the fastest round of all calls, one after another, until the time is up; the first warms up.
+
+    Two rounds are made in any case: see `fitting` for what is not to take many times limit_s.
+    """
 
     def every() -> None:
         for call in calls:

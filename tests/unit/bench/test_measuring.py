@@ -1,5 +1,7 @@
 """Limits, quality and random models."""
 
+import time
+
 import pytest
 import torch
 from checkpoints import cached_random, write_random
@@ -12,6 +14,7 @@ from gemmakit.bench.measure import (
     held_out,
     limits,
     load,
+    matmul_rate,
     pieces,
     random_model,
     read_bandwidth,
@@ -34,8 +37,46 @@ def test_limits_are_measured_in_both_dtypes_and_say_how():
 def test_the_fastest_way_of_reading_counts(monkeypatch):
     times = {"torch sum": 2.0, "native read": 1.0}
     monkeypatch.setattr("gemmakit.bench.measure.cpu.library", lambda: True)
+    monkeypatch.setattr("gemmakit.bench.measure.fitting", lambda least, most, *_: most)
     monkeypatch.setattr("gemmakit.bench.measure.best_s", lambda calls, *_: times.popitem()[1])
     assert read_bandwidth(CPU, 1 << 12, 0.0) == ("torch sum", 4096.0)
+
+
+class Slow:
+    """A machine with a clock of its own: so many operations and bytes a second, however fast the real one is."""
+
+    def __init__(self, monkeypatch, rate):
+        self.now, self.rate, self.sizes = 0.0, rate, []
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(torch, "mm", self.product)
+        monkeypatch.setattr(torch.Tensor, "sum", lambda b: self.spent(b.nbytes))
+        monkeypatch.setattr("gemmakit.bench.measure.cpu.library", lambda: None)
+
+    def product(self, a, b):
+        self.sizes.append(len(a))
+        self.spent(2 * len(a) ** 3)
+
+    def spent(self, work):
+        self.now += work / self.rate
+
+
+@pytest.mark.parametrize("rate", [1e7, 1.7e8, 1e10, 1e11, 1e12])
+@pytest.mark.parametrize("limit_s", [0.05, 1.5])
+def test_no_limit_takes_longer_than_a_few_times_what_it_was_given(monkeypatch, rate, limit_s):
+    """As where bfloat16 is emulated, at 0.17 GFLOP/s: a product of 2048 by 2048 takes 100 seconds there."""
+    slow = Slow(monkeypatch, rate)
+    assert matmul_rate(CPU, "bfloat16", limit_s) == pytest.approx(rate)
+    assert slow.now < 4 * limit_s + 4 * 2 * 64**3 / rate  # the least product takes what it takes
+    slow.now = 0.0
+    assert read_bandwidth(CPU, 1 << 26, limit_s)[1] == pytest.approx(rate)
+    assert slow.now < 4 * limit_s + 4 * (1 << 17) / rate
+
+
+@pytest.mark.parametrize(("rate", "size"), [(1e12, 2048), (1.7e8, 256)])
+def test_products_are_as_large_as_the_time_allows(monkeypatch, rate, size):
+    slow = Slow(monkeypatch, rate)
+    matmul_rate(CPU, "bfloat16", 1.5)
+    assert slow.sizes[-1] == max(slow.sizes) == size
 
 
 def test_buffers_are_read_in_turn():

@@ -1,0 +1,69 @@
+"""The environments of the programs that are measured beside: found, named where they are missing, made as listed."""
+
+import subprocess
+import sys
+
+import environments
+import peers
+import pytest
+
+from gemmakit.errors import MissingDependency
+
+
+def test_every_peer_is_listed_with_its_versions():
+    listed = environments.listed(peers.ROOT / "benchmarks" / "peers.txt")
+    assert set(listed) == set(peers.PEERS)
+    for name, calls in listed.items():
+        assert [call[0] for call in calls if any(p.startswith("torch=") for p in call)] in ([], ["torch==2.13.0"]), name
+        assert any("==" in package for package in calls[-1]), name
+
+
+def test_an_environment_is_found_once_it_is_whole(monkeypatch, tmp_path):
+    monkeypatch.setenv("GEMMAKIT_PEERS", str(tmp_path))
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    python = tmp_path / "openvino" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.touch()
+    with pytest.raises(MissingDependency, match="make peers PEERS=openvino"):
+        peers.interpreter("openvino")
+    (tmp_path / "openvino" / "requirements.txt").touch()
+    assert peers.interpreter("openvino") == str(python)
+
+
+def test_what_this_interpreter_has_is_taken_where_there_is_no_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("GEMMAKIT_PEERS", str(tmp_path))
+    monkeypatch.setattr(peers, "find_spec", lambda name: name == "llama_cpp" or None)
+    assert peers.interpreter("llama.cpp") == sys.executable
+    with pytest.raises(MissingDependency):
+        peers.interpreter("transformers")
+
+
+def test_calls_of_pip_are_made_in_order_and_once(monkeypatch, tmp_path):
+    file = tmp_path / "list.txt"
+    file.write_text("# a comment\na: torch==1 ; b c==2 ; --no-deps d\n")
+    called = []
+
+    def run(command, check):
+        called.append([*map(str, command)])
+        (tmp_path / "a").mkdir(exist_ok=True)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    for _ in range(2):
+        environments.environment(tmp_path / "a", environments.listed(file)["a"])
+    assert called[0][1:3] == ["-m", "venv"]
+    assert [c[c.index("--disable-pip-version-check") + 1 :] for c in called[1:]] == [
+        ["torch==1"], ["b", "c==2"], ["--no-deps", "d"],
+    ]  # fmt: skip
+
+
+def test_an_environment_that_failed_is_made_anew(monkeypatch, tmp_path):
+    def failing(command, check):
+        (tmp_path / "a").mkdir(exist_ok=True)
+        if "pip" in command:
+            raise subprocess.CalledProcessError(1, command)
+
+    monkeypatch.setattr(subprocess, "run", failing)
+    for _ in range(2):
+        with pytest.raises(subprocess.CalledProcessError):
+            environments.environment(tmp_path / "a", [["b"]])
+    assert not (tmp_path / "a" / "requirements.txt").exists()
