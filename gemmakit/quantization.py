@@ -152,6 +152,8 @@ class WeightOnlyConfig:
         head_group_size: of a head in 8 bits beside projections in 4: None, a scale a row, or 32, as in GGUF files.
         activation_bits: to how many bits a product of more than 8 rows may round its input where the processor is fast
             at products of bytes: 8, or 16, which writes the weights out instead. With gradients nothing is rounded.
+        decode_activation_bits: the same of up to 8 rows against codes of 4 bits, which decoding is: 16, which rounds
+            less than bfloat16 does, or 8, which is faster where decoding waits for arithmetic. On the CPU.
 
     Keys of a file that mean nothing here are kept in `extra` and written back.
 
@@ -166,6 +168,7 @@ class WeightOnlyConfig:
     calibration: Annotated[str | None, OneOf(None, "gptq")] = None
     head_group_size: Annotated[int | None, OneOf(None, *GROUP_SIZES)] = None
     activation_bits: Annotated[int, OneOf(8, 16)] = 8
+    decode_activation_bits: Annotated[int, OneOf(8, 16)] = 16
     extra: dict[str, Any] = field(default_factory=dict)
 
     quant_method = "gemmakit"  # not annotated: the same for every instance
@@ -178,6 +181,11 @@ class WeightOnlyConfig:
     def validate(self) -> None:
         """Refuse what there is no layout for. Raises ConfigError."""
         check_fields(self, ConfigError)
+        if self.decode_activation_bits < self.activation_bits:
+            raise ConfigError(
+                "decode_activation_bits is 8 and activation_bits 16: rounding the steps of decoding alone is not "
+                "offered; leave activation_bits at 8."
+            )
 
     def layout(self, head: bool) -> tuple[int, int | None] | None:
         """(bits, group size or None for a row) of the head and embedding, or of the projections; None: kept."""
@@ -252,6 +260,8 @@ SHORT_NAMES: dict[str, dict[str, Any]] = {
     "int4": {"bits": 4},
     "int4-g32": {"bits": 4, "group_size": 32},
     "int4-g128": {"bits": 4, "group_size": 128},
+    "int4-a8": {"bits": 4, "decode_activation_bits": 8},
+    "int4-g128-a8": {"bits": 4, "group_size": 128, "decode_activation_bits": 8},
 }
 
 

@@ -7,7 +7,7 @@ of them and has no tiles, and many through panels in float32 where it only emula
 (`wide`) as without.
 
 With a packed weight, the native kernel computes with the codes as they lie and with x rounded to 16 bits in blocks of
-32 (cpu/inputs.h bounds the error). More rows than eight are multiplied in bytes, with x rounded to 8 bits in blocks of
+32 (cpu/inputs.h bounds the error), or with 4-bit codes to the weight's `decode_activation_bits`. More rows than eight are multiplied in bytes, with x rounded to 8 bits in blocks of
 32, where the processor is fast at that, gradients are off and the weight's `activation_bits` are 8; else with panels of
 the weight, expanded in turn. Under `batch_invariant` the number of rows decides nothing: x meets every weight by the
 native kernels, and codes in `activation_bits`.
@@ -98,9 +98,10 @@ def linear_packed(
 
     Gradients reach x and the bias.
     """
-    codes, scale, zero, in_features, group_size, format, activation_bits = packed
-    bits = 16 if torch.is_grad_enabled() else activation_bits
-    return torch.ops.gemmakit.linear_packed(x, codes, scale, zero, bias, in_features, group_size, int(format), bits)
+    codes, scale, zero, in_features, group_size, format, *rounded = packed
+    many, few = (16, 16) if torch.is_grad_enabled() else rounded
+    facts = in_features, group_size, int(format), many, few
+    return torch.ops.gemmakit.linear_packed(x, codes, scale, zero, bias, *facts)
 
 
 def takes_many(packed: PackedWeight) -> bool:
@@ -147,6 +148,8 @@ def _packed_plan(packed: PackedWeight) -> Decision:
     if not cpu.reads(packed):
         return Decision(f"torch, {kind} expanded", f"no kernel reads scales of {dtype_name(packed.scale.dtype)}")
     many = "; beyond 8 rows activations in 8 bits" if takes_many(packed) else ""
+    if packed.bits == 4 and packed.decode_activation_bits == 8:
+        many = "; activations in 8 bits"
     many = f"; activations in {packed.activation_bits} bits" if is_batch_invariant() else many
     return Decision(f"native {cpu.instruction_set()} {kind}{many}")
 
@@ -220,8 +223,10 @@ def _linear_packed(
     group_size: int,
     format: int,
     activation_bits: int,
+    decode_activation_bits: int,
 ) -> Tensor:
-    packed = _contiguous(codes, scale, zero, in_features, group_size, format, activation_bits)
+    facts = in_features, group_size, format, activation_bits, decode_activation_bits
+    packed = _contiguous(codes, scale, zero, *facts)
     shape = (*x.shape[:-1], len(codes))
     flat = x.reshape(-1, in_features).contiguous()
     if flat.numel() == 0 or len(codes) == 0:
@@ -260,23 +265,23 @@ def _warn_once() -> None:
 
 def _contiguous(codes: Tensor, scale: Tensor, zero: Tensor | None, *facts: int) -> PackedWeight:
     """The kernels read rows without gaps. facts: PackedWeight's fields after the tensors."""
-    in_features, group_size, format, bits = facts
+    in_features, group_size, format, *rounded = facts
     zero = None if zero is None else zero.contiguous()
     codes, scale = codes.contiguous(), scale.contiguous()
-    return PackedWeight(codes, scale, zero, in_features, group_size, WeightFormat(format), bits)
+    return PackedWeight(codes, scale, zero, in_features, group_size, WeightFormat(format), *rounded)
 
 
 def _linear_packed_back(
     gradient: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, in_features: int, group_size: int, format: int
 ) -> Tensor:
-    packed = _contiguous(codes, scale, zero, in_features, group_size, format, 16)
+    packed = _contiguous(codes, scale, zero, in_features, group_size, format)
     flat = gradient.reshape(-1, len(codes))
     return multiply_back(flat, packed).view(*gradient.shape[:-1], in_features)
 
 
 _weight = "Tensor codes, Tensor scale, Tensor? zero"
 _facts = "int in_features, int group_size, int format"
-_ops.define(f"linear_packed(Tensor x, {_weight}, Tensor? bias, {_facts}, int activation_bits) -> Tensor")
+_ops.define(f"linear_packed(Tensor x, {_weight}, Tensor? bias, {_facts}, int activation_bits, int decode_activation_bits) -> Tensor")
 _ops.define(f"linear_packed_back(Tensor gradient, {_weight}, {_facts}) -> Tensor")
 _ops.impl("linear_packed", _linear_packed, "CompositeExplicitAutograd")
 _ops.impl("linear_packed_back", _linear_packed_back, "CompositeExplicitAutograd")
@@ -293,7 +298,7 @@ def _packed_shape_back(
 
 
 def _keep_packed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, codes, scale, zero, bias, *ctx.facts, _ = inputs
+    _, codes, scale, zero, bias, *ctx.facts, _, _ = inputs
     ctx.save_for_backward(codes, scale, zero)
     ctx.biased = bias is not None
 
@@ -305,7 +310,7 @@ def _differentiate_packed(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ..
         for_x = torch.ops.gemmakit.linear_packed_back(gradient, codes, scale, zero, *ctx.facts)
     if ctx.biased and ctx.needs_input_grad[4]:
         for_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)
-    return for_x, None, None, None, for_bias, None, None, None, None
+    return for_x, None, None, None, for_bias, None, None, None, None, None
 
 
 torch.library.register_fake("gemmakit::linear_packed", _packed_shape)

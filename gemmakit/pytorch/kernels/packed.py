@@ -33,6 +33,7 @@ class PackedWeight(NamedTuple):
     group_size: int  # a multiple of 32; in_features where a row is one group
     format: WeightFormat
     activation_bits: int = 8  # to which a product of many rows may round its input; 16: not at all
+    decode_activation_bits: int = 16  # the same of up to eight rows and codes of 4 bits, on the CPU
 
     @property
     def bits(self) -> int:

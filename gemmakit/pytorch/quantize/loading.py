@@ -79,6 +79,7 @@ def _merged(stored: QuantizationConfig, asked: QuantizationConfig | None) -> Qua
         stored.llm_int8_threshold = asked.llm_int8_threshold
     if isinstance(stored, WeightOnlyConfig) and isinstance(asked, WeightOnlyConfig):
         stored.activation_bits = asked.activation_bits
+        stored.decode_activation_bits = asked.decode_activation_bits
     return stored
 
 

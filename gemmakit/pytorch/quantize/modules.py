@@ -33,6 +33,7 @@ class QuantizedWeight(nn.Module):
     group_size: int
     weight_format: WeightFormat
     activation_bits: int
+    decode_activation_bits: int
     _inputs: int
 
     def hold(self, packed: PackedWeight) -> None:
@@ -40,7 +41,7 @@ class QuantizedWeight(nn.Module):
         self.weight = Codes(packed.codes)
         self.register_buffer("weight_scale", packed.scale)
         self.register_buffer("weight_zero", packed.zero)
-        self._inputs, self.group_size, self.weight_format, self.activation_bits = packed[3:]
+        self._inputs, self.group_size, self.weight_format, self.activation_bits, self.decode_activation_bits = packed[3:]
 
     def share(self, other: QuantizedWeight) -> None:
         """Hold the very tensors of another module."""
@@ -58,6 +59,7 @@ class QuantizedWeight(nn.Module):
             self.group_size,
             self.weight_format,
             self.activation_bits,
+            self.decode_activation_bits,
         )
 
     @property

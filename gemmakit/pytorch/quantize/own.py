@@ -86,7 +86,8 @@ class WeightOnlyQuantizer:
         assert layout is not None
         matrix = weight.detach().view(as_matrix(weight.shape))
         packed = rounding.quantize(matrix, *layout, device=device, name=f"{name}.weight")
-        packed = packed._replace(activation_bits=self.config.activation_bits)
+        activations = self.config.activation_bits, self.config.decode_activation_bits
+        packed = PackedWeight(*packed[:6], *activations)
         return _module(module, name, packed, dtype or weight.dtype)
 
     def from_parts(
@@ -100,7 +101,8 @@ class WeightOnlyQuantizer:
         assert layout is not None
         bits, group_size = layout
         format, group_size = packed_format(bits, group_size), I if group_size is None else group_size
-        packed = PackedWeight(codes, scale, zero, I, group_size, format, self.config.activation_bits)
+        activations = self.config.activation_bits, self.config.decode_activation_bits
+        packed = PackedWeight(codes, scale, zero, I, group_size, format, *activations)
         return _module(module, name, packed, torch.float32)
 
     # -- out -------------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ class Matrix(ctypes.Structure):
         ("format", ctypes.c_int32),
         ("group", ctypes.c_int32),
         ("activation_bits", ctypes.c_int32),
+        ("few_bits", ctypes.c_int32),
         ("out", _LONG),
         ("in_", _LONG),
         ("codes", _POINTER),
@@ -162,17 +163,17 @@ def reads(weight: Tensor | PackedWeight) -> bool:
 def matrix(weight: Tensor | PackedWeight, bias: Tensor | None = None, activation_bits: int = 0) -> Matrix:
     """What the kernels know of a weight (O, I) and its bias (O,): contiguous tensors on the CPU, bias in x's dtype.
 
-    activation_bits: to which x is rounded against codes, for any number of rows: 16 or 8; or 0 for 16 up to MAX_ROWS
-    and 8 beyond, where the processor is fast at that.
+    activation_bits: to which x is rounded against codes, for any number of rows: 16 or 8; or 0 for 8 beyond MAX_ROWS,
+    where the processor is fast at that, and up to those 16, or with 4-bit codes the weight's `decode_activation_bits`.
     """
     bias_at = None if bias is None else bias.data_ptr()
     O, I = weight.shape
     if isinstance(weight, Tensor):
-        return Matrix(FORMATS[weight.dtype], 0, 0, O, I, weight.data_ptr(), None, None, bias_at)
+        return Matrix(FORMATS[weight.dtype], 0, 0, 0, O, I, weight.data_ptr(), None, None, bias_at)
     zero_at = None if weight.zero is None else weight.zero.data_ptr()
     group = min(weight.group_size, 2**31 - 1)
     at = weight.codes.data_ptr(), weight.scale.data_ptr(), zero_at, bias_at
-    return Matrix(weight.format, group, activation_bits, O, I, *at)
+    return Matrix(weight.format, group, activation_bits, weight.decode_activation_bits, O, I, *at)
 
 
 def multiplies_bytes(packed: PackedWeight) -> bool:

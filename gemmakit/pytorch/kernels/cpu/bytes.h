@@ -1,4 +1,4 @@
-// Products of bytes: x in 8 bits against codes of 4 and 8 bits, four to a lane, summed in int32.
+// Products of bytes for many rows of x: in 8 bits against codes of 4 and 8 bits, four to a lane, summed in int32.
 
 #pragma once
 
@@ -7,74 +7,26 @@
 
 namespace {
 
-// dot4: lane j plus four codes times four inputs. FLIP: what codes of 8 bits are moved up by, for the sign that the
-// instruction wants. NARROW: without an instruction for all of that, a block is summed in 16 bits, two inputs a lane, and
-// codes of 8 bits are two of 4, so that no sum can overflow: 16 products of 15 * 127.
 // OUTPUTS: sums that the registers hold beside the running ones, of TOKENS vectors at most.
 #if defined(__AVX512F__)
 constexpr int OUTPUTS = 12, TOKENS = 3;
-inline I splat4(int32_t four) { return _mm512_set1_epi32(four); }
 inline V gather(const float* p, int64_t next) {
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   return _mm512_i32gather_ps(_mm512_mullo_epi32(lane, _mm512_set1_epi32((int)next)), p, 4);
 }
 #elif defined(__AVX2__)
 constexpr int OUTPUTS = 4, TOKENS = 2;
-inline I splat4(int32_t four) { return _mm256_set1_epi32(four); }
 inline V gather(const float* p, int64_t next) {
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   return _mm256_i32gather_ps(p, _mm256_mullo_epi32(lane, _mm256_set1_epi32((int)next)), 4);
 }
 #else
 constexpr int OUTPUTS = 12, TOKENS = 3;
-inline I splat4(int32_t four) { return vdupq_n_s32(four); }
 inline V gather(const float* p, int64_t next) {
   float lanes[L] = {p[0], p[next], p[2 * next], p[3 * next]};
   return load(lanes);
 }
 #endif
-
-#if defined(__AVX512VNNI__)
-constexpr bool DOT4 = true, NARROW = false;
-constexpr int FLIP = 128;
-inline I dot4(I acc, I codes, I x) { return _mm512_dpbusd_epi32(acc, codes, x); }
-#elif defined(__AVX512F__)
-constexpr bool DOT4 = false, NARROW = true;
-constexpr int FLIP = 128;
-inline I dot4(I acc, I codes, I x) { return _mm512_add_epi16(acc, _mm512_maddubs_epi16(codes, x)); }
-#elif defined(__AVXVNNI__)
-constexpr bool DOT4 = true, NARROW = false;
-constexpr int FLIP = 128;
-inline I dot4(I acc, I codes, I x) { return _mm256_dpbusd_avx_epi32(acc, codes, x); }
-#elif defined(__AVX2__)
-constexpr bool DOT4 = false, NARROW = true;
-constexpr int FLIP = 128;
-inline I dot4(I acc, I codes, I x) { return _mm256_add_epi16(acc, _mm256_maddubs_epi16(codes, x)); }
-#elif defined(__ARM_FEATURE_DOTPROD)
-constexpr bool DOT4 = true, NARROW = false;
-constexpr int FLIP = 0;
-inline I dot4(I acc, I codes, I x) { return vdotq_s32(acc, vreinterpretq_s8_s32(codes), vreinterpretq_s8_s32(x)); }
-#else
-constexpr bool DOT4 = false, NARROW = false;
-constexpr int FLIP = 0;
-inline I dot4(I acc, I codes, I x) {
-  int8x16_t a = vreinterpretq_s8_s32(codes), b = vreinterpretq_s8_s32(x);
-  int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(b)), high = vmull_high_s8(a, b);
-  return vaddq_s32(acc, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
-}
-#endif
-
-// Codes of which a weight's are made here.
-template <int FORMAT>
-constexpr int PARTS = NARROW && FORMAT != INT4 ? 2 : 1;
-
-// The sum of a block, more `first`.
-template <int FORMAT>
-INLINE I block_sum(I first, const I* parts) {
-  if constexpr (!NARROW) return parts[0];
-  if constexpr (PARTS<FORMAT> == 2) first = madd(first, parts[1], splat4(16 << 16 | 16));
-  return madd(first, parts[0], splat4(1 << 16 | 1));
-}
 
 constexpr int STEPS = BLOCK / 4;  // of four inputs in a block
 // A piece of a weight: so many rows and blocks that it stays in the first cache beside the tiles that meet it.

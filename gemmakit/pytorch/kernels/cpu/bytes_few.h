@@ -17,8 +17,6 @@ inline I low32(I a, I b) { return _mm512_unpacklo_epi32(a, b); }
 inline I high32(I a, I b) { return _mm512_unpackhi_epi32(a, b); }
 inline I low64(I a, I b) { return _mm512_unpacklo_epi64(a, b); }
 inline I high64(I a, I b) { return _mm512_unpackhi_epi64(a, b); }
-inline I low_nibbles(I v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
-inline I high_nibbles(I v) { return low_nibbles(_mm512_srli_epi16(v, 4)); }
 inline I flipped(I v) { return _mm512_xor_si512(v, _mm512_set1_epi8((char)FLIP)); }
 inline I bits_of(V v) { return _mm512_castps_si512(v); }
 inline V number_of(I v) { return _mm512_castsi512_ps(v); }
@@ -41,8 +39,6 @@ inline I low32(I a, I b) { return _mm256_unpacklo_epi32(a, b); }
 inline I high32(I a, I b) { return _mm256_unpackhi_epi32(a, b); }
 inline I low64(I a, I b) { return _mm256_unpacklo_epi64(a, b); }
 inline I high64(I a, I b) { return _mm256_unpackhi_epi64(a, b); }
-inline I low_nibbles(I v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
-inline I high_nibbles(I v) { return low_nibbles(_mm256_srli_epi16(v, 4)); }
 inline I flipped(I v) { return _mm256_xor_si256(v, _mm256_set1_epi8((char)FLIP)); }
 inline I bits_of(V v) { return _mm256_castps_si256(v); }
 inline V number_of(I v) { return _mm256_castsi256_ps(v); }
@@ -58,8 +54,6 @@ inline I low32(I a, I b) { return vzip1q_s32(a, b); }
 inline I high32(I a, I b) { return vzip2q_s32(a, b); }
 inline I low64(I a, I b) { return vreinterpretq_s32_s64(vzip1q_s64(vreinterpretq_s64_s32(a), vreinterpretq_s64_s32(b))); }
 inline I high64(I a, I b) { return vreinterpretq_s32_s64(vzip2q_s64(vreinterpretq_s64_s32(a), vreinterpretq_s64_s32(b))); }
-inline I low_nibbles(I v) { return vreinterpretq_s32_u8(vandq_u8(vreinterpretq_u8_s32(v), vdupq_n_u8(15))); }
-inline I high_nibbles(I v) { return vreinterpretq_s32_u8(vshrq_n_u8(vreinterpretq_u8_s32(v), 4)); }
 inline I flipped(I v) { return v; }
 inline I bits_of(V v) { return vreinterpretq_s32_f32(v); }
 inline V number_of(I v) { return vreinterpretq_f32_s32(v); }

@@ -25,16 +25,17 @@ namespace {
 struct Inputs {
   const int16_t* q = nullptr;       // (M, blocks * 32) in order, for INT8_ROWS; where HALVED as halve() leaves it, for both
   const int16_t* planes = nullptr;  // the same in the order in which nibble<0..3> gives a vector's codes, for INT4
+  const int8_t* bytes = nullptr;    // (M, blocks * 32), x in 8 bits, in the order in which low_nibbles and high_nibbles give codes
   const int32_t* flips = nullptr;   // (M, blocks), where HALVED: 128 times the sum of the block's low bytes
   const float* scale = nullptr;     // (M, blocks)
   const float* minus = nullptr;     // (M, blocks), minus the block's sum of scale * q
   int64_t blocks = 0;               // of x, filled up with zeros to a whole number of L
-  int64_t q_next = 0;               // from row to row of q and planes
+  int64_t q_next = 0;               // from row to row of q, planes and bytes
 
   // The rows from m on.
   Inputs from(int64_t m) const {
     Inputs x = *this;
-    x.q += q ? m * q_next : 0, x.planes += planes ? m * q_next : 0, x.flips += flips ? m * blocks : 0;
+    x.q += q ? m * q_next : 0, x.planes += planes ? m * q_next : 0, x.bytes += bytes ? m * q_next : 0, x.flips += flips ? m * blocks : 0;
     x.scale += scale ? m * blocks : 0, x.minus += minus ? m * blocks : 0;
     return x;
   }
@@ -91,6 +92,12 @@ inline void to_planes(const int16_t* q, int16_t* plane) {
   }
 }
 
+// The same for low_nibbles and high_nibbles: of a vector's blocks the first halves, then the second ones.
+inline void to_halves(const int8_t* q, int8_t* half) {
+  std::memcpy(half, q, 16);
+  std::memcpy(half + WIDTH, q + 16, 16);
+}
+
 // Whether q is kept as bytes, for products of bytes.
 #if defined(__ARM_FEATURE_DOTPROD)
 constexpr bool HALVED = true;
@@ -109,6 +116,19 @@ inline int32_t halve(const int16_t* q, void* to) {
   }
   std::memcpy(to, bytes, sizeof bytes);
   return 128 * low;
+}
+
+template <int F>
+void quantize(const void* x, int64_t in, int64_t blocks, int8_t* bytes, float* scale, float* minus) {
+  for (int64_t b = 0; b < blocks; b++) {
+    float wide[BLOCK] = {};
+    int8_t local[BLOCK];
+    int64_t left = in - b * BLOCK;
+    if (left > 0) widen_all<F>(at<F>(x, b * BLOCK), wide, left < BLOCK ? left : BLOCK);
+    minus[b] = -quantize_block(wide, local, scale + b);
+    minus[b] *= scale[b];
+    to_halves(local, bytes + b / CHUNK * CHUNK * BLOCK + b % CHUNK * 16);
+  }
 }
 
 template <int F>
@@ -153,8 +173,21 @@ void prepare_packed(const void* x, int64_t in, int rows, bool bytes, bool nibble
   made.q = q, made.planes = planes, made.flips = flips, made.scale = scale, made.minus = minus;
 }
 
+// x in 8 bits, for INT4 alone.
 template <int F>
+void prepare_bytes(const void* x, int64_t in, int rows, Inputs& made) {
+  int64_t blocks = made.blocks = (in + BLOCK * L - 1) / (BLOCK * L) * L;
+  int64_t next = made.q_next = blocks * BLOCK + APART;
+  int8_t* bytes = scratch<int8_t, 0>(rows * next);
+  float *scale = scratch<float, 1>(rows * blocks), *minus = scratch<float, 2>(rows * blocks);
+  for (int m = 0; m < rows; m++)
+    quantize<F>(at<F>(x, m * in), in, blocks, bytes + m * next, scale + m * blocks, minus + m * blocks);
+  made.bytes = bytes, made.scale = scale, made.minus = minus;
+}
+
+template <int F, int BITS>
 void prepare(const Matrix* w, int count, const void* x, int rows, int threads, Inputs& made) {
+  if (BITS == 8) return prepare_bytes<F>(x, w->in, rows, made);
   bool bytes = false, nibbles = false;
   for (int i = 0; i < count; i++) (w[i].format == INT4 ? nibbles : bytes) = true;
   prepare_packed<F>(x, w->in, rows, bytes, nibbles, threads, made);

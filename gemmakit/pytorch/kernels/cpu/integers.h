@@ -1,4 +1,4 @@
-// Vectors of whole numbers (I, 4 * L bytes): codes of 4 and 8 bits against 16-bit activations, summed in int32.
+// Vectors of whole numbers (I, 4 * L bytes): codes of 4 and 8 bits against activations in 16 or 8, summed in int32.
 
 #pragma once
 
@@ -22,14 +22,18 @@ inline I madd(I acc, I a, I b) {
   return _mm512_add_epi32(acc, _mm512_madd_epi16(a, b));
 #endif
 }
+inline I splat4(int32_t four) { return _mm512_set1_epi32(four); }
 inline V to_float(I a) { return _mm512_cvtepi32_ps(a); }
+inline I low_nibbles(I v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
+inline I high_nibbles(I v) { return low_nibbles(_mm512_srli_epi16(v, 4)); }
 // 4 bits of each 16, as 16-bit numbers.
 template <int K>
 inline I nibble(I v) {
   if (K == 3) return _mm512_srli_epi16(v, 12);
   return _mm512_and_si512(_mm512_srli_epi16(v, 4 * K), _mm512_set1_epi16(15));
 }
-// Lane j: number CHUNK * K + j / 4 of s.
+// Lane j of spread<K>(parted(s)): number CHUNK * K + j / 4 of s.
+inline V parted(V s) { return s; }
 template <int K>
 inline V spread(V s) {
   const __m512i at = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
@@ -70,15 +74,20 @@ inline I madd(I acc, I a, I b) {
   return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b));
 #endif
 }
+inline I splat4(int32_t four) { return _mm256_set1_epi32(four); }
 inline V to_float(I a) { return _mm256_cvtepi32_ps(a); }
+inline I low_nibbles(I v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
+inline I high_nibbles(I v) { return low_nibbles(_mm256_srli_epi16(v, 4)); }
 template <int K>
 inline I nibble(I v) {
   if (K == 3) return _mm256_srli_epi16(v, 12);
   return _mm256_and_si256(_mm256_srli_epi16(v, 4 * K), _mm256_set1_epi16(15));
 }
+// Numbers for the two halves apart, once, as crossing between them is slow.
+inline V parted(V s) { return _mm256_permutevar8x32_ps(s, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7)); }
 template <int K>
 inline V spread(V s) {
-  return _mm256_permutevar8x32_ps(s, _mm256_setr_epi32(2 * K, 2 * K, 2 * K, 2 * K, 2 * K + 1, 2 * K + 1, 2 * K + 1, 2 * K + 1));
+  return _mm256_permute_ps(s, K * 0x55);
 }
 inline I dot_block(const int8_t* w, const int16_t* x) {
   I first = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)w));
@@ -123,7 +132,10 @@ inline I madd(I acc, I a, I b) {
   acc = vmlal_s16(acc, vget_low_s16(left), vget_low_s16(right));
   return vmlal_high_s16(acc, left, right);
 }
+inline I splat4(int32_t four) { return vdupq_n_s32(four); }
 inline V to_float(I a) { return vcvtq_f32_s32(a); }
+inline I low_nibbles(I v) { return vreinterpretq_s32_u8(vandq_u8(vreinterpretq_u8_s32(v), vdupq_n_u8(15))); }
+inline I high_nibbles(I v) { return vreinterpretq_s32_u8(vshrq_n_u8(vreinterpretq_u8_s32(v), 4)); }
 template <int K>
 inline I nibble(I v) {
   uint16x8_t u = vreinterpretq_u16_s32(v);
@@ -131,6 +143,7 @@ inline I nibble(I v) {
   else if constexpr (K == 3) return vreinterpretq_s32_u16(vshrq_n_u16(u, 12));
   else return vreinterpretq_s32_u16(vandq_u16(vshrq_n_u16(u, 4 * K), vdupq_n_u16(15)));
 }
+inline V parted(V s) { return s; }
 template <int K>
 inline V spread(V s) {
   return vdupq_laneq_f32(s, K);
@@ -167,6 +180,10 @@ inline I dot_block(const Codes& w, const uint8_t* x) {
   both = vdotq_u32(vdotq_u32(both, w.first_up, vld1q_u8(x + 32)), w.second_up, vld1q_u8(x + 48));
   return vreinterpretq_s32_u32(both);
 }
+// x: 32 bytes, signed.
+inline I dot_block(const Codes& w, const int8_t* x) {
+  return vdotq_s32(vdotq_s32(none(), w.first, vld1q_s8(x)), w.second, vld1q_s8(x + 16));
+}
 // The sums of two neighbouring lanes of a, then those of b.
 inline I sums_of(I a, I b) { return vpaddq_s32(a, b); }
 inline I minus(I a, I b) { return vsubq_s32(a, b); }
@@ -193,6 +210,51 @@ inline V widen_s8(const int8_t* p) {
 inline V quarter_f16(const uint16_t* p) { return vdupq_n_f32(widen_one_f16(*p)); }
 inline V quarter_u8(const uint8_t* p) { return vdupq_n_f32(*p); }
 #endif
+
+// dot4: lane j plus four codes times four inputs. FLIP: what codes of 8 bits are moved up by, for the sign that the
+// instruction wants. NARROW: without an instruction for all of that, a block is summed in 16 bits, two inputs a lane, and
+// codes of 8 bits are two of 4, so that no sum can overflow: 16 products of 15 * 127.
+#if defined(__AVX512VNNI__)
+constexpr bool DOT4 = true, NARROW = false;
+constexpr int FLIP = 128;
+inline I dot4(I acc, I codes, I x) { return _mm512_dpbusd_epi32(acc, codes, x); }
+#elif defined(__AVX512F__)
+constexpr bool DOT4 = false, NARROW = true;
+constexpr int FLIP = 128;
+inline I dot4(I acc, I codes, I x) { return _mm512_add_epi16(acc, _mm512_maddubs_epi16(codes, x)); }
+#elif defined(__AVXVNNI__)
+constexpr bool DOT4 = true, NARROW = false;
+constexpr int FLIP = 128;
+inline I dot4(I acc, I codes, I x) { return _mm256_dpbusd_avx_epi32(acc, codes, x); }
+#elif defined(__AVX2__)
+constexpr bool DOT4 = false, NARROW = true;
+constexpr int FLIP = 128;
+inline I dot4(I acc, I codes, I x) { return _mm256_add_epi16(acc, _mm256_maddubs_epi16(codes, x)); }
+#elif defined(__ARM_FEATURE_DOTPROD)
+constexpr bool DOT4 = true, NARROW = false;
+constexpr int FLIP = 0;
+inline I dot4(I acc, I codes, I x) { return vdotq_s32(acc, vreinterpretq_s8_s32(codes), vreinterpretq_s8_s32(x)); }
+#else
+constexpr bool DOT4 = false, NARROW = false;
+constexpr int FLIP = 0;
+inline I dot4(I acc, I codes, I x) {
+  int8x16_t a = vreinterpretq_s8_s32(codes), b = vreinterpretq_s8_s32(x);
+  int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(b)), high = vmull_high_s8(a, b);
+  return vaddq_s32(acc, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
+}
+#endif
+
+// Codes of which a weight's are made here.
+template <int FORMAT>
+constexpr int PARTS = NARROW && FORMAT != INT4 ? 2 : 1;
+
+// The sum of a block, more `first`.
+template <int FORMAT>
+inline I block_sum(I first, const I* parts) {
+  if constexpr (!NARROW) return parts[0];
+  if constexpr (PARTS<FORMAT> == 2) first = madd(first, parts[1], splat4(16 << 16 | 16));
+  return madd(first, parts[0], splat4(1 << 16 | 1));
+}
 
 struct Lanes {
   uint32_t bits[2 * L];

@@ -28,6 +28,7 @@ struct Matrix {
   int32_t format;
   int32_t group;      // inputs that share a scale: a multiple of 32, or at least `in`; only for groups
   int32_t activation_bits;  // of x against codes, in blocks of 32: 16 or 8, or 0 for 16 up to 8 rows and 8 beyond
+  int32_t few_bits;  // instead of 16 where activation_bits are 0: 8 for INT4, up to 8 rows
   int64_t out, in;
   const void* codes;  // the numbers themselves where format is BF16, F16 or F32
   const void* scale;

@@ -1,4 +1,4 @@
-// Sums of a few rows of x against rows of a weight in 8 or 4 bits. Products and the sums of a block of 32 are exact
+// Sums of a few rows of x, in BITS of 16 or 8, against rows of a weight in 8 or 4 bits. Products and the sums of a block of 32 are exact
 // (int32); a block's scale times x's scale multiplies them, and blocks are summed in float32.
 //
 // L blocks at a time, so that their scales are one vector.
@@ -52,7 +52,8 @@ INLINE Scales scales(const Groups& g, int64_t b) {
   if (GROUP < 0) return {zero(), zero()};
   if (GROUP == 32) return {widen_f16(g.scale + b), g.zero ? widen_u8(g.zero + b) : zero()};
   if (GROUP == 128)
-    return {spread<0>(quarter_f16(g.scale + b / 4)), g.zero ? spread<0>(quarter_u8(g.zero + b / 4)) : zero()};
+    return {spread<0>(parted(quarter_f16(g.scale + b / 4))),
+            g.zero ? spread<0>(parted(quarter_u8(g.zero + b / 4))) : zero()};
   return gathered(g, b);
 }
 
@@ -74,17 +75,21 @@ INLINE Codes codes_of(const uint8_t* codes, int block) {
   return FORMAT == INT4 ? codes4(codes + block * 16) : codes8(codes + block * BLOCK);
 }
 
+// Where a block's x begins.
+INLINE const uint8_t* block_of(const int16_t* x, int block) { return (const uint8_t*)(x + block * BLOCK); }
+INLINE const int8_t* block_of(const int8_t* x, int block) { return x + block * BLOCK; }
+
 // L blocks of one weight row against M rows of x. Lane j of sums[m]: the products of block j.
-template <int FORMAT, int M>
-INLINE void block_sums(const uint8_t* codes, const int16_t* x, int64_t next, I* sums) {
+template <int FORMAT, int M, class X>
+INLINE void block_sums(const uint8_t* codes, const X* x, int64_t next, I* sums) {
   constexpr int MOST = 4;  // rows of x whose sums, with the codes, the registers hold
   constexpr int NOW = M < MOST ? M : MOST;
   I pair[NOW][L / 2];
   UNROLL for (int j = 0; j < L; j += 2) {
     Codes left = codes_of<FORMAT>(codes, j), right = codes_of<FORMAT>(codes, j + 1);
     UNROLL for (int m = 0; m < NOW; m++) {
-      const uint8_t* bytes = (const uint8_t*)(x + m * next + j * BLOCK);
-      pair[m][j / 2] = sums_of(dot_block(left, bytes), dot_block(right, bytes + 2 * BLOCK));
+      const X* row = x + m * next;
+      pair[m][j / 2] = sums_of(dot_block(left, block_of(row, j)), dot_block(right, block_of(row, j + 1)));
     }
   }
   UNROLL for (int m = 0; m < NOW; m++) sums[m] = sums_of(pair[m][0], pair[m][1]);
@@ -92,11 +97,14 @@ INLINE void block_sums(const uint8_t* codes, const int16_t* x, int64_t next, I* 
 }
 
 // Blocks b..b + L of one weight row.
-template <int M>
+template <int BITS, int M>
 INLINE void step4(const uint8_t* codes, Scales s, const Inputs& x, int64_t b, V* acc) {
   V offset = mul(s.scale, s.zero);
   I sums[M];
-  block_sums<INT4, M>(codes, x.q + b * BLOCK, x.q_next, sums);
+  if constexpr (BITS == 8)
+    block_sums<INT4, M>(codes, x.bytes + b * BLOCK, x.q_next, sums);
+  else
+    block_sums<INT4, M>(codes, x.q + b * BLOCK, x.q_next, sums);
   UNROLL for (int m = 0; m < M; m++) {
     acc[m] = fma(offset, load(x.minus + m * x.blocks + b), acc[m]);
     acc[m] = fma(to_float(sums[m]), mul(s.scale, load(x.scale + m * x.blocks + b)), acc[m]);
@@ -117,7 +125,7 @@ INLINE void step8(const int8_t* codes, Scales s, const Inputs& x, int64_t b, V* 
 
 #else
 
-// Vector K of a step's four: CHUNK blocks of 4-bit codes.
+// Vector K of a step's four: CHUNK blocks of 4-bit codes, against x in 16 bits and in 8.
 template <int K, int M>
 INLINE void nibbles(const uint8_t* codes, const int16_t* planes, int64_t next, const V* by, V* acc) {
   I v = load_bytes(codes + K * WIDTH);
@@ -133,19 +141,32 @@ INLINE void nibbles(const uint8_t* codes, const int16_t* planes, int64_t next, c
   }
 }
 
+template <int K, int M>
+INLINE void nibbles(const uint8_t* codes, const int8_t* bytes, int64_t next, const V* by, V* acc) {
+  I v = load_bytes(codes + K * WIDTH), low = low_nibbles(v), high = high_nibbles(v);
+  for (int m = 0; m < M; m++) {
+    const int8_t* x = bytes + m * next + K * CHUNK * BLOCK;
+    I dot = dot4(dot4(none(), low, load_bytes(x)), high, load_bytes(x + WIDTH));
+    acc[m] = fma(to_float(block_sum<INT4>(none(), &dot)), spread<K>(by[m]), acc[m]);
+  }
+}
+
 // Blocks b..b + L of one weight row.
-template <int M>
+template <int BITS, int M>
 INLINE void step4(const uint8_t* codes, Scales s, const Inputs& x, int64_t b, V* acc) {
   V offset = mul(s.scale, s.zero), by[M];
   for (int m = 0; m < M; m++) {
-    by[m] = mul(s.scale, load(x.scale + m * x.blocks + b));
+    by[m] = parted(mul(s.scale, load(x.scale + m * x.blocks + b)));
     acc[m] = fma(offset, load(x.minus + m * x.blocks + b), acc[m]);
   }
-  const int16_t* planes = x.planes + b * BLOCK;
-  nibbles<0, M>(codes, planes, x.q_next, by, acc);
-  nibbles<1, M>(codes, planes, x.q_next, by, acc);
-  nibbles<2, M>(codes, planes, x.q_next, by, acc);
-  nibbles<3, M>(codes, planes, x.q_next, by, acc);
+  auto inputs = [&] {
+    if constexpr (BITS == 8) return x.bytes + b * BLOCK;
+    else return x.planes + b * BLOCK;
+  }();
+  nibbles<0, M>(codes, inputs, x.q_next, by, acc);
+  nibbles<1, M>(codes, inputs, x.q_next, by, acc);
+  nibbles<2, M>(codes, inputs, x.q_next, by, acc);
+  nibbles<3, M>(codes, inputs, x.q_next, by, acc);
 }
 
 // Inputs b * 32 up to L blocks on, of one weight row of bytes. GROUP < 0: the row has one scale, applied at the end.
@@ -166,7 +187,7 @@ INLINE void step8(const int8_t* codes, Scales s, const Inputs& x, int64_t b, V* 
 
 #endif
 
-template <int GROUP, int M, int R>
+template <int BITS, int GROUP, int M, int R>
 inline void rows4(const Matrix& w, const Inputs& given, int64_t o, float* out) {
   const Inputs x = given;  // a copy of our own, which no store can change
   V acc[R][M];
@@ -180,17 +201,17 @@ inline void rows4(const Matrix& w, const Inputs& given, int64_t o, float* out) {
   for (; b + L <= blocks; b += L)
     UNROLL for (int r = 0; r < R; r++) {
       prefetch<L * 16>(codes + r * blocks * 16, b * 16, blocks * 16, R);
-      step4<M>(codes + (r * blocks + b) * 16, scales<GROUP>(g[r], b), x, b, acc[r]);
+      step4<BITS, M>(codes + (r * blocks + b) * 16, scales<GROUP>(g[r], b), x, b, acc[r]);
     }
   for (int r = 0; r < R && b < blocks; r++) {
     const uint8_t* left = codes + (r * blocks + b) * 16;
     if (reads_on<GROUP>(w, o + r)) {
-      step4<M>(left, last_scales<GROUP>(g[r], b, blocks - b), x, b, acc[r]);
+      step4<BITS, M>(left, last_scales<GROUP>(g[r], b, blocks - b), x, b, acc[r]);
       continue;
     }
     uint8_t rest[L * 16] = {};
     std::memcpy(rest, left, (blocks - b) * 16);
-    step4<M>(rest, gathered(g[r], b), x, b, acc[r]);
+    step4<BITS, M>(rest, gathered(g[r], b), x, b, acc[r]);
   }
   for (int r = 0; r < R; r++)
     for (int m = 0; m < M; m++) out[r * M + m] = sum(acc[r][m]);
@@ -228,12 +249,12 @@ inline void rows8(const Matrix& w, const Inputs& given, int64_t o, float* out) {
       out[r * M + m] = sum(acc[r][m]) * (GROUP < 0 ? number<F32>(w.scale, o + r) : 1.0f);
 }
 
-template <int FORMAT, int GROUP, int M, int R>
+template <int FORMAT, int BITS, int GROUP, int M, int R>
 inline int64_t packed_rows(const Matrix& w, const Inputs& x, int64_t from, int64_t to, float* sums) {
   int64_t o = from;
   for (; o + R <= to; o += R, sums += R * M) {
     if constexpr (FORMAT == INT4)
-      rows4<GROUP, M, R>(w, x, o, sums);
+      rows4<BITS, GROUP, M, R>(w, x, o, sums);
     else
       rows8<GROUP, M, R>(w, x, o, sums);
   }
@@ -241,13 +262,13 @@ inline int64_t packed_rows(const Matrix& w, const Inputs& x, int64_t from, int64
 }
 
 // sums (to - from, M) of weight rows from..to.
-template <int FORMAT, int GROUP, int M>
+template <int FORMAT, int BITS, int GROUP, int M>
 void packed(const Matrix& w, const Inputs& x, int64_t from, int64_t to, float* sums) {
   // One stream of weights is what the processor's own prefetching follows best. Two rows of x take two weight rows, so
   // that each x is loaded half as often; with more the registers are full.
   constexpr int R = M == 2 ? 2 : 1;
-  int64_t done = packed_rows<FORMAT, GROUP, M, R>(w, x, from, to, sums);
-  packed_rows<FORMAT, GROUP, M, 1>(w, x, done, to, sums + (done - from) * M);
+  int64_t done = packed_rows<FORMAT, BITS, GROUP, M, R>(w, x, from, to, sums);
+  packed_rows<FORMAT, BITS, GROUP, M, 1>(w, x, done, to, sums + (done - from) * M);
 }
 
 }  // namespace

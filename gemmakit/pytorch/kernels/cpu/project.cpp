@@ -1,5 +1,5 @@
-// y = x @ W^T + bias for any rows of x and one or several weights in any format: here for codes against x in 16 bits;
-// products of bytes are project_bytes.cpp's, those of plain numbers project_plain.cpp's.
+// y = x @ W^T + bias for any rows of x and one or several weights in any format: here for codes against x in 16 bits,
+// and up to 8 rows of x in 8; products of bytes for many rows are project_bytes.cpp's, those of plain numbers project_plain.cpp's.
 //
 // A piece of a weight is read once and stays in a cache while all rows of x meet it, a few at a time.
 
@@ -14,25 +14,27 @@ constexpr int MOST_ROWS = 256;       // of x that are prepared at a time
 
 using Sums = void (*)(const Matrix&, const Inputs&, int64_t from, int64_t to, float* sums);
 
-template <int FORMAT, int M>
+template <int FORMAT, int BITS, int M>
 Sums packed_sums(int group) {
-  return group == 32 ? packed<FORMAT, 32, M> : group == 128 ? packed<FORMAT, 128, M> : packed<FORMAT, 0, M>;
+  return group == 32    ? packed<FORMAT, BITS, 32, M>
+         : group == 128 ? packed<FORMAT, BITS, 128, M>
+                        : packed<FORMAT, BITS, 0, M>;
 }
 
-template <int M>
+template <int BITS, int M>
 Sums sums_of(const Matrix& w) {
-  switch (w.format) {
-    case INT8_ROWS: return packed<INT8_ROWS, -1, M>;
-    case INT8_GROUPS: return packed_sums<INT8_GROUPS, M>(w.group);
-    case INT4: return packed_sums<INT4, M>(w.group);
+  if (w.format == INT4) return packed_sums<INT4, BITS, M>(w.group);
+  if constexpr (BITS == 16) {
+    if (w.format == INT8_ROWS) return packed<INT8_ROWS, BITS, -1, M>;
+    return packed_sums<INT8_GROUPS, BITS, M>(w.group);
   }
   return nullptr;
 }
 
-template <int... M>
+template <int BITS, int... M>
 Sums sums_of(const Matrix& w, int rows, std::integer_sequence<int, M...>) {
   Sums found = nullptr;
-  ((rows == M + 1 ? (void)(found = sums_of<M + 1>(w)) : (void)0), ...);
+  ((rows == M + 1 ? (void)(found = sums_of<BITS, M + 1>(w)) : (void)0), ...);
   return found;
 }
 
@@ -50,11 +52,11 @@ void finish(const Matrix& w, const Piece& piece, const float* sums, int row, int
 }
 
 // Up to MOST_ROWS rows of x, from row `done` of y on.
-template <int F>
+template <int F, int BITS>
 void multiply(const Matrix* w, int count, const void* x, int done, int rows, void* const* y, const void* residual,
               int threads) {
   Inputs inputs;
-  prepare<F>(w, count, x, rows, threads, inputs);
+  prepare<F, BITS>(w, count, x, rows, threads, inputs);
   Pieces pieces(w, count, threads);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (pieces.total > 1)
   for (int64_t p = 0; p < pieces.total; p++) {
@@ -63,25 +65,26 @@ void multiply(const Matrix* w, int count, const void* x, int done, int rows, voi
     const Matrix& own = w[piece.matrix];
     for (int m = 0; m < rows; m += MAX_ROWS) {
       int some = rows - m < MAX_ROWS ? rows - m : MAX_ROWS;
-      sums_of(own, some, std::make_integer_sequence<int, MAX_ROWS>())(own, inputs.from(m), piece.from, piece.to, sums);
+      sums_of<BITS>(own, some, std::make_integer_sequence<int, MAX_ROWS>())(own, inputs.from(m), piece.from, piece.to, sums);
       finish<F>(own, piece, sums, done + m, some, y[piece.matrix], residual);
     }
   }
 }
 
-template <int F>
+template <int F, int BITS>
 int run(const Matrix* w, int count, const void* x, int rows, void* const* y, const void* residual, int threads) {
   for (int done = 0; done < rows; done += MOST_ROWS)
-    multiply<F>(w, count, at<F>(x, done * w->in), done, rows - done < MOST_ROWS ? rows - done : MOST_ROWS, y, residual,
+    multiply<F, BITS>(w, count, at<F>(x, done * w->in), done, rows - done < MOST_ROWS ? rows - done : MOST_ROWS, y, residual,
                 threads);
   return 0;
 }
 
-enum Way { PLAIN, PACKED, BYTES, WAYS };
+enum Way { PLAIN, PACKED, PACKED_8, BYTES, WAYS };
 
 Way way_of(const Matrix& m, int rows) {
   if (m.format <= F32) return PLAIN;
-  return (m.activation_bits ? m.activation_bits == 8 : rows > MAX_ROWS) ? BYTES : PACKED;
+  if (m.activation_bits ? m.activation_bits == 8 : rows > MAX_ROWS) return BYTES;
+  return !m.activation_bits && m.few_bits == 8 && m.format == INT4 ? PACKED_8 : PACKED;
 }
 
 // The matrices that are multiplied in one way, and their results.
@@ -99,12 +102,13 @@ struct Share {
   }
 };
 
+template <int BITS>
 int multiply_packed(const Matrix* w, int count, int x_format, const void* x, int64_t rows, void* const* y,
                 const void* residual, int threads) {
   switch (x_format) {
-    case BF16: return run<BF16>(w, count, x, rows, y, residual, threads);
-    case F16: return run<F16>(w, count, x, rows, y, residual, threads);
-    case F32: return run<F32>(w, count, x, rows, y, residual, threads);
+    case BF16: return run<BF16, BITS>(w, count, x, rows, y, residual, threads);
+    case F16: return run<F16, BITS>(w, count, x, rows, y, residual, threads);
+    case F32: return run<F32, BITS>(w, count, x, rows, y, residual, threads);
   }
   return 1;
 }
@@ -118,7 +122,8 @@ extern "C" int NATIVE(gemmakit_project)(const Matrix* m, int count, int x_format
     if (m[i].in != m[0].in) return 1;
   for (int i = 0; i < count; i++)
     if (m[i].format < BF16 || m[i].format > INT4) return 1;
-  constexpr decltype(&multiply_packed) ways[WAYS] = {NATIVE(project_plain), multiply_packed, NATIVE(project_bytes)};
+  constexpr decltype(&multiply_packed<16>) ways[WAYS] = {NATIVE(project_plain), multiply_packed<16>, multiply_packed<8>,
+                                                         NATIVE(project_bytes)};
   for (int way = WAYS - 1; way >= 0; way--) {
     Share own(m, count, y, rows, (Way)way);
     if (!own.count || (!x && way != BYTES)) continue;
