@@ -216,7 +216,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--gguf", type=Path, action="append", default=[], help="for llama.cpp; may be repeated")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--quantize", help="int8, int4 or int4-g128, for gemmakit's side")
+    parser.add_argument("--quantize", help="int8, int4, int4-g128, int4-a8, for gemmakit's side")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of the prompt")
     parser.add_argument("--new", type=int, default=16, help="tokens to generate in each timed run")
     parser.add_argument(

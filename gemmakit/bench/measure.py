@@ -57,7 +57,7 @@ def size_config(size: str, **changes: Any) -> GemmaConfig:
 
 
 def scheme_config(scheme: str | None) -> Any:
-    """The quantization of a short name ("int8", "int4", "int4-g128"); None for none. Raises InputError."""
+    """The quantization of a short name ("int8", "int4", "int4-a8"); None for none. Raises InputError."""
     if scheme is None:
         return None
     if scheme not in SHORT_NAMES:

@@ -27,7 +27,9 @@ def bench(
     model: Annotated[str | None, Argument(help="Folder or Hub id; if left out, the demo model.")] = None,
     device: Annotated[str, Option(metavar="WHERE", help="cpu or cuda.")] = "cpu",
     dtype: o.Dtype = "auto",
-    quantize: Annotated[str | None, Option(metavar="HOW", help="int8, int4 or int4-g128, while loading.")] = None,
+    quantize: Annotated[
+        str | None, Option(metavar="HOW", help="int8, int4, int4-g128, int4-a8, while loading.")
+    ] = None,
     size: Annotated[
         str | None,
         Option(

@@ -67,7 +67,7 @@ def quantize_checkpoint(
     Args:
         pretrained_model_name_or_path: a folder, or "owner/name" on the Hub; its weights must be plain.
         save_directory: the folder, made if absent.
-        quantization_config: a WeightOnlyConfig, its dictionary, or "int8", "int4", "int4-g128".
+        quantization_config: a WeightOnlyConfig, its dictionary, or a short name ("int8", "int4", "int4-g128").
         calibration_ids: (R, S) token ids, R texts of S tokens, to choose codes by their effect on (GPTQ). None rounds
             each weight to its nearest code.
         overwrite: replace a model that is in the folder.

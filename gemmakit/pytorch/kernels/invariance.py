@@ -38,7 +38,8 @@ def batch_invariant() -> Generator[None]:
 @contextmanager
 def rows_alike() -> Generator[None]:
     """Within, the same of passes over up to eight tokens, in the forms that a pass over one takes by itself: codes meet
-    activations in 16 bits, however many their `activation_bits` are. Longer passes are as they are without it.
+    activations in 16 bits, or those of 4 bits in their `decode_activation_bits`, however many their `activation_bits`
+    are. Longer passes are as they are without it.
 
     `decode.invariance.steps_alike` says for which models it holds.
     """

@@ -7,10 +7,11 @@ of them and has no tiles, and many through panels in float32 where it only emula
 (`wide`) as without.
 
 With a packed weight, the native kernel computes with the codes as they lie and with x rounded to 16 bits in blocks of
-32 (cpu/inputs.h bounds the error), or with 4-bit codes to the weight's `decode_activation_bits`. More rows than eight are multiplied in bytes, with x rounded to 8 bits in blocks of
-32, where the processor is fast at that, gradients are off and the weight's `activation_bits` are 8; else with panels of
-the weight, expanded in turn. Under `batch_invariant` the number of rows decides nothing: x meets every weight by the
-native kernels, and codes in `activation_bits`.
+32 (cpu/inputs.h bounds the error), or with codes of 4 bits to the weight's `decode_activation_bits`. More rows than
+eight are multiplied in bytes, with x rounded to 8 bits in blocks of 32, where the processor is fast at that, gradients
+are off and the weight's `activation_bits` are 8; else with panels of the weight, expanded in turn. Under
+`batch_invariant` the number of rows decides nothing: x meets every weight by the native kernels, and codes in
+`activation_bits`.
 Axis letters: M rows, O outputs, I inputs.
 """
 
@@ -281,7 +282,8 @@ def _linear_packed_back(
 
 _weight = "Tensor codes, Tensor scale, Tensor? zero"
 _facts = "int in_features, int group_size, int format"
-_ops.define(f"linear_packed(Tensor x, {_weight}, Tensor? bias, {_facts}, int activation_bits, int decode_activation_bits) -> Tensor")
+_rounded = "int activation_bits, int decode_activation_bits"
+_ops.define(f"linear_packed(Tensor x, {_weight}, Tensor? bias, {_facts}, {_rounded}) -> Tensor")
 _ops.define(f"linear_packed_back(Tensor gradient, {_weight}, {_facts}) -> Tensor")
 _ops.impl("linear_packed", _linear_packed, "CompositeExplicitAutograd")
 _ops.impl("linear_packed_back", _linear_packed_back, "CompositeExplicitAutograd")

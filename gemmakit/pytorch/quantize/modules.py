@@ -41,7 +41,9 @@ class QuantizedWeight(nn.Module):
         self.weight = Codes(packed.codes)
         self.register_buffer("weight_scale", packed.scale)
         self.register_buffer("weight_zero", packed.zero)
-        self._inputs, self.group_size, self.weight_format, self.activation_bits, self.decode_activation_bits = packed[3:]
+        self._inputs, self.group_size, self.weight_format, self.activation_bits, self.decode_activation_bits = packed[
+            3:
+        ]
 
     def share(self, other: QuantizedWeight) -> None:
         """Hold the very tensors of another module."""

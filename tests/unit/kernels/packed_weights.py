@@ -1,4 +1,4 @@
-"""PackedWeight weights with any codes, and how far a product with 16-bit activations may be from the exact one."""
+"""PackedWeight weights with any codes, and how far a product with rounded activations may be from the exact one."""
 
 import torch
 import torch.nn.functional as F
@@ -9,11 +9,14 @@ from gemmakit.pytorch.kernels.packed import PackedWeight, dequantize, pack, pack
 # name -> (bits, group size; None: one float32 scale a row)
 SCHEMES = {"int8": (8, None), "int8-32": (8, 32), "int8-96": (8, 96), "int4-32": (4, 32), "int4-128": (4, 128),
            "int4-64": (4, 64), "int4-row": (4, 1 << 20)}  # fmt: skip
+# Of a scheme: up to eight rows are rounded to 8 bits.
+A8 = "-a8"
+STEPS = [*SCHEMES, *(scheme + A8 for scheme, (bits, _) in SCHEMES.items() if bits == 4)]
 
 
 def random_packed(scheme, O, I, seed=0):
     """Every code, zero and a wide range of scales occur."""
-    bits, group = SCHEMES[scheme]
+    bits, group = SCHEMES[scheme.removesuffix(A8)]
     g = torch.Generator().manual_seed(seed)
     group = I if group is None or group > I else group
     G = -(-I // group)
@@ -26,20 +29,26 @@ def random_packed(scheme, O, I, seed=0):
         )
     codes = torch.randint(0, 16, (O, I), generator=g)
     zero = torch.randint(0, 16, (O, G), generator=g, dtype=torch.uint8)
-    return PackedWeight(pack(codes), scale.half(), zero, I, group, WeightFormat.INT4)
+    few = 8 if scheme.endswith(A8) else 16
+    return PackedWeight(pack(codes), scale.half(), zero, I, group, WeightFormat.INT4, decode_activation_bits=few)
 
 
 def exact(x, packed, bias=None):
     return F.linear(x.double(), dequantize(packed, torch.float64).double(), None if bias is None else bias.double())
 
 
-def room(x, packed, dtype, most=32767):
+def most_of(packed):
+    """The largest whole number to which up to eight rows' activations are rounded."""
+    return 127 if packed.decode_activation_bits == 8 else 32767
+
+
+def room(x, packed, dtype, most=None):
     """The largest error stated, (M, O).
 
     Half a step of a block's activations, which are whole numbers up to `most`, for each weight, float32 sums of the
     codes' and the zeros' parts, and half a unit of the output format.
     """
-    x = x.double()
+    x, most = x.double(), most or most_of(packed)
     M, I = x.shape
     blocks = F.pad(x.abs(), (0, -I % 32)).view(M, -1, 32)
     step = blocks.amax(-1, keepdim=True) / (2 * most)

@@ -20,7 +20,7 @@ TESTS = ["test_native_linear.py", "test_packed_linear.py", "test_multiply.py", "
          "test_accuracy_step.py", "test_attend_pages.py", "test_batch_invariant.py",
          "test_seams_of_the_family.py"]  # fmt: skip
 # They start another process, or look at how the library of this machine is loaded.
-NOT_HERE = "asked_for or switched_off or without_the_library"
+NOT_HERE = "asked_for or switched_off or without_the_library or library_of_other_sources"
 
 pytestmark = [
     pytest.mark.slow,

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import gemmakit
 from gemmakit.errors import CheckpointError, ConfigError, InputError, TokenOutOfRange
+from gemmakit.pytorch.kernels import cpu
 from gemmakit.pytorch.quantize import QuantizedEmbedding, QuantizedLinear, QuantizedWeight
 from gemmakit.quantization import parse_quantization
 
@@ -133,6 +134,24 @@ def test_activation_bits_are_kept_in_the_checkpoint_and_reach_every_weight(plain
     assert load(tmp_path).quantization_config.activation_bits == 8
     with pytest.raises(ConfigError, match="activation_bits is 4; it must be one of 8, 16"):
         gemmakit.WeightOnlyConfig(activation_bits=4)
+
+
+def test_steps_in_8_bits_are_asked_for_by_name_or_call_and_kept_in_the_checkpoint(plain, tmp_path):
+    load(plain, "int4-a8").save_pretrained(tmp_path)
+    stored = load(tmp_path)
+    assert stored.quantization_config.decode_activation_bits == 8
+    assert {m.packed.decode_activation_bits for m in stored.modules() if isinstance(m, QuantizedLinear)} == {8}
+    asked = load(tmp_path, "int4")
+    assert {m.packed.decode_activation_bits for m in asked.modules() if isinstance(m, QuantizedLinear)} == {16}
+    if cpu.library() is not None:
+        with torch.no_grad():
+            rounded, finer = logits(stored, IDS[:1, :6]), logits(asked, IDS[:1, :6])
+        assert not torch.equal(rounded, finer)
+        assert float((rounded - finer).abs().max() / finer.abs().max()) < 0.06  # as above
+    with pytest.raises(ConfigError, match="decode_activation_bits is 8 and activation_bits 16"):
+        gemmakit.WeightOnlyConfig(bits=4, activation_bits=16, decode_activation_bits=8)
+    with pytest.raises(ConfigError, match="decode_activation_bits is 4; it must be one of 8, 16"):
+        gemmakit.WeightOnlyConfig(bits=4, decode_activation_bits=4)
 
 
 def test_embedding_rows_are_rounded_and_scaled_as_a_plain_model_does(plain):
