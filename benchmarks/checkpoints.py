@@ -114,10 +114,17 @@ def cache() -> Path:
     return Path(os.environ.get("GEMMAKIT_BENCH_CACHE") or Path(caches, "gemmakit", "bench"))
 
 
-def cached_random(size: str, dtype: str = "bfloat16", say: Callable[[str], None] = lambda _: None) -> Path:
-    """The folder of such a checkpoint, written on first use under GEMMAKIT_BENCH_CACHE or the user's cache folder."""
-    folder = cache() / f"{size}-{dtype}"
+def cached_random(
+    size: str, dtype: str = "bfloat16", say: Callable[[str], None] = lambda _: None, layers: int | None = None
+) -> Path:
+    """The folder of such a checkpoint, written on first use under GEMMAKIT_BENCH_CACHE or the user's cache folder.
+
+    layers: the first so many alone.
+    """
+    config = size_config(size)
+    fewer = layers is not None and layers != config.num_hidden_layers
+    folder = cache() / (f"{size}-{layers}-layers-{dtype}" if fewer else f"{size}-{dtype}")
     if not (folder / "config.json").exists():
         say(f"writing random weights of the {size} shape to {folder}, kept there for the next time")
-        write_random(folder, size_config(size), dtype)
+        write_random(folder, size_config(size, num_hidden_layers=layers) if fewer else config, dtype)
     return folder

@@ -1,9 +1,10 @@
-"""One model, measured against the machine's limits and, in turn, beside transformers and llama.cpp.
+"""One model, measured against the machine's limits and, in turn, beside other programs: `make peers` installs them.
 
     python benchmarks/compare.py [MODEL | --size 2b] --peer transformers [--quantize int8] [--json FILE]
-    python benchmarks/compare.py MODEL --peer llama.cpp --gguf FILE --llama-python llama/bin/python
+    python benchmarks/compare.py FOLDER --peer openvino --peer onnxruntime --peer llama.cpp [--gguf FILE]
 
-Each measurement is a fresh process, and the sides take turns; Ctrl-C keeps what there is.
+Each measurement is a fresh process, and the sides take turns; Ctrl-C keeps what there is. What the others read is
+written from the folder once, in as many bits as ours, and kept beside it.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import peer_models
 from checkpoints import cached_random
+from peers import PEERS, interpreter
 from report import comparison_table, plain_lines
 from rounds import Found, Rounds, Side, SideFailed, interleave, run_command
 
@@ -28,7 +30,6 @@ from gemmakit.cli.env import about, available_cores
 from gemmakit.errors import GemmakitError, InputError, MissingDependency
 from gemmakit.files import write_text
 
-PEERS = ("transformers", "llama.cpp")
 LIMITS = ("limits", "limits again")  # measured before and behind gemmakit, in every round
 WHAT = (
     "load, first token, prefill and greedy decoding of one prompt, choosing tokens included; each side a fresh process"
@@ -43,7 +44,7 @@ class Comparison:
         model: a folder or a name on the Hub. name: what to call it. random: its weights are random.
         config: instead of a model: fields of a configuration, for random weights made in gemmakit's process.
         quantize: a short name, for gemmakit's side.
-        peers: sides besides gemmakit's, see `transformers_side` and `llamacpp_side`.
+        peers: sides besides gemmakit's, see `peer_sides`.
         contexts: tokens in the cache before decoding is timed; 0 is right behind the prompt.
         repeats: timed runs in a process; rounds: processes a side.
         more: fields of the spec of gemmakit's own processes (limit_s, tokens of the quality text).
@@ -159,15 +160,50 @@ def short(dtype: str) -> str:
     return {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "auto": ""}.get(dtype, dtype)
 
 
-def transformers_side(spec: dict[str, Any], dtype: str, **changes: Any) -> Side:
+def transformers_side(spec: dict[str, Any], dtype: str, python: str = sys.executable, **changes: Any) -> Side:
     """transformers on the same folder, in its dtype ("auto" there as here)."""
-    return Side(f"transformers {short(dtype)}".strip(), "transformers_side", {**spec, "dtype": dtype, **changes})
+    named = {**spec, "dtype": dtype, **changes}
+    return Side(f"transformers {short(dtype)}".strip(), "transformers_side", named, python)
 
 
-def llamacpp_side(spec: dict[str, Any], file: str | Path, python: str, **changes: Any) -> Side:
+def llamacpp_side(spec: dict[str, Any], file: str | Path, python: str, label: str | None = None) -> Side:
     """llama.cpp on a GGUF file, named by it, run by an interpreter that has llama-cpp-python."""
     path = Path(file)
-    return Side(f"llama.cpp {path.stem}", "llamacpp", {**spec, "model": str(path.absolute()), **changes}, python)
+    return Side(f"llama.cpp {label or path.stem}", "llamacpp", {**spec, "model": str(path.absolute())}, python)
+
+
+def written_side(peer: str, spec: dict[str, Any], checkpoint: Path, kind: str, say: Callable[[str], None]) -> Side:
+    """OpenVINO or onnxruntime on a folder that its tools write. Raises SideFailed where these cannot."""
+    label, write = {
+        "openvino": ("OpenVINO", peer_models.openvino),
+        "onnxruntime": ("onnxruntime", peer_models.onnxruntime),
+    }[peer]
+    model = str(write(checkpoint, kind, say).absolute())
+    said = {"16": "16 bits"}.get(kind, kind)
+    return Side(f"{label} {said}", f"{peer}_side", {**spec, "model": model}, interpreter(peer))
+
+
+def if_possible(name: str, make: Callable[[], Side], say: Callable[[str], None]) -> Side | None:
+    """The side; None, with a word, where the program is not installed or cannot write its model."""
+    try:
+        return make()
+    except (MissingDependency, SideFailed) as error:
+        say(f"{name} is left out: {error}")
+        return None
+
+
+def peer_sides(peer: str, comparison: Comparison, args: argparse.Namespace) -> list[Side]:
+    """The sides of a peer, in as many bits as ours."""
+    spec, say, checkpoint = comparison.spec, comparison.say, Path(comparison.model)
+    if peer == "transformers":
+        return [transformers_side(spec, args.dtype, interpreter(peer))]
+    if peer == "llama.cpp":
+        kind = peer_models.GGUF_TYPES[args.quantize]
+        named = dict.fromkeys(args.gguf) or {peer_models.gguf(checkpoint, kind, say=say): kind}
+        python = args.llama_python or interpreter(peer)
+        return [llamacpp_side(spec, file, python, label) for file, label in named.items()]
+    kinds = peer_models.OPENVINO_KINDS if peer == "openvino" else peer_models.ONNXRUNTIME_KINDS
+    return [written_side(peer, spec, checkpoint, kinds[args.quantize], say)]
 
 
 def refused(args: argparse.Namespace) -> None:
@@ -175,15 +211,19 @@ def refused(args: argparse.Namespace) -> None:
     if args.model is not None and args.size is not None:
         raise InputError(f"{args.model!r} and --size {args.size} are both given: give one of them.")
     scheme_config(args.quantize)
-    if "transformers" in args.peer and find_spec("transformers") is None:
-        raise MissingDependency("--peer transformers needs the transformers package: pip install transformers.")
-    if "llama.cpp" in args.peer and not args.gguf:
-        raise InputError("--peer llama.cpp needs a model of its own: name one with --gguf FILE.")
-    if "llama.cpp" in args.peer and args.device != "cpu":
-        raise InputError("--peer llama.cpp is measured on the CPU only: leave --device out.")
     for file in args.gguf:
         if not file.is_file():
             raise InputError(f"--gguf {file}: there is no such file.")
+    for peer in args.peer:
+        if peer != "llama.cpp" or not args.llama_python:
+            interpreter(peer)
+        if peer == "transformers":
+            continue
+        if args.device != "cpu":
+            raise InputError(f"--peer {peer} is measured on the CPU only: leave --device out.")
+        reads_files = peer == "llama.cpp" and args.gguf
+        if args.model is not None and not reads_files and not Path(args.model, "config.json").is_file():
+            raise InputError(f"--peer {peer} gets its model from a folder with config.json: {args.model!r} is none.")
 
 
 def compared(args: argparse.Namespace) -> Comparison:
@@ -200,10 +240,7 @@ def compared(args: argparse.Namespace) -> Comparison:
         quantize=args.quantize, prompt=args.prompt, new=args.new, contexts=args.context, threads=args.threads,
         rounds=args.rounds, repeats=args.repeats, save=args.json, say=say, more=quick if args.quick else None,
     )  # fmt: skip
-    peers = [transformers_side(comparison.spec, args.dtype)] if "transformers" in args.peer else []
-    if "llama.cpp" in args.peer:
-        peers += [llamacpp_side(comparison.spec, file, args.llama_python) for file in args.gguf]
-    comparison.peers = peers
+    comparison.peers = [side for peer in dict.fromkeys(args.peer) for side in peer_sides(peer, comparison, args)]
     return comparison
 
 
@@ -212,8 +249,11 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("model", nargs="?", help="folder or Hub id; if left out, the demo model")
     parser.add_argument("--size", help="random weights in the shape 2b, 7b or tiny, instead of a model")
     parser.add_argument("--peer", action="append", choices=PEERS, default=[], help="may be repeated")
-    parser.add_argument("--llama-python", default=sys.executable, help="interpreter that has llama-cpp-python")
-    parser.add_argument("--gguf", type=Path, action="append", default=[], help="for llama.cpp; may be repeated")
+    parser.add_argument("--llama-python", help="interpreter that has llama-cpp-python, instead of that of make peers")
+    parser.add_argument(
+        "--gguf", type=Path, action="append", default=[],
+        help="for llama.cpp, instead of a file made of the folder; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--quantize", help="int8, int4, int4-g128, int4-a8, for gemmakit's side")
@@ -234,7 +274,7 @@ def arguments() -> argparse.ArgumentParser:
 def main(given: Sequence[str] | None = None) -> int:
     try:
         comparison = compared(arguments().parse_args(given))
-    except GemmakitError as error:
+    except (GemmakitError, SideFailed) as error:
         print(f"compare.py: {error}", file=sys.stderr)
         return 2
     result = comparison.run()

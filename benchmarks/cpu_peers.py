@@ -1,21 +1,23 @@
-"""All that the CPU has to show, on random weights of the 2B shape, in turn with transformers and llama.cpp.
+"""All that the CPU has to show, on random weights of the 2B shape, in turn with the programs of `make peers`.
 
-    python benchmarks/cpu_peers.py --llama-python llama/bin/python [--part bf16 int8 ...] [--checkpoint FOLDER]
+    python benchmarks/cpu_peers.py [--part bf16 int8 ...] [--checkpoint FOLDER]
 
 Each part is a comparison as compare.py makes it and a file in benchmarks/results/, written after every
-measurement: Ctrl-C keeps what there is. GGUF files are written beside the checkpoint by gemmakit's converter unless
---gguf has them (any file whose name ends in F16.gguf, Q8_0.gguf, Q4_0.gguf). Peers that are not installed are left out,
-and the result says so.
+measurement: Ctrl-C keeps what there is. What the others read is written beside the checkpoint, once; --gguf has GGUF
+files of another tool (any whose name ends in F16.gguf, Q8_0.gguf, Q4_0.gguf). A program that is not installed is left
+out, with a word.
 """
 
 import argparse
+import re
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import peer_models
 from checkpoints import cached_codes, cached_random, fields
-from compare import Comparison, llamacpp_side, transformers_side
+from compare import Comparison, if_possible, llamacpp_side, transformers_side, written_side
+from peers import interpreter
 from report import comparison_table, plain_lines
 from rounds import Side
 
@@ -26,19 +28,27 @@ QUICK = {"limit_s": 0.05, "limit_bytes": 1 << 20, "tokens": 256}
 # part -> its file, what it sets, and its peers as (program, dtype or GGUF type or quantization). Q4_0 has its head in
 # Q8_0, as our converter writes it; Q4_0-all, another tool's file, in Q4_0 too, and is used where --gguf has it.
 PARTS: dict[str, dict[str, Any]] = {
-    "bf16": dict(file="cpu_decode_2b_bf16", peers=[("transformers", "bfloat16"), ("llama.cpp", "F16")]),
+    "bf16": dict(file="cpu_decode_2b_bf16",
+                 peers=[("transformers", "bfloat16"), ("llama.cpp", "F16"), ("llama.cpp", "BF16"), ("openvino", "16"),
+                        ("onnxruntime", "fp32")]),
     "int8": dict(file="cpu_decode_2b_int8", quantize="int8",
-                 peers=[("transformers", "bfloat16"), ("llama.cpp", "Q8_0")]),
+                 peers=[("transformers", "bfloat16"), ("llama.cpp", "Q8_0"), ("openvino", "int8"),
+                        ("onnxruntime", "int8")]),
     "int4": dict(file="cpu_decode_2b_int4", quantize="int4",
-                 peers=[("transformers", "bfloat16"), ("llama.cpp", "Q4_0"), ("llama.cpp", "Q4_0-all")]),
+                 peers=[("transformers", "bfloat16"), ("llama.cpp", "Q4_0"), ("llama.cpp", "Q4_0-all"),
+                        ("openvino", "int4"), ("onnxruntime", "int4")]),
     "int4-g128": dict(file="cpu_decode_2b_int4-g128", quantize="int4-g128",
-                      peers=[("llama.cpp", "Q4_0"), ("llama.cpp", "Q4_0-all")]),
+                      peers=[("llama.cpp", "Q4_0"), ("llama.cpp", "Q4_0-all"), ("openvino", "int4-g128"),
+                             ("onnxruntime", "int4-g128")]),
     "prefill": dict(file="cpu_prefill_2b_256", prompt=256, new=2,
-                    peers=[("transformers", "float32"), ("transformers", "bfloat16"), ("llama.cpp", "F16")]),
+                    peers=[("transformers", "float32"), ("transformers", "bfloat16"), ("llama.cpp", "F16"),
+                           ("llama.cpp", "BF16"), ("openvino", "16"), ("onnxruntime", "fp32")]),
     "prefill-int8": dict(file="cpu_prefill_2b_256_int8", prompt=256, new=2, quantize="int8",
-                         peers=[("transformers", "bfloat16"), ("llama.cpp", "Q8_0")]),
+                         peers=[("transformers", "bfloat16"), ("llama.cpp", "Q8_0"), ("openvino", "int8"),
+                                ("onnxruntime", "int8")]),
     "prefill-int4": dict(file="cpu_prefill_2b_256_int4", prompt=256, new=2, quantize="int4",
-                         peers=[("transformers", "bfloat16"), ("llama.cpp", "Q4_0")]),
+                         peers=[("transformers", "bfloat16"), ("llama.cpp", "Q4_0"), ("openvino", "int4"),
+                                ("onnxruntime", "int4")]),
     # The context is random keys and values of the right shape: as fast to read as real ones, and there at once.
     "context": dict(file="cpu_context_2b", contexts=(0, 4096), new=32, peers=[("gemmakit", "int4")]),
     # Both read the same codes, gemmakit from a folder, llama.cpp from a GGUF file.
@@ -49,27 +59,16 @@ PARTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def note(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
 def gguf_file(kind: str, args: argparse.Namespace) -> Path:
     """A GGUF of the checkpoint: one that is there, or a new one."""
-    for folder in filter(None, (args.gguf, args.checkpoint)):
-        found = sorted(folder.glob(f"*{kind}.gguf"))
-        if found:
-            return found[0]
-    return write_gguf_of(args.checkpoint, (args.gguf or args.checkpoint) / f"{kind}.gguf", kind)
-
-
-def write_gguf_of(checkpoint: Path, path: Path, kind: str) -> Path:
-    """The checkpoint's weights with the demo model's vocabulary, padded to the shape's: for timing alone."""
-    from gemmakit import GemmaConfig, GemmaTokenizer, demo_model
-    from gemmakit.checkpoint import open_checkpoint
-    from gemmakit.checkpoint.formats.gguf_writing import write_gguf
-    from gemmakit.text.gguf import vocabulary_of
-
-    print(f"writing {path}", file=sys.stderr)
-    with open_checkpoint(checkpoint) as opened:
-        tensors = {name: lambda name=name: opened.tensor(name, device="cpu") for name in opened.names()}
-        vocabulary = vocabulary_of(GemmaTokenizer.from_pretrained(demo_model()))
-        return write_gguf(path, GemmaConfig.from_pretrained(checkpoint), tensors, vocabulary, kind)
+    named = re.compile(rf"(.*[^A-Za-z0-9])?{kind}\.gguf")  # not a BF16 for an F16
+    there = [f for folder in (args.gguf, args.checkpoint) if folder is not None for f in sorted(folder.glob("*.gguf"))]
+    found = next((file for file in there if named.fullmatch(file.name)), None)
+    return found or peer_models.gguf(args.checkpoint, kind, args.gguf and args.gguf / f"{kind}.gguf", note)
 
 
 def quantized(checkpoint: Path, scheme: str) -> Path:
@@ -78,33 +77,29 @@ def quantized(checkpoint: Path, scheme: str) -> Path:
 
     folder = checkpoint.with_name(f"{checkpoint.name}-{scheme}")
     if not folder.exists():
-        print(f"writing {folder}", file=sys.stderr)
+        note(f"writing {folder}")
         quantize_checkpoint(checkpoint, folder, scheme)
     return folder
 
 
 def peer(program: str, kind: str, comparison: Comparison, args: argparse.Namespace) -> Side | None:
-    """The side of a peer; None, with a word, where it is not installed."""
+    """The side of a peer; None, with a word, where it is not installed or cannot write its model."""
     if program == "gemmakit":
         spec = {**comparison.spec, "model": str(quantized(args.checkpoint, kind)), "quantize": kind}
         return Side(f"gemmakit {kind}", "gemmakit_side", spec)
-    if program == "transformers":
-        if find_spec("transformers") is not None:
-            return transformers_side(comparison.spec, kind, model=str(args.checkpoint))
-        print("transformers is not installed: left out", file=sys.stderr)
-        return None
-    if args.llama_python is None:
-        print(
-            "llama.cpp is left out: name an interpreter that has llama-cpp-python with --llama-python", file=sys.stderr
-        )
-        return None
-    if args.codes is not None:
-        side = llamacpp_side(comparison.spec, args.codes, args.llama_python)
-        return Side(f"llama.cpp {kind}", side.script, side.spec, side.python)
     if kind.endswith("-all") and (args.gguf is None or not (args.gguf / f"{kind}.gguf").exists()):
         return None
-    side = llamacpp_side(comparison.spec, gguf_file(kind, args), args.llama_python)
-    return Side(f"llama.cpp {kind}", side.script, side.spec, side.python)
+
+    def make() -> Side:
+        if program == "transformers":
+            return transformers_side(comparison.spec, kind, interpreter(program), model=str(args.checkpoint))
+        if program == "llama.cpp":
+            python = args.llama_python or interpreter(program)
+            file = gguf_file(kind, args) if args.codes is None else args.codes
+            return llamacpp_side(comparison.spec, file, python, label=kind)
+        return written_side(program, comparison.spec, args.checkpoint, kind, note)
+
+    return if_possible(f"{program} {kind}", make, note)
 
 
 def measure(name: str, args: argparse.Namespace) -> None:
@@ -115,14 +110,14 @@ def measure(name: str, args: argparse.Namespace) -> None:
     shape = codes or size or args.size
     scheme, args.codes = part.get("quantize"), None
     if codes:
-        model, args.codes = cached_codes(codes, say=lambda m: print(m, file=sys.stderr))
+        model, args.codes = cached_codes(codes, say=note)
     else:
         model = quantized(args.checkpoint, scheme) if scheme and not size else args.checkpoint
     comparison = Comparison(
         model=str(model), name=f"Gemma {shape.upper()} shape", random=True, dtype="auto" if codes else "bfloat16",
         config=fields(size) if size else None, threads=args.threads, rounds=args.rounds, repeats=args.repeats,
         more=QUICK if args.quick else None, save=args.out / f"{file}.json",
-        say=lambda m: print(f"{name}: {m}", file=sys.stderr), **part,
+        say=lambda m: note(f"{name}: {m}"), **part,
     )  # fmt: skip
     comparison.peers = [side for program, kind in peers if (side := peer(program, kind, comparison, args))]
     result = comparison.run()
@@ -137,7 +132,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="of the 2B shape; random weights are written if left out")
     parser.add_argument("--size", default="2b", help="shape of the checkpoint that is written: 2b, or tiny for a trial")
     parser.add_argument("--gguf", type=Path, help="folder of GGUF files of these weights")
-    parser.add_argument("--llama-python", help="interpreter that has llama-cpp-python")
+    parser.add_argument("--llama-python", help="interpreter that has llama-cpp-python, instead of that of make peers")
     parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--rounds", type=int, default=3, help="processes a side")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs a process")
@@ -145,7 +140,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a trial: the numbers are rough")
     args = parser.parse_args()
     if args.checkpoint is None and any("codes" not in PARTS[name] for name in args.part):
-        args.checkpoint = cached_random(args.size, say=lambda m: print(m, file=sys.stderr))
+        args.checkpoint = cached_random(args.size, say=note)
     for name in args.part:
         measure(name, args)
 

@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 END = "<!-- end -->"
 BLOCKS = ("cpu", "gpu")
-HEADINGS = ("", "gemmakit", "of the limit", "transformers", "llama.cpp", "quality")
+PEERS = ("transformers", "llama.cpp", "OpenVINO", "onnxruntime")
+HEADINGS = ("", "gemmakit", "of the limit", *PEERS, "quality")
 RATES = {"decode_tokens_per_s", "prefill_tokens_per_s"}  # of which more is better
 
 # what a row is called, file in results/, key of the measurement, unit
@@ -62,7 +63,7 @@ def row_of(name: str, key: str, unit: str, result: dict[str, Any]) -> list[str] 
     if scheme is not None and "perplexity_ratio" not in quality:
         return None
     said = f"perplexity {quality['perplexity_ratio']:.3f}x" if scheme is not None else ""
-    peers = [beside(rounds, ours, program, key, unit) for program in ("transformers", "llama.cpp")]
+    peers = [beside(rounds, ours, program, key, unit) for program in PEERS]
     return [name, f"{rounds.medians(ours)[key]:.3g} {unit}", share_of(key, result), *peers, said]
 
 

@@ -1,67 +1,55 @@
-"""Rows that decode side by side: what a step of several costs beside one, in turn with llama.cpp's low-level batch.
+"""Rows that decode side by side: what a step of several costs beside one, in turn with llama.cpp's low-level batch and
+OpenVINO's continuous batching (`make peers` installs them).
 
-    python benchmarks/rows.py --llama-python llama/bin/python [--kind bf16 int8 int4] [--rows 1 2 4 8 16] [--layers 18]
+    python benchmarks/rows.py [--kind bf16 int8 int4] [--rows 1 2 4 8 16] [--layers 18]
 
 Greedy steps of the batch engine, same bits whatever else runs, on random weights of the 2B shape or of its first
-layers; tokens/s of all rows together. GGUF files of the same shape are written to --gguf once. The result is written
-after every measurement: Ctrl-C keeps what there is.
+layers; tokens/s of all rows together. What the others read is written once and kept beside the checkpoint. The result
+is written after every measurement: Ctrl-C keeps what there is.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from checkpoints import fields, shapes
+import peer_models
+from checkpoints import cached_random, fields
+from compare import if_possible, llamacpp_side, written_side
+from peers import interpreter
 from rounds import Rounds, Side, interleave
 
-from gemmakit import GemmaConfig, GemmaTokenizer, demo_model
-from gemmakit.bench.measure import STD
-from gemmakit.checkpoint.formats.gguf_writing import write_gguf
 from gemmakit.cli.env import about, available_cores
-from gemmakit.text.gguf import vocabulary_of
 
 RESULT = Path(__file__).parent / "results" / "cpu_rows_2b.json"
 # Ours, and llama.cpp's of as many bits: Q8_0 and Q4_0 have a scale for 32 weights.
 KINDS = {"bf16": (None, "BF16"), "int8": ("int8", "Q8_0"), "int4": ("int4", "Q4_0")}
 
 
-def write_shape(path: Path, config: GemmaConfig, kind: str) -> Path:
-    """A GGUF of this shape, the same draws over and over: no speed depends on them."""
-    if path.exists():
-        return path
-    print(f"writing {path}", file=sys.stderr)
-    pool = torch.empty(1 << 22).normal_(0.0, STD, generator=torch.Generator().manual_seed(0)).bfloat16()
-
-    def drawn(shape: tuple[int, ...]) -> Callable[[], torch.Tensor]:
-        def make() -> torch.Tensor:
-            if len(shape) == 1:
-                return torch.zeros(shape, dtype=torch.bfloat16)
-            count = shape[0] * shape[1]
-            return pool.repeat(-(-count // len(pool)))[:count].view(shape)
-
-        return make
-
-    tensors = {name: drawn(shape) for name, shape in shapes(config)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return write_gguf(path, config, tensors, vocabulary_of(GemmaTokenizer.from_pretrained(demo_model())), kind)
+def note(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
 
 
 def sides(kind: str, args: argparse.Namespace) -> list[Side]:
-    config = {**fields(args.size), "num_hidden_layers": args.layers}
+    """Ours, and those of the others that are installed."""
     quantize, gguf = KINDS[kind]
     spec = {"part": "rows", **{name: getattr(args, name) for name in ("rows", "threads", "prompt", "new")}}
+    config = {**fields(args.size), "num_hidden_layers": args.layers}
     chosen = {"config": config, "dtype": "bfloat16", "device": "cpu", "quantize": quantize}
-    ours = Side("gemmakit", "gemmakit_side", {**spec, **chosen})
-    if args.llama_python is None:
-        print("llama.cpp is left out: name an interpreter that has it with --llama-python", file=sys.stderr)
-        return [ours]
-    path = args.gguf / f"{args.size}-{args.layers}-{gguf}.gguf"
-    model = str(write_shape(path, GemmaConfig(**config), gguf))
-    return [ours, Side(f"llama.cpp {gguf}", "llamacpp", {**spec, "model": model}, args.llama_python)]
+    found = [Side("gemmakit", "gemmakit_side", {**spec, **chosen})]
+
+    def llamacpp() -> Side:
+        python = args.llama_python or interpreter("llama.cpp")
+        checkpoint = cached_random(args.size, say=note, layers=args.layers)
+        return llamacpp_side(spec, peer_models.gguf(checkpoint, gguf, say=note), python, label=gguf)
+
+    def openvino() -> Side:
+        interpreter("openvino")
+        checkpoint = cached_random(args.size, say=note, layers=args.layers)
+        return written_side("openvino", spec, checkpoint, peer_models.OPENVINO_KINDS[quantize], note)
+
+    return found + [side for make in (llamacpp, openvino) if (side := if_possible(make.__name__, make, note))]
 
 
 def summary(found: Rounds, rows: list[int]) -> dict[str, Any]:
@@ -93,8 +81,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=32, help="tokens of each row")
     parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--rounds", type=int, default=3, help="processes a side")
-    parser.add_argument("--llama-python", help="interpreter that has llama-cpp-python")
-    parser.add_argument("--gguf", type=Path, default=Path("rows-gguf"), help="folder of the GGUF files")
+    parser.add_argument("--llama-python", help="interpreter that has llama-cpp-python, instead of that of make peers")
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
     result = {"what": f"tokens/s of rows that decode side by side, {args.size} shape, {args.layers} layers",
@@ -105,7 +92,7 @@ def main() -> None:
             result[kind] = summary(found, args.rows)
             args.out.write_text(json.dumps(result, indent=1) + "\n")
 
-        interleave(sides(kind, args), args.rounds, say=lambda m: print(m, file=sys.stderr), keep=keep)
+        interleave(sides(kind, args), args.rounds, say=note, keep=keep)
         for label in result[kind]:
             if label not in ("rounds", "failed"):
                 print(kind, label, json.dumps(result[kind][label]), flush=True)

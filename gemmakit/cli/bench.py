@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 from typer import Argument, Option
 
@@ -21,6 +23,7 @@ from gemmakit.hub import demo_model
 QUICK: dict[str, Any] = {"limit_s": 0.05, "limit_bytes": 1 << 22}
 QUICK_TOKENS = 512  # of the text that quality is measured on
 NOTHING = "-"
+PEERS = ("openvino", "onnxruntime", "llama.cpp", "transformers")  # of benchmarks/compare.py
 
 
 def bench(
@@ -51,6 +54,13 @@ def bench(
         Path | None, Option("--json", metavar="FILE", help="Write everything measured there, after each part.")
     ] = None,
     quick: Annotated[bool, Option("--quick", help="A glance, to try it out: the numbers are rough.")] = False,
+    peer: Annotated[
+        list[str] | None,
+        Option(
+            metavar="PROGRAM",
+            help="openvino, onnxruntime, llama.cpp or transformers, in turn; may be repeated. Needs a checkout.",
+        ),
+    ] = None,
 ) -> int:
     """Measure a model: load, first token, prefill, decoding, memory.
 
@@ -68,6 +78,13 @@ def bench(
         prompt=prompt, new=new, contexts=_contexts(context), repeats=repeats,
         fill="random" if on_cpu else "prompt", stream=on_cpu,
     )  # fmt: skip
+    if peer:
+        if tensor is not None:
+            raise InputError("--peer measures one process a program: leave --tensor out.")
+        given = {"size": size, "device": device, "dtype": dtype, "quantize": quantize, "prompt": prompt, "new": new,
+                 "context": context, "threads": threads, "repeats": repeats, "json": json_,
+                 "rounds": 1 if quick else None}  # fmt: skip
+        _beside(peer, model, given, quick)
     if (code := processes.spread(tensor)) is not None:
         return code
     threads = threads or max(1, available_cores() // (tensor or 1))
@@ -81,6 +98,27 @@ def bench(
     result = _measured(model, size, work, asked, json_, quick)
     print("\n".join(report(result)))
     return INTERRUPTED if result["interrupted"] else 0
+
+
+def _beside(peers: list[str], model: str | None, given: dict[str, Any], quick: bool) -> NoReturn:
+    """Hand over to benchmarks/compare.py, which is not in the package: other programs are the laboratory's.
+
+    Raises InputError for a program that there is not, and where this is no checkout.
+    """
+    if unknown := [peer for peer in peers if peer not in PEERS]:
+        raise InputError(f"--peer is {unknown[0]!r}; it must be one of {', '.join(PEERS)}.")
+    root = Path(__file__).resolve().parents[2]
+    script = root / "benchmarks" / "compare.py"
+    if not script.is_file():
+        names = " ".join(peers)
+        raise InputError(
+            f"--peer {names}: other programs are measured from a checkout of gemmakit's repository, which {root} is "
+            f'not. Clone it, run `make peers PEERS="{names}"` in it, and then its own `.venv/bin/gemmakit bench`.'
+        )
+    options = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    options += [f"--peer={peer}" for peer in peers] + ["--quick"] * quick
+    command = [sys.executable, str(script), *options, *([] if model is None else [model])]
+    os.execv(sys.executable, command)  # in this process's place, so that Ctrl-C is its own
 
 
 def _contexts(text: str) -> tuple[int, ...]:

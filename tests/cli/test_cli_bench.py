@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 
+import compare
 import pytest
 
 from gemmakit.bench import measure
-from gemmakit.cli import main
+from gemmakit.cli import bench, main
 
 QUICK = ("--quick", "--repeats", "1", "--threads", "1", "--new", "4", "--prompt", "8")
 
@@ -101,3 +103,46 @@ def test_cuda_without_a_device_is_refused(capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert main(["bench", "--device", "cuda"]) == 2
     assert "no CUDA device" in capsys.readouterr().err
+
+
+# -- beside other programs ---------------------------------------------------------------------------------------------
+
+
+def test_a_peer_is_handed_over_to_the_checkout_s_own_script(monkeypatch):
+    """Every option that both have is told; Ctrl-C is the script's, which runs in this process's place."""
+    told = []
+
+    class Replaced(BaseException):
+        pass
+
+    def execv(_, command):
+        told.extend(command)
+        raise Replaced  # it does not come back
+
+    monkeypatch.setattr("gemmakit.cli.bench.os.execv", execv)
+    with pytest.raises(Replaced):
+        main(["bench", *QUICK, "--peer", "openvino", "--peer", "llama.cpp", "--quantize", "int8", "a folder"])
+    assert told[1].endswith(os.path.join("benchmarks", "compare.py"))
+    args = compare.arguments().parse_args(told[2:])
+    assert (args.model, args.peer, args.quantize, args.quick) == ("a folder", ["openvino", "llama.cpp"], "int8", True)
+    assert (args.repeats, args.threads, args.new, args.prompt, args.rounds) == (1, 1, 4, 8, 1)
+
+
+def test_the_peers_are_those_of_the_laboratory():
+    assert set(bench.PEERS) == set(compare.PEERS)
+
+
+def test_an_installation_without_the_laboratory_says_how_to_get_there(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "site-packages" / "gemmakit" / "cli" / "bench.py"))
+    assert main(["bench", *QUICK, "--peer", "openvino"]) == 2
+    said = capsys.readouterr().err
+    assert "measured from a checkout" in said and "make peers PEERS=" in said and "site-packages" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["--peer", "mlx"], "openvino, onnxruntime"), (["--peer", "openvino", "--tensor", "2"], "--tensor")],
+)
+def test_peers_that_cannot_be_are_refused(arguments, said, capsys):
+    assert main(["bench", *QUICK, *arguments]) == 2
+    assert said in capsys.readouterr().err

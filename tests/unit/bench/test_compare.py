@@ -4,7 +4,7 @@ import json
 
 import pytest
 from bench_tools import LIMITS, OURS, QUALITY, answer, spec_of
-from compare import Comparison, best_limits, llamacpp_side, main, transformers_side
+from compare import PEERS, Comparison, best_limits, llamacpp_side, main, transformers_side
 from report import comparison_table, plain_lines
 from rounds import Rounds, Side, SideFailed, interleave
 
@@ -114,7 +114,6 @@ def test_sizes_that_measure_nothing_are_refused(wrong):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--peer", "llama.cpp"], "--gguf"),
         (["--gguf", "no-such.gguf"], "there is no such file"),
         (["--quantize", "int3"], "there is no quantization 'int3'"),
         (["--size", "9b"], "there is no size '9b'"),
@@ -128,10 +127,24 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(arguments, said
     assert said in capsys.readouterr().err
 
 
-def test_an_absent_peer_names_the_command_that_installs_it(capsys, monkeypatch):
-    monkeypatch.setattr("compare.find_spec", lambda name: None)
-    assert main(["--peer", "transformers"]) == 2
-    assert "pip install transformers" in capsys.readouterr().err
+@pytest.mark.parametrize("peer", PEERS)
+def test_an_absent_peer_names_the_command_that_installs_it(peer, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("GEMMAKIT_PEERS", str(tmp_path))
+    monkeypatch.setattr("peers.find_spec", lambda name: None)
+    monkeypatch.setattr("rounds.subprocess.Popen", pytest.fail)
+    assert main(["--peer", peer]) == 2
+    assert f"make peers PEERS={peer}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("peer", [peer for peer in PEERS if peer != "transformers"])
+@pytest.mark.parametrize(
+    ("arguments", "said"), [(["google/gemma-2b"], "a folder with config.json"), (["--device", "cuda"], "CPU only")]
+)
+def test_what_a_peer_cannot_read_is_refused_before_anything_runs(peer, arguments, said, capsys, monkeypatch):
+    monkeypatch.setattr("compare.interpreter", lambda name: "python")
+    monkeypatch.setattr("rounds.subprocess.Popen", pytest.fail)
+    assert main(["--peer", peer, *arguments]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_a_side_that_fails_is_said_and_is_an_error(capsys, monkeypatch):
