@@ -16,13 +16,14 @@ from typing import Any
 
 import side
 
-# -> precision and options of the builder. accuracy_level 4 multiplies bytes, which is its fast way. rtn_last rounds the
-# head to 8 bits, as ours.
+# -> precision and options of the builder. accuracy_level 4 multiplies bytes, which is its fast way. With int4 the head
+# gets 8 bits, as ours, which it shares with the embedding by rtn alone; with int8 the embedding stays in float32.
+HEAD = ("algo_config=rtn", "matmul_mixed_precision=last_matmul:int8")
 KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "fp32": ("fp32", ()),
     "int8": ("int8", ("block_size=32", "accuracy_level=4")),
-    "int4": ("int4", ("block_size=32", "accuracy_level=4", "int4_algo_config=rtn_last")),
-    "int4-g128": ("int4", ("block_size=128", "accuracy_level=4", "int4_algo_config=rtn_last")),
+    "int4": ("int4", ("block_size=32", "accuracy_level=4", *HEAD)),
+    "int4-g128": ("int4", ("block_size=128", "accuracy_level=4", *HEAD)),
 }
 
 
