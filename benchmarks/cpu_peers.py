@@ -52,8 +52,10 @@ PARTS: dict[str, dict[str, Any]] = {
     # The context is random keys and values of the right shape: as fast to read as real ones, and there at once.
     "context": dict(file="cpu_context_2b", contexts=(0, 4096), new=32, peers=[("gemmakit", "int4")]),
     # Both read the same codes, gemmakit from a folder, llama.cpp from a GGUF file.
-    "gemma4-e2b": dict(file="cpu_decode_gemma4_e2b_int4", codes="gemma4-e2b", peers=[("llama.cpp", "Q4_0")]),
-    "gemma4-12b": dict(file="cpu_decode_gemma4_12b_int4", codes="gemma4-12b", peers=[("llama.cpp", "Q4_0")]),
+    "gemma4-e2b": dict(file="cpu_decode_gemma4_e2b_int4", codes="gemma4-e2b",
+                       peers=[("gemmakit", "int4-a8"), ("llama.cpp", "Q4_0")]),
+    "gemma4-12b": dict(file="cpu_decode_gemma4_12b_int4", codes="gemma4-12b",
+                       peers=[("gemmakit", "int4-a8"), ("llama.cpp", "Q4_0")]),
     # No file: each weight is drawn and quantized before the next, so the peak is the packed model and one weight.
     "7b": dict(file="cpu_decode_7b_int4", size="7b", quantize="int4", peers=[]),
 }  # fmt: skip
@@ -85,7 +87,8 @@ def quantized(checkpoint: Path, scheme: str) -> Path:
 def peer(program: str, kind: str, comparison: Comparison, args: argparse.Namespace) -> Side | None:
     """The side of a peer; None, with a word, where it is not installed or cannot write its model."""
     if program == "gemmakit":
-        spec = {**comparison.spec, "model": str(quantized(args.checkpoint, kind)), "quantize": kind}
+        model = comparison.model if args.codes is not None else str(quantized(args.checkpoint, kind))
+        spec = {**comparison.spec, "model": model, "quantize": kind}
         return Side(f"gemmakit {kind}", "gemmakit_side", spec)
     if kind.endswith("-all") and (args.gguf is None or not (args.gguf / f"{kind}.gguf").exists()):
         return None

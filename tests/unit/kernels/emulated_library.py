@@ -172,12 +172,15 @@ def _project_norm_add(call, m, x_format, x, rows, norm, residual, y, threads):
 
 def _attend(call, a):
     one = a._obj
-    sound = one.B * one.S <= cpu.MAX_ROWS and 0 <= one.start <= one.T - one.S and one.capacity >= one.T
+    # A call that is to be refused has sizes that say nothing of its memory, but of what the kernel refuses it by.
+    sound, looked_at = one.B * one.S <= cpu.MAX_ROWS and 0 <= one.start <= one.T - one.S and one.capacity >= one.T, {}
     if one.pages:
         lengths = (ctypes.c_int64 * one.B).from_address(one.lengths)
-        sound = max(lengths) <= one.page_count * one.page_size
-    # A call that is to be refused has sizes that say nothing of its memory.
-    call.structure(0, 0, one, attention_parts if sound else lambda one: {}, back=("y", "keys", "values"))
+        sound, looked_at = (
+            max(lengths) <= one.page_count * one.page_size,
+            {"lengths": 8 * one.B, "starts": 8 * one.B + 8},
+        )
+    call.structure(0, 0, one, attention_parts if sound else lambda one: looked_at, back=("y", "keys", "values"))
 
 
 def _read_memory(call, start, size, total, threads):
