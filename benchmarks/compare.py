@@ -195,15 +195,16 @@ def if_possible(name: str, make: Callable[[], Side], say: Callable[[str], None])
 def peer_sides(peer: str, comparison: Comparison, args: argparse.Namespace) -> list[Side]:
     """The sides of a peer, in as many bits as ours."""
     spec, say, checkpoint = comparison.spec, comparison.say, Path(comparison.model)
+    kind = peer_models.kind_of(args.quantize)
     if peer == "transformers":
         return [transformers_side(spec, args.dtype, interpreter(peer))]
     if peer == "llama.cpp":
-        kind = peer_models.GGUF_TYPES[args.quantize]
+        kind = peer_models.GGUF_TYPES[kind]
         named = dict.fromkeys(args.gguf) or {peer_models.gguf(checkpoint, kind, say=say): kind}
         python = args.llama_python or interpreter(peer)
         return [llamacpp_side(spec, file, python, label) for file, label in named.items()]
-    kinds = peer_models.OPENVINO_KINDS if peer == "openvino" else peer_models.ONNXRUNTIME_KINDS
-    return [written_side(peer, spec, checkpoint, kinds[args.quantize], say)]
+    kind = kind if peer == "openvino" else peer_models.ONNXRUNTIME_KINDS[kind]
+    return [written_side(peer, spec, checkpoint, kind, say)]
 
 
 def refused(args: argparse.Namespace) -> None:

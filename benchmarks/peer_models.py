@@ -12,15 +12,23 @@ from peers import interpreter
 from rounds import Side, run_command
 
 from gemmakit import GemmaConfig, GemmaTokenizer, demo_model
+from gemmakit.bench.measure import scheme_config
 from gemmakit.checkpoint import open_checkpoint
 from gemmakit.checkpoint.formats.gguf_writing import write_gguf
 from gemmakit.text.gguf import vocabulary_of
 
 Say = Callable[[str], None]
-# What our weights are called -> the same in another program's words, as near as it comes.
-GGUF_TYPES = {None: "BF16", "int8": "Q8_0", "int4": "Q4_0", "int4-g32": "Q4_0", "int4-g128": "Q4_0"}
-OPENVINO_KINDS = {None: "16", "int8": "int8", "int4": "int4", "int4-g32": "int4", "int4-g128": "int4-g128"}
-ONNXRUNTIME_KINDS = {**OPENVINO_KINDS, None: "fp32"}  # its processors' kernels have no 16 bits
+# Kinds of weights, OpenVINO's names for them, -> the same in another program's words, as near as it comes.
+GGUF_TYPES = {"16": "BF16", "int8": "Q8_0", "int4": "Q4_0", "int4-g128": "Q4_0"}
+ONNXRUNTIME_KINDS = {"16": "fp32", "int8": "int8", "int4": "int4", "int4-g128": "int4-g128"}
+
+
+def kind_of(scheme: str | None) -> str:
+    """The kind with as many bits, and groups as large, as a short name of ours."""
+    config = scheme_config(scheme)
+    if config is None:
+        return "16"
+    return "int8" if config.bits == 8 else "int4-g128" if config.group_size == 128 else "int4"
 
 
 def beside(checkpoint: Path, name: str) -> Path:

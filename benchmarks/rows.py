@@ -47,7 +47,7 @@ def sides(kind: str, args: argparse.Namespace) -> list[Side]:
     def openvino() -> Side:
         interpreter("openvino")
         checkpoint = cached_random(args.size, say=note, layers=args.layers)
-        return written_side("openvino", spec, checkpoint, peer_models.OPENVINO_KINDS[quantize], note)
+        return written_side("openvino", spec, checkpoint, peer_models.kind_of(quantize), note)
 
     return found + [side for make in (llamacpp, openvino) if (side := if_possible(make.__name__, make, note))]
 

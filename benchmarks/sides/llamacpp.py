@@ -57,6 +57,7 @@ def generate(spec: dict[str, Any]) -> dict[str, Any]:
         "load_s": loaded,
         "first_token_s": imported + loaded + first,
         **timing.rates(run, timing.Work.of(spec)),
+        "first_ids": side.first_ids(run),
         **used,
         **{k: v for k, v in timing.memory(bare).items() if k == "peak_rss_gb"},
     }

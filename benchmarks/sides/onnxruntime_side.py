@@ -29,7 +29,7 @@ def generate(spec: dict[str, Any]) -> dict[str, Any]:
     loaded = time.perf_counter() - started
     told = json.loads((folder / "genai_config.json").read_text())["model"]
     prompt = timing.prompt_ids(spec["prompt"], told["vocab_size"])
-    room = max(spec["prompt"], *spec["contexts"]) + spec["new"] + timing.FEW
+    room = max(spec["prompt"], *spec["contexts"]) + max(spec["new"], 4) + timing.FEW
     asked = og.GeneratorParams(model)
     # No token ends it: the number of tokens is what is asked for.
     asked.set_search_options(max_length=room, min_length=room, do_sample=False, batch_size=1)
@@ -56,7 +56,7 @@ def generate(spec: dict[str, Any]) -> dict[str, Any]:
         "side": f"onnxruntime-genai {og.__version__}", "file_gb": size / 1e9,
         "head_dtype": json.loads((folder / "written.json").read_text())["head_dtype"],
         "import_s": imported, "load_s": loaded, "first_token_s": imported + loaded + first,
-        **timing.rates(run, timing.Work.of(spec)), **used,
+        **timing.rates(run, timing.Work.of(spec)), "first_ids": side.first_ids(run), **used,
         **{k: v for k, v in timing.memory(bare).items() if k == "peak_rss_gb"},
     }  # fmt: skip
 

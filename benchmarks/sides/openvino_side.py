@@ -130,7 +130,7 @@ def generate(spec: dict[str, Any]) -> dict[str, Any]:
     return {
         **about(folder), **chosen(compiled), "import_s": imported, "load_s": loaded,
         "first_token_s": imported + loaded + first,
-        **timing.rates(run, timing.Work.of(spec)), **used,
+        **timing.rates(run, timing.Work.of(spec)), "first_ids": side.first_ids(run), **used,
         **{k: v for k, v in timing.memory(bare).items() if k == "peak_rss_gb"},
     }  # fmt: skip
 
@@ -145,6 +145,7 @@ def rows(spec: dict[str, Any]) -> dict[str, Any]:
     scheduler, settings = genai.SchedulerConfig(), genai.GenerationConfig()
     scheduler.enable_prefix_caching, scheduler.dynamic_split_fuse = False, True
     scheduler.max_num_seqs = max(spec["rows"])
+    scheduler.max_num_batched_tokens = max(256, max(spec["rows"]) * spec["prompt"])  # all prompts in one step
     scheduler.cache_size = 1  # GB
     pipeline = genai.ContinuousBatchingPipeline(str(folder), scheduler, "CPU", options(spec["threads"]))
     settings.max_new_tokens = spec["new"] + 1

@@ -10,7 +10,10 @@ import json
 import logging
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
+
+from gemmakit.bench import timing
 
 Part = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -34,6 +37,13 @@ class Said:
 def tidy(values: dict[str, Any]) -> dict[str, Any]:
     """Numbers to five digits, for reading."""
     return {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in values.items()}
+
+
+def first_ids(run: timing.Run, count: int = 4) -> list[int]:
+    """What a run generates first: that the weights are the ones that were to be read is seen by it."""
+    found: list[int] = []
+    run(0, count, SimpleNamespace(put=lambda token: found.append(int(token))))
+    return found
 
 
 def main(parts: dict[str, Part], listen_to: str | None = None) -> None:

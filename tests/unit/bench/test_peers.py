@@ -4,10 +4,12 @@ import subprocess
 import sys
 
 import environments
+import peer_models
 import peers
 import pytest
 
 from gemmakit.errors import MissingDependency
+from gemmakit.quantization import SHORT_NAMES
 
 
 def test_every_peer_is_listed_with_its_versions():
@@ -16,6 +18,16 @@ def test_every_peer_is_listed_with_its_versions():
     for name, calls in listed.items():
         assert [call[0] for call in calls if any(p.startswith("torch=") for p in call)] in ([], ["torch==2.13.0"]), name
         assert any("==" in package for package in calls[-1]), name
+
+
+@pytest.mark.parametrize("scheme", [None, *SHORT_NAMES])
+def test_every_scheme_of_ours_has_its_like(scheme):
+    kind = peer_models.kind_of(scheme)
+    assert kind in peer_models.GGUF_TYPES and kind in peer_models.ONNXRUNTIME_KINDS
+    bits, group = (
+        (None, None) if scheme is None else (SHORT_NAMES[scheme]["bits"], SHORT_NAMES[scheme].get("group_size"))
+    )
+    assert kind == {None: "16", 8: "int8", 4: "int4-g128" if group == 128 else "int4"}[bits]
 
 
 def test_an_environment_is_found_once_it_is_whole(monkeypatch, tmp_path):
