@@ -25,8 +25,17 @@ _TABLE = "embed_tokens_per_layer"  # read by row, as an embedding that is not al
 ROUTER = "router.proj"  # chooses experts: a wrong choice costs more than its few bits save
 
 
+# What one weight may be stored in, 4.19 to 8.5 bits each: its codes, and the inputs that share a scale (None: a row).
+FORMATS: dict[str, tuple[int, int | None]] = {
+    "int4-g128": (4, 128),
+    "int4-g32": (4, 32),
+    "int8": (8, None),
+    "int8-g32": (8, 32),
+}
+
+
 class _ModuleNames:
-    """Modules by name: what `_named` reads."""
+    """Modules by name: what `named` reads."""
 
     def holds(self, value: Any) -> bool:
         return isinstance(value, (list, tuple)) and all(isinstance(n, str) and n and _compiles(n) for n in value)
@@ -44,6 +53,19 @@ def _compiles(pattern: str) -> bool:
 
 
 MODULES = _ModuleNames()
+
+
+class _ModulesByFormat:
+    """Which modules have a format of their own."""
+
+    def holds(self, value: Any) -> bool:
+        return isinstance(value, dict) and all(k in FORMATS and MODULES.holds(names) for k, names in value.items())
+
+    def __str__(self) -> str:
+        return f"a dictionary of {', '.join(map(repr, FORMATS))}, each with {MODULES}"
+
+
+MODULES_BY_FORMAT = _ModulesByFormat()
 
 
 @dataclass
@@ -101,7 +123,7 @@ class BitsAndBytesConfig:
 
     def keeps(self, module: str) -> bool:
         """Whether `llm_int8_skip_modules` names this module."""
-        return _named(module, self.llm_int8_skip_modules)
+        return named(module, self.llm_int8_skip_modules)
 
     def to_dict(self) -> dict[str, Any]:
         """`quantization_config` of config.json, in the layout of transformers."""
@@ -150,6 +172,8 @@ class WeightOnlyConfig:
         calibration: how the codes were chosen: None, each weight by itself, or "gptq", by their effect on a text.
             Written by `quantize_checkpoint`, which takes the text.
         head_group_size: of a head in 8 bits beside projections in 4: None, a scale a row, or 32, as in GGUF files.
+        module_formats: modules with another format than bits and head_bits say, by its short name: {"int8":
+            ["o_proj"]}. Named as in modules_to_not_convert, which goes first; an unnamed head has its embedding's.
         activation_bits: to how many bits a product of more than 8 rows may round its input where the processor is fast
             at products of bytes: 8, or 16, which writes the weights out instead. With gradients nothing is rounded.
         decode_activation_bits: the same of up to 8 rows against codes of 4 bits, which decoding is: 16, which rounds
@@ -167,6 +191,7 @@ class WeightOnlyConfig:
     modules_to_not_convert: Annotated[list[str] | None, MODULES] = None
     calibration: Annotated[str | None, OneOf(None, "gptq")] = None
     head_group_size: Annotated[int | None, OneOf(None, *GROUP_SIZES)] = None
+    module_formats: Annotated[dict[str, list[str]] | None, MODULES_BY_FORMAT] = None
     activation_bits: Annotated[int, OneOf(8, 16)] = 8
     decode_activation_bits: Annotated[int, OneOf(8, 16)] = 16
     extra: dict[str, Any] = field(default_factory=dict)
@@ -200,17 +225,23 @@ class WeightOnlyConfig:
         last = module.rpartition(".")[2]
         if last == _CLASSIFIER or module.endswith(ROUTER) or self.keeps(module):
             return None
-        if last == _TABLE:
-            return self.layout(head=True)
-        if last not in (_EMBEDDING, _HEAD):
-            return self.layout(head=False)
-        if tied and any(map(self.keeps, (_EMBEDDING, f"model.{_EMBEDDING}", _HEAD))):
+        if last in (_EMBEDDING, _HEAD) and tied and any(map(self.keeps, (_EMBEDDING, f"model.{_EMBEDDING}", _HEAD))):
             return None  # they are one matrix
-        return self.layout(head=True)
+        own = None if last == _HEAD and tied else self._own_layout(module)
+        if own is None and last == _HEAD:
+            own = self._own_layout(f"model.{_EMBEDDING}")
+        return own or self.layout(head=last in (_EMBEDDING, _HEAD, _TABLE))
+
+    def _own_layout(self, module: str) -> tuple[int, int | None] | None:
+        """What `module_formats` says of this module. Raises ConfigError if it says two things."""
+        found = [kind for kind, modules in (self.module_formats or {}).items() if named(module, modules)]
+        if len(found) > 1:
+            raise ConfigError(f"module_formats gives {module} as {' and as '.join(found)}: name it once.")
+        return FORMATS[found[0]] if found else None
 
     def keeps(self, module: str) -> bool:
         """Whether `modules_to_not_convert` names this module."""
-        return _named(module, self.modules_to_not_convert)
+        return named(module, self.modules_to_not_convert)
 
     def to_dict(self) -> dict[str, Any]:
         """`quantization_config` of config.json."""
@@ -291,7 +322,7 @@ def parse_quantization(value: Any) -> BitsAndBytesConfig | WeightOnlyConfig:
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(BitsAndBytesConfig) if f.name != "extra"}
 
 
-def _named(module: str, names: list[str] | None) -> bool:
+def named(module: str, names: list[str] | None) -> bool:
     """Whether one of `names` is the module's end, its beginning up to a dot, or a regular expression for that."""
     return any(
         module.endswith(name) or re.match(rf"(?:{name})(?:(?<=\.)|(?=\.|$))", module) is not None

@@ -298,6 +298,9 @@ def _quantization(found: Findings) -> str | None:
     shown = [f"{key.removeprefix('bnb_4bit_')} {settings[key]}"
              for key in ("bits", "group_size", "head_bits", "bnb_4bit_quant_type")
              if settings.get(key) is not None]  # fmt: skip
+    own = settings.get("module_formats")
+    if isinstance(own, dict):
+        shown += [f"{kind} in {len(names)} modules" for kind, names in own.items() if isinstance(names, list)]
     return ", ".join([str(settings.get("quant_method", "unknown")), *shown])
 
 

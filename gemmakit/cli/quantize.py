@@ -23,12 +23,17 @@ def quantize(
     output: Annotated[Path, Argument(metavar="OUT", help="Folder for the quantized model.")],
     int4: Annotated[bool, Option("--int4", help="4 bits a weight, a scale and a zero a group.")] = False,
     int8: Annotated[bool, Option("--int8", help="8 bits a weight, a scale a row.")] = False,
+    bits: Annotated[
+        float | None,
+        Option(metavar="N", help="Bits a weight in all, 4.2 to 8.5: 4 or 8 by module, wherever they serve most."),
+    ] = None,
     group_size: Annotated[
         int | None, Option(metavar="N", help="Weights that share a scale: 32 (if left out, with 4 bits) or 128.")
     ] = None,
     head_bits: Annotated[
-        str, Option(metavar="N", help="Of the embedding and the head: 8, 4, or none to keep them.")
-    ] = "8",
+        str | None,
+        Option(metavar="N", help="Of the embedding and the head: 8 (if left out), 4, or none to keep them."),
+    ] = None,
     activation_bits: Annotated[
         int, Option(metavar="N", help="To which prompts may be rounded on their way: 8, or 16 for not at all. Slower.")
     ] = 8,
@@ -52,14 +57,16 @@ def quantize(
     Weights are read, rounded and written one at a time, so the model may be larger than memory. OUT is a model like
     any other: gemmakit run --model OUT. With --calibrate a layer at a time is held in float32.
     """
-    if int4 == int8:
-        raise InputError("--int4 and --int8: give one of them.")
-    if head_bits not in ("8", "4", "none"):
+    if int4 + int8 + (bits is not None) != 1:
+        raise InputError("--int4, --int8 and --bits: give one of them.")
+    if bits is not None and (group_size or head_bits) is not None:
+        raise InputError("--bits decides --group-size and --head-bits for every module: leave these out.")
+    if head_bits not in (None, "8", "4", "none"):
         raise InputError(f"--head-bits is {head_bits!r}; it must be 8, 4 or none.")
     config = gemmakit.WeightOnlyConfig(
-        bits=4 if int4 else 8,
+        bits=8 if int8 else 4,
         group_size=group_size,
-        head_bits=None if head_bits == "none" else int(head_bits),
+        head_bits=None if head_bits == "none" else int(head_bits or 8),
         modules_to_not_convert=keep or None,
         activation_bits=activation_bits,
         decode_activation_bits=decode_activation_bits,
@@ -71,6 +78,7 @@ def quantize(
             model,
             output,
             config,
+            bits=bits,
             calibration_ids=ids,
             overwrite=overwrite,
             max_shard_size=max_shard_size,

@@ -12,18 +12,19 @@ from torch import Tensor
 
 from gemmakit.checkpoint import Checkpoint, LazyTensor, open_checkpoint, require_memory, save_checkpoint
 from gemmakit.checkpoint.layout import as_matrix, differences, warn_of_copies
+from gemmakit.checks import Real, check
 from gemmakit.config import GemmaConfig
 from gemmakit.dtypes import dtype_name
-from gemmakit.errors import InputError
+from gemmakit.errors import ConfigError, InputError
 from gemmakit.family import member_class, role_of
 from gemmakit.hub import HubOptions, find_file, local_directory
 from gemmakit.pytorch.heads import GemmaForCausalLM, GemmaForSequenceClassification, GemmaForTokenClassification
 from gemmakit.pytorch.kernels import PackedWeight
 from gemmakit.pytorch.model import GemmaModel
 from gemmakit.pytorch.pretrained import GemmaPreTrainedModel, wanted_shapes
-from gemmakit.pytorch.quantize import rounding
+from gemmakit.pytorch.quantize import budget, rounding
 from gemmakit.pytorch.quantize.gptq import calibrate, memory_bytes
-from gemmakit.pytorch.quantize.loading import is_taken, replace_with_quantized
+from gemmakit.pytorch.quantize.loading import is_taken, replace_with_quantized, require_known
 from gemmakit.pytorch.quantize.modules import TABLES
 from gemmakit.pytorch.quantize.own import WeightOnlyQuantizer
 from gemmakit.quantization import WeightOnlyConfig, parse_quantization
@@ -40,6 +41,8 @@ _CLASSES: dict[str, type[GemmaPreTrainedModel]] = {
     "sequence_classification": GemmaForSequenceClassification,
     "token_classification": GemmaForTokenClassification,
 }
+# Of a budget: what the smallest and the largest format take.
+BITS = Real(4.2, 8.5)
 # Beside tensors: interpreter, torch, and pieces in work.
 _SLACK_BYTES = 300_000_000
 Name = str | os.PathLike[str]
@@ -52,6 +55,7 @@ def quantize_checkpoint(
     save_directory: Name,
     quantization_config: WeightOnlyConfig | dict[str, Any] | str = "int4",
     *,
+    bits: float | None = None,
     calibration_ids: Tensor | None = None,
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
@@ -68,6 +72,9 @@ def quantize_checkpoint(
         pretrained_model_name_or_path: a folder, or "owner/name" on the Hub; its weights must be plain.
         save_directory: the folder, made if absent.
         quantization_config: a WeightOnlyConfig, its dictionary, or a short name ("int8", "int4", "int4-g128").
+        bits: how many a weight may take in all, scales and zeros included, 4.2 to 8.5. Which module gets which format
+            is chosen for the least loss (see `gemmakit.pytorch.quantize.budget`) and written to `module_formats`. The
+            configuration then says what else there is to say, not bits, groups or the head.
         calibration_ids: (R, S) token ids, R texts of S tokens, to choose codes by their effect on (GPTQ). None rounds
             each weight to its nearest code.
         overwrite: replace a model that is in the folder.
@@ -88,7 +95,9 @@ def quantize_checkpoint(
     if kwargs:
         raise InputError(f"quantize_checkpoint has no argument {', '.join(kwargs)}.")
     source, target = pretrained_model_name_or_path, Path(save_directory).expanduser()
-    wanted = _wanted(quantization_config, calibration_ids is not None)
+    wanted = _wanted(quantization_config if bits is None else _unsaid(quantization_config), calibration_ids is not None)
+    if bits is not None:
+        check("bits", bits, BITS, ConfigError)
     _refuse_target(source, target, overwrite)
     config = GemmaConfig.from_pretrained(source, **vars(hub))
     if config.extra.get("quantization_config") is not None:
@@ -104,11 +113,15 @@ def quantize_checkpoint(
     with open_checkpoint(source, hub, allow_pickle=allow_pickle) as checkpoint:
         hollow = _hollow(config)
         stored = _stored(hollow, checkpoint)
-        if calibration_ids is None:
+        require_known(wanted, [name.removesuffix(".weight") for name in stored if is_taken(hollow, name, quantizer)])
+        model = None
+        if calibration_ids is not None:
+            model = type(hollow).from_pretrained(source, allow_pickle=allow_pickle, **vars(hub))
+        if bits is not None:
+            wanted.module_formats = _formats(bits, hollow, model, stored, checkpoint, quantizer, calibration_ids)
+        if model is None or calibration_ids is None:
             tensors = _streamed(hollow, stored, checkpoint, quantizer, report)
         else:
-            load = type(hollow).from_pretrained
-            model = load(source, allow_pickle=allow_pickle, **vars(hub))
             tensors = _calibrated(model, stored, checkpoint, quantizer, calibration_ids, report)
         config.extra["quantization_config"] = wanted.to_dict()
         files: dict[str, str | bytes] = {"config.json": config.to_json_string(), **_beside(source, hub)}
@@ -125,6 +138,44 @@ def _wanted(config: Any, calibrated: bool) -> WeightOnlyConfig:
         )
     wanted.calibration = "gptq" if calibrated else None
     return wanted
+
+
+def _unsaid(config: Any) -> Any:
+    """The configuration beside a budget, which leaves nothing to say of bits and groups."""
+    if config == "int4":
+        return config  # what is taken where nothing is said
+    wanted, plain = parse_quantization(config), WeightOnlyConfig(bits=4)
+    for name in ("bits", "group_size", "head_bits", "head_group_size", "module_formats"):
+        if getattr(wanted, name, None) not in (getattr(plain, name), getattr(WeightOnlyConfig(), name)):
+            raise InputError(
+                f"bits is given, and {name} of quantization_config is {getattr(wanted, name)}: the budget decides the "
+                "formats. Leave one of them out."
+            )
+    return {**wanted.to_dict(), "bits": plain.bits, "group_size": plain.group_size}
+
+
+def _formats(
+    bits: float,
+    hollow: Any,
+    model: Any,
+    stored: dict[str, str],
+    checkpoint: Checkpoint,
+    quantizer: WeightOnlyQuantizer,
+    ids: Tensor | None,
+) -> dict[str, list[str]]:
+    """`module_formats` for a budget; model: with its weights, if `ids` are there to run through it."""
+    names = [name for name in stored if is_taken(hollow, name, quantizer)]
+    taken = {name.removesuffix(".weight"): name for name in names if quantizer.layout(name.removesuffix(".weight"))}
+    reach: dict[str, list[budget.Effect]] = {}
+    if ids is not None and isinstance(model, GemmaForCausalLM):
+        reach = budget.effects(model, ids, lambda name: name in taken or f"{name}.weight" in model.tied_weights)
+    found, weights = {}, 0
+    for module, name in taken.items():
+        tensor = checkpoint.tensor(stored[name])
+        matrix = tensor.view(as_matrix(tensor.shape))
+        found[module] = budget.costs(matrix, reach.get(module) if reach else None, name)
+        weights += matrix.numel()
+    return budget.module_formats(budget.choose(found, weights, bits))
 
 
 def _refuse_target(source: Name, target: Path, overwrite: bool) -> None:

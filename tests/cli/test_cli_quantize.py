@@ -29,12 +29,23 @@ def test_texts_for_calibration(gemmakit, tiny, tmp_path):
     assert json.loads((out / "config.json").read_text())["quantization_config"]["calibration"] == "gptq"
 
 
+def test_a_budget_is_what_the_file_takes(gemmakit, tiny, tmp_path):
+    done = gemmakit("quantize", tiny, tmp_path / "out", "--bits", "6")
+    assert done.returncode == 0, done.stderr
+    said = gemmakit("doctor", tmp_path / "out")
+    assert said.returncode == 0 and " modules" in said.stdout, said.stderr
+    assert gemmakit("run", "--model", tmp_path / "out", "--greedy", "-n", "4", "a").returncode == 0
+
+
 def test_refusals_are_one_line_and_write_nothing(gemmakit, tiny, tmp_path):
     out, empty = tmp_path / "out", tmp_path / "empty.txt"
     empty.write_text("")
     for arguments, message in [
-        ((), "--int4 and --int8"),
-        (("--int4", "--int8"), "--int4 and --int8"),
+        ((), "--int4, --int8 and --bits: give one of them"),
+        (("--int4", "--int8"), "--int4, --int8 and --bits: give one of them"),
+        (("--int4", "--bits", "5"), "--int4, --int8 and --bits: give one of them"),
+        (("--bits", "3"), "bits is 3.0"),
+        (("--bits", "5", "--head-bits", "8"), "--bits decides"),
         (("--int4", "--group-size", "64"), "group_size is 64"),
         (("--int8", "--head-bits", "16"), "--head-bits is '16'"),
         (("--int4", "--calibrate", tmp_path / "nowhere"), "cannot be read"),

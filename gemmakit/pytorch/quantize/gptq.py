@@ -178,11 +178,13 @@ def _hessian(layer: nn.Module, name: str, calls: list[_Call]) -> Tensor:
         if not total:
             total.append(x.new_zeros(x.shape[1], x.shape[1]))
         total[0].addmm_(x.T, x)
+        raise _Stop  # what follows in the layer is of no interest
 
     handle = layer.get_submodule(name).register_forward_pre_hook(add)
     try:
         for call in calls:
-            call.run(layer)
+            with suppress(_Stop):
+                call.run(layer)
     finally:
         handle.remove()
     return total[0]

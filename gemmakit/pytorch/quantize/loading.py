@@ -16,7 +16,7 @@ from gemmakit.pytorch.experts import GemmaExperts
 from gemmakit.pytorch.quantize.bitsandbytes import BitsAndBytesQuantizer
 from gemmakit.pytorch.quantize.own import WeightOnlyQuantizer
 from gemmakit.pytorch.quantize.quantizer import PartNames, Quantizer
-from gemmakit.quantization import BitsAndBytesConfig, WeightOnlyConfig, parse_quantization
+from gemmakit.quantization import BitsAndBytesConfig, WeightOnlyConfig, named, parse_quantization
 
 QuantizationConfig = BitsAndBytesConfig | WeightOnlyConfig
 
@@ -86,7 +86,7 @@ def _merged(stored: QuantizationConfig, asked: QuantizationConfig | None) -> Qua
 def _kind(config: QuantizationConfig) -> tuple[Any, ...]:
     """What of a configuration decides how weights are stored; the bits come second."""
     if isinstance(config, WeightOnlyConfig):
-        return config.quant_method, config.bits, config.group_size, config.head_bits
+        return config.quant_method, config.bits, config.group_size, config.head_bits, config.module_formats
     return config.quant_method, 4 if config.load_in_4bit else 8 if config.load_in_8bit else 0
 
 
@@ -97,6 +97,7 @@ def stored_parts(
     if quantizer is None:
         return {}
     weights = {name: key for name, key in stored.items() if is_taken(model, name, quantizer)}
+    require_known(quantizer.config, [name.removesuffix(".weight") for name in weights])
     groups = {name: parts for name, key in weights.items() if (parts := quantizer.parts(key, checkpoint))}
     if quantizer.stored and not groups and not any(map(quantizer.takes, (n.removesuffix(".weight") for n in weights))):
         raise CheckpointError(
@@ -104,6 +105,14 @@ def stored_parts(
             "quantization_config: take that out, or quantize the weights again."
         )
     return groups
+
+
+def require_known(config: QuantizationConfig, modules: list[str]) -> None:
+    """Raise ConfigError for a name in `module_formats` that none of the modules has."""
+    for kind, names in (getattr(config, "module_formats", None) or {}).items():
+        for name in names:
+            if not any(named(module, [name]) for module in modules):
+                raise ConfigError(f"module_formats has {kind} for {name!r}, which names no weight of this model.")
 
 
 def unpacked_shapes(
