@@ -2,10 +2,14 @@
 
 Writes OUT.whole.npy and OUT.stepped.npy, logits (tokens, V) of the pieces all at once and token by token, and answers
 prompts greedily: {"said": [[id, ...], ...]} on standard output.
+
+A job {"quantize": F32.gguf, "gguf": OUT.gguf, "kind": "Q4_K_M", "pure": bool} writes that file by llama.cpp itself, for
+real_curve.py; pure gives every matrix the same kind, as far as its width allows.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import sys
 from typing import Any
@@ -42,8 +46,19 @@ def answer(model: Any, prompt: list[int], new_tokens: int, stops: set[int]) -> l
     return said
 
 
+def quantize(job: dict[str, Any]) -> None:
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{job['kind']}")
+    settings.pure = job["pure"]
+    if llama_cpp.llama_model_quantize(job["quantize"].encode(), job["gguf"].encode(), ctypes.byref(settings)):
+        raise SystemExit(f"llama.cpp could not write {job['kind']}")
+
+
 def main() -> None:
     job = json.load(sys.stdin)
+    if "quantize" in job:
+        quantize(job)
+        return
     model = llama_cpp.Llama(
         model_path=job["gguf"], n_ctx=512, n_batch=512, n_ubatch=512, logits_all=True, verbose=False, n_threads=2
     )

@@ -1,4 +1,7 @@
-"""Writes the tables of docs/quantization.md from benchmarks/results/: python benchmarks/quality_table.py [--check]"""
+"""Writes the tables and the picture of docs/quantization.md: python benchmarks/quality_table.py [--check]
+
+From benchmarks/results/; the picture needs `pip install 'gemmakit[plot]'`.
+"""
 
 import argparse
 import json
@@ -76,8 +79,75 @@ def real_table(result: dict[str, Any]) -> str:
     return table(("weights", "perplexity", "against float32", "MB"), lines, f"{where}; `benchmarks/real_quality.py`.")
 
 
+# -- loss over bytes ---------------------------------------------------------------------------------------------------
+
+
+def curve(result: dict[str, Any]) -> list[tuple[str, float, float, bool]]:
+    """(form, MB, nats a token above float32, ours or llama.cpp's), the smallest first."""
+    rows, tokens = result["rows"], result["about"]["tokens"]
+    exact = sum(rows["float32"]["losses"])
+    points = [
+        (name, held["bytes"] / 1e6, (sum(held["losses"]) - exact) / tokens, name.startswith("int") or " bits" in name)
+        for name, held in rows.items()
+        if name != "float32"
+    ]
+    return sorted(points, key=lambda point: point[1])
+
+
+def curve_table(result: dict[str, Any]) -> str:
+    about = result["about"]
+    lines = [
+        row(
+            name if ours else f"llama.cpp {name}",
+            f"{size:.1f}",
+            f"{lost:+.3f}",
+            f"{math.expm1(lost):+.1%}".replace("%", " %"),
+        )
+        for name, size, lost, ours in curve(result)
+    ]
+    where = (
+        f"{about['tokens']:,} tokens in windows of {about['window']}, {about['calibration']:,} tokens of calibration"
+    )
+    where += f"; {about['processor']}, torch {about['torch']}; `benchmarks/real_curve.py`."
+    return table(("weights", "MB", "loss, nats a token", "perplexity"), lines, where)
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """The same as a picture."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    matplotlib.rcParams |= {"svg.hashsalt": "", "svg.fonttype": "none", "font.size": 9}
+    figure, axes = pyplot.subplots(figsize=(7.2, 4.2), layout="constrained")
+    kinds = (("ours, calibrated", "#1f6fb4", "o"), ("ours", "#8cbbe0", "o"), ("llama.cpp", "#c96a1b", "s"))
+    for kind, colour, mark in kinds:
+        points = [p for p in curve(result) if _kind(p) == kind]
+        if not points:
+            continue
+        axes.plot([p[1] for p in points], [max(p[2], FLOOR) for p in points], mark, color=colour, label=kind)
+        for name, size, lost, _ in points:
+            short = name.removesuffix(", calibrated")
+            axes.annotate(short, (size, max(lost, FLOOR)), (4, 3), textcoords="offset points", fontsize=7, color=colour)
+    axes.set_yscale("log")
+    axes.set_xlabel("MB of weights in the file")
+    axes.set_ylabel("loss above float32, nats a token")
+    axes.grid(alpha=0.25)
+    axes.legend()
+    figure.savefig(path, metadata={"Date": None})
+
+
+FLOOR = 1e-3  # nats; below it a loss is one of the text's own noise
+
+
+def _kind(point: tuple[str, float, float, bool]) -> str:
+    return "llama.cpp" if not point[3] else "ours, calibrated" if point[0].endswith("calibrated") else "ours"
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "<!-- real quality table: made by benchmarks/quality_table.py -->\n": ("real_quality", real_table),
+    "<!-- real curve table: made by benchmarks/quality_table.py -->\n": ("real_curve", curve_table),
     "<!-- quality table: made by benchmarks/quality_table.py -->\n": ("quantized_quality", demo_table),
 }
 
@@ -100,6 +170,8 @@ def main() -> int:
     new = filled(text)
     if not check:
         page.write_text(new, encoding="utf-8")
+        result = json.loads((ROOT / "benchmarks" / "results" / "real_curve.json").read_text())
+        draw(result, ROOT / "docs" / "quantization_curve.svg")
     return int(check and new != text)
 
 
