@@ -256,6 +256,7 @@ def rows(tokenizer: Any, pieces: list[list[int]], folder: Path, llama_python: st
         "int4 g32": ours(how="int4"),
         "int4 g32, in bfloat16": ours(how="int4", dtype=half),
         "int4 g32, activations unrounded": ours(how="int4", side=Unrounded),
+        "int4 g32, steps too in 8 bits": ours(how="int4-a8"),
         "int4 g32, head int4": ours(how={"bits": 4, "group_size": 32, "head_bits": 4}),
         "int4 g32, calibrated": calibrated("int4"),
         "int4 g128": ours(how="int4-g128"),
