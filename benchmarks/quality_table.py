@@ -130,6 +130,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         for name, size, lost, _ in points:
             short = name.removesuffix(", calibrated")
             axes.annotate(short, (size, max(lost, FLOOR)), (4, 3), textcoords="offset points", fontsize=7, color=colour)
+    axes.margins(x=0.1)  # for the last names
     axes.set_yscale("log")
     axes.set_xlabel("MB of weights in the file")
     axes.set_ylabel("loss above float32, nats a token")

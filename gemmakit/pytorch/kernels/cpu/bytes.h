@@ -48,11 +48,9 @@ template <int F>
 void fill_tile(const void* x, int64_t in, int64_t tile, int tokens, const Tiles& t) {
   for (int j = 0; j < L; j++) {
     for (int64_t b = 0; b < t.blocks; b++) {
-      float wide[BLOCK] = {};
       int8_t local[BLOCK];
-      int64_t left = in - b * BLOCK, at_scale = t.scales(tile, b) + j;
-      if (j < tokens) widen_all<F>(at<F>(x, j * in + b * BLOCK), wide, left < BLOCK ? left : BLOCK);
-      float total = quantize_block(wide, local, t.scale + at_scale);
+      int64_t at_scale = t.scales(tile, b) + j;
+      float total = quantize_block_of<F>(at<F>(x, j * in), j < tokens ? in : 0, b, local, t.scale + at_scale);
       t.minus[at_scale] = -t.scale[at_scale] * total;
       t.back[at_scale] = -FLIP * (int32_t)total;
       int8_t* to = t.q + (tile * t.blocks + b) * BLOCK * L + 4 * j;

@@ -104,11 +104,9 @@ constexpr int CHUNK_BLOCKS = WIDTH > BYTES<FORMAT> ? WIDTH / BYTES<FORMAT> : 1;
 template <int F>
 void fill_rows(const void* x, int64_t in, int m, int M, int64_t begin, int64_t end, const Rows& to) {
   for (int64_t b = begin; b < end; b++) {
-    float wide[BLOCK] = {};
     int8_t local[BLOCK];
-    int64_t left = in - b * BLOCK, at_scale = b * M + m;
-    widen_all<F>(at<F>(x, m * in + b * BLOCK), wide, left < BLOCK ? left : BLOCK);
-    float total = quantize_block(wide, local, to.scale + at_scale);
+    int64_t at_scale = b * M + m;
+    float total = quantize_block_of<F>(at<F>(x, m * in), in, b, local, to.scale + at_scale);
     to.minus[at_scale] = -to.scale[at_scale] * total;
     to.back[at_scale] = -FLIP * (int32_t)total;
     for (int i = 0; i < STEPS; i++) std::memcpy(to.q + ((b * STEPS + i) * M + m) * 4, local + 4 * i, 4);

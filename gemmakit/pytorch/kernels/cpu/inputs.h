@@ -25,7 +25,7 @@ namespace {
 struct Inputs {
   const int16_t* q = nullptr;       // (M, blocks * 32) in order, for INT8_ROWS; where HALVED as halve() leaves it, for both
   const int16_t* planes = nullptr;  // the same in the order in which nibble<0..3> gives a vector's codes, for INT4
-  const int8_t* bytes = nullptr;    // (M, blocks * 32), x in 8 bits, in the order in which low_nibbles and high_nibbles give codes
+  const int8_t* bytes = nullptr;    // (M, blocks * 32), in 8 bits, as low_nibbles and high_nibbles meet them
   const int32_t* flips = nullptr;   // (M, blocks), where HALVED: 128 times the sum of the block's low bytes
   const float* scale = nullptr;     // (M, blocks)
   const float* minus = nullptr;     // (M, blocks), minus the block's sum of scale * q
@@ -35,7 +35,8 @@ struct Inputs {
   // The rows from m on.
   Inputs from(int64_t m) const {
     Inputs x = *this;
-    x.q += q ? m * q_next : 0, x.planes += planes ? m * q_next : 0, x.bytes += bytes ? m * q_next : 0, x.flips += flips ? m * blocks : 0;
+    x.q += q ? m * q_next : 0, x.planes += planes ? m * q_next : 0, x.bytes += bytes ? m * q_next : 0;
+    x.flips += flips ? m * blocks : 0;
     x.scale += scale ? m * blocks : 0, x.minus += minus ? m * blocks : 0;
     return x;
   }
@@ -80,6 +81,15 @@ inline float quantize_block(const float* x, Q* q, float* scale) {
   return sum(total);
 }
 
+// Block b of a row of x, `in` long, with zeros behind its end. Gives the sum of q.
+template <int F, class Q>
+inline float quantize_block_of(const void* x, int64_t in, int64_t b, Q* q, float* scale) {
+  float wide[BLOCK] = {};
+  int64_t left = in - b * BLOCK;
+  if (left > 0) widen_all<F>(at<F>(x, b * BLOCK), wide, left < BLOCK ? left : BLOCK);
+  return quantize_block(wide, q, scale);
+}
+
 // A block's 32 numbers to where nibble<0..3> of its 16 bytes of codes meets them: byte 2t holds inputs 2t and 2t + 16,
 // byte 2t + 1 holds 2t + 1 and 2t + 17.
 inline void to_planes(const int16_t* q, int16_t* plane) {
@@ -121,12 +131,9 @@ inline int32_t halve(const int16_t* q, void* to) {
 template <int F>
 void quantize(const void* x, int64_t in, int64_t blocks, int8_t* bytes, float* scale, float* minus) {
   for (int64_t b = 0; b < blocks; b++) {
-    float wide[BLOCK] = {};
     int8_t local[BLOCK];
-    int64_t left = in - b * BLOCK;
-    if (left > 0) widen_all<F>(at<F>(x, b * BLOCK), wide, left < BLOCK ? left : BLOCK);
-    minus[b] = -quantize_block(wide, local, scale + b);
-    minus[b] *= scale[b];
+    float total = quantize_block_of<F>(x, in, b, local, scale + b);
+    minus[b] = -scale[b] * total;
     to_halves(local, bytes + b / CHUNK * CHUNK * BLOCK + b % CHUNK * 16);
   }
 }
@@ -135,11 +142,8 @@ template <int F>
 void quantize(const void* x, int64_t in, int64_t blocks, int16_t* q, int16_t* planes, int32_t* flips, float* scale,
               float* minus) {
   for (int64_t b = 0; b < blocks; b++) {
-    float wide[BLOCK] = {};
     int16_t local[BLOCK];
-    int64_t left = in - b * BLOCK;
-    if (left > 0) widen_all<F>(at<F>(x, b * BLOCK), wide, left < BLOCK ? left : BLOCK);
-    float total = quantize_block(wide, local, scale + b);
+    float total = quantize_block_of<F>(x, in, b, local, scale + b);
     minus[b] = -scale[b] * total;
     if (flips) flips[b] = halve(local, q + b * BLOCK);
     else if (q) std::memcpy(q + b * BLOCK, local, sizeof local);

@@ -1,5 +1,5 @@
-// Sums of a few rows of x, in BITS of 16 or 8, against rows of a weight in 8 or 4 bits. Products and the sums of a block of 32 are exact
-// (int32); a block's scale times x's scale multiplies them, and blocks are summed in float32.
+// Sums of a few rows of x, in BITS of 16 or 8, against rows of a weight in 8 or 4 bits. Products and the sums of a block
+// of 32 are exact (int32); a block's scale times x's scale multiplies them, and blocks are summed in float32.
 //
 // L blocks at a time, so that their scales are one vector.
 
