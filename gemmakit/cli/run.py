@@ -111,6 +111,8 @@ def run(
         raise InputError("--tensor splits a plain PyTorch model: --server, --backend flax and --adapter do without it.")
     if draft is not None and (tensor is not None or backend == "flax"):
         raise InputError("--draft helps a PyTorch model in one process: --tensor and --backend flax do without it.")
+    if speculate is not None and backend == "flax":
+        raise InputError("--speculate and --no-speculate are of a PyTorch model: --backend flax does without them.")
     if (code := processes.spread(tensor)) is not None:
         return code
     if processes.is_first(tensor):

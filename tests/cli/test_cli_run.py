@@ -60,6 +60,14 @@ def test_a_draft_that_would_not_be_asked_is_refused(said, tiny, more, names):
     assert code == 2 and names in beside and one_line(beside)
 
 
+@pytest.mark.parametrize("option", ["--speculate", "--no-speculate"])
+@pytest.mark.parametrize("more", [("--backend", "flax"), ("--server", "http://127.0.0.1:1"), ("--task", "ner")])
+def test_a_wish_about_speculation_that_nobody_would_read_is_refused(said, tiny, option, more):
+    code, _, beside = said("run", "x", "--model", tiny, option, *more)
+    assert code == 2 and "--speculate" in beside and one_line(beside)
+    assert more[0].removeprefix("--") in beside
+
+
 def test_json_is_one_object_a_prompt(gemmakit, tiny):
     done = gemmakit("run", "--chat", "--json", "--model", tiny, "-n", "5", stdin="hello")
     record = json.loads(done.stdout)
