@@ -15,6 +15,7 @@ from gemmakit import GemmaConfig, GemmaTokenizer, demo_model
 from gemmakit.bench.measure import scheme_config
 from gemmakit.checkpoint import open_checkpoint
 from gemmakit.checkpoint.formats.gguf_writing import write_gguf
+from gemmakit.errors import InputError
 from gemmakit.text.gguf import vocabulary_of
 
 Say = Callable[[str], None]
@@ -28,6 +29,8 @@ def kind_of(scheme: str | None) -> str:
     config = scheme_config(scheme)
     if config is None:
         return "16"
+    if config.bits not in (4, 8):
+        raise InputError(f"--quantize {scheme} has no peer: the tools of the others write 16, 8 or 4 bits here.")
     return "int8" if config.bits == 8 else "int4-g128" if config.group_size == 128 else "int4"
 
 

@@ -44,12 +44,14 @@ KINDS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q4_0", "Q5_0 pure", "IQ4
 # Ours: what quantize_checkpoint is told, and whether it gets the text.
 OURS: dict[str, tuple[dict[str, Any], bool]] = {
     "int8": ({"quantization_config": "int8"}, False),
+    "int6": ({"quantization_config": "int6"}, False),
+    "int5": ({"quantization_config": "int5"}, False),
     "int4 g32": ({"quantization_config": "int4"}, False),
     "int4 g128": ({"quantization_config": "int4-g128"}, False),
     "int4 g32, calibrated": ({"quantization_config": "int4"}, True),
     "int4 g128, calibrated": ({"quantization_config": "int4-g128"}, True),
-    **{f"{bits} bits": ({"bits": bits}, False) for bits in (4.5, 5, 6)},
-    **{f"{bits} bits, calibrated": ({"bits": bits}, True) for bits in (4.5, 5, 6)},
+    **{f"{bits} bits": ({"bits": bits}, False) for bits in (4.5, 5, 5.5, 6, 7)},
+    **{f"{bits} bits, calibrated": ({"bits": bits}, True) for bits in (4.5, 5, 5.5, 6)},
 }
 TEXTS, WIDTH = 8, 256  # of the calibration
 FLOAT_BYTES = 4 * 268_098_176  # of the model's weights

@@ -19,7 +19,7 @@ from gemmakit.files import write_text
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 STORAGE_DTYPES = ("uint8", "int8", "float16", "bfloat16", "float32", "float64")
 QUANT_TYPES = ("fp4", "nf4")
-GROUP_SIZES = (32, 128)
+BITS, GROUP_SIZES = (4, 5, 6, 8), (32, 128)
 _EMBEDDING, _HEAD, _CLASSIFIER = "embed_tokens", "lm_head", "score"
 _TABLE = "embed_tokens_per_layer"  # read by row, as an embedding that is not also the head
 ROUTER = "router.proj"  # chooses experts: a wrong choice costs more than its few bits save
@@ -29,6 +29,8 @@ ROUTER = "router.proj"  # chooses experts: a wrong choice costs more than its fe
 FORMATS: dict[str, tuple[int, int | None]] = {
     "int4-g128": (4, 128),
     "int4-g32": (4, 32),
+    "int5-g32": (5, 32),
+    "int6-g32": (6, 32),
     "int8": (8, None),
     "int8-g32": (8, 32),
 }
@@ -158,15 +160,15 @@ class BitsAndBytesConfig:
 
 @dataclass
 class WeightOnlyConfig:
-    """Weights in 8 or 4 bits beside a scale, multiplied by gemmakit's own kernels; activations keep their dtype.
+    """Weights in 4 to 8 bits beside a scale, multiplied by gemmakit's own kernels; activations keep their dtype.
 
-    w[o, i] = scale * (code - zero): 8 bits with a scale a row, 4 bits with a scale and a zero a group of inputs.
+    w[o, i] = scale * (code - zero): 8 bits with a scale a row, fewer with a scale a group of inputs, 4 with a zero too.
 
     Args:
-        bits: 8 or 4, of the projections.
-        group_size: inputs that share a scale: 32 or 128. By default 32 with 4 bits; with 8 bits None, a scale a row.
-        head_bits: of the embedding and the head, which are one matrix if the model ties them: 8, 4, or None, which
-            keeps their dtype.
+        bits: 8, 6, 5 or 4, of the projections.
+        group_size: inputs that share a scale: 32 or 128. By default 32; with 8 bits None, a scale a row.
+        head_bits: of the embedding and the head, which are one matrix if the model ties them: 8, 6, 5, 4, or None,
+            which keeps their dtype.
         modules_to_not_convert: modules to keep as they are: the end of a name ("q_proj"), its beginning up to a dot
             ("model.layers.0"), or a regular expression for the beginning. Classification heads are always kept.
         calibration: how the codes were chosen: None, each weight by itself, or "gptq", by their effect on a text.
@@ -185,9 +187,9 @@ class WeightOnlyConfig:
         ConfigError: a value is impossible; names the field, the value and the limit.
     """
 
-    bits: Annotated[int, OneOf(4, 8)] = 8
+    bits: Annotated[int, OneOf(*BITS)] = 8
     group_size: Annotated[int | None, OneOf(*GROUP_SIZES)] = None
-    head_bits: Annotated[int | None, OneOf(8, 4, None)] = 8
+    head_bits: Annotated[int | None, OneOf(*BITS, None)] = 8
     modules_to_not_convert: Annotated[list[str] | None, MODULES] = None
     calibration: Annotated[str | None, OneOf(None, "gptq")] = None
     head_group_size: Annotated[int | None, OneOf(None, *GROUP_SIZES)] = None
@@ -199,7 +201,7 @@ class WeightOnlyConfig:
     quant_method = "gemmakit"  # not annotated: the same for every instance
 
     def __post_init__(self) -> None:
-        if self.bits == 4 and self.group_size is None:
+        if self.bits in (4, 5, 6) and self.group_size is None:
             self.group_size = GROUP_SIZES[0]
         self.validate()
 
@@ -218,7 +220,7 @@ class WeightOnlyConfig:
             return self.bits, self.group_size
         if self.head_bits is None:
             return None
-        return self.head_bits, GROUP_SIZES[0] if self.head_bits == 4 else self.head_group_size
+        return self.head_bits, GROUP_SIZES[0] if self.head_bits < 8 else self.head_group_size
 
     def layout_of(self, module: str, tied: bool) -> tuple[int, int | None] | None:
         """The same of the module of this name; tied: the head is the embedding's weight."""
@@ -277,10 +279,11 @@ class WeightOnlyConfig:
 def stored_parts(O: int, I: int, bits: int, group_size: int | None) -> dict[str, tuple[str, tuple[int, int]]]:
     """What a weight (O, I) of gemmakit's own scheme is stored as: end of the tensor's name -> dtype and shape.
 
-    4 bits lie two in a byte, each row's filled up to a multiple of 32.
+    Codes of fewer bits lie in whole blocks, of 32 inputs in 4 bits, of 128 in 5 and 6: each row is filled up.
     """
     groups = (O, 1 if group_size is None else -(-I // group_size))
-    codes = ("int8", (O, I)) if bits == 8 else ("uint8", (O, 16 * -(-I // 32)))
+    block = 32 if bits == 4 else 128
+    codes = ("int8", (O, I)) if bits == 8 else ("uint8", (O, block * bits // 8 * -(-I // block)))
     scale = ("float32" if group_size is None else "float16", groups)
     return {"": codes, "_scale": scale, **({"_zero": ("uint8", groups)} if bits == 4 else {})}
 
@@ -288,6 +291,8 @@ def stored_parts(O: int, I: int, bits: int, group_size: int | None) -> dict[str,
 # What may be written instead of a configuration.
 SHORT_NAMES: dict[str, dict[str, Any]] = {
     "int8": {"bits": 8},
+    "int6": {"bits": 6, "head_bits": 6},
+    "int5": {"bits": 5, "head_bits": 5},
     "int4": {"bits": 4},
     "int4-g32": {"bits": 4, "group_size": 32},
     "int4-g128": {"bits": 4, "group_size": 128},

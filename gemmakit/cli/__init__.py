@@ -19,7 +19,7 @@ VERBS = {
     "convert": "Turn a checkpoint of any origin into safetensors, msgpack or GGUF",
     "doctor": "Say what this machine can run, or whether a checkpoint is whole",
     "bench": "Measure speed, as a share of what the machine can do",
-    "quantize": "Write a model in 8 or 4 bits a weight",
+    "quantize": "Write a model in 4 to 8 bits a weight",
     "env": "List versions, for bug reports",
 }
 

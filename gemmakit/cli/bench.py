@@ -31,7 +31,7 @@ def bench(
     device: Annotated[str, Option(metavar="WHERE", help="cpu or cuda.")] = "cpu",
     dtype: o.Dtype = "auto",
     quantize: Annotated[
-        str | None, Option(metavar="HOW", help="int8, int4, int4-g128, int4-a8, while loading.")
+        str | None, Option(metavar="HOW", help="int8, int6, int5, int4, int4-g128, int4-a8, while loading.")
     ] = None,
     size: Annotated[
         str | None,

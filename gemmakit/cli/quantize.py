@@ -1,4 +1,4 @@
-"""gemmakit quantize: a model in, the same model in 8 or 4 bits a weight out."""
+"""gemmakit quantize: a model in, the same model in 4 to 8 bits a weight out."""
 
 from __future__ import annotations
 
@@ -22,17 +22,23 @@ def quantize(
     model: Annotated[str, Argument(metavar="IN", help="Folder or Hub id of a model with plain weights.")],
     output: Annotated[Path, Argument(metavar="OUT", help="Folder for the quantized model.")],
     int4: Annotated[bool, Option("--int4", help="4 bits a weight, a scale and a zero a group.")] = False,
+    int5: Annotated[bool, Option("--int5", help="5 bits a weight, a scale a group.")] = False,
+    int6: Annotated[bool, Option("--int6", help="6 bits a weight, a scale a group.")] = False,
     int8: Annotated[bool, Option("--int8", help="8 bits a weight, a scale a row.")] = False,
     bits: Annotated[
         float | None,
-        Option(metavar="N", help="Bits a weight in all, 4.2 to 8.5: 4 or 8 by module, wherever they serve most."),
+        Option(metavar="N", help="Bits a weight in all, 4.2 to 8.5: 4, 5, 6 or 8 by module, wherever they serve most."),
     ] = None,
     group_size: Annotated[
-        int | None, Option(metavar="N", help="Weights that share a scale: 32 (if left out, with 4 bits) or 128.")
+        int | None, Option(metavar="N", help="Weights that share a scale: 32 (if left out, up to 6 bits) or 128.")
     ] = None,
     head_bits: Annotated[
         str | None,
-        Option(metavar="N", help="Of the embedding and the head: 8 (if left out), 4, or none to keep them."),
+        Option(
+            metavar="N",
+            help="Of the embedding and the head: 8, 6, 5, 4, or none to keep them. By default 8, with "
+            "--int5 and --int6 as the rest.",
+        ),
     ] = None,
     activation_bits: Annotated[
         int, Option(metavar="N", help="To which prompts may be rounded on their way: 8, or 16 for not at all. Slower.")
@@ -57,16 +63,18 @@ def quantize(
     Weights are read, rounded and written one at a time, so the model may be larger than memory. OUT is a model like
     any other: gemmakit run --model OUT. With --calibrate a layer at a time is held in float32.
     """
-    if int4 + int8 + (bits is not None) != 1:
-        raise InputError("--int4, --int8 and --bits: give one of them.")
+    asked = [n for n, flag in ((4, int4), (5, int5), (6, int6), (8, int8)) if flag]
+    if len(asked) + (bits is not None) != 1:
+        raise InputError("--int4, --int5, --int6, --int8 and --bits: give one of them.")
     if bits is not None and (group_size or head_bits) is not None:
         raise InputError("--bits decides --group-size and --head-bits for every module: leave these out.")
-    if head_bits not in (None, "8", "4", "none"):
-        raise InputError(f"--head-bits is {head_bits!r}; it must be 8, 4 or none.")
+    if head_bits not in (None, "8", "6", "5", "4", "none"):
+        raise InputError(f"--head-bits is {head_bits!r}; it must be 8, 6, 5, 4 or none.")
+    each = asked[0] if asked else 4
     config = gemmakit.WeightOnlyConfig(
-        bits=8 if int8 else 4,
+        bits=each,
         group_size=group_size,
-        head_bits=None if head_bits == "none" else int(head_bits or 8),
+        head_bits=None if head_bits == "none" else int(head_bits or (each if each in (5, 6) else 8)),
         modules_to_not_convert=keep or None,
         activation_bits=activation_bits,
         decode_activation_bits=decode_activation_bits,

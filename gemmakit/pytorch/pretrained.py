@@ -152,7 +152,7 @@ class GemmaPreTrainedModel(AdapterMethods, QuantizedMethods, ModelMethods):
             allow_pickle: read pytorch_model.bin, with torch's restricted unpickler, when there is nothing better.
             ignore_mismatched_sizes: start a head of another shape afresh, with a warning, instead of refusing.
             quantization_config: quantize the weights while they are read: a WeightOnlyConfig or BitsAndBytesConfig,
-                the dictionary of one, or "int8", "int4", "int4-g128", "int4-a8".
+                the dictionary of one, or "int8", "int6", "int5", "int4", "int4-g128", "int4-a8".
             state_dict: the weights, by their names, instead of those found there.
             output_loading_info: give (model, info) with the lists missing_keys, unexpected_keys, mismatched_keys,
                 error_msgs.

@@ -7,7 +7,9 @@ import json
 import pytest
 
 
-@pytest.mark.parametrize("how", [("--int8",), ("--int4", "--group-size", "128", "--head-bits", "none")], ids=["8", "4"])
+@pytest.mark.parametrize(
+    "how", [("--int8",), ("--int6",), ("--int4", "--group-size", "128", "--head-bits", "none")], ids=str
+)
 def test_what_is_written_runs(gemmakit, tiny, tmp_path, how):
     out = tmp_path / "out"
     done = gemmakit("quantize", tiny, out, *how)
@@ -41,9 +43,9 @@ def test_refusals_are_one_line_and_write_nothing(gemmakit, tiny, tmp_path):
     out, empty = tmp_path / "out", tmp_path / "empty.txt"
     empty.write_text("")
     for arguments, message in [
-        ((), "--int4, --int8 and --bits: give one of them"),
-        (("--int4", "--int8"), "--int4, --int8 and --bits: give one of them"),
-        (("--int4", "--bits", "5"), "--int4, --int8 and --bits: give one of them"),
+        ((), "--int4, --int5, --int6, --int8 and --bits: give one of them"),
+        (("--int4", "--int8"), "--int4, --int5, --int6, --int8 and --bits: give one of them"),
+        (("--int4", "--bits", "5"), "--int4, --int5, --int6, --int8 and --bits: give one of them"),
         (("--bits", "3"), "bits is 3.0"),
         (("--bits", "5", "--head-bits", "8"), "--bits decides"),
         (("--int4", "--group-size", "64"), "group_size is 64"),

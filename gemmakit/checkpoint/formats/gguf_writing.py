@@ -29,6 +29,7 @@ from gemmakit.gguf_settings import (
     Vocabulary,
 )
 from gemmakit.hub import Name
+from gemmakit.quantization import BITS, stored_parts
 
 _CHUNK_ELEMENTS = 1 << 20
 _GROUPS = (32, 128)
@@ -288,17 +289,19 @@ def _refuse_too_large(key: str, numbers: Any, kind: str) -> None:
 def _packed_item(theirs: str, key: str, tensors: dict[str, Any], shape: tuple[int, ...], kind: str) -> _Item:
     """A weight of codes: copied where the type holds the same, else computed and written as `kind`."""
     dtype, found = describe(tensors[key])
-    needed = shape if dtype == "int8" else (shape[0], 16 * -(-shape[1] // BLOCK))
-    if found != needed:
-        raise InputError(f"tensor {key!r} has codes {found}, and the configuration asks for {needed} of {dtype}.")
+    layouts = {bits: stored_parts(shape[0], shape[1], bits, BLOCK)[""] for bits in BITS}
+    bits = next((bits for bits, layout in layouts.items() if layout == (dtype, tuple(found))), None)
+    if bits is None:
+        needed = ", ".join(f"{size} of {kind} for {bits} bits" for bits, (kind, size) in layouts.items())
+        raise InputError(f"tensor {key!r} has codes {found} of {dtype}; a weight {shape} has {needed}.")
     chosen = _kind_for(theirs, shape, kind)
     parts = [tensors.get(key + part) for part in ("", "_scale", "_zero")]
-    return _Item(theirs, TYPES[chosen], shape, partial(_recoded, key, parts, shape, chosen))
+    return _Item(theirs, TYPES[chosen], shape, partial(_recoded, key, bits, parts, shape, chosen))
 
 
-def _recoded(key: str, parts: list[Any], shape: tuple[int, ...], kind: str) -> Iterator[Any]:
+def _recoded(key: str, bits: int, parts: list[Any], shape: tuple[int, ...], kind: str) -> Iterator[Any]:
     codes, scale, zero = (None if part is None else made(part) for part in parts)
-    packed = _Packed(key, codes, scale, zero, shape)
+    packed = _Packed(key, bits, codes, scale, zero, shape)
     if packed.fits(kind):
         yield from packed.blocks()
     else:
@@ -309,9 +312,8 @@ def _recoded(key: str, parts: list[Any], shape: tuple[int, ...], kind: str) -> I
 class _Packed:
     """Codes, scales and zeros of a weight (O, I), in the layout of `gemmakit.pytorch.kernels.packed`."""
 
-    def __init__(self, key: str, codes: Any, scale: Any, zero: Any, shape: tuple[int, ...]):
-        self.codes, self.scale, self.zero, self.shape = codes, scale, zero, shape
-        self.bits = 8 if describe(codes)[0] == "int8" else 4
+    def __init__(self, key: str, bits: int, codes: Any, scale: Any, zero: Any, shape: tuple[int, ...]):
+        self.bits, self.codes, self.scale, self.zero, self.shape = bits, codes, scale, zero, shape
         groups = scale.shape[1]
         sizes = (shape[1],) if groups == 1 else _GROUPS
         self.group = next((size for size in sizes if -(-shape[1] // size) == groups), 0)
@@ -348,9 +350,15 @@ class _Packed:
     def _codes(self, rows: slice) -> Any:
         if self.bits == 8:
             return _array(self.codes[rows], np.int8)
-        raw = _array(self.codes[rows], np.uint8)
-        halves = raw.reshape(len(raw), -1, 1, BLOCK // 2) >> np.array([0, 4], np.uint8)[:, None] & 15
-        return halves.reshape(len(raw), -1)[:, : self.shape[1]]
+        raw, more, shape = _array(self.codes[rows], np.uint8), self.bits - 4, (-1, 2, BLOCK // 2)
+        fours = raw.reshape(len(raw), -1, 16 * self.bits if more else BLOCK // 2)
+        low = fours[..., : 4 * BLOCK // 2].reshape(-1, 1, BLOCK // 2)
+        codes = low >> np.array([0, 4], np.uint8)[:, None] & 15
+        if more:
+            shifts = np.arange(0, 8, more, dtype=np.uint8)[:, None]
+            upper = fours[..., 4 * BLOCK // 2 :].reshape(-1, more, 1, BLOCK // 2) >> shifts & (1 << more) - 1
+            codes = (codes | upper.reshape(shape) << 4).view(np.int8) - np.int8(1 << self.bits - 1)
+        return codes.reshape(len(raw), -1)[:, : self.shape[1]]
 
     def _rows(self) -> Iterator[slice]:
         rows = max(1, _CHUNK_ELEMENTS // self.shape[1])

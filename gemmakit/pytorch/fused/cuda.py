@@ -17,9 +17,9 @@ from gemmakit.pytorch.cache.core import Cache
 from gemmakit.pytorch.cache.paged import PagedCache
 from gemmakit.pytorch.fused.reference import FusedLayer, writable
 from gemmakit.pytorch.fused.weights import is_summed, misfit, weight_of
-from gemmakit.pytorch.kernels import Decision
+from gemmakit.pytorch.kernels import Decision, PackedWeight
 from gemmakit.pytorch.kernels.reference import ACTIVATION_OF
-from gemmakit.pytorch.kernels.triton import DTYPES, MAX_ROWS, Refused, available, decision, launch
+from gemmakit.pytorch.kernels.triton import BITS, DTYPES, MAX_ROWS, Refused, available, decision, launch
 from gemmakit.pytorch.kernels.triton.launch import Norm, Operand, Room
 from gemmakit.pytorch.layers import LayerParts
 from gemmakit.pytorch.masks import Visibility
@@ -35,6 +35,9 @@ def fuse(parts: LayerParts, x: Tensor) -> FusedLayer | str:
         return f"no Triton kernels for {x.dtype}"
     for name, module in parts.projections():
         found = misfit(module, x.dtype) or ("summed over processes" if is_summed(module) else "")
+        weight = weight_of(module)
+        if isinstance(weight, PackedWeight) and weight.bits not in BITS:
+            found = found or f"in {weight.bits} bits, which no Triton kernel reads"
         if found:
             return f"{name} is {found}"
     return TritonLayer(parts, x)

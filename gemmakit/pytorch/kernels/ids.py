@@ -17,6 +17,8 @@ class WeightFormat(IntEnum):
     INT8_ROWS = 3  # 8 bits, a float32 scale a row
     INT8_GROUPS = 4  # 8 bits, a float16 scale a group of inputs
     INT4 = 5  # 4 bits, a float16 scale and a zero a group of inputs
+    INT5 = 6  # 5 bits, a float16 scale a group of inputs
+    INT6 = 7  # 6 bits, the same
 
     @property
     def is_packed(self) -> bool:
@@ -35,6 +37,8 @@ _BITS = {
     WeightFormat.INT8_ROWS: 8,
     WeightFormat.INT8_GROUPS: 8,
     WeightFormat.INT4: 4,
+    WeightFormat.INT5: 5,
+    WeightFormat.INT6: 6,
 }
 
 

@@ -45,7 +45,7 @@ GPU = {"cuda"}
 # Rows of bfloat16 up to which the kernel beats torch where it multiplies pairs (benchmarks/products.py).
 PAIR_ROWS = 32
 # Bits of codes -> rows up to which reading them once for every eight costs less than expanding them.
-FEW_ROWS = {8: 16, 4: 24}
+FEW_ROWS = {8: 16, 6: 16, 5: 16, 4: 24}
 
 
 def linear(
@@ -138,7 +138,7 @@ def _plain_plan(weight: Tensor) -> Decision:
 def _packed_plan(packed: PackedWeight) -> Decision:
     device, kind = packed.codes.device, f"int{packed.bits}"
     if device.type in GPU:
-        why = triton.decision(device).why
+        why = triton.decision(device).why or ("" if packed.bits in triton.BITS else f"no Triton kernel reads {kind}")
         if why:
             return Decision(f"torch on {device.type}, {kind} expanded", why)
         return Decision(f"Triton {kind}, up to {launch.constants(device).dequantize_above} rows; beyond that expanded")
@@ -237,7 +237,7 @@ def _linear_packed(
 
 
 def _packed_on_gpu(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
-    if x.dtype in triton.DTYPES and triton.available(x.device):
+    if x.dtype in triton.DTYPES and packed.bits in triton.BITS and triton.available(x.device):
         with suppress(triton.Refused):
             return launch.linear(x, packed, bias)
     return multiply(x, packed, bias)

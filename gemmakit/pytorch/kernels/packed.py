@@ -1,4 +1,4 @@
-"""A weight in 8 or 4 bits: what files hold, kernels read and modules carry, in one layout.
+"""A weight in 4 to 8 bits: what files hold, kernels read and modules carry, in one layout.
 
 w[o, i] = scale[o, i // group_size] * (code[o, i] - zero[o, i // group_size]). Axis letters: O outputs, I inputs,
 G = ceil(I / group_size) groups a row.
@@ -18,12 +18,15 @@ from gemmakit.pytorch.kernels.ids import WeightFormat
 FORMATS = {torch.bfloat16: WeightFormat.BF16, torch.float16: WeightFormat.F16, torch.float32: WeightFormat.F32}
 # Codes of 4 bits lie in blocks of 32 inputs: byte j of a block's 16 holds input j (low bits) and input j + 16.
 BLOCK = 32
+# Of 5 and 6 bits four such blocks lie together, their low bits before their upper ones (cpu/codes.h).
+FOUR = 4 * BLOCK
 
 
 class PackedWeight(NamedTuple):
     """INT8_ROWS: codes int8 (O, I), scale float32 (O, 1), no zero. INT8_GROUPS: scale float16 (O, G), no zero.
 
-    INT4: codes uint8 (O, 16 * ceil(I / 32)), scale float16 (O, G), zero uint8 (O, G), 0 to 15.
+    INT4: codes uint8 (O, 16 * ceil(I / 32)), scale float16 (O, G), zero uint8 (O, G), 0 to 15. INT5, INT6: codes
+    uint8 (O, bits * 16 * ceil(I / 128)), scale float16 (O, G), no zero.
     """
 
     codes: Tensor
@@ -59,26 +62,50 @@ class PackedWeight(NamedTuple):
 
 
 def packed_format(bits: int, group_size: int | None) -> WeightFormat:
-    """Of codes of 8 or 4 bits with a scale a group of inputs, or (None, 8 bits) a row."""
-    if bits == 4:
-        return WeightFormat.INT4
-    return WeightFormat.INT8_ROWS if group_size is None else WeightFormat.INT8_GROUPS
+    """Of codes of so many bits with a scale a group of inputs, or (None, 8 bits) a row."""
+    if bits == 8:
+        return WeightFormat.INT8_ROWS if group_size is None else WeightFormat.INT8_GROUPS
+    return next(kind for kind in WeightFormat if kind.is_packed and kind.bits == bits)
+
+
+def code_range(bits: int) -> tuple[int, int]:
+    """The lowest and the highest code, of 8 bits those that rounding gives."""
+    return {4: (0, 15), 8: (-127, 127)}.get(bits, (-1 << bits - 1, (1 << bits - 1) - 1))
 
 
 def unpack(packed: PackedWeight) -> Tensor:
     """The codes, one an element: int8 (O, I)."""
-    if packed.format != WeightFormat.INT4:
+    if packed.bits == 8:
         return packed.codes
-    blocks = packed.codes.view(len(packed.codes), -1, BLOCK // 2)
-    codes = torch.cat((blocks & 15, blocks >> 4), dim=-1)
-    return codes.view(len(packed.codes), -1)[:, : packed.in_features].to(torch.int8)
+    O, more = len(packed.codes), packed.bits - 4  # bits a code beside the low four
+    if not more:
+        blocks = packed.codes.view(O, -1, BLOCK // 2)
+        codes = torch.cat((blocks & 15, blocks >> 4), dim=-1)
+        return codes.view(O, -1)[:, : packed.in_features].to(torch.int8)
+    fours = packed.codes.view(O, -1, FOUR * packed.bits // 8)
+    low, upper = fours[..., : FOUR // 2].view(O, -1, 4, 1, 16), fours[..., FOUR // 2 :].view(O, -1, more, 1, 16)
+    # Which bits of a byte: those of a block's input j, and beside them those of j + 16.
+    shifts = torch.arange(0, 8, more, dtype=torch.uint8, device=fours.device).view(-1, 1)
+    upper = (upper >> shifts & (1 << more) - 1).view(O, -1, 4, 2, 16)
+    codes = torch.cat((low & 15, low >> 4), dim=-2) | upper << 4
+    return codes.view(O, -1)[:, : packed.in_features].to(torch.int8) - (1 << packed.bits - 1)
 
 
-def pack(codes: Tensor) -> Tensor:
-    """The inverse for 4 bits: codes (O, I) of 0 to 15 -> uint8 (O, 16 * ceil(I / 32))."""
-    codes = F.pad(codes.to(torch.uint8), (0, -codes.shape[1] % BLOCK))
-    low, high = codes.view(len(codes), -1, 2, BLOCK // 2).unbind(2)
-    return (low | high << 4).flatten(1)
+def pack(codes: Tensor, bits: int = 4) -> Tensor:
+    """The inverse: codes (O, I), whole numbers of `code_range`, as they are stored."""
+    if bits == 8:
+        return codes.to(torch.int8)
+    O, more = len(codes), bits - 4
+    if more:
+        codes = codes + (1 << bits - 1)
+    codes = F.pad(codes.to(torch.uint8), (0, -codes.shape[1] % (FOUR if more else BLOCK)))
+    first, second = (codes & 15).view(O, -1, 2, BLOCK // 2).unbind(2)
+    low = first | second << 4
+    if not more:
+        return low.flatten(1)
+    shifts = torch.arange(0, 8, more, dtype=torch.uint8, device=codes.device).view(-1, 1)
+    upper = ((codes >> 4).view(O, -1, more, len(shifts), 16) << shifts).sum(3, dtype=torch.uint8)
+    return torch.cat((low.view(O, -1, FOUR // 2), upper.flatten(2)), dim=2).flatten(1)
 
 
 def dequantize(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -21,7 +21,7 @@ from gemmakit.checkpoint import Checkpoint
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError
 from gemmakit.layer_spec import LayerSpec
-from gemmakit.pytorch.kernels.packed import BLOCK
+from gemmakit.pytorch.kernels.packed import BLOCK, FOUR
 from gemmakit.pytorch.layers import GemmaScaledEmbedding, Linear
 from gemmakit.pytorch.parallel import processes
 from gemmakit.pytorch.parallel.modules import (
@@ -143,14 +143,18 @@ class TensorPlan:
 
     def _columns(self, checkpoint: Checkpoint, key: str, part: Part, columns: int) -> tuple[int, int]:
         """First and number of the stored columns, of which each stands for one or more inputs."""
-        inputs = part.whole // columns
-        together = BLOCK if columns * 2 == part.whole and checkpoint.info(key).dtype == "uint8" else inputs
-        if part.whole % columns or part.start % together or part.size % together:
+        # Codes lie in blocks of so many bytes; of scales and zeros a column is a group.
+        coded = checkpoint.info(key).dtype == "uint8"
+        blocks = [(16, BLOCK), (FOUR * 5 // 8, FOUR), (FOUR * 6 // 8, FOUR)] if coded else []
+        each, together = next(
+            (block for block in blocks if part.whole * block[0] == columns * block[1]), (1, -(-part.whole // columns))
+        )
+        if part.whole * each != columns * together or part.start % together or part.size % together:
             raise InputError(
-                f"{key} stores {part.whole} inputs in groups of {max(together, -(-part.whole // columns))}, which "
-                f"{self.size} processes cannot share: quantize the plain model while it is loaded, or take fewer."
+                f"{key} stores {part.whole} inputs in groups of {together}, which {self.size} processes cannot share: "
+                "quantize the plain model while it is loaded, or take fewer."
             )
-        return part.start // inputs, part.size // inputs
+        return part.start // together * each, part.size // together * each
 
     def enter(self, model: nn.Module) -> None:
         """Make the loaded model of this process's part one of several: its modules meet the others'.

@@ -22,6 +22,7 @@ from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError, NumericalError
 from gemmakit.pytorch import per_layer
 from gemmakit.pytorch.kernels import PackedWeight
+from gemmakit.pytorch.kernels.packed import code_range, pack
 from gemmakit.pytorch.quantize import rounding
 from gemmakit.pytorch.quantize.modules import QuantizedLinear
 from gemmakit.pytorch.quantize.own import WeightOnlyQuantizer
@@ -201,8 +202,8 @@ def gptq(
     # Inputs in rows: each is then one piece of memory.
     scale = packed.scale.float().T[group[order]]
     zero = None if packed.zero is None else packed.zero.float().T[group[order]]
-    codes = _round_inputs(weight.T[order], _factor(hessian, order), scale, zero)
-    return packed._replace(codes=rounding.stored(codes[order.argsort()].T.contiguous(), bits))
+    codes = _round_inputs(weight.T[order], _factor(hessian, order), bits, scale, zero)
+    return packed._replace(codes=pack(codes[order.argsort()].T.contiguous(), bits))
 
 
 def _factor(hessian: Tensor, order: Tensor) -> Tensor:
@@ -214,11 +215,11 @@ def _factor(hessian: Tensor, order: Tensor) -> Tensor:
     return torch.linalg.cholesky(inverse, upper=True)
 
 
-def _round_inputs(weight: Tensor, factor: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+def _round_inputs(weight: Tensor, factor: Tensor, bits: int, scale: Tensor, zero: Tensor | None) -> Tensor:
     """weight: (I, O), overwritten; scale, zero: (I, O), of each weight -> codes (I, O), float32."""
     I = len(weight)
     codes, errors = torch.empty_like(weight), torch.empty_like(weight)
-    low, high = (-127, 127) if zero is None else (0, 15)
+    low, high = code_range(bits)
     for begin in range(0, I, BLOCK):
         end = min(begin + BLOCK, I)
         for i in range(begin, end):

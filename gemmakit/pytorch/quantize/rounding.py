@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gemmakit.errors import CheckpointError
 from gemmakit.pytorch.kernels import PackedWeight
-from gemmakit.pytorch.kernels.packed import pack, packed_format
+from gemmakit.pytorch.kernels.packed import code_range, pack, packed_format
 from gemmakit.quantization import stored_parts
 
 # Numbers that are worked on together: few enough for a core's cache, in which every pass but the first then finds them.
@@ -22,7 +22,7 @@ CHUNK = 1 << 18
 # On an accelerator few enough for its memory: 128 MB in float32, of which about ten are needed.
 DEVICE_CHUNK = 1 << 25
 # Ranges to try, as shares of a group's own: outliers are few, and finer steps for the rest may be worth clipping them.
-SHARES_4_BITS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.74)
+SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.74)
 SMALLEST = 2.0**-24  # of float16, above zero
 
 
@@ -40,7 +40,7 @@ def quantize(
     Works through the rows piece by piece, so beside the result it takes a few MB.
 
     Args:
-        bits: 8 or 4.
+        bits: 8, 6, 5 or 4.
         group_size: 32 or 128; None with 8 bits for a scale a row.
         device: where to compute and to leave the result; by default where the weight is.
         name: for the message of CheckpointError, raised for NaN, infinity and values beyond float16's scales.
@@ -56,7 +56,7 @@ def quantize(
         out.scale[rows] = scale
         if out.zero is not None and zero is not None:
             out.zero[rows] = zero
-        out.codes[rows] = encode(piece, scale, zero, group_size)
+        out.codes[rows] = encode(piece, bits, scale, zero, group_size)
 
     _by_pieces(weight, device, work)
     return out
@@ -85,7 +85,7 @@ def codes_of(weight: Tensor, bits: int, group_size: int | None, scale: Tensor, z
     codes = empty(O, I, bits, group_size, weight.device).codes
 
     def work(rows: slice, piece: Tensor) -> None:
-        codes[rows] = encode(piece, scale[rows], None if zero is None else zero[rows], group_size)
+        codes[rows] = encode(piece, bits, scale[rows], None if zero is None else zero[rows], group_size)
 
     _by_pieces(weight, weight.device, work)
     return codes
@@ -151,8 +151,9 @@ def find_scales(
 ) -> tuple[Tensor, Tensor | None]:
     """weight: (O, I) float32 -> scale (O, G) as it is stored, zero uint8 (O, G) or None. NaN in, NaN out.
 
-    8 bits: the largest becomes 127. 4 bits: of several ranges, clipped more and more, that with the smallest error
-    once its scale is rounded to float16.
+    8 bits: the largest becomes 127. Fewer: of several ranges, clipped more and more, that with the smallest error
+    once its scale is rounded to float16. Without zeros the scale has the sign with which the largest number becomes the
+    lowest code, which reaches one further than the highest.
     """
     if group_size is None:
         scale = weight.abs().amax(1, keepdim=True) / 127
@@ -161,24 +162,17 @@ def find_scales(
     if bits == 8:
         return _half(groups.abs().amax(2) / 127), None
     counts = None if importance is None else grouped(importance[None], group_size)
-    scale, zero = _search(groups, counts)
-    return scale.to(torch.float16), zero.to(torch.uint8)
+    scale, zero = _search(groups, bits, counts)
+    return scale.to(torch.float16), zero.to(torch.uint8) if bits == 4 else None
 
 
-def encode(weight: Tensor, scale: Tensor, zero: Tensor | None, group_size: int | None) -> Tensor:
+def encode(weight: Tensor, bits: int, scale: Tensor, zero: Tensor | None, group_size: int | None) -> Tensor:
     """The nearest codes as they are stored. weight: (O, I) float32; scale, zero: (O, G)."""
     groups = grouped(weight, group_size)
     codes = (groups / scale.float()[..., None]).round_()
-    if zero is None:
-        codes.clamp_(-127, 127)
-    else:
-        codes.add_(zero.float()[..., None]).clamp_(0, 15)
-    return stored(codes.view(len(weight), -1)[:, : weight.shape[1]], 8 if zero is None else 4)
-
-
-def stored(codes: Tensor, bits: int) -> Tensor:
-    """Whole numbers (O, I) of any dtype, in the layout of a file."""
-    return codes.to(torch.int8) if bits == 8 else pack(codes)
+    if zero is not None:
+        codes.add_(zero.float()[..., None])
+    return pack(codes.clamp_(*code_range(bits)).view(len(weight), -1)[:, : weight.shape[1]], bits)
 
 
 def grouped(weight: Tensor, group_size: int | None) -> Tensor:
@@ -187,21 +181,26 @@ def grouped(weight: Tensor, group_size: int | None) -> Tensor:
     return F.pad(weight, (0, -weight.shape[1] % size)).view(len(weight), -1, size)
 
 
-def _search(groups: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor]:
-    """groups: (O, G, E), counts: (1, G, E) or None -> float32 scale and zero (O, G)."""
+def _search(groups: Tensor, bits: int, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+    """groups: (O, G, E), counts: (1, G, E) or None -> float32 scale and zero (O, G), which without zeros is 0."""
     low, high = groups.amin(2).clamp_max_(0), groups.amax(2).clamp_min_(0)
+    lowest, highest = code_range(bits)
     work = torch.empty_like(groups)
     best: tuple[Tensor, Tensor, Tensor] | None = None
-    for share in SHARES_4_BITS:
-        scale = _half((high - low) * (share / 15)).float()
-        zero = (low * -share / scale).round_().clamp_(0, 15)
-        error = _error(_centred(groups, scale, zero, work).mul_(scale[..., None]).sub_(groups), counts)
+    for share in SHARES:
+        if bits == 4:
+            scale = _half((high - low) * (share / highest)).float()
+            zero = (low * -share / scale).round_().clamp_(lowest, highest)
+        else:
+            scale, zero = _half(torch.where(-low > high, low, high) * (share / lowest)).float(), torch.zeros_like(low)
+        codes = _centred(groups, bits, scale, zero, work)
+        error = _error(codes.mul_(scale[..., None]).sub_(groups), counts)
         best = _better(best, (error, scale, zero))
     assert best is not None
     _, scale, zero = best
-    # The scale that suits the chosen codes best, by least squares.
-    codes = _centred(groups, scale, zero, work)
-    fitted = _half(_dot(codes, groups, counts).clamp_min_(0) / _dot(codes, codes, counts)).float()
+    # The scale that suits the chosen codes best, by least squares: of the same sign, where there is one.
+    codes = _centred(groups, bits, scale, zero, work)
+    fitted = _half(_dot(codes, groups, counts).abs_() / _dot(codes, codes, counts)).float().copysign_(scale)
     error = _error(codes.mul_(fitted[..., None]).sub_(groups), counts)
     return _better(best, (error, fitted, zero))[1:]
 
@@ -214,10 +213,10 @@ def _better(a: tuple[Tensor, Tensor, Tensor] | None, b: tuple[Tensor, Tensor, Te
     return torch.where(win, b[0], a[0]), torch.where(win, b[1], a[1]), torch.where(win, b[2], a[2])
 
 
-def _centred(groups: Tensor, scale: Tensor, zero: Tensor, out: Tensor) -> Tensor:
+def _centred(groups: Tensor, bits: int, scale: Tensor, zero: Tensor, out: Tensor) -> Tensor:
     """The nearest codes less their zero, in `out` (O, G, E)."""
     zero = zero[..., None]
-    return torch.div(groups, scale[..., None], out=out).round_().add_(zero).clamp_(0, 15).sub_(zero)
+    return torch.div(groups, scale[..., None], out=out).round_().add_(zero).clamp_(*code_range(bits)).sub_(zero)
 
 
 def _error(difference: Tensor, counts: Tensor | None) -> Tensor:
@@ -232,4 +231,4 @@ def _dot(a: Tensor, b: Tensor, counts: Tensor | None) -> Tensor:
 
 def _half(scale: Tensor) -> Tensor:
     """As float16, and never zero: all codes of a group of zeros are its zero, whatever the scale."""
-    return torch.where(scale == 0, 1.0, scale.clamp_min(SMALLEST)).to(torch.float16)
+    return torch.where(scale == 0, 1.0, scale.abs().clamp_min(SMALLEST).copysign(scale)).to(torch.float16)

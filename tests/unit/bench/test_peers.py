@@ -8,7 +8,7 @@ import peer_models
 import peers
 import pytest
 
-from gemmakit.errors import MissingDependency
+from gemmakit.errors import InputError, MissingDependency
 from gemmakit.quantization import SHORT_NAMES
 
 
@@ -21,13 +21,16 @@ def test_every_peer_is_listed_with_its_versions():
 
 
 @pytest.mark.parametrize("scheme", [None, *SHORT_NAMES])
-def test_every_scheme_of_ours_has_its_like(scheme):
+def test_every_scheme_of_ours_has_its_like_or_is_refused_by_name(scheme):
+    told = SHORT_NAMES[scheme] if scheme else {"bits": 16}
+    if told["bits"] in (5, 6):
+        with pytest.raises(InputError, match=f"--quantize {scheme} has no peer"):
+            peer_models.kind_of(scheme)
+        return
     kind = peer_models.kind_of(scheme)
     assert kind in peer_models.GGUF_TYPES and kind in peer_models.ONNXRUNTIME_KINDS
-    bits, group = (
-        (None, None) if scheme is None else (SHORT_NAMES[scheme]["bits"], SHORT_NAMES[scheme].get("group_size"))
-    )
-    assert kind == {None: "16", 8: "int8", 4: "int4-g128" if group == 128 else "int4"}[bits]
+    group = told.get("group_size")
+    assert kind == {16: "16", 8: "int8", 4: "int4-g128" if group == 128 else "int4"}[told["bits"]]
 
 
 def test_an_environment_is_found_once_it_is_whole(monkeypatch, tmp_path):

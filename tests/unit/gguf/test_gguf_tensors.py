@@ -258,7 +258,7 @@ def test_kept_codes_are_copied_and_others_computed(files, tmp_path, kind):
     assert torch.equal(weight, exact.model.layers[1].self_attn.o_proj.weight)
 
 
-@pytest.mark.parametrize("asked", ["int8", "int4", "int4-g128"])
+@pytest.mark.parametrize("asked", ["int8", "int6", "int5", "int4", "int4-g128"])
 def test_gemmakit_s_own_quantized_weights_are_written_too(model, tmp_path, asked):
     model.save_pretrained(tmp_path / "model")
     ours = GemmaForCausalLM.from_pretrained(tmp_path / "model", quantization_config=asked)

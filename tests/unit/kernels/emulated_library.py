@@ -24,10 +24,12 @@ def matrix_parts(m, x_format):
     sizes = {"codes": m.out * m.in_ * _SIZES.get(m.format, 1), "bias": m.out * _SIZES.get(x_format, 0)}
     if m.format == WeightFormat.INT8_ROWS:
         sizes["scale"] = 4 * m.out
-    if m.format in (WeightFormat.INT8_GROUPS, WeightFormat.INT4):
+    if m.format > WeightFormat.INT8_ROWS:
         sizes |= {"scale": 2 * m.out * groups, "zero": m.out * groups}
     if m.format == WeightFormat.INT4:
         sizes["codes"] = m.out * -(-m.in_ // 32) * 16
+    if m.format > WeightFormat.INT4:
+        sizes["codes"] = m.out * -(-m.in_ // 128) * 16 * WeightFormat(m.format).bits
     return sizes
 
 

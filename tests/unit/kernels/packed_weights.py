@@ -8,7 +8,8 @@ from gemmakit.pytorch.kernels.packed import PackedWeight, dequantize, pack, pack
 
 # name -> (bits, group size; None: one float32 scale a row)
 SCHEMES = {"int8": (8, None), "int8-32": (8, 32), "int8-96": (8, 96), "int4-32": (4, 32), "int4-128": (4, 128),
-           "int4-64": (4, 64), "int4-row": (4, 1 << 20)}  # fmt: skip
+           "int4-64": (4, 64), "int4-row": (4, 1 << 20), "int5-32": (5, 32), "int5-96": (5, 96), "int6-32": (6, 32),
+           "int6-128": (6, 128)}  # fmt: skip
 # Of a scheme: up to eight rows are rounded to 8 bits.
 A8 = "-a8"
 STEPS = [*SCHEMES, *(scheme + A8 for scheme, (bits, _) in SCHEMES.items() if bits == 4)]
@@ -21,12 +22,11 @@ def random_packed(scheme, O, I, seed=0):
     group = I if group is None or group > I else group
     G = -(-I // group)
     scale = torch.exp(torch.randn(O, G, generator=g) * 2) * 0.01
-    if bits == 8:
-        codes = torch.randint(-128, 128, (O, I), generator=g, dtype=torch.int8)
+    if bits > 4:
+        codes = torch.randint(-1 << bits - 1, 1 << bits - 1, (O, I), generator=g, dtype=torch.int8)
         by_row = SCHEMES[scheme][1] is None
-        return PackedWeight(
-            codes, scale if by_row else scale.half(), None, I, group, packed_format(8, SCHEMES[scheme][1])
-        )
+        format = packed_format(bits, SCHEMES[scheme][1])
+        return PackedWeight(pack(codes, bits), scale if by_row else scale.half(), None, I, group, format)
     codes = torch.randint(0, 16, (O, I), generator=g)
     zero = torch.randint(0, 16, (O, G), generator=g, dtype=torch.uint8)
     few = 8 if scheme.endswith(A8) else 16

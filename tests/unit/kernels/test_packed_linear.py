@@ -1,5 +1,6 @@
 """Products with 8- and 4-bit weights: every instruction set's kernels within their stated error of float64."""
 
+import itertools
 import sys
 
 import pytest
@@ -14,7 +15,7 @@ from gemmakit.pytorch.kernels import cpu, linear, linear_packed, linear_plan
 from gemmakit.pytorch.kernels.cpu import MAX_ROWS
 from gemmakit.pytorch.kernels.ids import WeightFormat
 from gemmakit.pytorch.kernels.linear import FEW_ROWS, takes_many
-from gemmakit.pytorch.kernels.packed import PackedWeight, dequantize, pack
+from gemmakit.pytorch.kernels.packed import PackedWeight, dequantize, pack, unpack
 
 linear_module = sys.modules["gemmakit.pytorch.kernels.linear"]  # the package has a function of its name
 native = pytest.mark.skipif(cpu.library() is None, reason=f"needs the compiled kernels: {cpu.decision().why}")
@@ -152,8 +153,22 @@ def test_a_residual_is_added_after_the_product_was_rounded():
 def test_weights_of_different_formats_may_share_x():
     x = torch.randn(3, 320).bfloat16()
     ws = [*(random_packed(s, 40, 320) for s in STEPS), torch.randn(20, 320), torch.randn(20, 320).bfloat16()]
-    for w, y in zip(ws, cpu.project(x, [cpu.matrix(w) for w in ws]), strict=True):
-        assert torch.equal(y, project(x, w))
+    for some in (ws[::2], ws[1::2]):
+        for w, y in zip(some, cpu.project(x, [cpu.matrix(w) for w in some]), strict=True):
+            assert torch.equal(y, project(x, w))
+
+
+@pytest.mark.parametrize("isa", runnable())
+@pytest.mark.parametrize("scheme", ["int5-32", "int5-96", "int6-32", "int6-128"])
+@pytest.mark.parametrize("size", [(1, 1), (7, 45), (70, 96), (300, 320), (9, 2048)])
+def test_codes_of_5_and_6_bits_are_multiplied_as_the_same_codes_in_bytes(isa, scheme, size):
+    packed = random_packed(scheme, *size)
+    in_bytes = packed._replace(codes=unpack(packed), format=WeightFormat.INT8_GROUPS)
+    with using(isa, 1):
+        for rows, bits in itertools.product((1, 2, 5, 8, 9, 30), (8, 16)):
+            x = torch.randn(rows, size[1])
+            a, b = (cpu.project(x, [cpu.matrix(w, None, bits)])[0] for w in (packed, in_bytes))
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("scheme", STEPS)

@@ -32,7 +32,7 @@ def quantized(folder, scheme):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("scheme", ["int8", "int6", "int4"])
 @pytest.mark.parametrize("dora", [False, True])
 def test_an_adapter_on_codes_is_that_on_the_numbers_they_stand_for(scheme, dora, folder):
     on_codes = adapted(quantized(folder, scheme), use_dora=dora)
@@ -45,7 +45,7 @@ def test_an_adapter_on_codes_is_that_on_the_numbers_they_stand_for(scheme, dora,
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("scheme", ["int8", "int6", "int4"])
 @pytest.mark.parametrize("dora", [False, True])
 def test_merging_onto_the_numbers_of_codes_says_the_same(scheme, dora, folder):
     made = adapted(quantized(folder, scheme).dequantize(), use_dora=dora)
@@ -54,7 +54,7 @@ def test_merging_onto_the_numbers_of_codes_says_the_same(scheme, dora, folder):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("scheme", ["int8", "int6", "int4"])
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("safe", [False, True])
 def test_merging_onto_codes_is_refused_until_they_are_numbers(scheme, dora, safe, folder):

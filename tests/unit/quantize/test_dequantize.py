@@ -10,6 +10,7 @@ TINY = dict(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_laye
             num_key_value_heads=1, head_dim=32, max_position_embeddings=32)  # fmt: skip
 CONFIGS = {
     "int8": "int8",
+    "int6": "int6",
     "int4": "int4",
     "bitsandbytes 8": gemmakit.BitsAndBytesConfig(load_in_8bit=True),
     "bitsandbytes 4": gemmakit.BitsAndBytesConfig(load_in_4bit=True),

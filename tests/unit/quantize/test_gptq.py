@@ -9,7 +9,7 @@ from gemmakit.pytorch.kernels.packed import dequantize
 from gemmakit.pytorch.quantize import QuantizedLinear, gptq, rounding
 from gemmakit.pytorch.quantize.own import WeightOnlyQuantizer
 
-LAYOUTS = [(8, None), (8, 32), (4, 32), (4, 128)]
+LAYOUTS = [(8, None), (8, 32), (6, 32), (5, 32), (4, 32), (4, 128)]
 
 
 def inputs(tokens, width, seed=0):

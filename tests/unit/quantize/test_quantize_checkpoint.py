@@ -37,7 +37,7 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("shard", ["5GB", "20KB"])
-@pytest.mark.parametrize("how", ["int8", "int4", "int4-g128", {"bits": 4, "head_bits": 4}], ids=str)
+@pytest.mark.parametrize("how", ["int8", "int6", "int5", "int4", "int4-g128", {"bits": 4, "head_bits": 4}], ids=str)
 def test_streaming_writes_what_loading_and_saving_writes(plain, how, shard, tmp_path):
     model = gemmakit.GemmaForCausalLM.from_pretrained(plain, quantization_config=how)
     model.save_pretrained(tmp_path / "saved")
@@ -102,7 +102,7 @@ def test_progress_ends_at_the_end(plain, tmp_path):
 
 def test_refusals_come_before_anything_is_written(plain, tmp_path):
     out = tmp_path / "out"
-    for how, error in (("int5", ConfigError), ({"load_in_4bit": True}, InputError)):
+    for how, error in (("int3", ConfigError), ({"load_in_4bit": True}, InputError)):
         with pytest.raises(error):
             gemmakit.quantize_checkpoint(plain, out, how)
     with pytest.raises(InputError, match="is the model that is read"):

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemmakit.errors import CheckpointError
-from gemmakit.pytorch.kernels.packed import dequantize, unpack
+from gemmakit.pytorch.kernels.packed import code_range, dequantize, unpack
 from gemmakit.pytorch.quantize import rounding
 
-LAYOUTS = [(8, None), (8, 32), (8, 128), (4, 32), (4, 128)]
+LAYOUTS = [(8, None), (8, 32), (8, 128), (6, 32), (6, 128), (5, 32), (4, 32), (4, 128)]
 # Of float32 products and sums beside a step of the codes.
 SLACK = 1e-5
 
@@ -27,7 +27,7 @@ def weights(draw):
 
 def steps(packed):
     """The scale of each weight, (O, I)."""
-    return packed.scale.float().repeat_interleave(packed.group_size, 1)[:, : packed.in_features]
+    return packed.scale.float().abs().repeat_interleave(packed.group_size, 1)[:, : packed.in_features]
 
 
 @settings(max_examples=60, deadline=None)
@@ -36,7 +36,8 @@ def test_codes_are_the_nearest_within_their_range(weight, layout):
     packed = rounding.quantize(weight, *layout)
     off = (dequantize(packed) - weight.float()).abs()
     codes = unpack(packed)
-    ends = (codes.abs() == 127) if layout[0] == 8 else (codes == 0) | (codes == 15)
+    lowest, highest = code_range(layout[0])
+    ends = (codes == lowest) | (codes == highest)
     inside = off <= steps(packed) * (0.5 + SLACK)
     assert (inside | ends).all()
     if layout == (8, None):  # nothing is clipped
@@ -44,16 +45,19 @@ def test_codes_are_the_nearest_within_their_range(weight, layout):
 
 
 @settings(max_examples=60, deadline=None)
-@given(weights(), st.sampled_from([32, 128]))
-def test_searching_for_the_range_never_costs_accuracy(weight, group_size):
+@given(weights(), st.sampled_from([4, 5, 6]), st.sampled_from([32, 128]))
+def test_searching_for_the_range_never_costs_accuracy(weight, bits, group_size):
     def errors(packed):
         return rounding.grouped((dequantize(packed) - weight.float()).square(), group_size).sum(2)
 
-    searched, groups = rounding.quantize(weight, 4, group_size), rounding.grouped(weight.float(), group_size)
+    searched, groups = rounding.quantize(weight, bits, group_size), rounding.grouped(weight.float(), group_size)
     low, high = groups.amin(2).clamp_max(0), groups.amax(2).clamp_min(0)
-    scale = torch.where(high == low, 1, ((high - low) / 15).clamp_min(rounding.SMALLEST)).half()
-    zero = (-low / scale.float()).round().clamp(0, 15).to(torch.uint8)
-    codes = rounding.encode(weight.float(), scale, zero, group_size)
+    # Without zeros the largest number becomes the lowest code, whatever its sign.
+    reach, steps = (high - low, 15) if bits == 4 else (torch.where(-low > high, low, high), code_range(bits)[0])
+    scale = torch.where(high == low, 1, reach / steps)
+    scale = scale.abs().clamp_min(rounding.SMALLEST).copysign(scale).half()
+    zero = (-low / scale.float()).round().clamp(0, 15).to(torch.uint8) if bits == 4 else None
+    codes = rounding.encode(weight.float(), bits, scale, zero, group_size)
     plain = searched._replace(codes=codes, scale=scale, zero=zero)
     assert (errors(searched) <= errors(plain) * (1 + SLACK) + 1e-30).all()
 

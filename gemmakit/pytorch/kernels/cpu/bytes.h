@@ -3,7 +3,7 @@
 #pragma once
 
 #include "functions.h"
-#include "packed.h"
+#include "codes.h"
 
 namespace {
 
@@ -80,12 +80,14 @@ inline void fill_codes(const Matrix& w, int64_t row, int64_t block, int64_t coun
   constexpr int BYTES = FORMAT == INT4 ? 16 : 32;
   int64_t row_bytes = FORMAT == INT4 ? (w.in + BLOCK - 1) / BLOCK * 16 : w.in;
   const uint8_t* codes = (const uint8_t*)w.codes + row * row_bytes + block * BYTES;
-  for (int i = 0; i < DEPTH * BYTES; i += 64) __builtin_prefetch(codes + DEPTH * BYTES + i, 0, 3);
+  for (int i = 0; !is_split(w) && i < DEPTH * BYTES; i += 64) __builtin_prefetch(codes + DEPTH * BYTES + i, 0, 3);
   if (FORMAT == INT4) {
     for (int64_t b = 0; b < count; b++) nibbles_of(codes + b * BYTES, to + b * BLOCK);
     return;
   }
   int64_t n = count * BLOCK, left = w.in - block * BLOCK;
+  int8_t bytes[DEPTH * BLOCK];
+  if (is_split(w)) join_codes(w, row, block, count, bytes), codes = (const uint8_t*)bytes;
   flip(codes, n < left ? n : left, to);
   for (int p = 0; p < PARTS<FORMAT> && n > left; p++) std::memset(to + p * DEPTH * BLOCK + left, 0, n - left);
 }

@@ -1,7 +1,7 @@
 // A weight's rows as a dense panel for the library's matrix product; and a plain read of memory.
 
 #include "functions.h"
-#include "packed.h"
+#include "codes.h"
 
 namespace {
 
@@ -21,6 +21,7 @@ void expand_packed(const Matrix& w, int64_t row, void* y) {
   constexpr int BYTES = FORMAT == INT4 ? 16 : 32;  // of a block
   int64_t row_bytes = FORMAT == INT4 ? (w.in + BLOCK - 1) / BLOCK * 16 : w.in;
   const char* codes = (const char*)w.codes + row * row_bytes;
+  if (is_split(w)) codes = (const char*)joined(w, row, 1).codes;
   Groups g = {nullptr, nullptr, 1, INT64_MAX};
   if (w.format != INT8_ROWS) g = groups(w, row);
   V scale = splat(w.format == INT8_ROWS ? number<F32>(w.scale, row) : 0.0f), offset = zero();
@@ -69,7 +70,7 @@ int run(const Matrix& w, int64_t from, int64_t to, void* y, int threads) {
 }  // namespace
 
 extern "C" int NATIVE(gemmakit_expand)(const Matrix* m, int64_t from, int64_t to, int y_format, void* y, int threads) {
-  if (from < 0 || from > to || to > m->out || m->format < BF16 || m->format > INT4) return 1;
+  if (from < 0 || from > to || to > m->out || m->format < BF16 || m->format > INT6) return 1;
   switch (y_format) {
     case BF16: return run<BF16>(*m, from, to, y, threads);
     case F16: return run<F16>(*m, from, to, y, threads);

@@ -16,9 +16,10 @@
 #define NATIVE(name) JOIN(name##_, ISA)
 
 // WeightFormat and Activation, which hatch_build.py writes from ids.py. Plain numbers, of weights and of activations,
-// are BF16, F16 or F32. INT8_ROWS: one float32 scale a row. INT8_GROUPS and INT4: float16 scales (out, G), and INT4's
+// are BF16, F16 or F32. INT8_ROWS: one float32 scale a row. All other codes: float16 scales (out, G), and INT4's
 // zeros are uint8 (out, G), where G = ceil(in / group). INT4's codes are (out, 16 * ceil(in / 32)) bytes: byte j of a
-// block's 16 holds input j in its low bits and input j + 16 in its high bits. w = scale * (code - zero).
+// block's 16 holds input j in its low bits and input j + 16 in its high bits. w = scale * (code - zero). INT5 and INT6:
+// codes.h.
 #include "ids.h"
 
 constexpr int MAX_ROWS = 8;

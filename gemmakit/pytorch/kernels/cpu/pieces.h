@@ -13,6 +13,8 @@ inline int64_t row_bytes(const Matrix& w) {
     case F32: return w.in * 4;
     case INT8_ROWS: case INT8_GROUPS: return w.in;
     case INT4: return (w.in + 31) / 32 * 16;
+    case INT5: return (w.in + 127) / 128 * 80;
+    case INT6: return (w.in + 127) / 128 * 96;
   }
   return w.in * 2;
 }

@@ -5,7 +5,7 @@
 
 #include <utility>
 
-#include "packed.h"
+#include "codes.h"
 #include "pieces.h"
 
 namespace {
@@ -38,6 +38,18 @@ Sums sums_of(const Matrix& w, int rows, std::integer_sequence<int, M...>) {
   return found;
 }
 
+// Those of a piece's rows with `rows` rows of x.
+template <int BITS>
+void piece_sums(const Matrix& w, const Inputs& x, int rows, int64_t from, int64_t to, float* sums) {
+  constexpr auto COUNTS = std::make_integer_sequence<int, MAX_ROWS>();
+  if (!is_split(w)) return sums_of<BITS>(w, rows, COUNTS)(w, x, from, to, sums);
+  int64_t each = IN_BYTES / w.in < 1 ? 1 : IN_BYTES / w.in;
+  for (int64_t o = from; o < to; o += each) {
+    Matrix part = joined(w, o, to - o < each ? to - o : each);
+    sums_of<BITS>(part, rows, COUNTS)(part, x, 0, part.out, sums + (o - from) * rows);
+  }
+}
+
 // Bias, rounding and residual, as the modules do it one after the other.
 template <int F>
 void finish(const Matrix& w, const Piece& piece, const float* sums, int row, int rows, void* y, const void* residual) {
@@ -65,7 +77,7 @@ void multiply(const Matrix* w, int count, const void* x, int done, int rows, voi
     const Matrix& own = w[piece.matrix];
     for (int m = 0; m < rows; m += MAX_ROWS) {
       int some = rows - m < MAX_ROWS ? rows - m : MAX_ROWS;
-      sums_of<BITS>(own, some, std::make_integer_sequence<int, MAX_ROWS>())(own, inputs.from(m), piece.from, piece.to, sums);
+      piece_sums<BITS>(own, inputs.from(m), some, piece.from, piece.to, sums);
       finish<F>(own, piece, sums, done + m, some, y[piece.matrix], residual);
     }
   }
@@ -121,7 +133,7 @@ extern "C" int NATIVE(gemmakit_project)(const Matrix* m, int count, int x_format
   for (int i = 1; i < count; i++)
     if (m[i].in != m[0].in) return 1;
   for (int i = 0; i < count; i++)
-    if (m[i].format < BF16 || m[i].format > INT4) return 1;
+    if (m[i].format < BF16 || m[i].format > INT6) return 1;
   constexpr decltype(&multiply_packed<16>) ways[WAYS] = {NATIVE(project_plain), multiply_packed<16>, multiply_packed<8>,
                                                          NATIVE(project_bytes)};
   for (int way = WAYS - 1; way >= 0; way--) {

@@ -105,7 +105,8 @@ struct Few {
 template <int F, int FORMAT>
 void multiply_strip(const Matrix& w, const Few& few, int64_t row, void* y, const void* residual) {
   float sums[FEW * L];
-  Strip strip = strip_of<FORMAT>(w, row);
+  Matrix own = is_split(w) ? joined(w, row, w.out - row < L ? w.out - row : L) : w;
+  Strip strip = strip_of<FORMAT>(own, is_split(w) ? 0 : row);
   for (int g = 0, done = 0; g < few.groups; done += few.count[g++]) {
     strip_sums_of<FORMAT>(few.count[g], std::make_integer_sequence<int, FEW>())(strip, few.x[g], sums);
     for (int m = 0; m < few.count[g]; m++)

@@ -21,6 +21,7 @@ from gemmakit.pytorch.kernels.packed import FORMATS
 # What the kernels compute in, and how many rows those that read weights take at once.
 DTYPES = tuple(FORMATS)
 MAX_ROWS = 8
+BITS = (4, 8)  # of codes that they read; others are expanded by torch
 
 # Below 8.0 there is neither bfloat16 nor an asynchronous copy, and Triton no longer supports them.
 LEAST_CAPABILITY = (8, 0)
