@@ -10,6 +10,8 @@ import time
 
 import pytest
 
+from gemmakit.cli import main
+
 ray = pytest.importorskip("ray", reason="pip install 'gemmakit[ray]' runs it")
 
 
@@ -30,12 +32,14 @@ def lines(path):
     return path.read_text().splitlines() if path.exists() else []
 
 
-def test_without_a_cluster_it_says_how_to_start_one(tmp_path):
+def test_without_a_cluster_it_says_how_to_start_one(tmp_path, monkeypatch, capfd):
+    """On a machine that has one too: Ray looks among the processes and in its own folder, and here finds none."""
+    monkeypatch.setattr("ray._private.services._find_address_from_flag", lambda flag: set())
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     (tmp_path / "in.jsonl").write_text('{"prompt": "x"}\n')
-    process = batch(tmp_path / "in.jsonl", tmp_path / "out.jsonl", "--ray", RAY_ADDRESS="", RAY_TMPDIR=str(tmp_path))
-    _, said = process.communicate(timeout=240)
-    assert process.returncode == 2
-    assert "ray start --head" in said
+    assert main(["batch", str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), "--ray"]) == 2
+    assert "ray start --head" in capfd.readouterr().err
 
 
 @pytest.mark.slow  # a cluster of three nodes on this machine, each with a model
