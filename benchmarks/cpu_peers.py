@@ -11,16 +11,19 @@ out, with a word.
 import argparse
 import re
 import sys
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import peer_models
+import torch
 from checkpoints import cached_codes, cached_random, fields
 from compare import Comparison, if_possible, llamacpp_side, transformers_side, written_side
 from peers import interpreter
 from report import comparison_table, plain_lines
 from rounds import Side
 
+from gemmakit.bench.measure import matmul_rate
 from gemmakit.cli.env import available_cores
 
 RESULTS = Path(__file__).parent / "results"
@@ -28,6 +31,7 @@ QUICK = {"limit_s": 0.05, "limit_bytes": 1 << 20, "tokens": 256}
 # part -> its file, what it sets, and its peers as (program, dtype or GGUF type or quantization). Q4_0 has its head in
 # Q8_0, as our converter writes it; Q4_0-all, another tool's file, in Q4_0 too, and is used where --gguf has it. In 16
 # bits onnxruntime is not there: it has no such products on a CPU, and twice the bytes are nothing to compare with.
+# transformers computes in float32 where `plain` says so.
 PARTS: dict[str, dict[str, Any]] = {
     "bf16": dict(file="cpu_decode_2b_bf16",
                  peers=[("transformers", "bfloat16"), ("llama.cpp", "F16"), ("llama.cpp", "BF16"), ("openvino", "16")]),
@@ -35,8 +39,8 @@ PARTS: dict[str, dict[str, Any]] = {
                  peers=[("transformers", "bfloat16"), ("llama.cpp", "Q8_0"), ("openvino", "int8"),
                         ("onnxruntime", "int8")]),
     "int4": dict(file="cpu_decode_2b_int4", quantize="int4",
-                 peers=[("transformers", "bfloat16"), ("llama.cpp", "Q4_0"), ("llama.cpp", "Q4_0-all"),
-                        ("openvino", "int4"), ("onnxruntime", "int4")]),
+                 peers=[("gemmakit", "int4-a8"), ("transformers", "bfloat16"), ("llama.cpp", "Q4_0"),
+                        ("llama.cpp", "Q4_0-all"), ("openvino", "int4"), ("onnxruntime", "int4")]),
     "int4-g128": dict(file="cpu_decode_2b_int4-g128", quantize="int4-g128",
                       peers=[("llama.cpp", "Q4_0"), ("llama.cpp", "Q4_0-all"), ("openvino", "int4-g128"),
                              ("onnxruntime", "int4-g128")]),
@@ -84,6 +88,14 @@ def quantized(checkpoint: Path, scheme: str) -> Path:
     return folder
 
 
+@lru_cache
+def plain(dtype: str, threads: int) -> str:
+    """The dtype for transformers: where torch emulates products of bfloat16, they take hundreds of times longer."""
+    torch.set_num_threads(threads)
+    rates = {d: matmul_rate(torch.device("cpu"), d, 0.2) for d in ("bfloat16", "float32")}
+    return "float32" if 4 * rates["bfloat16"] < rates["float32"] else dtype
+
+
 def peer(program: str, kind: str, comparison: Comparison, args: argparse.Namespace) -> Side | None:
     """The side of a peer; None, with a word, where it is not installed or cannot write its model."""
     if program == "gemmakit":
@@ -122,6 +134,7 @@ def measure(name: str, args: argparse.Namespace) -> None:
         more=QUICK if args.quick else None, save=args.out / f"{file}.json",
         say=lambda m: note(f"{name}: {m}"), **part,
     )  # fmt: skip
+    peers = dict.fromkeys((p, plain(kind, args.threads) if p == "transformers" else kind) for p, kind in peers)
     comparison.peers = [side for program, kind in peers if (side := peer(program, kind, comparison, args))]
     result = comparison.run()
     print("\n".join(plain_lines(comparison_table(result))), flush=True)
