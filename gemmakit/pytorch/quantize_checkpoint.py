@@ -168,6 +168,11 @@ def _formats(
     taken = {name.removesuffix(".weight"): name for name in names if quantizer.layout(name.removesuffix(".weight"))}
     reach: dict[str, list[budget.Effect]] = {}
     if ids is not None and isinstance(model, GemmaForCausalLM):
+        require_memory(
+            budget.memory_bytes(model.config, ids) + _SLACK_BYTES,
+            f"measuring what errors of {checkpoint.files[0].parent}'s weights cost on a text",
+            remedy="Leave calibration out, or name one format for all (--int4, --int6).",
+        )
         reach = budget.effects(model, ids, lambda name: name in taken or f"{name}.weight" in model.tied_weights)
     found, weights = {}, 0
     for module, name in taken.items():
@@ -310,7 +315,7 @@ def _calibrated(
     report: Progress,
 ) -> dict[str, Tensor]:
     require_memory(
-        memory_bytes(model.config, ids, quantizer.config.bits) + _SLACK_BYTES,
+        memory_bytes(model.config, ids, 8 if quantizer.config.module_formats else quantizer.config.bits) + _SLACK_BYTES,
         f"calibrating {checkpoint.files[0].parent} on {ids.numel()} tokens",
         remedy="Calibrate on fewer texts, or leave calibration out.",
     )

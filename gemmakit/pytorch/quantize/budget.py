@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError, NumericalError
 from gemmakit.pytorch.kernels.packed import dequantize
 from gemmakit.pytorch.quantize import rounding
@@ -90,6 +91,8 @@ def effects(model: Any, ids: Tensor, taken: Callable[[str], bool]) -> dict[str, 
         model: a GemmaForCausalLM with plain weights.
         ids: (R, S) token ids, of which as many pieces as TOKENS allows are used, evenly spread.
 
+    `memory_bytes` says what it takes.
+
     Raises:
         NumericalError: activations that are not finite.
     """
@@ -121,6 +124,22 @@ def effects(model: Any, ids: Tensor, taken: Callable[[str], bool]) -> dict[str, 
         if tied in found and source in found:
             found[source] += found.pop(tied)
     return found
+
+
+def memory_bytes(config: GemmaConfig, ids: Tensor) -> int:
+    """What `effects` takes at most beside the model: what one backward pass keeps of a piece, and the sums."""
+    tokens = min(WIDTH, ids.shape[-1])
+    specs = [config.layer(i) for i in range(config.num_hidden_layers)]
+    # Of a layer: norms and sums of hidden states, q, k and v before and after they turn, scores, gate and up.
+    kept = sum(
+        12 * config.hidden_size
+        + 4 * (s.num_attention_heads + 2 * s.num_key_value_heads) * s.head_dim
+        + 3 * s.num_attention_heads * tokens
+        + 5 * s.intermediate_size
+        for s in specs
+    )
+    # Logits, their probabilities and their gradients; of a matrix of the vocabulary, its rows' sums.
+    return 4 * (tokens * (kept + 6 * config.vocab_size) + 4 * config.vocab_size)
 
 
 def _pieces(ids: Tensor) -> Iterable[Tensor]:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import gemmakit
 from gemmakit.errors import CheckpointError, ConfigError, InputError, NotEnoughMemory
-from gemmakit.pytorch.quantize import QuantizedWeight
+from gemmakit.pytorch.quantize import QuantizedWeight, budget
 
 SHAPE = dict(vocab_size=90, hidden_size=72, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, head_dim=20, max_position_embeddings=64, initializer_range=0.2)  # fmt: skip
@@ -202,3 +202,30 @@ def test_peaks_of_memory_are_within_their_bounds(tmp_path):
     # Loaded from the quantized file, codes stay in it.
     _, mapped = anonymous_bytes(load.replace(str(folder), str(out)).replace(", quantization_config='int4'", ""))
     assert mapped <= 30e6
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc; run on Linux")
+@pytest.mark.parametrize("changes", [{"vocab_size": 64000, "num_hidden_layers": 2}, {"num_hidden_layers": 12}], ids=str)
+def test_what_a_budget_by_a_text_takes_is_within_what_is_asked_for(tmp_path, changes):
+    config = gemmakit.GemmaConfig(**{**SHAPE, "hidden_size": 256, "intermediate_size": 4096, "head_dim": 64, **changes})
+    gemmakit.GemmaForCausalLM(config).save_pretrained(tmp_path)
+    peak, _ = anonymous_bytes(
+        "from gemmakit.pytorch.quantize import budget\n"
+        f"model = gemmakit.GemmaForCausalLM.from_pretrained({str(tmp_path)!r})\n"
+        "start = anonymous()\n"
+        "budget.effects(model, torch.zeros(1, 512, dtype=torch.long), lambda name: True)"
+    )
+    asked = budget.memory_bytes(config, torch.zeros(1, 512))
+    assert asked / 4 < peak < asked + 60e6, "and a work area"
+
+
+@pytest.mark.parametrize(
+    ("how", "what"), [({"bits": 6.0}, "what errors of"), ({}, "calibrating")], ids=["bits", "gptq"]
+)
+def test_too_little_memory_for_a_text_is_said_before_the_work(plain, tmp_path, monkeypatch, how, what):
+    monkeypatch.setattr("gemmakit.checkpoint.memory.free_memory_bytes", lambda: 100_000_000)  # loading takes less
+    ids = torch.randint(3, 90, (2, 16))
+    with pytest.raises(NotEnoughMemory, match=what):
+        gemmakit.quantize_checkpoint(plain, tmp_path / "out", calibration_ids=ids, **how)
+    assert not (tmp_path / "out").exists()
