@@ -102,7 +102,7 @@ def batch(
             if ray:
                 from gemmakit.serve.ray_pool import pool
 
-                cluster = stack.enter_context(pool(loading, actors, concurrency))
+                cluster = stack.enter_context(pool(loading, actors, concurrency, note))
                 side_by_side, draws, asked = concurrency * len(cluster.actors), cluster.draws, cluster.answer
             else:
                 service.load(loading)

@@ -143,7 +143,7 @@ def serve(
         from gemmakit.serve import replicas as deployment
 
         socket.close()  # it is free; Ray's own process takes it
-        return deployment.run(settings, (host, port), loading, replicas, ready)
+        return deployment.run(settings, (host, port), loading, replicas, ready, note)
     return run(settings, socket, loading, ready)
 
 

@@ -9,7 +9,8 @@ import heapq
 import importlib
 import logging
 import os
-from collections.abc import Generator, Mapping, Sequence
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +23,8 @@ from gemmakit.serve.settings import ServeSettings
 AVOID_S, WAIT_S = 5.0, 0.2
 # With no answer from anywhere for so long, the batch stops.
 PATIENCE_S = 600.0
+# For how long a cluster may take what has just ended for running still; and between two looks.
+SETTLE_S, LOOK_S = 2.0, 0.1
 
 
 class Answerer:
@@ -89,11 +92,11 @@ class Pool:
 
 
 @contextmanager
-def pool(loading: Loading, actors: int | None, rows: int) -> Generator[Pool, None, None]:
+def pool(loading: Loading, actors: int | None, rows: int, tell: Callable[[str], None]) -> Generator[Pool, None, None]:
     """Actors on the cluster that RAY_ADDRESS names, or that runs on this machine, while the context lasts.
 
     actors: how many; by default one a GPU, or a node where there are none. rows: that each answers side by side. The
-    cluster starts an actor elsewhere, when it has room, where a node dies.
+    cluster starts an actor elsewhere, when it has room, where a node dies. tell: takes a line about what it waits for.
     Raises MissingDependency, and InputError where there is no cluster, no room, or the model cannot be loaded.
     """
     ray = import_ray("--ray")
@@ -107,7 +110,9 @@ def pool(loading: Loading, actors: int | None, rows: int) -> Generator[Pool, Non
     try:
         count = actors or _devices(ray)
         options = {"max_restarts": -1, "max_concurrency": rows + 1, "scheduling_strategy": "SPREAD"}
-        made = ray.remote(**needs_of_one(ray, count), **options)(Answerer)
+        needs = needs_of_one(ray, count)
+        tell_what_lacks(ray, needs, count, tell)
+        made = ray.remote(**needs, **options)(Answerer)
         started = [made.remote(loading) for _ in range(count)]
         yield Pool(started, _draws(ray, started), ray.exceptions.RayActorError)
     finally:
@@ -153,6 +158,21 @@ def needs_of_one(ray: Any, count: int) -> dict[str, Any]:
     threads = max(1, min(max(processors), sum(processors) // count))
     told = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
     return {"num_cpus": 1, "runtime_env": {"env_vars": told}}
+
+
+def tell_what_lacks(ray: Any, needs: Mapping[str, Any], count: int, tell: Callable[[str], None]) -> None:
+    """Where others have what `count` actors are to have, tell for what these will wait. needs: as of `needs_of_one`."""
+    kind = "GPU" if "num_gpus" in needs else "CPU"
+    until = time.monotonic() + SETTLE_S
+    while (free := ray.available_resources().get(kind, 0)) < count:
+        if time.monotonic() > until:
+            room = ray.cluster_resources().get(kind, 0)
+            return tell(
+                f"waiting for {kind}s: {count} asked for, {free:g} of the cluster's {room:g} free. It goes on once "
+                "what holds them ends, or the cluster has another node."
+            )
+        time.sleep(LOOK_S)
+    return None
 
 
 def connect(ray: Any, log_to_driver: bool) -> None:

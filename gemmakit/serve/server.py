@@ -26,6 +26,7 @@ log = logging.getLogger("gemmakit.serve")
 # How often a draining server looks whether the last answer has ended; and how long callers of a failed engine have to
 # be told before the process ends.
 LOOK_S, LAST_WORDS_S = 0.05, 1.0
+GOODBYE_S = 2  # for connections that take what is said already, once the last answer has ended
 MAX_HEADER_BYTES = 64 * 2**10
 # How long the engine's thread may keep the interpreter while the event loop has something to send. Python's own 5 ms is
 # several steps of a small model: a first token waited for that long.
@@ -64,7 +65,7 @@ class Server(uvicorn.Server):
             access_log=False,
             server_header=False,
             lifespan="on",
-            timeout_graceful_shutdown=2,
+            timeout_graceful_shutdown=GOODBYE_S,
             proxy_headers=False,  # nothing here reads who a proxy says it asks for
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
             http=PatientProtocol,

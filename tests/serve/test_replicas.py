@@ -9,21 +9,24 @@ import signal
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from threading import Semaphore
 
 import httpx
 import openai
 import pytest
-from test_serve_process import address, start
+from test_serve_process import STEP_S, address, slow, start  # noqa: F401  (a fixture)
 
 from gemmakit.cli import main
 from gemmakit.errors import InputError
-from gemmakit.serve.ray_pool import needs_of_one
+from gemmakit.serve.ray_pool import needs_of_one, tell_what_lacks
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="pip install 'gemmakit[ray]' runs it")
 ASKED = {"model": "gemmakit-demo", "prompt": "If the file", "max_tokens": 12, "temperature": 0}
 LONG = {"prompt": "x", "max_tokens": 480, "ignore_eos": True, "stream": True}
-# Ray gives what it starts its own niceness, with which a busy machine never gets round to it, and 30 s to come up.
-RAY = {"RAY_worker_niceness": "0", "RAY_raylet_start_wait_time_s": "240", "RAY_ADDRESS": ""}
+# A cluster of the test's own, whatever else runs on the machine. Ray gives what it starts its own niceness, with which
+# a busy machine never gets round to it, and 30 s to come up.
+RAY = {"RAY_worker_niceness": "0", "RAY_raylet_start_wait_time_s": "240", "RAY_ADDRESS": "local"}
 
 
 @pytest.mark.parametrize(("other", "said"), [(("--tensor", "2"), "--tensor splits one"), (("--state", "s"), "--state")])
@@ -46,10 +49,15 @@ def test_without_ray_it_says_what_to_install(monkeypatch, capsys):
 
 
 class Cluster:
-    """What is asked of ray about a cluster."""
+    """What is asked of ray about a cluster. taken: what others hold of its GPUs, else of its processors."""
 
-    def __init__(self, *processors, gpus=0):
-        self.processors, self.gpus = processors, gpus
+    def __init__(self, *processors, gpus=0, taken=0):
+        self.processors, self.gpus, self.taken = processors, gpus, taken
+
+    def available_resources(self):
+        kind, held = ("GPU" if self.gpus else "CPU"), self.cluster_resources()
+        held[kind] -= self.taken
+        return {name: left for name, left in held.items() if left}  # as Ray has it
 
     def cluster_resources(self):
         return {"CPU": float(sum(self.processors)), **({"GPU": float(self.gpus)} if self.gpus else {})}
@@ -73,6 +81,22 @@ def test_a_cluster_without_room_is_refused_by_numbers():
         needs_of_one(Cluster(8, gpus=2), 3)
     with pytest.raises(InputError, match=r"3 models are asked for, but the cluster has 2 CPUs"):
         needs_of_one(Cluster(2), 3)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "said"),
+    [
+        (Cluster(2, taken=2), "waiting for CPUs: 2 asked for, 0 of the cluster's 2 free."),
+        (Cluster(2, 1, taken=1.5), "waiting for CPUs: 2 asked for, 1.5 of the cluster's 3 free."),
+        (Cluster(8, gpus=4, taken=3), "waiting for GPUs: 2 asked for, 1 of the cluster's 4 free."),
+        (Cluster(2), None), (Cluster(0, gpus=2), None),
+    ],
+)  # fmt: skip
+def test_what_is_waited_for_is_said_within_seconds(cluster, said, monkeypatch):
+    told, begun = [], time.monotonic()
+    tell_what_lacks(cluster, needs_of_one(cluster, 2), 2, told.append)
+    assert time.monotonic() - begun < 5
+    assert [line[: line.index(" It goes on")] for line in told] == ([said] if said else [])
 
 
 @pytest.fixture(scope="module")
@@ -121,17 +145,22 @@ def test_a_client_gets_from_two_replicas_what_it_gets_from_one(served, server):
 def test_a_replica_that_is_killed_ends_its_answers_alone_and_another_takes_its_place(served):
     process, url = served
 
+    begun = Semaphore(0)
+
     def stream(_):
         try:
             with httpx.stream("POST", f"{url}/v1/completions", json=LONG, timeout=120) as answer:
-                return [line for line in answer.iter_lines() if line][-1]
+                lines = answer.iter_lines()
+                next(lines)
+                begun.release()
+                return [line for line in lines if line][-1]
         except httpx.RemoteProtocolError:
             return "cut off"
 
     before = replicas(process)
     with ThreadPoolExecutor(8) as together:
         under_way = list(map(together.submit, [stream] * 8, range(8)))
-        time.sleep(0.5)
+        assert all(begun.acquire(timeout=120) for _ in under_way)
         os.kill(min(before), signal.SIGKILL)
         answers = [httpx.post(f"{url}/v1/completions", json=ASKED, timeout=120) for _ in range(8)]
         ends = [one.result() for one in under_way]
@@ -155,6 +184,34 @@ def test_ctrl_c_lets_running_answers_end_and_leaves_nothing_behind(served):
         assert [line for line in lines if line][-1] == "data: [DONE]"
     assert process.wait(120) == 0
     assert not replicas(process)
+
+
+@needs_ray
+@pytest.mark.slow
+def test_while_replicas_drain_they_refuse_as_one_server_does(slow):  # noqa: F811
+    process = start("--port", 0, "--replicas", 1, "--no-speculate", **RAY, **slow)
+    url = address(process)
+    asked, seen = {**LONG, "max_tokens": round(6 / STEP_S)}, set()
+    try:
+        with httpx.stream("POST", f"{url}/v1/completions", json=asked, timeout=120) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            while (health := httpx.get(f"{url}/health", timeout=60)).status_code == 200:
+                time.sleep(0.05)
+            assert (health.status_code, health.json()["status"]) == (503, "draining")
+            refused = httpx.post(f"{url}/v1/completions", json=ASKED, timeout=60)
+            assert refused.status_code == 503 and refused.headers["retry-after"]
+            assert refused.json()["error"]["code"] == "draining"
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+        with suppress(httpx.TransportError):  # until it is gone
+            while True:
+                seen.add(httpx.get(f"{url}/health", timeout=60).status_code)
+        assert seen <= {503}
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.communicate()
 
 
 @needs_ray
