@@ -34,6 +34,7 @@ from gemmakit.pytorch.layers import (
     through,
 )
 from gemmakit.pytorch.masks import Visibility, check_packing, visibility
+from gemmakit.pytorch.other_adapters import explain
 from gemmakit.pytorch.pretrained import GemmaPreTrainedModel
 from gemmakit.pytorch.pytrees import register_nodes
 from gemmakit.pytorch.shapes import Float, Int, Shaped
@@ -83,20 +84,40 @@ class GemmaDecoderLayer(nn.Module):
         if fused is not None:
             x, weights = fused(x, *told, shared, layer_input), None
         else:
-            before, after, before_mlp, after_mlp = self.norms()
-            attention: Any = self.self_attn
-            if isinstance(attention, GemmaAttention):
-                attended, weights = attention(before(x), *told, output_attentions, shared)
-            else:
-                named = self._by_name(*told, output_attentions, shared, queries=x.shape[1])
-                attended, weights = attention(before(x), **named)[:2]
-            x = x + through(after, attended)
-            inner = self.mlp(before_mlp(x))
-            inner = experts.beside(self, x, inner) if "experts" in self._modules else inner
-            x = x + through(after_mlp, inner)
-            if layer_input is not None:
-                x = x + per_layer.added(self.parts(), x, layer_input)
+            try:
+                x, weights = self._by_modules(x, *told, output_attentions, shared, layer_input)
+            except RuntimeError as error:
+                explain(self, self.layer_idx, error)
+                raise
         return x if self.layer_scalar is None else x * self.layer_scalar, weights
+
+    def _by_modules(
+        self,
+        x: Float[Tensor, "B S D"],
+        position_embeddings: RotaryTables,
+        visible: Visibility,
+        past_key_values: Cache | None,
+        cache_position: Int[Tensor, " S"] | None,
+        output_attentions: bool,
+        shared: SharedKeys | None,
+        layer_input: Float[Tensor, "B S P"] | None,
+    ) -> tuple[Float[Tensor, "B S D"], Float[Tensor, "B N S T"] | None]:
+        """Each module after the other, with its hooks and whatever stands in its place."""
+        told = (position_embeddings, visible, past_key_values, cache_position)
+        before, after, before_mlp, after_mlp = self.norms()
+        attention: Any = self.self_attn
+        if isinstance(attention, GemmaAttention):
+            attended, weights = attention(before(x), *told, output_attentions, shared)
+        else:
+            named = self._by_name(*told, output_attentions, shared, queries=x.shape[1])
+            attended, weights = attention(before(x), **named)[:2]
+        x = x + through(after, attended)
+        inner = self.mlp(before_mlp(x))
+        inner = experts.beside(self, x, inner) if "experts" in self._modules else inner
+        x = x + through(after_mlp, inner)
+        if layer_input is not None:
+            x = x + per_layer.added(self.parts(), x, layer_input)
+        return x, weights
 
     def _by_name(
         self,
