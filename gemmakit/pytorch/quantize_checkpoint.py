@@ -178,7 +178,8 @@ def _formats(
     for module, name in taken.items():
         tensor = checkpoint.tensor(stored[name])
         matrix = tensor.view(as_matrix(tensor.shape))
-        found[module] = budget.costs(matrix, reach.get(module) if reach else None, name)
+        share = budget.GPTQ_SHARE if ids is not None and "layers." in name else 1.0
+        found[module] = budget.costs(matrix, reach.get(module) if reach else None, name, share)
         weights += matrix.numel()
     return budget.module_formats(budget.choose(found, weights, bits))
 
