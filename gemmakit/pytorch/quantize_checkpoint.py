@@ -23,7 +23,7 @@ from gemmakit.pytorch.kernels import PackedWeight
 from gemmakit.pytorch.model import GemmaModel
 from gemmakit.pytorch.pretrained import GemmaPreTrainedModel, wanted_shapes
 from gemmakit.pytorch.quantize import budget, rounding
-from gemmakit.pytorch.quantize.gptq import calibrate, memory_bytes
+from gemmakit.pytorch.quantize.gptq import calibrate, head_weight, memory_bytes
 from gemmakit.pytorch.quantize.loading import is_taken, replace_with_quantized, require_known
 from gemmakit.pytorch.quantize.modules import TABLES
 from gemmakit.pytorch.quantize.own import WeightOnlyQuantizer
@@ -178,8 +178,7 @@ def _formats(
     for module, name in taken.items():
         tensor = checkpoint.tensor(stored[name])
         matrix = tensor.view(as_matrix(tensor.shape))
-        share = budget.GPTQ_SHARE if ids is not None and "layers." in name else 1.0
-        found[module] = budget.costs(matrix, reach.get(module) if reach else None, name, share)
+        found[module] = budget.costs(matrix, reach.get(module) if reach else None, name)
         weights += matrix.numel()
     return budget.module_formats(budget.choose(found, weights, bits))
 
@@ -322,9 +321,18 @@ def _calibrated(
     )
     done = _Done(report, checkpoint.total_bytes)
     sizes = {name: checkpoint.info(key).nbytes for name, key in stored.items()}
-    for name in stored:
+    head = "lm_head.weight" if isinstance(model, GemmaForCausalLM) else ""
+    if model.config.tie_word_embeddings:
+        head = model.tied_weights.get(head, "")
+    for name in sorted(stored, key=lambda name: name != head):  # the head first, while the model is plain
         if "layers." not in name and name.endswith(".weight"):
-            replace_with_quantized(quantizer, model, name, model.get_parameter(name), model.device, None)
+            tensor: Any = model.get_parameter(name)
+            layout = quantizer.layout(name.removesuffix(".weight"))
+            # In 8 bits the nearest codes lose nothing that choosing others could win back.
+            if name == head and layout is not None and layout[0] < 8:
+                packed = head_weight(model, ids, layout)
+                tensor = dict(zip(("weight", *("weight" + table for table in TABLES)), packed[:3], strict=True))
+            replace_with_quantized(quantizer, model, name, tensor, model.device, None)
             done.add(name, sizes[name])
     model._set_quantizer(quantizer)
     model.tie_weights()

@@ -35,8 +35,6 @@ ROWS = 1024
 # Of the number of weights: 4-bit projections cost the 270M that Google trained three times what its 4-bit embedding
 # does, which has 210 times the weights of one of the 126. With 0 it would get the fewest bits, with 1 all get as many.
 POWER = 0.7
-# What GPTQ, which goes on from there, leaves of the divergence: on the demo model 0.60 and 0.59 (docs/quantization.md).
-GPTQ_SHARE = 0.6
 # Tokens of a text that are run at once, and how many in all: gradients of a vocabulary's logits are large.
 WIDTH, TOKENS = 256, 2048
 STEPS = 50_000  # that the room above the cheapest formats is counted in
@@ -62,13 +60,8 @@ class Effect(NamedTuple):
 # -- what a format costs -----------------------------------------------------------------------------------------------
 
 
-def costs(
-    weight: Tensor, effects: Iterable[Effect] | None = None, name: str = "the weight", share: float = 1.0
-) -> Costs:
-    """Of every format, for a weight (O, I) of any float dtype: by the effects, or relative to its own size.
-
-    share: of the error of rounding to nearest codes, what the way that they are chosen leaves.
-    """
+def costs(weight: Tensor, effects: Iterable[Effect] | None = None, name: str = "the weight") -> Costs:
+    """Of every format, for a weight (O, I) of any float dtype: by the effects, or relative to its own size."""
     O, I = weight.shape
     if effects is None:
         rows = torch.linspace(0, O - 1, min(O, ROWS), device=weight.device).long()
@@ -86,7 +79,7 @@ def costs(
                 lost = _rounded(piece, kind, name).sub_(piece).square_()
                 errors[kind] += sum(float(e.outputs[begin : begin + step] @ (lost @ e.inputs)) for e in held)
     sizes = {kind: rounding.empty(O, I, *layout, device="meta").nbytes for kind, layout in FORMATS.items()}
-    return {kind: Cost(size, share * errors[kind]) for kind, size in sizes.items()}
+    return {kind: Cost(size, errors[kind]) for kind, size in sizes.items()}
 
 
 def _rounded(weight: Tensor, kind: str, name: str) -> Tensor:

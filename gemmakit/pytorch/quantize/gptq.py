@@ -31,6 +31,10 @@ from gemmakit.pytorch.quantize.own import WeightOnlyQuantizer
 DAMPING = 0.01
 # Columns whose updates reach the rest of the weight together, in one product.
 BLOCK = 128
+# Rows of a weight at a time: they do not depend on each other, and a vocabulary has many.
+ROWS = 16384
+# Of a head that is the embedding too: what the error of a looked-up number counts beside that of a logit.
+LOOKED_UP = 1.0
 # Projections that read the same input; each sees the ones before it already quantized.
 STAGES = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -47,7 +51,8 @@ _TEXTS = 8  # run together
 def calibrate(
     model: Any, ids: Tensor, quantizer: WeightOnlyQuantizer, report: Callable[[str], None] = lambda name: None
 ) -> None:
-    """Quantize the projections of the decoder layers in place; embedding, head and norms stay as they are.
+    """Quantize the projections of the decoder layers in place; embedding, head and norms stay as they are
+    (`head_weight`).
 
     Args:
         model: a GemmaForCausalLM or another model of the family, with plain weights of any float dtype, on one device.
@@ -74,6 +79,28 @@ def calibrate(
                 _quantize_stage(layer, stage, name, calls, quantizer)
             hidden = [call.run(layer) for call in calls]
         report(name)
+
+
+@torch.no_grad()
+def head_weight(model: Any, ids: Tensor, layout: tuple[int, int | None]) -> PackedWeight:
+    """The weight of a plain model's head, rounded to `layout`: by the logits, and where it is the embedding, by itself.
+
+    Args:
+        model: a GemmaForCausalLM; its layers are best still plain. ids: (R, S) token ids.
+
+    Raises:
+        NumericalError: hidden states that are not finite.
+    """
+    weight = model.get_output_embeddings().weight
+    hessian = torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
+    for piece in ids.to(weight.device).split(_TEXTS):
+        x = model.base_model(input_ids=piece, use_cache=False).last_hidden_state.flatten(0, 1).float()
+        if not torch.isfinite(x).all():
+            raise NumericalError("the hidden states of the calibration text are not finite: the weights are damaged.")
+        hessian.addmm_(x.T, x)
+    if model.config.tie_word_embeddings:
+        hessian.diagonal().add_(LOOKED_UP * hessian.diagonal().mean())
+    return gptq(weight, hessian, *layout, name="the head's weight")
 
 
 @contextmanager
@@ -103,7 +130,7 @@ def memory_bytes(config: GemmaConfig, ids: Tensor, bits: int) -> int:
     read = [config.layer(i) for i in {spec.kv_source for spec in specs} if i is not None]
     texts += ids.numel() * (sum(2 * s.num_key_value_heads * s.head_dim for s in read))
     texts += ids.numel() * config.num_hidden_layers * (config.hidden_size_per_layer_input or 0)
-    return 4 * (texts + layer + 3 * widest**2 + 4 * D * F) + weights
+    return 4 * (texts + layer + 3 * widest**2 + 4 * D * max(F, min(config.vocab_size, ROWS))) + weights
 
 
 class _Call:
@@ -195,15 +222,22 @@ def gptq(
     weight: Tensor, hessian: Tensor, bits: int, group_size: int | None, *, name: str = "the weight"
 ) -> PackedWeight:
     """Round a weight (O, I) given the second derivatives (I, I) of the error in its outputs, up to a factor."""
-    weight = weight.detach().float()
-    packed = rounding.quantize(weight, bits, group_size, name=name, importance=hessian.diagonal())
+    out = rounding.empty(weight.shape[0], weight.shape[1], bits, group_size, weight.device)
     order = hessian.diagonal().argsort(descending=True)
-    group = torch.arange(packed.in_features, device=weight.device) // packed.group_size
-    # Inputs in rows: each is then one piece of memory.
-    scale = packed.scale.float().T[group[order]]
-    zero = None if packed.zero is None else packed.zero.float().T[group[order]]
-    codes = _round_inputs(weight.T[order], _factor(hessian, order), bits, scale, zero)
-    return packed._replace(codes=pack(codes[order.argsort()].T.contiguous(), bits))
+    factor = _factor(hessian, order)
+    group = torch.arange(out.in_features, device=weight.device) // out.group_size
+    for begin in range(0, len(weight), ROWS):
+        rows = slice(begin, begin + ROWS)
+        piece = weight[rows].detach().float()
+        packed = rounding.quantize(piece, bits, group_size, name=name, importance=hessian.diagonal())
+        # Inputs in rows: each is then one piece of memory.
+        scale = packed.scale.float().T[group[order]]
+        zero = None if packed.zero is None else packed.zero.float().T[group[order]]
+        codes = _round_inputs(piece.T[order], factor, bits, scale, zero)
+        chosen = packed._replace(codes=pack(codes[order.argsort()].T.contiguous(), bits))
+        for whole, part in zip(out.tensors, chosen.tensors, strict=True):
+            whole[rows] = part
+    return out
 
 
 def _factor(hessian: Tensor, order: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from demo_texts import divergence, texts
 
 import gemmakit
 from gemmakit.errors import CheckpointError, ConfigError, InputError
@@ -12,15 +13,6 @@ from gemmakit.pytorch.quantize import QuantizedWeight, budget
 from gemmakit.quantization import FORMATS
 
 BITS = [4.3, 4.5, 5.0, 6.0, 7.5]
-
-
-def texts(tokenizer, rows=8, width=64):
-    """Questions of the kind that the demo model answers, from its own corpus' seed."""
-    draw = random.Random(0)
-    said = "".join(f"What is {draw.randint(1, 99)} + {draw.randint(1, 99)}?\n" for _ in range(rows * width))
-    ids = tokenizer(said, add_special_tokens=False)["input_ids"][: rows * (width - 1)]
-    rows_of = torch.tensor(ids).view(rows, width - 1)
-    return torch.cat((torch.full((rows, 1), tokenizer.bos_token_id), rows_of), dim=1)
 
 
 @pytest.fixture(scope="module")
@@ -102,12 +94,6 @@ def test_a_model_in_mixed_bits_loads_to_the_same_bits(tmp_path):
         assert torch.equal(rounded(piece).logits, model(piece).logits)
     bare = gemmakit.AutoModel.from_pretrained(out)  # whose modules have shorter names
     assert bits_a_weight(bare) == bits_a_weight(model)
-
-
-@torch.no_grad()
-def divergence(exact, model, ids):
-    a, b = (m(ids).logits.float().log_softmax(-1) for m in (exact, model))
-    return float((a.exp() * (a - b)).sum(-1).mean())
 
 
 @pytest.mark.parametrize("calibrated", [False, True], ids=["weights", "text"])

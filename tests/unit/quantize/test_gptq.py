@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from demo_texts import divergence, texts
 
 import gemmakit
 from gemmakit.errors import InputError, NumericalError
@@ -55,6 +56,27 @@ def test_blocks_of_any_size_give_the_same_codes(monkeypatch):
     monkeypatch.setattr(gptq, "BLOCK", 7)
     # The updates are summed in another order: a code at the middle between two may fall to the other side.
     assert (gptq.gptq(weight, x.T @ x, 4, 32).codes != whole.codes).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_chosen_by_a_text_loses_less_and_hardly_more_where_it_is_looked_up(tied, tmp_path):
+    demo = gemmakit.demo_model()
+    exact, model = (gemmakit.AutoModelForCausalLM.from_pretrained(demo, dtype=torch.float32) for _ in "ab")
+    assert exact.config.tie_word_embeddings
+    if not tied:
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    seen, unseen = texts(gemmakit.AutoTokenizer.from_pretrained(demo), 16).split(8)
+    weight = model.lm_head.weight.detach().clone()
+    lost, errors = [], []
+    for packed in (rounding.quantize(weight, 5, 32), gptq.head_weight(model, seen, (5, 32))):
+        model.lm_head.weight.data = dequantize(packed)
+        lost.append(divergence(exact, model, unseen))
+        errors.append((model.lm_head.weight - weight).square().mean())
+        model.lm_head.weight.data = weight
+    assert lost[1] < 0.85 * lost[0]
+    if tied:
+        assert errors[1] < 2 * errors[0]
 
 
 @pytest.fixture(scope="module")
