@@ -34,9 +34,10 @@ demo: .venv/run
 demo-server: .venv/serve
 	@$(BIN)/python scripts/demo_server.py
 
-# A process a core, each on a thread of its own; eight at most, for what they hold in memory.
+# A process a core, each on a thread of its own; eight at most, for what they hold in memory. Who is through takes over
+# half of what another has still before it.
 test: .venv/test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 -m "not slow and not acceptance and not real"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -m "not slow and not acceptance and not real"
 
 test-all: .venv/test
 	$(BIN)/python -m pytest -m "not acceptance and not real"

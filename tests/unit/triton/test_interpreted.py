@@ -17,7 +17,7 @@ if not triton.__version__.startswith("3.6."):
     pytest.skip(f"{reason}: pip install triton==3.6.0", allow_module_level=True)
 
 HERE = Path(__file__).parent
-LAWS = ["laws_rows.py", "laws_attention.py", "laws_layer.py"]
+LAWS = ["laws_layer.py", "laws_attention.py", "laws_rows.py"]  # the longest first
 
 
 def run(laws, which):
@@ -28,12 +28,12 @@ def run(laws, which):
     return int(re.search(r"(\d+) passed", done.stdout)[1])
 
 
-@pytest.mark.parametrize(("laws", "least"), list(zip(LAWS, (150, 50, 30), strict=True)))
+@pytest.mark.parametrize(("laws", "least"), list(zip(LAWS, (30, 50, 150), strict=True)))
 def test_laws_hold_in_the_interpreter(laws, least):
     assert run(laws, "not slow") >= least
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("laws", LAWS[:2])
+@pytest.mark.parametrize("laws", LAWS[1:])
 def test_laws_hold_over_whole_grids(laws):
     assert run(laws, "slow") >= 200
