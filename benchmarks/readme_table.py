@@ -16,22 +16,25 @@ from rounds import Rounds
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 END = "<!-- end -->"
-BLOCKS = ("cpu", "gpu")
+AVX2 = "avx2"  # folder of results/ from a processor that has no more than that
 PEERS = ("transformers", "llama.cpp", "OpenVINO", "onnxruntime")
 HEADINGS = ("", "gemmakit", "of the limit", *PEERS, "quality")
 RATES = {"decode_tokens_per_s", "prefill_tokens_per_s"}  # of which more is better
 
-# what a row is called, file in results/, key of the measurement, unit
+# what a row is called, file in results/, key of the measurement, unit, and the side, where it is not the result's own
 ROWS = [
     ("decode, bf16", "cpu_decode_2b_bf16", "decode_tokens_per_s", "tok/s"),
     ("decode, int8", "cpu_decode_2b_int8", "decode_tokens_per_s", "tok/s"),
     ("decode, int4 in groups of 32", "cpu_decode_2b_int4", "decode_tokens_per_s", "tok/s"),
+    ("the same, steps in 8 bits", "cpu_decode_2b_int4", "decode_tokens_per_s", "tok/s", "gemmakit int4-a8"),
     ("decode, int4 in groups of 128", "cpu_decode_2b_int4-g128", "decode_tokens_per_s", "tok/s"),
     ("decode, bf16, after 4,096 tokens", "cpu_context_2b", "decode_tokens_per_s_after_4096", "tok/s"),
     ("prefill, 256 tokens, bf16", "cpu_prefill_2b_256", "prefill_tokens_per_s", "tok/s"),
     ("prefill, 256 tokens, int8", "cpu_prefill_2b_256_int8", "prefill_tokens_per_s", "tok/s"),
     ("prefill, 256 tokens, int4", "cpu_prefill_2b_256_int4", "prefill_tokens_per_s", "tok/s"),
     ("prefill, 64 tokens, bf16", "cpu_decode_2b_bf16", "prefill_tokens_per_s", "tok/s"),
+    ("prefill, 64 tokens, int8", "cpu_decode_2b_int8", "prefill_tokens_per_s", "tok/s"),
+    ("prefill, 64 tokens, int4", "cpu_decode_2b_int4", "prefill_tokens_per_s", "tok/s"),
     ("start to first token, imports included", "cpu_decode_2b_bf16", "first_token_s", "s"),
     ("memory beside the mapped file", "cpu_decode_2b_bf16", "anonymous_gb", "GB"),
     ("decode of the 7B shape, int4", "cpu_decode_7b_int4", "decode_tokens_per_s", "tok/s"),
@@ -44,19 +47,19 @@ def read(name: str) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def cpu_block() -> str:
-    found = [(row, result) for row in ROWS if (result := read(row[1])) is not None]
-    rows = [cells for (name, _, key, unit), result in found if (cells := row_of(name, key, unit, result))]
+def cpu_block(folder: str = "") -> str:
+    found = [(row, result) for row in ROWS if (result := read(folder + row[1])) is not None]
+    rows = [cells for (name, _, *told), result in found if (cells := row_of(name, result, *told))]
     if not rows:
         return "Not measured yet: `python benchmarks/cpu_peers.py` does.\n"
     return "\n".join([*markdown(HEADINGS, rows), "", *under(found), ""])
 
 
-def row_of(name: str, key: str, unit: str, result: dict[str, Any]) -> list[str] | None:
+def row_of(name: str, result: dict[str, Any], key: str, unit: str, side: str = "") -> list[str] | None:
     """The cells of a row; None where the result has no such number, or a quantized one no quality."""
     rounds = Rounds(result["rounds"])
-    ours = result.get("ours") or next((label for label in rounds.labels() if label.startswith("gemmakit")), "")
-    scheme = result.get("settings", {}).get("quantize")
+    ours = side or result.get("ours") or next((x for x in rounds.labels() if x.startswith("gemmakit")), "")
+    scheme = side.removeprefix("gemmakit ") or result.get("settings", {}).get("quantize")
     quality = result.get("quality", {}).get(scheme, {})
     if key not in (rounds.medians(ours) if ours in rounds.labels() else {}):
         return None
@@ -64,7 +67,8 @@ def row_of(name: str, key: str, unit: str, result: dict[str, Any]) -> list[str] 
         return None
     said = f"perplexity {quality['perplexity_ratio']:.3f}x" if scheme is not None else ""
     peers = [beside(rounds, ours, program, key, unit) for program in PEERS]
-    return [name, f"{rounds.medians(ours)[key]:.3g} {unit}", share_of(key, result), *peers, said]
+    share = "" if side else share_of(key, result)
+    return [name, f"{rounds.medians(ours)[key]:.3g} {unit}", share, *peers, said]
 
 
 def beside(rounds: Rounds, ours: str, program: str, key: str, unit: str) -> str:
@@ -123,7 +127,7 @@ def main() -> int:
     check = parser.parse_args().check
     readme = ROOT / "README.md"
     text = new = readme.read_text(encoding="utf-8")
-    for name, block in zip(BLOCKS, (cpu_block(), gpu_block()), strict=True):
+    for name, block in {"cpu": cpu_block(), AVX2: cpu_block(f"{AVX2}/"), "gpu": gpu_block()}.items():
         begin = f"<!-- {name} table: made by benchmarks/readme_table.py -->\n"
         before, rest = new.split(begin)
         new = before + begin + block + END + rest.split(END, 1)[1]
