@@ -350,14 +350,14 @@ class _Packed:
     def _codes(self, rows: slice) -> Any:
         if self.bits == 8:
             return _array(self.codes[rows], np.int8)
-        raw, more, shape = _array(self.codes[rows], np.uint8), self.bits - 4, (-1, 2, BLOCK // 2)
+        raw, more = _array(self.codes[rows], np.uint8), self.bits - 4
         fours = raw.reshape(len(raw), -1, 16 * self.bits if more else BLOCK // 2)
         low = fours[..., : 4 * BLOCK // 2].reshape(-1, 1, BLOCK // 2)
         codes = low >> np.array([0, 4], np.uint8)[:, None] & 15
         if more:
             shifts = np.arange(0, 8, more, dtype=np.uint8)[:, None]
             upper = fours[..., 4 * BLOCK // 2 :].reshape(-1, more, 1, BLOCK // 2) >> shifts & (1 << more) - 1
-            codes = (codes | upper.reshape(shape) << 4).view(np.int8) - np.int8(1 << self.bits - 1)
+            codes = (codes | upper.reshape(-1, 2, BLOCK // 2) << 4).view(np.int8) - np.int8(1 << self.bits - 1)
         return codes.reshape(len(raw), -1)[:, : self.shape[1]]
 
     def _rows(self) -> Iterator[slice]:

@@ -67,8 +67,8 @@ def costs(weight: Tensor, effects: Iterable[Effect] | None = None, name: str = "
         rows = torch.linspace(0, O - 1, min(O, ROWS), device=weight.device).long()
         piece = weight[rows].detach().float()
         size = float(piece.square().sum()) or 1.0
-        weight_of = (O * I) ** POWER / size
-        errors = {kind: float(_rounded(piece, kind, name).sub_(piece).square_().sum()) * weight_of for kind in FORMATS}
+        counts = (O * I) ** POWER / size
+        errors = {kind: float(_rounded(piece, kind, name).sub_(piece).square_().sum()) * counts for kind in FORMATS}
     else:
         errors = dict.fromkeys(FORMATS, 0.0)
         step = max(1, rounding.CHUNK * 4 // I)
