@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import sys
 import zlib
@@ -67,6 +68,29 @@ def seeded_apart(name):
             torch.set_rng_state(states[2])
 
 
+@contextmanager
+def folders_removed_after(fixturedef, request):
+    """What a fixture made of tmp_path_factory goes with it: pytest would keep it to the end of the run.
+
+    Not after a failure, which it may explain.
+    """
+    if "tmp_path_factory" not in fixturedef.argnames:
+        yield
+        return
+    base = request.getfixturevalue("tmp_path_factory").getbasetemp()
+    before, made = set(base.iterdir()), set()
+
+    def remove():
+        for folder in made if not request.session.testsfailed else ():
+            shutil.rmtree(folder, ignore_errors=True)
+
+    fixturedef.addfinalizer(remove)  # the first to be added is the last to be run
+    try:
+        yield
+    finally:
+        made |= {folder for folder in base.iterdir() if folder not in before and not folder.is_symlink()}
+
+
 def pytest_collectstart(collector):
     """What a module draws while it is imported."""
     seed(collector.nodeid)
@@ -82,7 +106,8 @@ def pytest_fixture_setup(fixturedef, request):
     """A fixture that tests share is the same whichever of them asks first, and takes no draws from that one."""
     if fixturedef.scope == "function":
         return (yield)
-    with seeded_apart(f"{fixturedef.baseid} {fixturedef.argname} {getattr(request, 'param_index', 0)}"):
+    name = f"{fixturedef.baseid} {fixturedef.argname} {getattr(request, 'param_index', 0)}"
+    with seeded_apart(name), folders_removed_after(fixturedef, request):
         return (yield)
 
 

@@ -50,6 +50,11 @@ def losses(model, pieces) -> list[float]:
     return found
 
 
+@pytest.fixture(scope="module")
+def exact_losses(exact, pieces):
+    return losses(exact, pieces)
+
+
 def perplexity(losses: list[float]) -> float:
     return math.exp(sum(losses) / len(losses))
 
@@ -93,9 +98,9 @@ def test_the_vocabulary_of_the_file_gives_llama_cpps_ids(tokenizer):
     assert tokenizer(list(reference.PROMPTS))["input_ids"] == said["ids"]
 
 
-def test_perplexity_is_llama_cpps_on_the_same_numbers(exact, pieces):
+def test_perplexity_is_llama_cpps_on_the_same_numbers(exact_losses):
     """Each window by itself within 2 in 10,000."""
-    assert losses(exact, pieces) == pytest.approx(theirs("float32"), abs=2e-4)
+    assert exact_losses == pytest.approx(theirs("float32"), abs=2e-4)
 
 
 def test_greedy_tokens_are_llama_cpps_but_for_near_ties(exact, prompts):
@@ -104,23 +109,34 @@ def test_greedy_tokens_are_llama_cpps_but_for_near_ties(exact, prompts):
     assert all(gap < NEAR for gap in found.values()), found
 
 
-def test_the_file_as_it_is_stored_costs_next_to_nothing(exact, gemma3_gguf, pieces):
+def test_the_file_as_it_is_stored_costs_next_to_nothing(exact_losses, gemma3_gguf, pieces):
     """Plain matrices in bfloat16, the embedding in the file's own 8 bits."""
     stored = gemmakit.AutoModelForCausalLM.from_pretrained(gemma3_gguf)
     assert stored.dtype == torch.bfloat16
-    assert perplexity(losses(stored, pieces[:1])) == pytest.approx(perplexity(losses(exact, pieces[:1])), rel=1e-2)
+    assert perplexity(losses(stored, pieces[:1])) == pytest.approx(perplexity(exact_losses[:1]), rel=1e-2)
 
 
 # Perplexity that a form may add on the first window, in shares of float32's; int4 on top of 4-bit blocks adds 0.30.
 SAVED = {"float32": 1e-5, "bfloat16": 0.01, "int8": 0.02, "int4": 0.35, "Q8_0": 0.02}
 
 
+@pytest.fixture(scope="module")
+def plain(gemma3_gguf, tmp_path_factory):
+    """Its plain form in bfloat16, 536 MB, which others are made of."""
+    out = tmp_path_factory.mktemp("plain")
+    gemmakit.convert_checkpoint(gemma3_gguf, out, dtype="bfloat16")
+    return out
+
+
 @pytest.mark.parametrize("form", SAVED)
-def test_saved_and_loaded_it_is_as_good_as_its_format(exact, gemma3_gguf, tokenizer, pieces, tmp_path, form):
+def test_saved_and_loaded_it_is_as_good_as_its_format(
+    exact_losses, gemma3_gguf, tokenizer, pieces, tmp_path, form, request
+):
     out = tmp_path / ("x.gguf" if form == "Q8_0" else "out")
-    if form.startswith("int"):
-        gemmakit.convert_checkpoint(gemma3_gguf, tmp_path / "plain", dtype="bfloat16")
-        gemmakit.quantize_checkpoint(tmp_path / "plain", out, form)
+    if form == "bfloat16":
+        out = request.getfixturevalue("plain")
+    elif form.startswith("int"):
+        gemmakit.quantize_checkpoint(request.getfixturevalue("plain"), out, form)
     elif form == "Q8_0":
         gemmakit.convert_checkpoint(gemma3_gguf, out, type=form, dtype="float32")
     else:
@@ -128,7 +144,7 @@ def test_saved_and_loaded_it_is_as_good_as_its_format(exact, gemma3_gguf, tokeni
     again = gemmakit.AutoTokenizer.from_pretrained(out)
     assert again.encode("The sea") == tokenizer.encode("The sea")
     model = gemmakit.AutoModelForCausalLM.from_pretrained(out)
-    assert losses(model, pieces[:1])[0] <= losses(exact, pieces[:1])[0] + math.log1p(SAVED[form])
+    assert losses(model, pieces[:1])[0] <= exact_losses[0] + math.log1p(SAVED[form])
 
 
 def test_batches_of_eight_and_a_stream_say_what_each_prompt_says_alone(exact, tokenizer):
