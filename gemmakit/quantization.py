@@ -173,7 +173,7 @@ class WeightOnlyConfig:
             ("model.layers.0"), or a regular expression for the beginning. Classification heads are always kept.
         calibration: how the codes were chosen: None, each weight by itself, or "gptq", by their effect on a text.
             Written by `quantize_checkpoint`, which takes the text.
-        head_group_size: of a head in 8 bits beside projections in 4: None, a scale a row, or 32, as in GGUF files.
+        head_group_size: of a head in 8 bits beside projections in fewer: None, a scale a row, or 32, as in GGUF files.
         module_formats: modules with another format than bits and head_bits say, by its short name: {"int8":
             ["o_proj"]}. Named as in modules_to_not_convert, which goes first; an unnamed head has its embedding's.
         activation_bits: to how many bits a product of more than 8 rows may round its input where the processor is fast

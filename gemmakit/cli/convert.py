@@ -25,7 +25,7 @@ def convert(
     target: Annotated[str | None, Argument(metavar="OUT", help="Folder to write, or a .gguf file.")] = None,
     to: Annotated[str | None, Option(metavar="KIND", help="safetensors (the default), msgpack or gguf.")] = None,
     type_: Annotated[
-        str | None, Option("--type", metavar="TYPE", help="Of a GGUF file: F32, F16, BF16, Q8_0 or Q4_0.")
+        str | None, Option("--type", metavar="TYPE", help="Of a GGUF file: F32, F16, BF16, Q8_0, Q5_0 or Q4_0.")
     ] = None,
     dtype: Annotated[
         str | None, Option(metavar="TYPE", help="float32, bfloat16 or float16; if left out, as stored.")
@@ -71,7 +71,7 @@ def convert(
         str | None, Option("--repo-id", "--repo_id", metavar="NAME", help="Where to; if left out, OUT's own name.")
     ] = None,
     keep_quantized: Annotated[
-        bool, Option("--keep-quantized", help="Of a GGUF file keep Q8_0 or Q4_0, as gemmakit's own int8 or int4.")
+        bool, Option("--keep-quantized", help="Of a GGUF file keep Q8_0, Q5_0 or Q4_0, as int8, int5 or int4.")
     ] = False,
     allow_pickle: Annotated[
         bool, Option("--allow-pickle", help="Read a pickle that is found in a folder; it is read without running code.")

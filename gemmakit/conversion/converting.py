@@ -52,14 +52,15 @@ def convert_checkpoint(
             or another file of torch.save, by its own name; a folder that google-deepmind/gemma wrote with Orbax.
         target: the folder to write, or a .gguf file.
         to: "safetensors" (the default), "msgpack" or "gguf" (the default where `target` ends so).
-        type: of a GGUF file: "F32", "F16", "BF16", "Q8_0" or "Q4_0"; by default the stored dtype.
+        type: of a GGUF file: "F32", "F16", "BF16", "Q8_0", "Q5_0" or "Q4_0"; by default the stored dtype.
         dtype: "float32", "bfloat16" or "float16"; by default tensors keep their bits.
         max_shard_size: bytes a file, as a number or "5GB", "200MB".
         config: a GemmaConfig, or where its config.json lies, for weights that come without one; those of the released
             sizes and Orbax folders need none.
         model_size: "2B" or "7B": refuse anything else.
         tokenizer: a tokenizer.model or a folder, instead of the one beside the weights.
-        keep_quantized: of a GGUF file, keep Q8_0 or Q4_0 as gemmakit's own int8 or int4 in groups of 32, bit for bit.
+        keep_quantized: of a GGUF file, keep Q8_0, Q5_0 or Q4_0 as gemmakit's own int8, int5 or int4 in groups of 32,
+            bit for bit.
         allow_pickle: read a pickle that was found in a folder; one that `source` names is read in any case. Always
             with torch's weights_only.
         overwrite: replace a checkpoint that `target` holds; it stays whole until the new one is.
@@ -188,7 +189,7 @@ def _refuse_quantized(source: Source, kind: str, dtype: str | None) -> None:
 
 # Which GGUF type keeps a dtype as it is, and those that take fewer bits.
 GGUF_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-GGUF_QUANTIZED = ("Q8_0", "Q4_0")
+GGUF_QUANTIZED = ("Q8_0", "Q5_0", "Q4_0")
 # How the weight files of each kind end.
 _ENDINGS = {
     SAFETENSORS: (".safetensors", ".safetensors.index.json"),

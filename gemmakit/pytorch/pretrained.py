@@ -141,8 +141,8 @@ class GemmaPreTrainedModel(AdapterMethods, QuantizedMethods, ModelMethods):
             pretrained_model_name_or_path: a folder, a .gguf file, or "owner/name" on the Hub. None goes with config and
                 state_dict.
             config: instead of the config.json found there.
-            dtype: a torch dtype or its name; "auto", the default, keeps what the checkpoint holds, of a GGUF file Q8_0
-                and Q4_0 blocks too. `torch_dtype` is the older name of the same.
+            dtype: a torch dtype or its name; "auto", the default, keeps what the checkpoint holds, of a GGUF file
+                Q8_0, Q5_0 and Q4_0 blocks too. `torch_dtype` is the older name of the same.
             device_map: a device ("cpu", "cuda", "cuda:1", 0); "auto" for the first accelerator if there is one and the
                 weights fit, otherwise all there are, then CPU memory; "balanced", "balanced_low_0", "sequential"; or
                 {module name: device, "cpu" or "disk"}. More than one place needs the accelerate package.
@@ -281,7 +281,7 @@ def _init_module(module: nn.Module, std: float, only: str | None = None) -> None
 
 
 def _gguf_file(path: Path, dtype: torch.dtype | None, quantization_config: Any) -> GgufFile:
-    """A GGUF file whose Q8_0 and Q4_0 stay as they are, unless a dtype or another quantization is asked for."""
+    """A GGUF file whose Q8_0, Q5_0 and Q4_0 stay as they are, unless a dtype or another quantization is asked for."""
     if quantization_config is not None:
         return GgufFile(path, "float32")  # what is rounded again is rounded from the exact numbers
     return GgufFile(path, None if dtype is None else dtype_name(dtype), keep_quantized=dtype is None)

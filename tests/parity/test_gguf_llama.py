@@ -45,7 +45,7 @@ def folder(tmp_path_factory) -> Path:
     source = gemmakit.demo_model()
     config = GemmaConfig.from_pretrained(source)
     vocabulary = vocabulary_of(gemmakit.GemmaTokenizer.from_pretrained(source))
-    for kind in ("F32", "F16", "BF16", "Q8_0", "Q4_0"):
+    for kind in ("F32", "F16", "BF16", "Q8_0", "Q5_0", "Q4_0"):
         with open_checkpoint(source) as checkpoint:
             write_gguf(folder / f"{kind}.gguf", config, dict(checkpoint.items()), vocabulary, kind)
     return folder
@@ -231,7 +231,7 @@ def test_blocks_that_llama_cpp_makes_are_read(folder, tmp_path):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         errors[name] = ((model(ids).logits - reference).norm() / reference.norm()).item()
         kept = AutoModelForCausalLM.from_pretrained(path)
-        assert kept.is_quantized == (name in ("Q4_0", "Q8_0"))
+        assert kept.is_quantized == (name in ("Q4_0", "Q5_0", "Q8_0"))
         assert kept.generate(ids, max_new_tokens=3, eos_token_id=None).shape == (1, 43)
     print(errors)
     # The noise of 4, 5, 6 and 8 bits on random weights; a wrong field of a block gives about 1.

@@ -21,12 +21,13 @@ from gemmakit.errors import CheckpointError
 from gemmakit.family import KINDS
 from gemmakit.gguf import MAGIC, PLAIN, GgufHeader, GgufTensor, read_gguf_header
 from gemmakit.gguf_settings import EMBEDDING, HEAD, TABLE, is_setting, matrices_dtype
+from gemmakit.quantization import stored_parts
 
 # The blocks that are read as numbers.
 DECODED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 BLOCK = 32
 # The blocks that gemmakit's own layout holds, and their bits.
-_BITS = {"Q4_0": 4, "Q8_0": 8}
+_BITS = {"Q4_0": 4, "Q5_0": 5, "Q8_0": 8}
 
 
 # -- names -------------------------------------------------------------------------------------------------------------
@@ -130,7 +131,7 @@ class GgufFile:
     """One GGUF file. Opening checks its header, its architecture, and every tensor's name and type.
 
     dtype: what blocks are dequantized to; None for the dtype that a model of these matrices computes in.
-    keep_quantized: give Q8_0 or Q4_0 as codes under the weight's name, "..._scale", and for Q4_0 "..._zero", where
+    keep_quantized: give Q8_0, Q5_0 or Q4_0 as codes under the weight's name, "..._scale", of Q4_0 "..._zero", where
     gemmakit has a place for them; `quantization` then is the quantization_config that says so, or None.
     """
 
@@ -207,14 +208,27 @@ class GgufFile:
     def _packed(self, name: str, held: GgufTensor) -> Iterator[tuple[str, TensorInfo, Callable[[str], Any]]]:
         """Codes and scales of a matrix, and for 4 bits zeros: every one is 8."""
         rows, width = held.shape
-        groups = (rows, width // BLOCK)
-        codes, shape = ("int8", held.shape) if held.kind.name == "Q8_0" else ("uint8", (rows, width // 2))
-        yield name, _made(codes, shape), partial(self._field, held, slice(2, None), codes, shape)
-        if codes == "uint8":
-            yield f"{name}_zero", _made("uint8", groups), partial(_eights, groups)
-        yield f"{name}_scale", _made("float16", groups), partial(self._field, held, slice(2), "float16", groups)
+        parts = stored_parts(rows, width, _BITS[held.kind.name], BLOCK)
+        codes, scale = parts[""], parts["_scale"]
+        make = self._fives if held.kind.name == "Q5_0" else partial(self._field, slice(2, None))
+        yield name, _made(*codes), partial(make, held, *codes)
+        if "_zero" in parts:
+            yield f"{name}_zero", _made(*parts["_zero"]), partial(_eights, parts["_zero"][1])
+        yield f"{name}_scale", _made(*scale), partial(self._field, slice(2), held, *scale)
 
-    def _field(self, held: GgufTensor, part: slice, dtype: str, shape: tuple[int, ...], framework: str) -> Any:
+    def _fives(self, held: GgufTensor, dtype: str, shape: tuple[int, ...], framework: str) -> Any:
+        """Codes of 5 bits, a few rows at a time."""
+        import numpy as np
+
+        from gemmakit.checkpoint.formats import gguf_blocks
+
+        out, blocks = np.empty(shape, np.uint8), self._blocks(held).reshape(shape[0], -1, held.kind.nbytes)
+        step = max(1, gguf_blocks.CHUNK_ELEMENTS // held.shape[1])
+        for begin in range(0, len(out), step):
+            out[begin : begin + step] = gguf_blocks.five_bit_codes(blocks[begin : begin + step])
+        return _as("", out.reshape(-1), dtype, shape, framework)
+
+    def _field(self, part: slice, held: GgufTensor, dtype: str, shape: tuple[int, ...], framework: str) -> Any:
         """One field of every block, copied out of them."""
         import numpy as np
 
@@ -265,8 +279,9 @@ def _as(name: str, raw: Any, dtype: str, shape: tuple[int, ...], framework: str)
 def stored_quantization(header: GgufHeader) -> tuple[dict[str, Any] | None, frozenset[str]]:
     """What of a file stays in its own blocks, as gemmakit's `quantization_config`, and the file's names of those.
 
-    All projections of Q4_0, or all of Q8_0, if these are a quarter of all; and the embedding, which is the head, if its
-    type fits beside them; and where layers have embeddings of their own those, if they have the type of the embedding.
+    All projections of the one of Q4_0, Q5_0 and Q8_0 that most have, if these are a quarter of all; and the embedding,
+    which is the head, if its type fits beside them; and where layers have embeddings of their own those, if they have
+    the type of the embedding.
     Everything else becomes plain numbers. (None, nothing) if there is nothing to keep.
     """
     model_type = header.require_gemma()
@@ -293,7 +308,7 @@ def stored_quantization(header: GgufHeader) -> tuple[dict[str, Any] | None, froz
         "bits": bits,
         "group_size": BLOCK,
         "head_bits": head,
-        "head_group_size": BLOCK if (bits, head) == (4, 8) else None,
+        "head_group_size": BLOCK if head == 8 and bits < 8 else None,
         "modules_to_not_convert": (others if kept else ["model.layers", *(n for n in others if "layers." not in n)])
         or None,
     }

@@ -68,6 +68,26 @@ def _q5_0(raw: Any) -> _Codes:
     return _Codes(_signed(codes, 16), _half(raw, 0))
 
 
+def five_bit_codes(raw: Any) -> Any:
+    """Blocks of Q5_0 (rows, blocks, 22) as the codes (rows, bytes) of `gemmakit.pytorch.kernels.packed` in 5 bits:
+    of four blocks the low bits, which lie as they do there, then the upper ones, input j's beside those of j + 16."""
+    raw = np.pad(raw, ((0, 0), (0, -raw.shape[1] % 4), (0, 0))).reshape(len(raw), -1, 4, raw.shape[2])
+    upper = np.unpackbits(raw[..., 2:6], axis=3, bitorder="little").reshape(*raw.shape[:2], 8, 16)
+    upper = np.packbits(upper, axis=2, bitorder="little")
+    return np.concatenate((raw[..., 6:].reshape(*raw.shape[:2], -1), upper[:, :, 0]), axis=2).reshape(len(raw), -1)
+
+
+def five_bit_blocks(codes: Any, steps: Any) -> Any:
+    """The inverse: codes (rows, bytes), and steps float16 (rows, blocks) -> blocks (rows, blocks, 22)."""
+    rows, blocks = steps.shape
+    fours = codes.reshape(rows, -1, 4 * 20)
+    upper = np.unpackbits(fours[:, :, None, 64:], axis=2, bitorder="little").reshape(rows, -1, 4, 32)
+    upper = np.packbits(upper, axis=3, bitorder="little")
+    low, upper = fours[:, :, :64].reshape(rows, -1, 16), upper.reshape(rows, -1, 4)
+    halves = np.ascontiguousarray(steps).view(np.uint8).reshape(rows, blocks, 2)
+    return np.concatenate((halves, upper[:, :blocks], low[:, :blocks]), axis=2)
+
+
 def _q5_1(raw: Any) -> _Codes:
     codes = _nibbles(raw[:, 8:]).reshape(-1, 1, 32) | _fifth_bits(raw[:, 4:8])
     return _Codes(codes, _half(raw, 0), _half(raw, 2), np.add)

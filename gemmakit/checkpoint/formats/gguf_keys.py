@@ -22,7 +22,7 @@ from gemmakit.gguf_settings import (
 )
 
 # general.file_type: what most of the tensors are
-FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "Q5_0": 8, "BF16": 32}
 # What is said of the width of a head, which llama.cpp would have differ.
 _WIDTHS = ("attention.key_length", "attention.value_length", "rope.dimension_count")
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from gemmakit.checkpoint.arrays import describe, made
 from gemmakit.checkpoint.formats.gguf import BLOCK, gguf_name, is_norm, is_vector
+from gemmakit.checkpoint.formats.gguf_blocks import five_bit_blocks
 from gemmakit.checkpoint.formats.gguf_keys import FILE_TYPES, model_keys, own_rope_types, word_keys
 from gemmakit.checkpoint.layout import tensor_shapes
 from gemmakit.checkpoint.save import require_disk, saving_into, sync_directory, write
@@ -34,8 +35,8 @@ from gemmakit.quantization import BITS, stored_parts
 _CHUNK_ELEMENTS = 1 << 20
 _GROUPS = (32, 128)
 _ALIGNMENT = 32
-# A step of Q8_0 or Q4_0 is stored in 16 bits: of Q8_0 a 127th of the largest number, of Q4_0 an eighth.
-_LARGEST = {"F16": 65504.0, "Q8_0": 65504.0 * 127, "Q4_0": 65504.0 * 8}
+# A step of a block is stored in 16 bits: of Q8_0 a 127th of the largest number, of Q5_0 a 16th, of Q4_0 an eighth.
+_LARGEST = {"F16": 65504.0, "Q8_0": 65504.0 * 127, "Q5_0": 65504.0 * 16, "Q4_0": 65504.0 * 8}
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,9 @@ def write_gguf(
         tensors: released name -> torch.Tensor, numpy or jax array, `LazyTensor`, or a callable that gives one. A weight
             in 8 or 4 bits comes as gemmakit stores it: codes under its name, "..._scale", "..._zero".
         vocabulary: `gemmakit.text.gguf.vocabulary_of` a tokenizer.
-        kind: of the matrices: F32, F16, BF16, Q8_0 or Q4_0. Norms are always F32. With Q4_0 the embedding, which is the
-            head too, is Q8_0, and so is that which layers have of their own; a matrix whose rows are no multiple of 32
-            is F16, as llama.cpp has it. Codes of groups of 32 that Q8_0 or Q4_0 can hold are copied as they are.
+        kind: of the matrices: F32, F16, BF16, Q8_0, Q5_0 or Q4_0. Norms are always F32. With Q4_0 the embedding, which
+            is the head too, is Q8_0, and so is that which layers have of their own; a matrix whose rows are no multiple
+            of 32 is F16, as llama.cpp has it. Codes that the type's blocks of 32 can hold are copied as they are.
         name: general.name; by default the file's.
 
     At every instant a reader finds the old file or the new one, whole, even after kill -9 or on a full disk. Takes a
@@ -326,16 +327,19 @@ class _Packed:
         """Whether blocks of `kind` hold the very same codes and steps."""
         if self.shape[1] % BLOCK or describe(self.scale)[0] != "float16" or self.group % BLOCK:
             return False
-        if kind == "Q8_0":
-            return self.bits == 8 and self.zero is None
+        if kind in ("Q8_0", "Q5_0"):
+            return self.bits == (8 if kind == "Q8_0" else 5) and self.zero is None
         return kind == "Q4_0" and self.bits == 4 and (self.zero is None or bool((self.zero == 8).all()))
 
     def blocks(self) -> Iterator[Any]:
         for rows in self._rows():
             codes = _array(self.codes[rows], np.uint8)
             steps = np.repeat(_array(self.scale[rows], np.float16), self.group // BLOCK, axis=1)
-            steps = np.ascontiguousarray(steps[:, : self.shape[1] // BLOCK]).view(np.uint8)
-            count = steps.size // 2
+            steps = np.ascontiguousarray(steps[:, : self.shape[1] // BLOCK])
+            if self.bits == 5:
+                yield five_bit_blocks(codes, steps).data
+                continue
+            steps, count = steps.view(np.uint8), steps.size
             yield np.concatenate([steps.reshape(count, 2), codes.reshape(count, -1)], axis=1).data
 
     def numbers(self) -> Iterator[Any]:

@@ -23,7 +23,7 @@ def model():
 def files(model, tmp_path_factory):
     """kind -> a GGUF file of the model."""
     folder = tmp_path_factory.mktemp("gguf")
-    kinds = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
+    kinds = ("F32", "F16", "BF16", "Q8_0", "Q5_0", "Q4_0")
     return {
         kind: write_gguf(folder / f"{kind}.gguf", model.config, tensors_of(model), vocabulary(), kind) for kind in kinds
     }

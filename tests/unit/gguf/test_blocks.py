@@ -1,4 +1,4 @@
-"""ggml's blocks in a file: read whole in chunks of any size, and Q4_0 as gemmakit's own int4."""
+"""ggml's blocks in a file: read whole in chunks of any size, and Q4_0 and Q5_0 as gemmakit's own int4 and int5."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_any_bytes_mean_the_numbers_of_llama_cpp_s_reference(kind, chunk, tmp_pa
             np.testing.assert_array_equal(found.view(np.uint32), expected.view(np.uint32))
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q5_0", "Q4_0"])
 def test_steps_too_small_for_a_half_are_zero_and_never_nan(kind, tmp_path):
     config = GemmaConfig(**{**CONFIG, "vocab_size": 2048, "num_hidden_layers": 1})
     tiny = np.float32([1e-44, 0, -1e-40, 1e-12])
@@ -69,3 +69,17 @@ def test_q4_0_is_our_own_int4_in_groups_of_32():
     )
     expected = quants.dequantize(raw, GGMLQuantizationType.Q4_0)
     np.testing.assert_array_equal(packed.dequantize(ours).numpy().reshape(12, 32), expected)
+
+
+@pytest.mark.parametrize("width", [32, 96, 128, 160, 640])
+def test_q5_0_is_our_own_int5_in_groups_of_32(width):
+    """The same codes in another order, whole rows of four blocks or not; and back they are the same bytes."""
+    raw = np.random.default_rng(width).integers(0, 256, (7, width // 32, 22), dtype=np.uint8)
+    raw[..., 1] &= 0x3F  # finite scales
+    codes, steps = gguf_blocks.five_bit_codes(raw), raw[..., :2].copy().view(np.float16)[..., 0]
+    five = packed.WeightFormat.INT5
+    ours = packed.PackedWeight(torch.from_numpy(codes), torch.from_numpy(steps), None, width, 32, five)
+    expected = quants.dequantize(raw.reshape(-1, 22), GGMLQuantizationType.Q5_0)
+    np.testing.assert_array_equal(packed.dequantize(ours).numpy(), expected.reshape(7, width))
+    assert torch.equal(packed.pack(packed.unpack(ours), 5), ours.codes)  # as gemmakit packs them, filled up alike
+    np.testing.assert_array_equal(gguf_blocks.five_bit_blocks(codes, steps), raw)

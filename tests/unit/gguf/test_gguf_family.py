@@ -195,11 +195,11 @@ def test_keys_of_layers_that_read_those_of_others_are_passed_over(tmp_path):
         assert torch.equal(again(ids).logits, gemmakit.AutoModelForCausalLM.from_pretrained(path)(ids).logits)
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q5_0", "Q4_0"])
 @pytest.mark.parametrize("member", ["gemma2", "gemma3", "gemma4 of small size"])
 def test_blocks_are_kept_as_they_are_and_norms_of_heads_are_no_projections(tmp_path, member, kind):
     again = gemmakit.AutoModelForCausalLM.from_pretrained(written(made(**MEMBERS[member]), tmp_path / "x.gguf", kind))
-    assert again.quantization_config.bits == (8 if kind == "Q8_0" else 4)
+    assert again.quantization_config.bits == int(kind[1])
     assert again.quantization_config.modules_to_not_convert is None
     with torch.no_grad():
         assert again(torch.tensor([[2, 5, 9]])).logits.isfinite().all()

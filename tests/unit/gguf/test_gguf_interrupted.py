@@ -137,7 +137,7 @@ def test_a_file_is_written_over_the_one_its_tensors_are_mapped_from(model, files
     assert path.read_bytes() == files["BF16"].read_bytes()
 
 
-@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0"])
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q5_0", "Q4_0"])
 def test_writing_takes_a_few_megabytes_beside_the_tensors(tmp_path, kind):
     """Matrices of 64 MB each, mapped from a file."""
     config = gemmakit.GemmaConfig(**{**CONFIG, "hidden_size": 512, "vocab_size": 32768, "intermediate_size": 32768})

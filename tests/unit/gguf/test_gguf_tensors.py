@@ -47,7 +47,7 @@ def test_plain_kinds_come_back_bit_for_bit(model, files, kind):
 
 
 def test_saved_as_safetensors_and_as_gguf_again_the_file_is_the_same(files, tmp_path):
-    for kind in ("BF16", "Q8_0", "Q4_0"):
+    for kind in ("BF16", "Q8_0", "Q5_0", "Q4_0"):
         loaded = AutoModelForCausalLM.from_pretrained(files[kind])
         loaded.save_pretrained(tmp_path / kind)
         with open_checkpoint(tmp_path / kind) as checkpoint:
@@ -82,7 +82,7 @@ def test_plain_matrices_are_views_of_the_file(files):
     assert any(int(begin, 16) <= weight.data_ptr() < int(begin, 16) + weight.nbytes + 65536 for begin in ranges)
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q5_0", "Q4_0"])
 def test_quantized_matrices_are_gguf_py_s_numbers(files, kind):
     quants = pytest.importorskip("gguf.quants", reason="pip install gguf would run it")
     from gguf import GGUFReader
@@ -100,7 +100,7 @@ def test_quantized_matrices_are_gguf_py_s_numbers(files, kind):
     np.testing.assert_array_equal(weight, theirs["blk.1.ffn_down.weight"])
 
 
-@pytest.mark.parametrize(("kind", "bits"), [("Q8_0", 8), ("Q4_0", 4)])
+@pytest.mark.parametrize(("kind", "bits"), [("Q8_0", 8), ("Q5_0", 5), ("Q4_0", 4)])
 def test_kept_blocks_are_exactly_the_file_s(files, kind, bits):
     kept = AutoModelForCausalLM.from_pretrained(files[kind])
     exact = AutoModelForCausalLM.from_pretrained(files[kind], dtype="float32")
@@ -111,7 +111,7 @@ def test_kept_blocks_are_exactly_the_file_s(files, kind, bits):
     assert (linear.packed.bits, linear.packed.group_size) == (bits, 32)
     assert torch.equal(linear.dequantized(), exact.model.layers[0].mlp.up_proj.weight)
     assert isinstance(embedding, QuantizedEmbedding)
-    assert embedding.packed.bits == 8
+    assert embedding.packed.bits == (5 if bits == 5 else 8)
     assert torch.equal(embedding.dequantized(), exact.model.embed_tokens.weight)
     assert kept.lm_head.weight.data_ptr() == embedding.weight.data_ptr()
     # bfloat16 activations, 8 bits of mantissa, through two layers.
@@ -119,7 +119,7 @@ def test_kept_blocks_are_exactly_the_file_s(files, kind, bits):
     assert difference < 0.04
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q5_0", "Q4_0"])
 def test_a_kept_model_is_saved_and_opened_like_any_other(files, tmp_path, kind):
     kept = AutoModelForCausalLM.from_pretrained(files[kind])
     kept.save_pretrained(tmp_path)
@@ -242,7 +242,7 @@ def test_rows_that_are_no_multiple_of_32_are_written_as_f16(tmp_path):
     assert torch.equal(again(IDS).logits, loaded(IDS).logits)
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q5_0", "Q4_0"])
 def test_kept_codes_are_copied_and_others_computed(files, tmp_path, kind):
     kept = GemmaForCausalLM.from_pretrained(files[kind])
     same = write_gguf(tmp_path / "same.gguf", kept.config, tensors_of(kept), vocabulary(), kind)
@@ -311,7 +311,9 @@ def test_what_llama_cpp_could_not_run_is_refused_and_nothing_written(model, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("kind", "number"), [("F16", 1e5), ("Q8_0", 1e8), ("Q4_0", 1e7), ("Q4_0", float("nan"))])
+@pytest.mark.parametrize(
+    ("kind", "number"), [("F16", 1e5), ("Q8_0", 1e8), ("Q5_0", 1e7), ("Q4_0", 1e7), ("Q4_0", float("nan"))]
+)
 def test_numbers_that_a_kind_cannot_hold_are_named(model, tmp_path, kind, number):
     held = {name: tensor.clone() for name, tensor in tensors_of(model).items()}
     held["model.layers.1.mlp.up_proj.weight"][3, 3] = number
