@@ -281,8 +281,7 @@ def stored_quantization(header: GgufHeader) -> tuple[dict[str, Any] | None, froz
 
     All projections of the one of Q4_0, Q5_0 and Q8_0 that most have, if these are a quarter of all; and the embedding,
     which is the head, if its type fits beside them; and where layers have embeddings of their own those, if they have
-    the type of the embedding.
-    Everything else becomes plain numbers. (None, nothing) if there is nothing to keep.
+    the type of the embedding. Everything else becomes plain numbers. (None, nothing) if there is nothing to keep.
     """
     model_type = header.require_gemma()
     held = {name: tensor.kind.name for name, tensor in header.tensors.items() if len(tensor.shape) == 2}
