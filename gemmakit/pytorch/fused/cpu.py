@@ -1,8 +1,8 @@
 """A decoder layer on the CPU: five native calls, and three for an embedding of its own, which read each weight once for
 all rows.
 
-More rows than eight go through the same calls, a norm and a gate apart, where `takes_many` is true of all weights, or
-results must not depend on the number of rows; attention goes through torch then, but in pages.
+More rows than eight go through the same calls, a norm and a gate apart, where `takes_any_rows` is true of all weights,
+or results must not depend on the number of rows; attention goes through torch then, but in pages.
 
 Everything that a call needs and that stays the same is put together once a layer: pointers into the modules' own
 tensors, nothing else. Axis letters: B batch, S positions, D hidden, F mlp, N heads, K kv heads, H head_dim, T keys.
@@ -23,7 +23,7 @@ from gemmakit.pytorch.cache.paged import PagedCache
 from gemmakit.pytorch.fused.reference import MAX_ROWS, FusedLayer, writable
 from gemmakit.pytorch.fused.weights import is_summed, misfit, weight_of
 from gemmakit.pytorch.kernels import Decision, PackedWeight, cpu, is_batch_invariant
-from gemmakit.pytorch.kernels.linear import takes_many
+from gemmakit.pytorch.kernels.linear import takes_any_rows, takes_many
 from gemmakit.pytorch.kernels.reference import ACTIVATION_OF
 from gemmakit.pytorch.layers import STREAM_SCALES, LayerNorms, LayerParts, RotaryTables, activated
 from gemmakit.pytorch.masks import Visibility
@@ -102,7 +102,8 @@ class NativeLayer(FusedLayer):
         act = ACTIVATION_OF.get(parts.act_fn)
         self.act = act if act in cpu.ACTIVATIONS else None
         weights = [weight_of(module) for _, module in parts.projections()]
-        self.many = all(isinstance(weight, PackedWeight) and takes_many(weight) for weight in weights)
+        self.many = all(takes_any_rows(weight, dtype) for weight in weights)
+        self.in_bytes = any(isinstance(weight, PackedWeight) and takes_many(weight) for weight in weights)
         self.decision = self._decision()
 
     @property
@@ -116,7 +117,7 @@ class NativeLayer(FusedLayer):
             attention += ", o_proj and down_proj by their modules, which sum over processes"
         if is_batch_invariant():
             return Decision(f"{cpu.decision()}{attention}, without gradients, any number of rows alike")
-        beyond = "; beyond that too, in products of bytes" if self.many else ""
+        beyond = ("; beyond that too, in products of " + ("bytes" if self.in_bytes else "float32")) if self.many else ""
         return Decision(f"{cpu.decision()}{attention}, without gradients, up to {MAX_ROWS} rows{beyond}")
 
     def norm_qkv(

@@ -3,8 +3,8 @@
 The reference is torch's linear, of a packed weight once it is dequantized. A few rows against a large weight, which is
 what a decoding step is, go through a kernel that reads the weight once, in its own format, for all rows: on the CPU the
 native one, on a GPU Triton's. On the CPU more rows of bfloat16 go through it too where the processor multiplies pairs
-of them and has no tiles, and many through panels in float32 where it only emulates 16-bit products: with gradients
-(`wide`) as without.
+of them and has no tiles, and all in float32 where it only emulates 16-bit products (`panels`): with gradients (`wide`)
+as without.
 
 With a packed weight, the native kernel computes with the codes as they lie and with x rounded to 16 bits in blocks of
 32 (cpu/inputs.h bounds the error), or with codes of 4 bits to the weight's `decode_activation_bits`. More rows than
@@ -17,6 +17,7 @@ Axis letters: M rows, O outputs, I inputs.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from contextlib import suppress
 from functools import lru_cache
@@ -33,7 +34,7 @@ from gemmakit.pytorch.kernels.decision import Decision
 from gemmakit.pytorch.kernels.ids import WeightFormat
 from gemmakit.pytorch.kernels.invariance import are_rows_alike, is_batch_invariant
 from gemmakit.pytorch.kernels.packed import PackedWeight
-from gemmakit.pytorch.kernels.panels import multiply, multiply_back, product_dtype
+from gemmakit.pytorch.kernels.panels import multiply, multiply_back, product_dtype, widened
 from gemmakit.pytorch.kernels.triton import launch
 from gemmakit.pytorch.kernels.wide import linear_wide, widens
 from gemmakit.pytorch.shapes import Float
@@ -58,7 +59,7 @@ def linear(
         weight.dtype in cpu.FORMATS
         and not torch.is_grad_enabled()
         and weight.device.type == "cpu"
-        and (weight.numel() >= MIN_WEIGHT or are_rows_alike())
+        and not _is_small(weight)
         and x.dtype == weight.dtype
         and not torch.compiler.is_compiling()  # before the row count, on which a compiled graph would depend
         and (
@@ -73,8 +74,15 @@ def linear(
     return linear_wide(x, weight, bias) if widens(x, weight) else F.linear(x, weight, bias)
 
 
+def _is_small(weight: Tensor) -> bool:
+    """Whether torch multiplies by it for its size."""
+    return weight.numel() < MIN_WEIGHT and not are_rows_alike() and not takes_any_rows(weight, weight.dtype)
+
+
 def _own_rows(weight: Tensor) -> int:
     """Rows up to which the native kernel is faster than torch at products by a plain weight."""
+    if takes_any_rows(weight, weight.dtype):
+        return sys.maxsize
     return PAIR_ROWS if weight.dtype == torch.bfloat16 and cpu.multiplies_pairs() else MAX_ROWS
 
 
@@ -110,6 +118,13 @@ def takes_many(packed: PackedWeight) -> bool:
     return packed.activation_bits == 8 and cpu.multiplies_bytes(packed)
 
 
+def takes_any_rows(weight: Tensor | PackedWeight, dtype: torch.dtype) -> bool:
+    """Whether `cpu.project` is the product of any number of rows of this dtype, with activation_bits of 0."""
+    if isinstance(weight, PackedWeight):
+        return takes_many(weight) or (widened(dtype) and not cpu.multiplies_bytes(weight))
+    return dtype != torch.float32 and widened(dtype)
+
+
 def linear_plan(weight: Tensor | PackedWeight) -> Decision:
     """Which form a decoding step takes for this weight, and why."""
     return _packed_plan(weight) if isinstance(weight, PackedWeight) else _plain_plan(weight)
@@ -126,7 +141,7 @@ def _plain_plan(weight: Tensor) -> Decision:
         return Decision(torch_, f"{dtype_name(weight.dtype)} has no {kernel} kernel")
     if device.type == "cpu" and is_batch_invariant():
         return Decision(torch_, cpu.decision().why) if cpu.library() is None else cpu.decision()
-    if weight.numel() < MIN_WEIGHT:
+    if weight.numel() < MIN_WEIGHT if device.type in GPU else _is_small(weight):
         few = f"{weight.numel():,} weights"
         return Decision(torch_, f"{few} are few" if device.type in GPU else f"{few} fit the caches")
     if device.type not in GPU:
@@ -148,7 +163,8 @@ def _packed_plan(packed: PackedWeight) -> Decision:
         return Decision(f"torch, {kind} expanded", cpu.decision().why)
     if not cpu.reads(packed):
         return Decision(f"torch, {kind} expanded", f"no kernel reads scales of {dtype_name(packed.scale.dtype)}")
-    many = "; beyond 8 rows activations in 8 bits" if takes_many(packed) else ""
+    many = f"; beyond {FEW_ROWS[packed.bits]} rows in float32" if cpu.multiplies_floats() else ""
+    many = "; beyond 8 rows activations in 8 bits" if takes_many(packed) else many
     if packed.bits == 4 and packed.decode_activation_bits == 8:
         many = "; activations in 8 bits"
     many = f"; activations in {packed.activation_bits} bits" if is_batch_invariant() else many

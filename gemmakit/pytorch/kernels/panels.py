@@ -1,6 +1,7 @@
 """Many rows against a weight that the library's matrix product cannot read as it lies, or reads slowly.
 
-Some of the weight's rows at a time are expanded into a panel that stays in the processor's cache, and multiplied there.
+Some of the weight's rows at a time are expanded into a panel that stays in the processor's cache, and multiplied there:
+by the native product where that is the faster one in float32, else by torch's.
 Axis letters: M rows, O outputs, I inputs.
 """
 
@@ -36,6 +37,11 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if torch.backends.mkldnn.is_available() and asked is not None and asked() else torch.float32
 
 
+def widened(dtype: torch.dtype) -> bool:
+    """Whether any number of rows of this dtype are the native product's, by codes and by plain weights in 16 bits."""
+    return cpu.multiplies_floats() and dtype in cpu.FORMATS and product_dtype(dtype) == torch.float32
+
+
 def panels(weight: Tensor | PackedWeight, dtype: torch.dtype, at_least: int = MIN_ROWS) -> Panels:
     """(which rows, they as (rows, I) of dtype) on the weight's device, one panel after the other in the same memory."""
     O, I = weight.shape
@@ -57,6 +63,9 @@ def multiply(
     x: Float[Tensor, "M I"], weight: Float[Tensor, "O I"] | PackedWeight, bias: Float[Tensor, " O"] | None
 ) -> Float[Tensor, "M O"]:
     """In x's dtype."""
+    if x.device.type == "cpu" and widened(x.dtype) and len(x) and cpu.reads(weight):
+        bias = None if bias is None else bias.to(x.dtype).contiguous()
+        return cpu.project(x.contiguous(), [cpu.matrix(weight, bias, 32)])[0]
     dtype = product_dtype(x.dtype) if x.device.type == "cpu" else x.dtype
     y = x.new_empty(len(x), weight.shape[0])
     wide = x.to(dtype)

@@ -163,8 +163,9 @@ def reads(weight: Tensor | PackedWeight) -> bool:
 def matrix(weight: Tensor | PackedWeight, bias: Tensor | None = None, activation_bits: int = 0) -> Matrix:
     """What the kernels know of a weight (O, I) and its bias (O,): contiguous tensors on the CPU, bias in x's dtype.
 
-    activation_bits: to which x is rounded against codes, for any number of rows: 16 or 8; or 0 for 8 beyond MAX_ROWS,
-    where the processor is fast at that, and up to those 16, or with 4-bit codes the weight's `decode_activation_bits`.
+    activation_bits: to which x is rounded against codes, for any number of rows: 16 or 8, or 32 for not at all; or 0
+    for 8 beyond MAX_ROWS where the processor is fast at that, else 32 beyond 16 rows, and up to those 16, or with 4-bit
+    codes the weight's `decode_activation_bits`.
     """
     bias_at = None if bias is None else bias.data_ptr()
     O, I = weight.shape
@@ -177,13 +178,20 @@ def matrix(weight: Tensor | PackedWeight, bias: Tensor | None = None, activation
 
 
 def multiplies_bytes(packed: PackedWeight) -> bool:
-    """Whether this processor is fast at products of bytes by this weight, so that `project` takes any number of rows
-    without being told their activation_bits.
+    """Whether `project` rounds x to 8 bits for more than MAX_ROWS rows where it is not told their activation_bits: this
+    processor is fast at products of bytes by this weight.
     """
     found = library()
     if found is None:
         return False
     return found.gemmakit_project((Matrix * 1)(matrix(packed)), 1, 0, None, MAX_ROWS + 1, None, None, 1) == 0
+
+
+def multiplies_floats() -> bool:
+    """Whether `project` is the fastest product of any number of rows, in float32, by plain weights and by codes: the
+    processor has no products in 16 bits, and torch's in float32 want hundreds of rows (benchmarks/products.py).
+    """
+    return instruction_set() in ("avx2", "avxvnni")
 
 
 def multiplies_pairs() -> bool:
@@ -201,8 +209,7 @@ def _has_tiles() -> bool:
 def project(x: Tensor, matrices: Sequence[Matrix], residual: Tensor | None = None) -> list[Tensor]:
     """x (..., I), contiguous -> each matrix's (..., O) in x's dtype; to a single one residual is added.
 
-    Any number of rows; but against codes whose activation_bits are 0 up to MAX_ROWS, or those of which
-    `multiplies_bytes` is true.
+    Any number of rows, though not always as the fastest product that there is of so many.
     """
     found = library()
     assert found is not None

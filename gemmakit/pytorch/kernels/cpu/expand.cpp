@@ -1,48 +1,8 @@
 // A weight's rows as a dense panel for the library's matrix product; and a plain read of memory.
 
-#include "functions.h"
-#include "codes.h"
+#include "expand.h"
 
 namespace {
-
-// 32 weights of one group: FORMAT is INT4, or INT8_ROWS for any bytes.
-template <int F, int FORMAT>
-inline void expand_block(const void* from, V scale, V offset, void* y, int64_t i) {
-  uint8_t codes[BLOCK];
-  if (FORMAT == INT4) nibbles_of((const uint8_t*)from, codes);
-  for (int j = 0; j < BLOCK; j += L) {
-    V code = FORMAT == INT4 ? widen_u8(codes + j) : widen_s8((const int8_t*)from + j);
-    put_all<F>((char*)y + (i + j) * size_of<F>, mul(sub(code, offset), scale));
-  }
-}
-
-template <int F, int FORMAT>
-void expand_packed(const Matrix& w, int64_t row, void* y) {
-  constexpr int BYTES = FORMAT == INT4 ? 16 : 32;  // of a block
-  int64_t row_bytes = FORMAT == INT4 ? (w.in + BLOCK - 1) / BLOCK * 16 : w.in;
-  const char* codes = (const char*)w.codes + row * row_bytes;
-  if (is_split(w)) codes = (const char*)joined(w, row, 1).codes;
-  Groups g = {nullptr, nullptr, 1, INT64_MAX};
-  if (w.format != INT8_ROWS) g = groups(w, row);
-  V scale = splat(w.format == INT8_ROWS ? number<F32>(w.scale, row) : 0.0f), offset = zero();
-  int64_t i = 0, left = 0, k = 0;
-  for (; i < w.in; i += BLOCK, codes += BYTES) {
-    if (g.scale && left-- == 0) {
-      scale = splat(widen_one_f16(g.scale[k]));
-      if (g.zero) offset = splat(g.zero[k]);
-      left = g.blocks_each - 1;
-      k++;
-    }
-    if (i + BLOCK > w.in) break;
-    expand_block<F, FORMAT>(codes, scale, offset, y, i);
-  }
-  if (i >= w.in) return;
-  char rest[BLOCK] = {};
-  float last[BLOCK];
-  std::memcpy(rest, codes, FORMAT == INT4 ? 16 : w.in - i);
-  expand_block<F32, FORMAT>(rest, scale, offset, last, 0);
-  for (int64_t j = 0; i + j < w.in; j++) put<F>(y, i + j, last[j]);
-}
 
 template <int F, int FROM>
 void expand_plain(const Matrix& w, int64_t row, void* y) {
@@ -57,8 +17,9 @@ void expand_plain(const Matrix& w, int64_t row, void* y) {
 
 template <int F>
 int run(const Matrix& w, int64_t from, int64_t to, void* y, int threads) {
-  void (*row_of)(const Matrix&, int64_t, void*) = expand_packed<F, INT8_ROWS>;
-  if (w.format == INT4) row_of = expand_packed<F, INT4>;
+  void (*row_of)(const Matrix&, int64_t, void*) = [](const Matrix& w, int64_t row, void* y) {
+    expand_row<F>(w, row, y, L, w.in);
+  };
   if (w.format == BF16) row_of = expand_plain<F, BF16>;
   if (w.format == F16) row_of = expand_plain<F, F16>;
   if (w.format == F32) row_of = expand_plain<F, F32>;

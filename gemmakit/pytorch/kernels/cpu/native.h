@@ -28,7 +28,7 @@ constexpr int MAX_ROWS = 8;
 struct Matrix {
   int32_t format;
   int32_t group;      // inputs that share a scale: a multiple of 32, or at least `in`; only for groups
-  int32_t activation_bits;  // of x against codes, in blocks of 32: 16 or 8, or 0 for 16 up to 8 rows and 8 beyond
+  int32_t activation_bits;  // of x against codes, in blocks of 32: 16, 8 or 32, not rounded; 0: see gemmakit_project
   int32_t few_bits;  // instead of 16 where activation_bits are 0: 8 for INT4, up to 8 rows
   int64_t out, in;
   const void* codes;  // the numbers themselves where format is BF16, F16 or F32
@@ -76,8 +76,8 @@ struct Attention {
 // gemmakit_project: y[i] (rows, m[i].out) = x (rows, in) @ m[i]^T + bias, rounded to x_format (BF16, F16 or F32), for
 //   `count` matrices that share x. Where residual is not null (count 1, rows * out, in x_format), it is added to the
 //   rounded product and the sum is rounded. Sums are float32, and those of a row do not depend on the other rows, how
-//   many there are, or the threads; but codes whose activation_bits are 0 are multiplied otherwise beyond 8 rows, where
-//   the processor is fast at products of bytes: 1 elsewhere, also when x is null, which asks only that.
+//   many there are, or the threads; but codes whose activation_bits are 0 are multiplied otherwise beyond 8 rows: in
+//   bytes where the processor is fast at that, 1 elsewhere when x is null, which asks only that; or beyond 16 as float32.
 // gemmakit_expand: rows from..to of m as a dense panel y (to - from, in) of y_format, each number rounded once.
 // gemmakit_rms_norm: y (rows, width) = the norm of x; where residual is not null, their sum, rounded once more. y may be
 //   x. gemmakit_gated: y = act(gate) * up, n numbers, act rounded before the product; 1 for GELU_ERF.

@@ -1,4 +1,4 @@
-// Sums of rows of x against rows of a weight in a float format.
+// Sums of rows of x against rows of a weight in a float format, or of codes as float32.
 //
 // Each sum has one order, whatever other rows there are: lane by lane along the inputs, then the lanes in one tree. So a
 // row of a prompt and one of a decoding step give the same bits. A few rows meet the weight as it lies, which comes from
@@ -10,8 +10,9 @@
 #include <type_traits>
 #include <utility>
 
-#include "functions.h"
+#include "expand.h"
 #include "inputs.h"
+#include "pieces.h"
 
 namespace {
 
@@ -49,6 +50,12 @@ struct Wide {
     UNROLL for (int i = 0; i < STEP / L; i++) acc = fma(w.v[i], x.v[i], acc);
     return acc;
   }
+};
+
+// Codes meet x as numbers in panels, not as they lie.
+struct Coded {
+  using W = uint8_t;
+  using Panel = Wide<F32>;
 };
 
 #if defined(__AVX512BF16__)
@@ -171,7 +178,7 @@ void any_tile(int rows, int tokens, const TileCall<E>& call) {
 }
 
 // Rows of x that meet the weight as it lies.
-constexpr int DIRECT_TOKENS = 16;
+constexpr int DIRECT_TOKENS = L == 8 ? 8 : 16;
 
 // sums (x.rows, to - from), next apart, of weight rows from..to.
 template <class E>
@@ -202,13 +209,17 @@ int64_t panel_rows(const Matrix& w) {
 // Weight rows from..from + rows in tiles as x; those behind them are asked for.
 template <class E, class Panel>
 void fill_panel(const Matrix& w, int64_t from, int64_t rows, typename Panel::W* panel) {
+  int64_t whole = whole_steps<Panel>(w.in), each = row_bytes(w);
   for (int64_t r = 0; r < rows; r++) {
-    const auto* own = (const typename E::W*)w.codes + (from + r) * w.in;
+    const char* own = (const char*)w.codes + (from + r) * each;
     bool alone = r >= rows / TILE_ROWS * TILE_ROWS;
-    int64_t t = alone ? 0 : r % TILE_ROWS;
-    lay_out<Panel, E::FORMAT, E::PANEL_FORMAT>(own, panel + (r - t) * whole_steps<Panel>(w.in), w.in,
-                                               alone ? 1 : TILE_ROWS, t);
-    for (int64_t i = 0; i < w.in; i += 64 / sizeof(*own)) __builtin_prefetch(own + rows * w.in + i, 0, 2);
+    int64_t t = alone ? 0 : r % TILE_ROWS, beside = alone ? 1 : TILE_ROWS;
+    auto* to = panel + (r - t) * whole;
+    if constexpr (std::is_same_v<E, Coded>)
+      expand_row<F32>(w, from + r, to + t * L, beside * L, whole);
+    else
+      lay_out<Panel, E::FORMAT, E::PANEL_FORMAT>(own, to, w.in, beside, t);
+    for (int64_t i = 0; i < each; i += 64) __builtin_prefetch(own + rows * each + i, 0, 2);
   }
 }
 

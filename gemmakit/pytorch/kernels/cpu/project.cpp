@@ -1,5 +1,6 @@
 // y = x @ W^T + bias for any rows of x and one or several weights in any format: here for codes against x in 16 bits,
-// and up to 8 rows of x in 8; products of bytes for many rows are project_bytes.cpp's, those of plain numbers project_plain.cpp's.
+// and up to 8 rows of x in 8; products of bytes for many rows are project_bytes.cpp's, those of plain numbers, and of codes
+// as such, project_plain.cpp's.
 //
 // A piece of a weight is read once and stays in a cache while all rows of x meet it, a few at a time.
 
@@ -11,6 +12,7 @@
 namespace {
 
 constexpr int MOST_ROWS = 256;       // of x that are prepared at a time
+constexpr int FEW_ROWS = 16;         // of x that meet codes eight at a time sooner than as float32, as linear.FEW_ROWS says
 
 using Sums = void (*)(const Matrix&, const Inputs&, int64_t from, int64_t to, float* sums);
 
@@ -94,9 +96,11 @@ int run(const Matrix* w, int count, const void* x, int rows, void* const* y, con
 enum Way { PLAIN, PACKED, PACKED_8, BYTES, WAYS };
 
 Way way_of(const Matrix& m, int rows) {
-  if (m.format <= F32) return PLAIN;
-  if (m.activation_bits ? m.activation_bits == 8 : rows > MAX_ROWS) return BYTES;
-  return !m.activation_bits && m.few_bits == 8 && m.format == INT4 ? PACKED_8 : PACKED;
+  if (m.format <= F32 || m.activation_bits == 32) return PLAIN;
+  if (m.activation_bits) return m.activation_bits == 8 ? BYTES : PACKED;
+  bool bytes = DOT4 || m.format == INT4;
+  if (rows > (bytes ? MAX_ROWS : FEW_ROWS)) return bytes ? BYTES : PLAIN;
+  return m.few_bits == 8 && m.format == INT4 ? PACKED_8 : PACKED;
 }
 
 // The matrices that are multiplied in one way, and their results.
@@ -134,12 +138,14 @@ extern "C" int NATIVE(gemmakit_project)(const Matrix* m, int count, int x_format
     if (m[i].in != m[0].in) return 1;
   for (int i = 0; i < count; i++)
     if (m[i].format < BF16 || m[i].format > INT6) return 1;
+  for (int i = 0; !x && i < count; i++)
+    if (way_of(m[i], rows) != BYTES) return 1;
+  if (!x) return 0;
   constexpr decltype(&multiply_packed<16>) ways[WAYS] = {NATIVE(project_plain), multiply_packed<16>, multiply_packed<8>,
                                                          NATIVE(project_bytes)};
   for (int way = WAYS - 1; way >= 0; way--) {
     Share own(m, count, y, rows, (Way)way);
-    if (!own.count || (!x && way != BYTES)) continue;
-    if (ways[way](own.w, own.count, x_format, x, rows, own.y, residual, threads)) return 1;
+    if (own.count && ways[way](own.w, own.count, x_format, x, rows, own.y, residual, threads)) return 1;
   }
   return 0;
 }

@@ -170,9 +170,6 @@ int run(const Matrix* w, int count, const void* x, int64_t rows, void* const* y,
 
 extern "C" int NATIVE(project_bytes)(const Matrix* m, int count, int x_format, const void* x, int64_t rows,
                                      void* const* y, const void* residual, int threads) {
-  for (int i = 0; i < count; i++)
-    if (!m[i].activation_bits && !DOT4 && m[i].format != INT4) return 1;
-  if (!x) return 0;
   switch (x_format) {
     case BF16: return run<BF16>(m, count, x, rows, y, residual, threads);
     case F16: return run<F16>(m, count, x, rows, y, residual, threads);

@@ -1,6 +1,5 @@
-// y = x @ W^T + bias for any rows of x and one or several weights in plain numbers.
+// y = x @ W^T + bias for any rows of x and one or several weights in plain numbers, or in codes where x is not rounded.
 
-#include "pieces.h"
 #include "plain.h"
 
 namespace {
@@ -59,10 +58,11 @@ void multiply_panels(const Matrix* w, int count, const Tiles<typename E::Panel>&
 template <class E, int F>
 void multiply(const Matrix* w, int count, const void* x, int64_t rows, void* const* y, const void* residual,
               int threads) {
-  if (rows <= DIRECT_TOKENS) {
-    Tiles<E> tiles = tiles_of<E, F>(x, w->in, rows, threads);
-    return multiply_direct<E, F>(w, count, tiles, 0, y, residual, threads);
-  }
+  if constexpr (!std::is_same_v<E, Coded>)
+    if (rows <= DIRECT_TOKENS) {
+      Tiles<E> tiles = tiles_of<E, F>(x, w->in, rows, threads);
+      return multiply_direct<E, F>(w, count, tiles, 0, y, residual, threads);
+    }
   for (int64_t done = 0; done < rows; done += MOST_TOKENS) {
     int64_t some = rows - done < MOST_TOKENS ? rows - done : MOST_TOKENS;
     auto tiles = tiles_of<typename E::Panel, F>(at<F>(x, done * w->in), w->in, some, threads);
@@ -76,7 +76,8 @@ int run(const Matrix* w, int count, const void* x, int64_t rows, void* const* y,
     for (some = 1; i + some < count && w[i + some].format == w[i].format;) some++;
     auto multiply_own = w[i].format == BF16  ? multiply<Element<BF16, F>, F>
                         : w[i].format == F16 ? multiply<Element<F16, F>, F>
-                                             : multiply<Element<F32, F>, F>;
+                        : w[i].format == F32 ? multiply<Element<F32, F>, F>
+                                             : multiply<Coded, F>;
     multiply_own(w + i, some, x, rows, y + i, residual, threads);
   }
   return 0;
