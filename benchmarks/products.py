@@ -1,9 +1,10 @@
-"""What one core's products reach: bfloat16 over a prompt, ours and torch's, and a few rows against codes.
+"""What one core's products reach: bfloat16 and unrounded int8 over a prompt, ours and torch's, and a few rows of codes.
 
     python benchmarks/products.py [--seconds 0.5] [--isa avx512] [--out results.json]
 
 Each is the best of as many calls as fit the time, on weights that stay in the second cache: what the arithmetic allows,
-not the memory. `linear.PAIR_ROWS` says up to how many rows ours runs where results may depend on the row count.
+not the memory. `linear.PAIR_ROWS` says up to how many rows ours runs where results may depend on the row count, and
+`cpu.multiplies_floats` on which processors it is the only one. Torch's float32 product has its weight ready.
 """
 
 import argparse
@@ -45,14 +46,21 @@ def main() -> None:
     if not cpu.use_instruction_set(args.isa):
         parser.error(f"the instruction set {args.isa} was not compiled or does not run here")
     result = {"what": "the rates of one core's products, weights in its second cache", **about(1),
-              "instruction_set": cpu.instruction_set(), "multiplies_pairs": cpu.multiplies_pairs()}  # fmt: skip
-    result["bf16_gflop_per_s"] = {}
+              "instruction_set": cpu.instruction_set(), "multiplies_pairs": cpu.multiplies_pairs(),
+              "multiplies_floats": cpu.multiplies_floats()}  # fmt: skip
+    result["bf16_gflop_per_s"], result["int8_unrounded_gflop_per_s"] = {}, {}
     for M, O, I in PROMPT:
         x, w = torch.randn(M, I).bfloat16(), torch.randn(O, I).bfloat16()
-        work, m = 2e-9 * M * O * I, [cpu.matrix(w)]
-        calls = {"gemmakit": lambda x=x, m=m: cpu.project(x, m), "torch": lambda x=x, w=w: x @ w.T}
-        rates = {name: round(work / best(call, args.seconds), 1) for name, call in calls.items()}
-        result["bf16_gflop_per_s"][f"{M} rows, {O} x {I}"] = rates
+        wide, wide_w, packed = x.float(), w.float(), quantize(w, 8, None)
+        plain, codes = [cpu.matrix(w)], [cpu.matrix(packed, None, 32)]
+        calls = {"bf16 gemmakit": lambda x=x, m=plain: cpu.project(x, m), "bf16 torch": lambda x=x, w=w: x @ w.T,
+                 "int8 gemmakit": lambda x=x, m=codes: cpu.project(x, m),
+                 "int8 torch float32": lambda x=wide, w=wide_w: x @ w.T}  # fmt: skip
+        for name, call in calls.items():
+            kind, who = name.split(maxsplit=1)
+            rate = round(2e-9 * M * O * I / best(call, args.seconds), 1)
+            rates = result["bf16_gflop_per_s" if kind == "bf16" else "int8_unrounded_gflop_per_s"]
+            rates.setdefault(f"{M} rows, {O} x {I}", {})[who] = rate
     for bits, group in ((8, None), (4, 32)):
         packed = quantize(torch.randn(OUT, IN), bits, group)
         m = [cpu.matrix(packed, None, 8)]
