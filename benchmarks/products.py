@@ -48,7 +48,9 @@ def main() -> None:
     result = {"what": "the rates of one core's products, weights in its second cache", **about(1),
               "instruction_set": cpu.instruction_set(), "multiplies_pairs": cpu.multiplies_pairs(),
               "multiplies_floats": cpu.multiplies_floats()}  # fmt: skip
-    result["bf16_gflop_per_s"], result["int8_unrounded_gflop_per_s"] = {}, {}
+    plain_rates: dict[str, dict[str, float]] = {}
+    unrounded_rates: dict[str, dict[str, float]] = {}
+    result |= {"bf16_gflop_per_s": plain_rates, "int8_unrounded_gflop_per_s": unrounded_rates}
     for M, O, I in PROMPT:
         x, w = torch.randn(M, I).bfloat16(), torch.randn(O, I).bfloat16()
         wide, wide_w, packed = x.float(), w.float(), quantize(w, 8, None)
@@ -59,15 +61,15 @@ def main() -> None:
         for name, call in calls.items():
             kind, who = name.split(maxsplit=1)
             rate = round(2e-9 * M * O * I / best(call, args.seconds), 1)
-            rates = result["bf16_gflop_per_s" if kind == "bf16" else "int8_unrounded_gflop_per_s"]
+            rates = plain_rates if kind == "bf16" else unrounded_rates
             rates.setdefault(f"{M} rows, {O} x {I}", {})[who] = rate
     for bits, group in ((8, None), (4, 32)):
         packed = quantize(torch.randn(OUT, IN), bits, group)
         m = [cpu.matrix(packed, None, 8)]
         times = result[f"int{bits}_us"] = {}
-        for M in FEW:
-            x = torch.randn(M, IN).bfloat16()
-            times[M] = round(1e6 * best(lambda x=x, m=m: cpu.project(x, m), args.seconds), 1)
+        for rows in FEW:
+            x = torch.randn(rows, IN).bfloat16()
+            times[rows] = round(1e6 * best(lambda x=x, m=m: cpu.project(x, m), args.seconds), 1)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({name: found for name, found in result.items() if name != "versions"}, indent=1))
 

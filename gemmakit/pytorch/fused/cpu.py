@@ -101,7 +101,7 @@ class NativeLayer(FusedLayer):
         self.input_norm = (cpu.Norm * 1)(native_norm(parts.post_per_layer_input_norm, dtype))
         act = ACTIVATION_OF.get(parts.act_fn)
         self.act = act if act in cpu.ACTIVATIONS else None
-        weights = [weight_of(module) for _, module in parts.projections()]
+        weights = [weight for _, module in parts.projections() if (weight := weight_of(module)) is not None]
         self.many = all(takes_any_rows(weight, dtype) for weight in weights)
         self.in_bytes = any(isinstance(weight, PackedWeight) and takes_many(weight) for weight in weights)
         self.decision = self._decision()
