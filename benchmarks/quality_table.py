@@ -121,14 +121,15 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
     matplotlib.rcParams |= {"svg.hashsalt": "", "svg.fonttype": "none", "font.size": 9}
     figure, axes = pyplot.subplots(figsize=(7.2, 4.2), layout="constrained")
-    kinds = (("ours, calibrated", "#1f6fb4", "o"), ("ours", "#8cbbe0", "o"), ("llama.cpp", "#c96a1b", "s"))
+    kinds = (("ours, calibrated", "#1f6fb4", "o"), ("ours, self-calibrated", "#3f9a6d", "^"), ("ours", "#8cbbe0", "o"),
+             ("llama.cpp", "#c96a1b", "s"))  # fmt: skip
     for kind, colour, mark in kinds:
         points = [p for p in curve(result) if _kind(p) == kind]
         if not points:
             continue
         axes.plot([p[1] for p in points], [max(p[2], FLOOR) for p in points], mark, color=colour, label=kind)
         for name, size, lost, _ in points:
-            short = name.removesuffix(", calibrated")
+            short = name.split(", ")[0]
             axes.annotate(short, (size, max(lost, FLOOR)), (4, 3), textcoords="offset points", fontsize=7, color=colour)
     axes.margins(x=0.1)  # for the last names
     axes.set_yscale("log")
@@ -143,7 +144,9 @@ FLOOR = 1e-3  # nats; below it a loss is one of the text's own noise
 
 
 def _kind(point: tuple[str, float, float, bool]) -> str:
-    return "llama.cpp" if not point[3] else "ours, calibrated" if point[0].endswith("calibrated") else "ours"
+    """Whose it is, and on what it was calibrated."""
+    how = point[0].partition(", ")[2]
+    return "llama.cpp" if not point[3] else f"ours, {how}" if how else "ours"
 
 
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {

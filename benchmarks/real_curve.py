@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from real_quality import loss, weight_bytes
@@ -41,8 +41,8 @@ import reference  # noqa: E402
 OUTPUT = ROOT / "benchmarks" / "results" / "real_curve.json"
 # llama.cpp's kinds; "pure" gives the embedding, two thirds of this model, the kind of the rest.
 KINDS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q4_0", "Q5_0 pure", "IQ4_NL pure", "Q4_0 pure")
-# Ours: what quantize_checkpoint is told, and whether it gets the text.
-OURS: dict[str, tuple[dict[str, Any], bool]] = {
+# Ours: what quantize_checkpoint is told, and whether it gets the text, or "self".
+OURS: dict[str, tuple[dict[str, Any], bool | Literal["self"]]] = {
     "int8": ({"quantization_config": "int8"}, False),
     "int6": ({"quantization_config": "int6"}, False),
     "int5": ({"quantization_config": "int5"}, False),
@@ -52,6 +52,8 @@ OURS: dict[str, tuple[dict[str, Any], bool]] = {
     "int4 g128, calibrated": ({"quantization_config": "int4-g128"}, True),
     **{f"{bits} bits": ({"bits": bits}, False) for bits in (4.5, 5, 5.5, 6, 7)},
     **{f"{bits} bits, calibrated": ({"bits": bits}, True) for bits in (4.5, 5, 5.5, 6)},
+    "int4 g32, self-calibrated": ({"quantization_config": "int4"}, "self"),
+    **{f"{bits} bits, self-calibrated": ({"bits": bits}, "self") for bits in (4.5, 5)},
 }
 TEXTS, WIDTH = 8, 256  # of the calibration
 FLOAT_BYTES = 4 * 268_098_176  # of the model's weights
@@ -108,11 +110,12 @@ def start(files: Path) -> Path:
     return plain
 
 
-def our_loss(files: Path, name: str, pieces: list[list[int]], ids: Tensor) -> dict[str, Any]:
+def our_loss(files: Path, name: str, pieces: list[list[int]], text: Tensor) -> dict[str, Any]:
     told, calibrated = OURS[name]
     out = files / name.replace(" ", "_")
     if not out.exists():
-        gemmakit.quantize_checkpoint(start(files), out, **told, calibration_ids=ids if calibrated else None)
+        ids = "self" if calibrated == "self" else text if calibrated else None
+        gemmakit.quantize_checkpoint(start(files), out, **told, calibration_ids=ids)
     model = gemmakit.AutoModelForCausalLM.from_pretrained(out)
     return {"losses": [loss(model, piece) for piece in pieces], "bytes": weight_bytes(out)}
 

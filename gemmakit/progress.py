@@ -42,7 +42,7 @@ def progress_bar(
             bar = _rich_bar(unit)
             task = bar.add_task("", total=total)
         if bar is not None:
-            bar.update(task, completed=done, description=name)
+            bar.update(task, completed=done, total=total, description=name)
 
     try:
         yield tell

@@ -51,6 +51,9 @@ def quantize(
         list[Path] | None,
         Option(metavar="FILE", help="A text like those the model is for: choose codes by their effect on it. Slower."),
     ] = None,
+    self_calibrate: Annotated[
+        bool, Option("--self-calibrate", help="The same without a text: on one that the model writes first.")
+    ] = False,
     revision: o.Revision = None,
     max_shard_size: Annotated[str, Option(metavar="SIZE", help="Of each file.")] = "5GB",
     allow_pickle: Annotated[
@@ -61,7 +64,7 @@ def quantize(
     """Quantize a model's weights.
 
     Weights are read, rounded and written one at a time, so the model may be larger than memory. OUT is a model like
-    any other: gemmakit run --model OUT. With --calibrate a layer at a time is held in float32.
+    any other: gemmakit run --model OUT. With --calibrate or --self-calibrate a layer at a time is held in float32.
     """
     asked = [n for n, flag in ((4, int4), (5, int5), (6, int6), (8, int8)) if flag]
     if len(asked) + (bits is not None) != 1:
@@ -79,7 +82,9 @@ def quantize(
         activation_bits=activation_bits,
         decode_activation_bits=decode_activation_bits,
     )
-    ids = None if not calibrate else calibration_ids(model, calibrate, revision)
+    if calibrate and self_calibrate:
+        raise InputError("--calibrate has a text, and --self-calibrate does without: give one of them.")
+    ids = "self" if self_calibrate else calibration_ids(model, calibrate, revision) if calibrate else None
     start = time.perf_counter()
     with progress_bar("parts") as tell:
         gemmakit.quantize_checkpoint(

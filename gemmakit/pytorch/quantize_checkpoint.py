@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from gemmakit.pytorch.quantize.gptq import calibrate, head_weight, memory_bytes
 from gemmakit.pytorch.quantize.loading import is_taken, replace_with_quantized, require_known
 from gemmakit.pytorch.quantize.modules import TABLES
 from gemmakit.pytorch.quantize.own import WeightOnlyQuantizer
+from gemmakit.pytorch.quantize.self_calibration import written_ids
 from gemmakit.quantization import WeightOnlyConfig, parse_quantization
 
 # What a folder of a model holds beside its weights and config.json.
@@ -56,7 +57,7 @@ def quantize_checkpoint(
     quantization_config: WeightOnlyConfig | dict[str, Any] | str = "int4",
     *,
     bits: float | None = None,
-    calibration_ids: Tensor | None = None,
+    calibration_ids: Tensor | Literal["self"] | None = None,
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
     allow_pickle: bool = False,
@@ -75,12 +76,13 @@ def quantize_checkpoint(
         bits: how many a weight may take in all, scales and zeros included, 4.2 to 8.5. Which module gets which format
             is chosen for the least loss (see `gemmakit.pytorch.quantize.budget`) and written to `module_formats`. The
             configuration then says what else there is to say, not bits, groups or the head.
-        calibration_ids: (R, S) token ids, R texts of S tokens, to choose codes by their effect on (GPTQ). None rounds
-            each weight to its nearest code.
+        calibration_ids: (R, S) token ids, R texts of S tokens, to choose codes by their effect on (GPTQ). "self": texts
+            that the model first writes, from its weights in int8. None rounds each weight to its nearest code.
         overwrite: replace a model that is in the folder.
         max_shard_size: bytes a file, as a number or "5GB".
         allow_pickle: read pytorch_model.bin, with torch's restricted unpickler, when there is nothing better.
-        progress: called with the tensor's or layer's name, and how many bytes of the checkpoint are done, of how many.
+        progress: called with the tensor's or layer's name, and how many bytes of the checkpoint are done, of how many;
+            before that with "writing", and how many texts.
         kwargs: revision, token, cache_dir, local_files_only, subfolder.
 
     Returns:
@@ -92,6 +94,8 @@ def quantize_checkpoint(
         NotEnoughMemory, HubError, UnsafeFile, ConfigError.
     """
     hub = HubOptions.take(kwargs)
+    if isinstance(calibration_ids, str) and calibration_ids != "self":
+        raise InputError(f'calibration_ids is {calibration_ids!r}: give token ids (R, S), "self" or None.')
     if kwargs:
         raise InputError(f"quantize_checkpoint has no argument {', '.join(kwargs)}.")
     source, target = pretrained_model_name_or_path, Path(save_directory).expanduser()
@@ -115,6 +119,8 @@ def quantize_checkpoint(
         stored = _stored(hollow, checkpoint)
         require_known(wanted, [name.removesuffix(".weight") for name in stored if is_taken(hollow, name, quantizer)])
         model = None
+        if isinstance(calibration_ids, str):
+            calibration_ids = _written(type(hollow), source, report, allow_pickle=allow_pickle, **vars(hub))
         if calibration_ids is not None:
             model = type(hollow).from_pretrained(source, allow_pickle=allow_pickle, **vars(hub))
         if bits is not None:
@@ -138,6 +144,12 @@ def _wanted(config: Any, calibrated: bool) -> WeightOnlyConfig:
         )
     wanted.calibration = "gptq" if calibrated else None
     return wanted
+
+
+def _written(kind: type[GemmaPreTrainedModel], source: Name, report: Progress, **how: Any) -> Tensor:
+    if not issubclass(kind, GemmaForCausalLM):
+        raise InputError(f"{source} is a {kind.__name__}, which writes no text to calibrate on: pass calibration_ids.")
+    return written_ids(kind.from_pretrained(source, quantization_config="int8", **how), report)
 
 
 def _unsaid(config: Any) -> Any:

@@ -31,6 +31,13 @@ def test_texts_for_calibration(gemmakit, tiny, tmp_path):
     assert json.loads((out / "config.json").read_text())["quantization_config"]["calibration"] == "gptq"
 
 
+def test_a_text_of_its_own_for_calibration(gemmakit, tiny, tmp_path):
+    done = gemmakit("quantize", tiny, tmp_path / "out", "--int4", "--self-calibrate")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert settings["calibration"] == "gptq"
+
+
 def test_a_budget_is_what_the_file_takes(gemmakit, tiny, tmp_path):
     done = gemmakit("quantize", tiny, tmp_path / "out", "--bits", "6")
     assert done.returncode == 0, done.stderr
@@ -52,6 +59,7 @@ def test_refusals_are_one_line_and_write_nothing(gemmakit, tiny, tmp_path):
         (("--int8", "--head-bits", "16"), "--head-bits is '16'"),
         (("--int4", "--calibrate", tmp_path / "nowhere"), "cannot be read"),
         (("--int4", "--calibrate", empty), "holds no text"),
+        (("--int4", "--calibrate", empty, "--self-calibrate"), "give one of them"),
         (("--int4", "--max-shard-size", "many"), "size"),
     ]:
         done = gemmakit("quantize", tiny, out, *arguments)

@@ -18,8 +18,8 @@ class Bar:
     def add_task(self, text, total):
         return total
 
-    def update(self, task, completed, description):
-        self.told.append((task, completed, description))
+    def update(self, task, completed, total, description):
+        self.told.append((total, completed, description))
 
     def stop(self):
         self.stopped = True

@@ -37,7 +37,8 @@ class WeightOnlyQuantizer:
         if self.config.calibration is not None and not self.stored:
             raise InputError(
                 f"calibration is {self.config.calibration!r}, which needs a text: make a checkpoint with "
-                "quantize_checkpoint(..., calibration_ids=...) or gemmakit quantize --calibrate FILE, and load that."
+                "quantize_checkpoint(..., calibration_ids=...) or gemmakit quantize --calibrate FILE (or "
+                "--self-calibrate), and load that."
             )
 
     def takes(self, name: str) -> bool:

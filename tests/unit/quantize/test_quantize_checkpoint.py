@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import gemmakit
 from gemmakit.errors import CheckpointError, ConfigError, InputError, NotEnoughMemory
 from gemmakit.pytorch.quantize import QuantizedWeight, budget
+from gemmakit.pytorch.quantize.self_calibration import TEXTS, TOKENS, written_ids
 
 SHAPE = dict(vocab_size=90, hidden_size=72, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, head_dim=20, max_position_embeddings=64, initializer_range=0.2)  # fmt: skip
@@ -92,6 +93,36 @@ def test_calibrated_codes_are_written_and_said(plain, tmp_path):
     assert not torch.equal(a["model.layers.0.mlp.up_proj.weight"], b["model.layers.0.mlp.up_proj.weight"])
     assert torch.equal(a["model.embed_tokens.weight"], b["model.embed_tokens.weight"])
     assert seen == sorted(seen) and 0.9 < seen[-1] <= 1
+
+
+def test_a_model_calibrates_on_what_it_writes_itself(plain, tmp_path):
+    """The texts are a fixed draw from the model, whole rows behind <bos>; the caller's draws go on as they were."""
+    model = gemmakit.GemmaForCausalLM.from_pretrained(plain, quantization_config="int8")
+    ids = written_ids(model, lambda *_: None)
+    ends = model.generation_config.eos_token_id
+    assert ids.shape[0] == TEXTS and ids.shape[1] == min(TOKENS, model.config.max_position_embeddings)
+    assert (ids[:, 0] == model.config.bos_token_id).all()
+    for special in {model.config.bos_token_id, model.config.pad_token_id, ends}:
+        assert not (ids[:, 1:] == special).any()
+    assert len(set(map(tuple, ids.tolist()))) == TEXTS
+    calls, state = [], torch.get_rng_state()
+    out = gemmakit.quantize_checkpoint(
+        plain, tmp_path / "out", calibration_ids="self", progress=lambda *call: calls.append(call)
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+    told = gemmakit.quantize_checkpoint(plain, tmp_path / "told", calibration_ids=ids)
+    a, b = tensors(out), tensors(told)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    writing = [call for call in calls if call[0] == "writing"]
+    assert calls[: len(writing)] == writing and writing[-1][1:] == (TEXTS, TEXTS)
+
+
+def test_what_cannot_write_is_not_asked_to(tmp_path):
+    gemmakit.GemmaModel(gemmakit.GemmaConfig(**SHAPE)).save_pretrained(tmp_path / "plain")
+    for ids, message in (("self", "writes no text"), ("itself", "'itself'")):
+        with pytest.raises(InputError, match=message):
+            gemmakit.quantize_checkpoint(tmp_path / "plain", tmp_path / "out", calibration_ids=ids)
+    assert not (tmp_path / "out").exists()
 
 
 def test_progress_ends_at_the_end(plain, tmp_path):
