@@ -41,6 +41,8 @@ from gemmakit.pytorch.shapes import Float
 
 # Smaller weights stay in the processor's caches, where torch is as good and the call costs more than it saves.
 MIN_WEIGHT = 1 << 20
+# The same where torch only emulates products of 16 bits: what is smaller costs little in any way.
+MIN_EMULATED = 1 << 16
 # Types of devices that the Triton kernel is for.
 GPU = {"cuda"}
 # Rows of bfloat16 up to which the kernel beats torch where it multiplies pairs (benchmarks/products.py).
@@ -122,7 +124,7 @@ def takes_any_rows(weight: Tensor | PackedWeight, dtype: torch.dtype) -> bool:
     """Whether `cpu.project` is the product of any number of rows of this dtype, with activation_bits of 0."""
     if isinstance(weight, PackedWeight):
         return takes_many(weight) or (widened(dtype) and not cpu.multiplies_bytes(weight))
-    return dtype != torch.float32 and widened(dtype)
+    return dtype != torch.float32 and widened(dtype) and weight.numel() >= MIN_EMULATED
 
 
 def linear_plan(weight: Tensor | PackedWeight) -> Decision:
