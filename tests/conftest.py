@@ -44,7 +44,7 @@ def seed(name):
 
 
 # Minutes of a core, by file. These begin first, or whoever of several workers comes to them last is alone with them.
-MINUTES = {"unit/triton/test_interpreted.py": 8}
+MINUTES = {"unit/triton/test_interpreted.py": 4}
 
 
 def pytest_collection_modifyitems(items):

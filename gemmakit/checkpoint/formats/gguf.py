@@ -1,7 +1,7 @@
 """GGUF, the format of llama.cpp: a file as named arrays under the released checkpoint's names.
 
 Matrices of F32, F16 and BF16 are views of the mapped file. Blocks become numbers when they are asked for, a few rows at
-a time (gguf_blocks.py); or they stay codes and scales in gemmakit's own layout of int4 and int8
+a time (gguf_blocks.py); or they stay codes and scales in gemmakit's own layout of int4, int5 and int8
 (`gemmakit.pytorch.kernels.packed`), which is theirs exactly. Source of the names and keys: llama.cpp's gguf-py.
 """
 

@@ -61,9 +61,10 @@ def linear(
         weight.dtype in cpu.FORMATS
         and not torch.is_grad_enabled()
         and weight.device.type == "cpu"
-        and not _is_small(weight)
         and x.dtype == weight.dtype
-        and not torch.compiler.is_compiling()  # before the row count, on which a compiled graph would depend
+        # Before the row count, on which a compiled graph would depend, and what is asked of the native library.
+        and not torch.compiler.is_compiling()
+        and not _is_small(weight)
         and (
             x.numel() <= _own_rows(weight) * weight.shape[1]
             or product_dtype(x.dtype) != x.dtype
@@ -124,7 +125,7 @@ def takes_any_rows(weight: Tensor | PackedWeight, dtype: torch.dtype) -> bool:
     """Whether `cpu.project` is the product of any number of rows of this dtype, with activation_bits of 0."""
     if isinstance(weight, PackedWeight):
         return takes_many(weight) or (widened(dtype) and not cpu.multiplies_bytes(weight))
-    return dtype != torch.float32 and widened(dtype) and weight.numel() >= MIN_EMULATED
+    return weight.numel() >= MIN_EMULATED and dtype != torch.float32 and widened(dtype)
 
 
 def linear_plan(weight: Tensor | PackedWeight) -> Decision:
