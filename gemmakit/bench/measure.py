@@ -28,6 +28,7 @@ from gemmakit.pytorch.kernels import cpu
 from gemmakit.pytorch.methods import assign
 from gemmakit.pytorch.parallel.processes import local_device
 from gemmakit.pytorch.parallel.tensor import TensorPlan, tensor_plan
+from gemmakit.pytorch.per_layer import LAYER_PARTS
 from gemmakit.pytorch.pretrained import HEADS, complete
 from gemmakit.pytorch.quantize import quantizer_for, replace_with_quantized
 from gemmakit.quantization import SHORT_NAMES, parse_quantization
@@ -153,11 +154,15 @@ def experts_read(config: GemmaConfig) -> float:
 def linear_weights(config: GemmaConfig, prompt: bool = False) -> int:
     """Elements of the projections of all layers that a token meets, without the head.
 
-    prompt: one of a prompt, whose last alone goes through the layers that read the keys of others.
+    prompt: one of a prompt, whose last alone goes through the layers that read the keys of others, and through what
+    stands behind the attention of the last layer.
     """
     shapes, share = tensor_shapes(config), experts_read(config)
     readers = [i for i in range(config.num_hidden_layers) if prompt and config.layer(i).kv_source is not None]
     passed = (EMBEDDING, HEAD, TABLE, *(f"model.layers.{i}." for i in readers))
+    if prompt and not config.enable_moe_block:
+        last = f"model.layers.{config.num_hidden_layers - 1}."
+        passed += tuple(last + part for part in ("self_attn.o_proj", "mlp", *LAYER_PARTS))
     return sum(
         int(prod(shape) * (share if ".experts." in name else 1.0))
         for name, shape in shapes.items()

@@ -37,7 +37,7 @@ from gemmakit.pytorch.loss import (
     readable,
     warn_of_nothing,
 )
-from gemmakit.pytorch.model import GemmaModel
+from gemmakit.pytorch.model import GemmaModel, is_watched, places
 from gemmakit.pytorch.pretrained import GemmaPreTrainedModel
 from gemmakit.pytorch.quantize import QuantizedLinear
 from gemmakit.pytorch.shapes import Float, Int, Shaped
@@ -124,8 +124,10 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
             InputError: labels of another shape, or outside the vocabulary.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
+        kept = places("logits_to_keep", logits_to_keep)
         if labels is not None:
             check_labels(labels, inputs_embeds if input_ids is None else input_ids, self.config.vocab_size)
+        whole = labels is not None or is_watched(self.model)
         out = self.model(
             input_ids,
             attention_mask,
@@ -139,15 +141,14 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
             cache_position,
             is_causal=is_causal,
             per_layer_inputs=per_layer_inputs,
-            last_positions=logits_to_keep if isinstance(logits_to_keep, int) and labels is None else 0,
+            positions_to_keep=0 if whole else logits_to_keep,
             **packing,
         )
-        hidden = out.last_hidden_state
+        hidden = out.last_hidden_state[:, kept] if whole else out.last_hidden_state
         targets = None if labels is None else next_labels(labels, attention_mask, position_ids)
         if targets is not None and num_items_in_batch is None:
             warn_of_nothing(targets)
-        kept = _kept(logits_to_keep)
-        hidden, targets = hidden[:, kept, :], None if targets is None else targets[:, kept]
+        targets = None if targets is None else targets[:, kept]
         if loss_chunk_size is not None:
             cap = self.config.final_logit_softcapping
             logits, loss = None, chunked_loss(self.lm_head, hidden, targets, loss_chunk_size, num_items_in_batch, cap)
@@ -454,15 +455,6 @@ def _check_classes(labels: Tensor, classes: int) -> None:
 def _check_shape(labels: Tensor, allowed: list[tuple[int, ...]]) -> None:
     if tuple(labels.shape) not in allowed:
         raise InputError(f"labels has shape {tuple(labels.shape)}; it must be {' or '.join(map(str, allowed))}.")
-
-
-def _kept(positions: Any) -> Any:
-    """What picks the positions whose logits are wanted: 0 for all, n for the last n, or a list of positions."""
-    if isinstance(positions, int) and not isinstance(positions, bool) and positions >= 0:
-        return slice(-positions or None, None)
-    if isinstance(positions, slice | list) or (isinstance(positions, Tensor) and positions.dim() == 1):
-        return positions
-    raise InputError(f"logits_to_keep is {positions!r}; give a whole number >= 0, or positions as a 1-D tensor.")
 
 
 for _head in (GemmaForCausalLM, GemmaForSequenceClassification, GemmaForTokenClassification):

@@ -40,6 +40,9 @@ from gemmakit.pytorch.pytrees import register_nodes
 from gemmakit.pytorch.shapes import Float, Int, Shaped
 from gemmakit.pytorch.shared_keys import SharedKeys
 
+# What picks positions of a sequence.
+Places = slice | list[int] | Tensor
+
 
 class GemmaDecoderLayer(nn.Module):
     """x + after_attention(attention(before_attention(x))), then x + after_mlp(mlp(before_mlp(x))).
@@ -73,16 +76,18 @@ class GemmaDecoderLayer(nn.Module):
         output_attentions: bool = False,
         shared: SharedKeys | None = None,
         layer_input: Float[Tensor, "B S P"] | None = None,
-    ) -> tuple[Float[Tensor, "B S D"], Float[Tensor, "B N S T"] | None]:
+        kept: Places | None = None,
+    ) -> tuple[Float[Tensor, "B _ D"], Float[Tensor, "B N S T"] | None]:
         """The next hidden states; the attention weights when asked.
 
         A decoding step takes the fused form of this layer where there is one: see `fused`. shared: where layers leave
-        keys and values for others. layer_input: the embedding of the tokens that is this layer's own.
+        keys and values for others. layer_input: the embedding of the tokens that is this layer's own. kept: the
+        positions that anybody asks for; the others still have keys and values, but may be left out of what comes back.
         """
         x, told = hidden_states, (position_embeddings, visible, past_key_values, cache_position)
-        fused = fused_layer(self, x, output_attentions)
+        fused = fused_layer(self, x, output_attentions, leaves_out=kept is not None)
         if fused is not None:
-            x, weights = fused(x, *told, shared, layer_input), None
+            x, weights = fused(x, *told, shared, layer_input, kept), None
         else:
             try:
                 x, weights = self._by_modules(x, *told, output_attentions, shared, layer_input)
@@ -207,7 +212,7 @@ class GemmaModel(GemmaPreTrainedModel):
         *,
         is_causal: bool | None = None,
         per_layer_inputs: Float[Tensor, "B S L P"] | None = None,
-        last_positions: int = 0,
+        positions_to_keep: int | Places = 0,
         **packing: Any,
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """Run the decoder.
@@ -226,8 +231,9 @@ class GemmaModel(GemmaPreTrainedModel):
                 says (`use_bidirectional_attention`).
             per_layer_inputs: (B, S, layers, width), where layers have embeddings of their own, those of the tokens; by
                 default looked up by input_ids or, with inputs_embeds alone, by the tokens that these are of.
-            last_positions: of so many of the last positions alone last_hidden_state is asked for, 0 for all; others may
-                be left out, as layers that read the keys of earlier ones compute them for nobody.
+            positions_to_keep: those that last_hidden_state has: 0 for all, n for the last n, or places in the sequence.
+                What nobody then asks for is not computed: the last layer behind its attention, and layers that read
+                the keys of earlier ones; unless somebody watches.
             packing: `masks.PACKING`, which collators give beside position_ids that restart, and which say the same.
 
         Raises:
@@ -236,6 +242,7 @@ class GemmaModel(GemmaPreTrainedModel):
         """
         if packing:
             check_packing(packing, position_ids)
+        kept = places("positions_to_keep", positions_to_keep)
         config = self.config
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -294,26 +301,33 @@ class GemmaModel(GemmaPreTrainedModel):
         extras = self._layer_inputs(input_ids, inputs_embeds, per_layer_inputs)
         shared = SharedKeys(self.kv_sources) if self.kv_sources else None
         leaves_out = (
-            0 < last_positions < S
+            _count(kept, S) != S
+            and not (recompute or output_attentions or output_hidden_states)
+            and not is_watched(self.norm, *self.layers[-1:])
+        )
+        early = (
+            leaves_out
             and self.kv_sources
+            and isinstance(positions_to_keep, int)
             and isinstance(past, int)
             and (attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2))
-            and not (documents or recompute or output_attentions or output_hidden_states)
+            and not documents
         )
         for i, (layer, spec) in enumerate(zip(self.layers, self.specs, strict=False)):
-            if leaves_out and i == self.first_reader:
-                kept = slice(-last_positions, None)
+            if early and i == self.first_reader:
                 hidden = hidden[:, kept]
                 tables = {rope: (cos[..., kept, :], sin[..., kept, :]) for rope, (cos, sin) in tables.items()}
                 extras = [None if extra is None else extra[:, kept] for extra in extras]
                 visible = self._visible(
-                    attention_mask, False, batch=B, queries=last_positions, keys=keys, past=past + S - last_positions,
+                    attention_mask, False, batch=B, queries=hidden.shape[1], keys=keys, past=past + S - hidden.shape[1],
                     causal=causal, position_ids=None, device=device,
                 )  # fmt: skip
             if output_hidden_states:
                 all_hidden.append(hidden if scale == 1.0 else hidden / scale)
             told = (tables[spec.rope], visible[spec.window], cache, cache_position, output_attentions)
             arguments = (hidden, *told, shared, extras[i])
+            if leaves_out and layer is self.layers[-1] and hidden.shape[1] == S and type(layer) is GemmaDecoderLayer:
+                arguments = (*arguments, kept)
             again = recompute and i % self.checkpointing_every == 0
             hidden, weights = checkpoint(layer, *arguments, **how) if again else layer(*arguments)
             if output_attentions:
@@ -321,6 +335,7 @@ class GemmaModel(GemmaPreTrainedModel):
         hidden = self.norm(hidden)
         if output_hidden_states:
             all_hidden.append(hidden)
+        hidden = hidden[:, kept] if hidden.shape[1] == S else hidden
         out = BaseModelOutputWithPast(
             last_hidden_state=hidden,
             past_key_values=(cache.to_legacy_cache() if legacy and cache else cache) if use_cache else None,
@@ -413,6 +428,26 @@ def _mask_of(mask: Tensor | Mapping[str, Tensor] | None, window: int | None) -> 
     if name not in mask:
         raise InputError(f"attention_mask has {', '.join(map(repr, mask)) or 'no mask'}; it lacks one for {name!r}.")
     return mask[name]
+
+
+def places(name: str, positions: Any) -> Places:
+    """What picks positions of a sequence: 0 for all, n for the last n, or their places. name: of the argument."""
+    if isinstance(positions, int) and not isinstance(positions, bool) and positions >= 0:
+        return slice(-positions or None, None)
+    if isinstance(positions, slice | list) or (isinstance(positions, Tensor) and positions.dim() == 1):
+        return positions
+    raise InputError(f"{name} is {positions!r}; give a whole number >= 0, or positions as a 1-D tensor.")
+
+
+def _count(kept: Places, S: int) -> int:
+    return len(range(S)[kept]) if isinstance(kept, slice) else len(kept)
+
+
+def is_watched(*modules: nn.Module) -> bool:
+    """Whether somebody sees what these modules give."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in modules)
 
 
 def _rotary_name(rope: str) -> str:

@@ -35,8 +35,11 @@ class Layer(Protocol):
     def parts(self) -> LayerParts: ...
 
 
-def fused_layer(layer: Layer, x: Tensor, output_attentions: bool) -> FusedLayer | None:
+def fused_layer(layer: Layer, x: Tensor, output_attentions: bool, leaves_out: bool = False) -> FusedLayer | None:
     """The form that may run this layer on x (B, S, D), or None.
+
+    leaves_out: whether it is to leave positions out. Where no form takes so many rows, the modules do it, seam by seam,
+    if nobody watches them.
 
     Asked once a layer and call, so it costs a few microseconds: what changes between calls is looked at, and the rest
     is looked at again only when a module, a hook or the place of a tensor has changed.
@@ -52,7 +55,7 @@ def fused_layer(layer: Layer, x: Tensor, output_attentions: bool) -> FusedLayer 
     if found.dropout and layer.training:
         return None
     if B * S > MAX_ROWS and found.form is not None and not found.form.any_rows:
-        return None
+        return FusedLayer(found.parts) if leaves_out else None
     return found.form
 
 

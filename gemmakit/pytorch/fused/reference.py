@@ -6,6 +6,8 @@ Axis letters: B batch, S positions, D hidden, F mlp, N heads, K kv heads, H head
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from gemmakit.pytorch import per_layer
@@ -55,10 +57,15 @@ class FusedLayer:
         cache_position: Int[Tensor, " S"] | None,
         shared: SharedKeys | None = None,
         layer_input: Float[Tensor, "B S P"] | None = None,
-    ) -> Float[Tensor, "B S D"]:
-        """The whole layer, but for its scalar."""
+        kept: slice | Sequence[int] | Tensor | None = None,
+    ) -> Float[Tensor, "B _ D"]:
+        """The whole layer, but for its scalar; behind its attention, of the positions `kept` alone."""
         q, k, v = self.norm_qkv(x)
-        x = self.attention_add(self.attend(q, k, v, tables, visible, cache, cache_position, shared), x)
+        attended = self.attend(q, k, v, tables, visible, cache, cache_position, shared)
+        if kept is not None:
+            attended, x = attended[:, kept], x[:, kept]
+            layer_input = None if layer_input is None else layer_input[:, kept]
+        x = self.attention_add(attended, x)
         x = self.mlp_add(self.norm_gate_up(x), x)
         return x if layer_input is None else self.input_add(layer_input, x)
 
