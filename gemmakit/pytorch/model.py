@@ -335,7 +335,8 @@ class GemmaModel(GemmaPreTrainedModel):
         hidden = self.norm(hidden)
         if output_hidden_states:
             all_hidden.append(hidden)
-        hidden = hidden[:, kept] if hidden.shape[1] == S else hidden
+        if hidden.shape[1] == S and not (isinstance(kept, slice) and _count(kept, S) == S):
+            hidden = hidden[:, kept]
         out = BaseModelOutputWithPast(
             last_hidden_state=hidden,
             past_key_values=(cache.to_legacy_cache() if legacy and cache else cache) if use_cache else None,

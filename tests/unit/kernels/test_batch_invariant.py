@@ -58,11 +58,13 @@ def test_a_row_of_a_product_does_not_depend_on_the_other_rows(isa, kind, sizes, 
 @native
 @pytest.mark.parametrize("kind", [torch.bfloat16, ("int8", 8), ("int4-32", 8), ("int4-128", 16)])
 def test_thousands_of_rows_give_what_each_gives_alone(kind):
-    w = weight(kind, 70, 96, 0)
-    x = torch.randn(2100, 96).bfloat16()
-    whole = product(x, w, None)
-    for i in (0, 255, 256, 1023, 1024, 2099):
-        assert torch.equal(whole[i : i + 1], product(x[i : i + 1], w, None)), i
+    # A prompt is taken so many rows at a time: fewer where each is long.
+    for outputs, inputs, rows in ((70, 96, 2100), (6, 16400, 200)):
+        w = weight(kind, outputs, inputs, 0)
+        x = torch.randn(rows, inputs).bfloat16()
+        whole = product(x, w, None)
+        for i in {0, 65, 66, 131, 199, rows // 2 - 27, rows // 2 - 26, rows - 1}:
+            assert torch.equal(whole[i : i + 1], product(x[i : i + 1], w, None)), (i, inputs)
 
 
 def member(name, weights="plain", dtype=torch.float32):

@@ -4,7 +4,16 @@
 
 namespace {
 
-constexpr int64_t MOST_TOKENS = 1024;  // of x that are laid out at a time
+// Of x that is laid out at a time: every panel of the weight meets it, so it has to stay in the third cache.
+constexpr int64_t X_BYTES = L == 16 ? 1 << 24 : 1 << 22, MOST_TOKENS = 1024;
+
+// Rows of x that are laid out at a time: all, or an equal share of them, in whole tiles.
+template <class E>
+int64_t rows_at_a_time(int64_t rows, int64_t inputs) {
+  int64_t most = X_BYTES / (whole_steps<E>(inputs) * (int64_t)sizeof(typename E::X)) + TILE_TOKENS;
+  int64_t shares = (rows - 1) / (most < MOST_TOKENS ? most : MOST_TOKENS) + 1;
+  return ((rows + shares - 1) / shares + TILE_TOKENS - 1) / TILE_TOKENS * TILE_TOKENS;
+}
 
 // Bias, rounding and residual, as the modules do it one after the other. sums (count, to - from), next apart, of the
 // rows of y from `first` on.
@@ -63,8 +72,9 @@ void multiply(const Matrix* w, int count, const void* x, int64_t rows, void* con
       Tiles<E> tiles = tiles_of<E, F>(x, w->in, rows, threads);
       return multiply_direct<E, F>(w, count, tiles, 0, y, residual, threads);
     }
-  for (int64_t done = 0; done < rows; done += MOST_TOKENS) {
-    int64_t some = rows - done < MOST_TOKENS ? rows - done : MOST_TOKENS;
+  int64_t each = rows_at_a_time<typename E::Panel>(rows, w->in);
+  for (int64_t done = 0; done < rows; done += each) {
+    int64_t some = rows - done < each ? rows - done : each;
     auto tiles = tiles_of<typename E::Panel, F>(at<F>(x, done * w->in), w->in, some, threads);
     multiply_panels<E, F>(w, count, tiles, done, y, residual, threads);
   }
