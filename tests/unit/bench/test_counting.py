@@ -32,7 +32,7 @@ def hollow(size, **changes):
 def test_the_released_shapes_cost_what_is_published_of_them(size, gb, gflop, kv):
     model = hollow(size)
     assert weights_read(model)["weight_bytes"] / 1e9 == pytest.approx(gb, rel=1e-3)
-    assert costs(model, Work())["prefill_flops_a_token"] / 1e9 == pytest.approx(gflop, rel=2e-3)
+    assert 2 * linear_weights(model.config) / 1e9 == pytest.approx(gflop, rel=2e-3)
     assert 2 * model.config.cache_size(1) == kv
 
 
@@ -62,11 +62,16 @@ def test_linear_weights_are_those_of_the_projections():
     assert linear_weights(model.config) == found
 
 
-def test_a_prompt_meets_no_weights_of_layers_that_read_others_keys():
+def test_a_prompt_meets_no_weights_of_which_its_last_token_alone_is_asked():
     config = size_config("gemma4-e2b")
     layers = [2 * (3 * 1536 * 6144 + (2 * 8 + 2) * 1536 * wide + 2 * 1536 * 256) for wide in (256, 512)]
     assert 2 * linear_weights(config, prompt=True) == 12 * layers[0] + 3 * layers[1] + 2 * 1536 * 35 * 256
-    assert linear_weights(size_config("2b"), prompt=True) == linear_weights(size_config("2b"))
+    behind_attention = 2048 * 2048 + 3 * 2048 * 16384
+    plain = size_config("2b")
+    assert linear_weights(plain, prompt=True) == linear_weights(plain) - behind_attention
+    assert costs(hollow("2b"), Work())["prefill_flops_a_token"] == 2 * linear_weights(plain, prompt=True)
+    experts = size_config("gemma4-26b-a4b")
+    assert linear_weights(experts, prompt=True) == linear_weights(experts)
 
 
 def test_training_costs_six_operations_a_weight_and_token_besides_attention():
