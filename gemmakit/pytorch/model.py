@@ -300,8 +300,11 @@ class GemmaModel(GemmaPreTrainedModel):
         all_hidden, all_weights = [], []
         extras = self._layer_inputs(input_ids, inputs_embeds, per_layer_inputs)
         shared = SharedKeys(self.kv_sources) if self.kv_sources else None
+        asked = not isinstance(positions_to_keep, int) or positions_to_keep > 0
         leaves_out = (
-            _count(kept, S) != S
+            asked
+            and not torch.compiler.is_compiling()
+            and _count(kept, S) != S
             and not (recompute or output_attentions or output_hidden_states)
             and not is_watched(self.norm, *self.layers[-1:])
         )
@@ -335,7 +338,7 @@ class GemmaModel(GemmaPreTrainedModel):
         hidden = self.norm(hidden)
         if output_hidden_states:
             all_hidden.append(hidden)
-        if hidden.shape[1] == S and not (isinstance(kept, slice) and _count(kept, S) == S):
+        if asked and hidden.shape[1] == S:
             hidden = hidden[:, kept]
         out = BaseModelOutputWithPast(
             last_hidden_state=hidden,
