@@ -75,7 +75,7 @@ real: .venv/test
 clients: .venv/test
 	$(BIN)/python scripts/clients.py $(CLIENTS)
 
-# Programs to be measured beside gemmakit, each in an environment of its own: all, or PEERS="openvino onnxruntime llama.cpp transformers".
+# Programs to be measured beside gemmakit, each in an environment of its own: all, or PEERS="openvino onnxruntime llama.cpp transformers gemma keras-hub".
 peers: .venv/run
 	@$(BIN)/python benchmarks/peers.py $(PEERS)
 

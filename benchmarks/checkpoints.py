@@ -54,7 +54,7 @@ def write_random(folder: Path, config: GemmaConfig, dtype: str = "bfloat16", see
             rows.copy_(torch.empty(rows.shape).normal_(0.0, STD, generator=generator))
         return out
 
-    config.architectures, config.dtype = ["GemmaForCausalLM"], dtype
+    config.architectures, config.dtype = [config.kind.classes["causal_lm"]], dtype
     lazy = {name: LazyTensor(dtype, shape, lambda shape=shape: drawn(shape)) for name, shape in shapes(config)}
     save_checkpoint(lazy, folder, max_shard_size="5GB", extra_files={"config.json": config.to_json_string()})
     return folder

@@ -21,16 +21,16 @@ def listed(file: Path) -> dict[str, Calls]:
     return {name: [call.split() for call in calls.split(";")] for name, calls in pairs}
 
 
-def environment(folder: Path, calls: Calls, beneath: bool = False) -> Path:
+def environment(folder: Path, calls: Calls, beneath: bool = False, base: str = sys.executable) -> Path:
     """The Python of a virtual environment with these packages; an existing one is kept while they are the same.
 
-    beneath: it sees the packages of the environment that runs this too, behind its own.
+    beneath: it sees the packages of the environment that runs this too, behind its own. base: the Python it is made of.
     """
     python, done = folder / "bin" / "python", folder / "requirements.txt"
     text = "\n".join(" ".join(call) for call in calls)
     if done.exists() and done.read_text(encoding="utf-8") == text:
         return python
-    subprocess.run([sys.executable, "-m", "venv", "--clear", *["--without-pip"] * beneath, folder], check=True)
+    subprocess.run([base, "-m", "venv", "--clear", *["--without-pip"] * beneath, folder], check=True)
     if beneath:
         site = next((folder / "lib").glob("python*/site-packages"))
         line = f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n"

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import environments
+import flax_decode
 import peer_models
 import peers
 import pytest
@@ -14,7 +15,8 @@ from gemmakit.quantization import SHORT_NAMES
 
 def test_every_peer_is_listed_with_its_versions():
     listed = environments.listed(peers.ROOT / "benchmarks" / "peers.txt")
-    assert set(listed) == set(peers.PEERS)
+    assert set(listed) == set(peers.MODULES) == {*peers.PEERS, *peers.FLAX_PEERS}
+    assert flax_decode.PEERS == peers.FLAX_PEERS
     for name, calls in listed.items():
         assert [call[0] for call in calls if any(p.startswith("torch=") for p in call)] in ([], ["torch==2.13.0"]), name
         assert any("==" in package for package in calls[-1]), name
@@ -51,6 +53,17 @@ def test_what_this_interpreter_has_is_taken_where_there_is_no_environment(monkey
     assert peers.interpreter("llama.cpp") == sys.executable
     with pytest.raises(MissingDependency):
         peers.interpreter("transformers")
+
+
+def test_a_newer_python_is_looked_for_where_a_peer_needs_one(monkeypatch):
+    monkeypatch.setattr(peers, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(peers.sys, "version_info", (3, 11, 7))
+    assert (peers.base("openvino"), peers.base("gemma")) == (sys.executable, "/bin/python3.12")
+    monkeypatch.setattr(peers, "which", lambda name: None)
+    with pytest.raises(MissingDependency, match=r"gemma needs python3\.12"):
+        peers.base("gemma")
+    monkeypatch.setattr(peers.sys, "version_info", (3, 12))
+    assert peers.base("gemma") == sys.executable
 
 
 def test_calls_of_pip_are_made_in_order_and_once(monkeypatch, tmp_path):
