@@ -60,6 +60,7 @@ def serve(
             "left out.",
         ),
     ] = None,
+    draft: o.Draft = None,
     speculate: o.Speculate = None,
     allowed_host: Annotated[
         list[str] | None, Option(metavar="NAME", help="A name this server goes by; * for any. May be repeated.")
@@ -85,6 +86,8 @@ def serve(
         raise InputError(f"--log-format is {log_format!r}; it must be text or json.")
     if tensor is not None and adapter:
         raise InputError("--tensor splits a plain model: gemmakit merge makes an adapter part of one.")
+    if tensor is not None and draft is not None:
+        raise InputError("--draft helps a model in one process: --tensor does without it.")
     if replicas is not None and (other := "--tensor" if tensor is not None else "--state" if state else None):
         why = "splits one" if tensor is not None else "is kept by one process"
         raise InputError(f"--replicas runs whole models, a process each, and {other} {why}: give one of them.")
@@ -115,6 +118,7 @@ def serve(
             dtype=dtype,
             revision=revision,
             **({"adapter": folded} if folded else {}),
+            **o.given(assistant_model=draft),
             **o.split(tensor),
         ),
         context,

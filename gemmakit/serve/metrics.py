@@ -89,15 +89,27 @@ class _Now(Collector):
             return
         stats = self.stats
         for kind, name, what, value in (
-            (GaugeMetricFamily, "num_requests_running", "Answers that are generated.", stats.running),
-            (GaugeMetricFamily, "num_requests_waiting", "Answers that wait.", stats.waiting),
-            (GaugeMetricFamily, "kv_cache_usage_perc", "Part of the pages that are held, 0 to 1.", stats.cache_usage),
-            (CounterMetricFamily, "prefix_cache_queries", "Tokens of prompts looked up.", stats.prefix_queries),
-            (CounterMetricFamily, "prefix_cache_hits", "Tokens of prompts found computed.", stats.prefix_hits),
-            (CounterMetricFamily, "num_preemptions", "Answers sent back for want of pages.", stats.preemptions),
-            (CounterMetricFamily, "spec_decode_num_draft_tokens", "Tokens proposed.", stats.draft_tokens),
-            (CounterMetricFamily, "spec_decode_num_accepted_tokens", "Proposed and right.", stats.accepted_tokens),
+            (GaugeMetricFamily, "vllm:num_requests_running", "Answers that are generated.", stats.running),
+            (GaugeMetricFamily, "vllm:num_requests_waiting", "Answers that wait.", stats.waiting),
+            (GaugeMetricFamily, "vllm:kv_cache_usage_perc", "Part of the pages held, 0 to 1.", stats.cache_usage),
+            (CounterMetricFamily, "vllm:prefix_cache_queries", "Tokens of prompts looked up.", stats.prefix_queries),
+            (CounterMetricFamily, "vllm:prefix_cache_hits", "Tokens of prompts found computed.", stats.prefix_hits),
+            (CounterMetricFamily, "vllm:num_preemptions", "Answers sent back for want of pages.", stats.preemptions),
+            (CounterMetricFamily, "vllm:spec_decode_num_draft_tokens", "Tokens proposed.", stats.draft_tokens),
+            (CounterMetricFamily, "vllm:spec_decode_num_accepted_tokens", "Proposed and right.", stats.accepted_tokens),
+            (
+                CounterMetricFamily,
+                "gemmakit:draft_model_tokens",
+                "Of the proposed, the draft model's.",
+                stats.assistant_draft_tokens,
+            ),
+            (
+                CounterMetricFamily,
+                "gemmakit:draft_model_accepted_tokens",
+                "Of the right, the draft model's.",
+                stats.assistant_accepted_tokens,
+            ),
         ):
-            family = kind(f"vllm:{name}", what, labels=["model_name"])
+            family = kind(name, what, labels=["model_name"])
             family.add_metric([self.model], value)
             yield family

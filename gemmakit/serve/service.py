@@ -44,7 +44,7 @@ RETRY_AFTER_S = 1
 
 @dataclass(frozen=True)
 class Loading:
-    """What to load and how. options: of from_pretrained; engine: of BatchEngine; context: tokens, None for all.
+    """What to load and how. options: of pipeline(); engine: of BatchEngine; context: tokens, None for all.
 
     adapters: name -> folder, of those that requests choose by naming them as their model.
     """
@@ -81,6 +81,8 @@ class Service:
                 raise InputError(f"{loading.source} gives embeddings, and adapters are of models that generate.")
             if "tp_plan" in loading.options:
                 raise InputError(f"{loading.source} gives embeddings: it runs in one process, without --tensor.")
+            if "assistant_model" in loading.options:
+                raise InputError(f"{loading.source} gives embeddings, and --draft is for models that generate.")
             embedder = EmbeddingModel.from_pretrained(loading.source, **loading.options)
             self.model, self.worker = ServedModel(loading.names, embedder=embedder), Worker(None)
             return
@@ -91,7 +93,8 @@ class Service:
         if loading.adapters:
             load_adapters(pipe.model, loading.adapters)
         split = pipe.model.tensor_parallel is not None
-        engine = (LeadingEngine if split else batch.BatchEngine)(pipe.model, **loading.engine)
+        draft = pipe.options.get("assistant_model")  # which the pipeline has loaded
+        engine = (LeadingEngine if split else batch.BatchEngine)(pipe.model, assistant_model=draft, **loading.engine)
         pool = engine.scheduler.pool
         room = min(loading.context or positions, pool.pages * pool.page_size)
         self.model = ServedModel(loading.names, pipe, room=room, adapters=tuple(loading.adapters))

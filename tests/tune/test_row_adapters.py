@@ -20,6 +20,7 @@ from gemmakit.pytorch.adapters import (
     save_adapter,
 )
 from gemmakit.pytorch.decode.batch import BatchEngine, Request, generate_batch
+from gemmakit.pytorch.decode.drafts import Gain
 from gemmakit.pytorch.row_adapters import RowAdaptedLinear, RowAdapters, Update, row_adapters
 
 KINDS = {
@@ -100,6 +101,17 @@ def test_rows_with_different_adapters_have_the_bits_of_each_alone(tiny, folders,
     assert told(model, requests, max_batch_size=4, prefill_tokens=16) == alone
     plain = [told(model, [Request(r.prompt, settings=r.settings, logprobs=2)])[0] for r in requests]
     assert [one != other for one, other in zip(alone, plain, strict=True)] == [r.adapter is not None for r in requests]
+
+
+def test_a_draft_model_proposes_to_rows_with_adapters_and_changes_no_bit(tiny, folders, monkeypatch):
+    """It knows nothing of them."""
+    model, requests = chosen(tiny, folders, dtype="float32"), asked(6, [None, "lora", "dora"], new=12)
+    alone = told(model, requests, speculate=False)
+    monkeypatch.setattr(Gain, "count", lambda self, run, most: most)  # the draft is as large as the model
+    helper, passes = gemmakit.GemmaForCausalLM.from_pretrained(tiny, dtype="float32"), []
+    helper.model.register_forward_hook(lambda *_: passes.append(1))
+    assert told(model, requests, max_batch_size=4, assistant_model=helper) == alone
+    assert passes
 
 
 def test_rows_without_an_adapter_are_answered_as_by_the_model_without_any(tiny, folders):

@@ -53,6 +53,7 @@ class PagePool:
         self._tree: dict[tuple[Node, tuple[int, ...]], tuple[int, int]] = {}
         self._names: dict[int, tuple[Node, tuple[int, ...]]] = {}
         self._last_node = 0
+        self.taken = [0] * (pages + 1)  # how often each was handed out
         self.fresh: list[int] = []  # handed out and not yet cleared; who owns the memory empties it
 
     @property
@@ -126,5 +127,6 @@ class PagePool:
         if name is not None:
             del self._tree[name]
         self._holders[page] = 1
+        self.taken[page] += 1
         self.fresh.append(page)
         return page

@@ -9,10 +9,14 @@ import sys
 from collections import deque
 from collections.abc import Sequence
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from gemmakit.errors import InputError
+from gemmakit.generation import GenerationConfig
+from gemmakit.pytorch.decode.protocols import CausalLM
 from gemmakit.pytorch.decode.sampling import Exponential
 from gemmakit.pytorch.shapes import Float
 
@@ -32,6 +36,8 @@ CHANCES, PRIOR = (0.3, 0.5, 0.65, 0.75, 0.85), 4.0
 LEAST_COST = 0.005
 # What a model proposes is as likely to be right as what follows a long run, until it is known better.
 AS_LIKELY = 16
+# A model that does not pay is asked again after so many passes.
+TRIED_AGAIN = 64
 
 
 def width_cost(device: torch.device) -> float:
@@ -179,6 +185,57 @@ class Gain:
         tokens, passes = map(sum, zip(*self._wide, strict=True))
         self.cost = max(LEAST_COST, passes / tokens)
         return extra
+
+
+class ModelGain(Gain):
+    """The same of what a smaller model proposes, which is asked again in time where it did not pay.
+
+    settings: whose num_assistant_tokens are the most that it is asked for; two more after a draft that was right to the
+    end and one less after one that was not, unless their schedule is constant. cost: with the model's own pass. chance:
+    how often a token is expected to be right at first.
+    """
+
+    def __init__(self, cost: float, settings: GenerationConfig, chance: float = CHANCES[-1]):
+        super().__init__(cost)
+        self.balance = MOST_CREDIT
+        self.chances[_kind(AS_LIKELY)] = [chance * PRIOR, PRIOR]
+        self.most = settings.num_assistant_tokens
+        self.fixed = settings.num_assistant_tokens_schedule == "constant"
+        self.idle = 0  # passes since it was asked
+
+    def wanted(self, limit: int) -> int:
+        """How many tokens to ask the model for now, at most `limit`."""
+        again = self.idle >= TRIED_AGAIN and limit > 0 and self.balance > self.cost
+        return self.count(AS_LIKELY, min(self.most, limit)) or int(again)
+
+    def enter(self, proposed: int, accepted: int, seconds: float | None = None) -> None:
+        super().enter(proposed, accepted, seconds)
+        self.idle = 0 if proposed else self.idle + 1
+        for i in range(min(proposed, accepted + 1)):
+            self.saw(AS_LIKELY, i < accepted)
+        if not self.fixed and proposed:
+            self.most = self.most + 2 if accepted == proposed else max(1, self.most - 1)
+
+
+def check_assistant(assistant: Any, model: CausalLM) -> None:
+    """Raises InputError for what cannot draft for this model."""
+    if not isinstance(getattr(assistant, "generation_config", None), GenerationConfig):
+        raise InputError(
+            f"assistant_model is a {type(assistant).__module__}.{type(assistant).__name__}; it must be a gemmakit "
+            "causal language model: load the draft with gemmakit.AutoModelForCausalLM."
+        )
+    ours, theirs = model.config.vocab_size, assistant.config.vocab_size
+    if ours != theirs:
+        raise InputError(
+            f"assistant_model has a vocabulary of {theirs} ids and this model one of {ours}: a draft must be written "
+            "in the same tokens."
+        )
+
+
+def bytes_share(assistant: Any, model: Any) -> float:
+    """What a pass over one token of the assistant costs, in passes of the model: its bytes over the model's."""
+    ours, theirs = (sum(t.nbytes for t in (*m.parameters(), *m.buffers())) for m in (model, assistant))
+    return max(1, theirs) / max(1, ours)
 
 
 def _kind(run: int) -> int:

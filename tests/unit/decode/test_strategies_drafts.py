@@ -13,7 +13,8 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from strategy_models import BOS, model, rows, settings
 
-from gemmakit.pytorch.decode.drafts import CLIMBED, CREDIT, LOSS, MARGIN, Gain, Repeats, Rewound
+from gemmakit import GenerationConfig
+from gemmakit.pytorch.decode.drafts import CLIMBED, CREDIT, LOSS, MARGIN, Gain, ModelGain, Repeats, Rewound
 from gemmakit.pytorch.decode.generate import begin
 from gemmakit.pytorch.decode.sampling import Exponential
 from gemmakit.pytorch.decode.strategies import assisted
@@ -73,13 +74,14 @@ def test_a_draft_model_that_is_never_right_is_seldom_asked():
 
 
 def test_the_schedule_follows_what_was_right():
-    drafter = SimpleNamespace(count=5, fixed=False, gain=Gain(0.3))
+    asked = dict(num_assistant_tokens=5, num_assistant_tokens_schedule="heuristic")
+    gain = ModelGain(0.3, GenerationConfig(**asked))
     for proposed, accepted, then in ((5, 5, 7), (7, 3, 6), (6, 0, 5), (0, 0, 5)):
-        DraftModel.learn(drafter, proposed, accepted, 0.0)
-        assert drafter.count == then
-    drafter.fixed = True
-    DraftModel.learn(drafter, 5, 5, 0.0)
-    assert drafter.count == 5
+        gain.enter(proposed, accepted, 0.0)
+        assert gain.most == then
+    fixed = ModelGain(0.3, GenerationConfig(**{**asked, "num_assistant_tokens_schedule": "constant"}))
+    fixed.enter(5, 5, 0.0)
+    assert fixed.most == 5
 
 
 def test_the_assistants_own_settings_count_where_the_call_says_nothing(monkeypatch):

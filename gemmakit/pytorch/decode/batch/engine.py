@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemmakit.checkpoint.memory import require_memory
 from gemmakit.checks import Whole, check
 from gemmakit.errors import InputError, NumericalError, QueueFull
 from gemmakit.pytorch.cache.paged import PagedCache, bytes_per_token
 from gemmakit.pytorch.cache.pages import PagePool
+from gemmakit.pytorch.decode.batch.assistant import Assistant, check_assisted
 from gemmakit.pytorch.decode.batch.capture import BatchCapture
 from gemmakit.pytorch.decode.batch.choose import likeliest
 from gemmakit.pytorch.decode.batch.drafts import Speculation, speculation
@@ -59,9 +61,12 @@ class BatchEngine:
             against it. The attribute of this name is what was decided, and why.
         speculate: let requests check tokens that their own text so far proposes, so that a step may give several; by
             default where that changes no bit, for batch_invariant. The attribute says whether it does, and why not.
+        assistant_model: a smaller model of the same vocabulary that proposes tokens where they speculate, to all that
+            ask in one pass, while it pays. It reads prompts too, and cache_tokens and cache_bytes hold its keys.
 
     Raises:
-        InputError: a size that is no whole number above 0, or batch_invariant or speculate where it cannot be had.
+        InputError: a size that is no whole number above 0; batch_invariant, speculate or assistant_model where it
+        cannot be had; an assistant of another vocabulary or on another device.
         NotEnoughMemory: the cache does not fit.
     """
 
@@ -81,34 +86,46 @@ class BatchEngine:
         max_waiting_tokens: int | None = None,
         batch_invariant: bool | None = None,
         speculate: bool | None = None,
+        assistant_model: CausalLM | None = None,
     ):
         sizes = {"max_batch_size": max_batch_size, "page_size": page_size, "prefill_tokens": prefill_tokens}
         limits = {"max_waiting": max_waiting, "max_waiting_tokens": max_waiting_tokens}
         check_sizes(**sizes, **limits, cache_tokens=cache_tokens, cache_bytes=cache_bytes)
         if cache_tokens is None and cache_bytes is None:
             cache_tokens = max(1024 * max_batch_size, model.config.max_position_embeddings)
-        dtype = model.dtype
-        pages = _pages(page_size, cache_tokens, cache_bytes, bytes_per_token(model.config, dtype))
         devices = [layer.input_layernorm.weight.device for layer in model.model.layers]
+        self._overlap = devices[0].type != "cpu" if overlap is None else overlap
+        self.batch_invariant = invariance(model, batch_invariant)
+        if batch_invariant and self.batch_invariant.why:
+            raise InputError(f"batch_invariant is True, but {self.batch_invariant.why}: leave it out.")
+        self.speculate = speculation(self.batch_invariant, self._overlap, speculate)
+        if speculate and self.speculate.why:
+            raise InputError(f"speculate is True, but {self.speculate.why}: leave it out.")
+        models = [model]
+        if assistant_model is not None:
+            check_assisted(assistant_model, model, self.speculate)
+            models.append(assistant_model)
+        token_bytes = sum(bytes_per_token(one.config, one.dtype) for one in models)
+        pages = _pages(page_size, cache_tokens, cache_bytes, token_bytes)
+        if assistant_model is not None:  # before the first of the two caches is taken
+            what = f"paged caches of {pages * page_size} tokens for the model and its assistant"
+            remedy = "Pass a smaller cache_tokens or max_batch_size."
+            require_memory((pages + 1) * page_size * token_bytes, what, remedy=remedy)
         self.model = model
-        self.cache = PagedCache(model.config, pages, page_size, dtype, devices)
+        self.cache = PagedCache(model.config, pages, page_size, model.dtype, devices)
         self.scheduler = Scheduler(PagePool(pages, page_size, share_prefixes), max_batch_size, prefill_tokens)
         self._max_waiting, self._max_waiting_tokens = max_waiting, max_waiting_tokens
         self._deadlines: list[tuple[float, int]] = []
         self._rows: dict[int, Row] = {}  # by the number of their sequence
         self._requests: dict[int, list[Row]] = {}  # those that have not ended
         self._next_id = self._next_sequence = 0
-        self._overlap = devices[0].type != "cpu" if overlap is None else overlap
         self._captured = BatchCapture(model, self.cache) if cuda_graphs else None
         self._runner = Runner(model, self.cache, self._rows, self._captured)
-        self.batch_invariant = invariance(model, batch_invariant)
-        if batch_invariant and self.batch_invariant.why:
-            raise InputError(f"batch_invariant is True, but {self.batch_invariant.why}: leave it out.")
         self._runner.invariant = not self.batch_invariant.why
-        self.speculate = speculation(self.batch_invariant, self._overlap, speculate)
-        if speculate and self.speculate.why:
-            raise InputError(f"speculate is True, but {self.speculate.why}: leave it out.")
-        self._speculation = None if self.speculate.why else Speculation(self._rows, self.scheduler.pool)
+        pool, self._assistant = self.scheduler.pool, None
+        if assistant_model is not None:
+            self._assistant = Assistant(assistant_model, model, self._rows, pool, prefill_tokens)
+        self._speculation = None if self.speculate.why else Speculation(self._rows, pool, self._assistant)
         self._flight: Started | None = None
         self._next: Started | None = None  # what was started before the tokens of the flight were read
         self._outcomes: deque[Outcome] = deque()
@@ -123,8 +140,8 @@ class BatchEngine:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the cache; constant."""
-        return self.cache.nbytes
+        """Bytes of the cache, the assistant's included; constant."""
+        return self.cache.nbytes + (0 if self._assistant is None else self._assistant.cache.nbytes)
 
     def add(self, request: Request | Sequence[int] | Tensor) -> int:
         """Queue a request, or a prompt with the model's own settings; gives the id that its events carry.
@@ -171,7 +188,8 @@ class BatchEngine:
         now, pool = self.scheduler, self.scheduler.pool
         used = 1 - pool.idle / pool.pages
         counts = now.prefix_queries, now.prefix_hits, now.preemptions
-        drafts = (0, 0) if self._speculation is None else (self._speculation.proposed, self._speculation.accepted)
+        proposing = self._speculation, self._assistant
+        drafts = [n for one in proposing for n in ((0, 0) if one is None else (one.proposed, one.accepted))]
         return EngineStats(len(now.running), len(now.waiting), used, *counts, *drafts)
 
     @torch.no_grad()

@@ -65,7 +65,8 @@ class EngineStats:
 
     running, waiting: answers now. cache_usage: the part of the pages that are held, 0 to 1. prefix_queries,
     prefix_hits: tokens of prompts that were looked up, and found computed. preemptions: answers that were sent back to
-    waiting for want of pages. draft_tokens, accepted_tokens: that were proposed, and that were right.
+    waiting for want of pages. draft_tokens, accepted_tokens: that were proposed, and that were right; assistant_*: of
+    these, by the assistant model.
     """
 
     running: int
@@ -76,3 +77,5 @@ class EngineStats:
     preemptions: int
     draft_tokens: int
     accepted_tokens: int
+    assistant_draft_tokens: int
+    assistant_accepted_tokens: int

@@ -45,6 +45,7 @@ def generate_batch(
     cache_bytes: int | None = None,
     prefill_tokens: int = 512,
     share_prefixes: bool = True,
+    assistant_model: CausalLM | None = None,
     on_token: OnToken | None = None,
     on_error: str = "raise",
     tokenizer: Any = None,
@@ -62,7 +63,8 @@ def generate_batch(
         prompts: token ids, each a list or a tensor, padding on the left left out; or Requests with settings of
             their own, to which this call's do not apply.
         cache_tokens, cache_bytes: room for keys and values; by default enough for the longest `max_batch_size` prompts
-            with their new tokens. page_size, prefill_tokens, share_prefixes: as in BatchEngine.
+            with their new tokens. page_size, prefill_tokens, share_prefixes, assistant_model: as in
+            BatchEngine.
         on_token: called as f(place of the prompt, token, finish_reason or None) for every token as it comes; False
             cancels that prompt. What it raises ends the call.
         on_error: "raise" ends the call with the first thing that goes wrong, for prompts before anything runs;
@@ -96,6 +98,7 @@ def generate_batch(
         prefill_tokens=prefill_tokens,
         share_prefixes=share_prefixes,
         cuda_graphs=config.cuda_graphs,
+        assistant_model=assistant_model,
     )
     for row in rows:
         refused = _queued(engine, row, on_error)

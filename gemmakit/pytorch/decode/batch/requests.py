@@ -106,9 +106,9 @@ class Row:
     the tokens once more, on the device, for processors and criteria that read them; or None. added, started, spoke:
     when it was added, first ran, gave its first token, by the monotonic clock. prompt_logprobs: those found so far.
     silent: whether only these are wanted. group, held, total: with best_of, its answers, the events of this one, and
-    the sum of its log probabilities. drafts: what it proposes to itself, once it does. drawn: the
-    generator's states before each draw of a step, where it may take some back. unseeded: whether torch's
-    generator is still to seed this row's.
+    the sum of its log probabilities. drafts: what it proposes to itself, once it does. read: what a model that proposes
+    to it has read, and said. drawn: the generator's states before each draw of a step, where it may take some back.
+    unseeded: whether torch's generator is still to seed this row's.
     """
 
     id: int
@@ -128,6 +128,7 @@ class Row:
     held: list[Event] = field(default_factory=list)
     total: float = 0.0
     drafts: Drafts | None = None
+    read: scheduler.Sequence | None = None
     drawn: list[Tensor] = field(default_factory=list["Tensor"])
     unseeded: bool = False
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gemmakit.errors import GenerationConfigError, InputError
 from gemmakit.generation import GenerationConfig
+from gemmakit.pytorch.decode.drafts import check_assistant
 from gemmakit.pytorch.decode.prompt import Prompt
 from gemmakit.pytorch.decode.protocols import CausalLM
 from gemmakit.pytorch.decode.step import Plan
@@ -107,17 +108,7 @@ def _check_assisted(config: GenerationConfig, assistant: Any, model: CausalLM) -
             f"prompt_lookup_num_tokens is {config.prompt_lookup_num_tokens} and assistant_model is given: drafts come "
             "from one of them."
         )
-    if not isinstance(getattr(assistant, "generation_config", None), GenerationConfig):
-        raise InputError(
-            f"assistant_model is a {type(assistant).__module__}.{type(assistant).__name__}; it must be a gemmakit "
-            "causal language model: load the draft with gemmakit.AutoModelForCausalLM."
-        )
-    ours, theirs = model.config.vocab_size, assistant.config.vocab_size
-    if ours != theirs:
-        raise InputError(
-            f"assistant_model has a vocabulary of {theirs} ids and this model one of {ours}: a draft must be written "
-            "in the same tokens."
-        )
+    check_assistant(assistant, model)
 
 
 def transition_scores(

@@ -21,7 +21,7 @@ from gemmakit.errors import InputError
 from gemmakit.generation import GenerationConfig
 from gemmakit.outputs import GenerateDecoderOnlyOutput
 from gemmakit.pytorch.cache import DynamicCache
-from gemmakit.pytorch.decode.drafts import AS_LIKELY, MOST_CREDIT, Gain, Rewound, width_cost
+from gemmakit.pytorch.decode.drafts import ModelGain, Rewound, bytes_share, width_cost
 from gemmakit.pytorch.decode.processors import FORBIDDEN
 from gemmakit.pytorch.decode.prompt import Prompt, Rows
 from gemmakit.pytorch.decode.protocols import CausalLM
@@ -30,9 +30,6 @@ from gemmakit.pytorch.decode.step import Plan
 from gemmakit.pytorch.decode.stream import Run, Steps, refuse_no_token
 from gemmakit.pytorch.kernels.cpu import MAX_ROWS
 from gemmakit.streamers import StepTokens
-
-# A draft model that does not pay is asked again after so many tokens.
-TRIED_AGAIN = 64
 
 
 class Drafter(Protocol):
@@ -58,24 +55,16 @@ class DraftModel:
     def __init__(self, model: CausalLM, prompt: Prompt, plan: Plan):
         helper = plan.assistant
         settings = _settings(plan.config, helper)
-        self.count = settings.num_assistant_tokens
-        self.fixed = settings.num_assistant_tokens_schedule == "constant"
         self.threshold = settings.assistant_confidence_threshold
         self.plan, self.pick = plan, sampler(plan.noise) if plan.config.do_sample else greedy
         device = next(helper.parameters()).device
-        self.gain = Gain(width_cost(prompt.ids.device) + _bytes(helper) / _bytes(model))
-        self.gain.balance = MOST_CREDIT
-        self.idle = 0
+        self.gain = ModelGain(width_cost(prompt.ids.device) + bytes_share(helper, model), settings)
         mask = None if prompt.padding is None else ~prompt.padding.to(device)
         own = Prompt(ids=prompt.ids.to(device), embeds=None, mask=mask, cache=DynamicCache(), past=0)
         self.rows = Rows(helper, own, plan.total, plan.pad)
 
     def propose(self, ids: Tensor, new: Sequence[int], limit: int) -> Tensor | None:
-        count = self.gain.count(AS_LIKELY, min(self.count, limit))
-        self.idle = 0 if count else self.idle + 1
-        if self.idle == TRIED_AGAIN and limit and self.gain.balance > self.gain.cost:
-            count, self.idle = 1, 0
-        if not count:
+        if not (count := self.gain.wanted(limit)):
             return None
         rows, noise = self.rows, self.plan.noise if self.plan.config.do_sample else None
         assert rows.cache is not None
@@ -105,16 +94,7 @@ class DraftModel:
         return scores.softmax(-1).nan_to_num(0.0)[0, token[0]]
 
     def learn(self, proposed: int, accepted: int, seconds: float) -> None:
-        """Two tokens more after a draft that was right to the end, one less after one that was not."""
         self.gain.enter(proposed, accepted, seconds)
-        for i in range(min(proposed, accepted + 1)):
-            self.gain.saw(AS_LIKELY, i < accepted)
-        if not self.fixed and proposed:
-            self.count = self.count + 2 if accepted == proposed else max(1, self.count - 1)
-
-
-def _bytes(model: Any) -> int:
-    return max(1, sum(t.nbytes for t in (*model.parameters(), *model.buffers())))
 
 
 def _settings(config: GenerationConfig, assistant: Any) -> GenerationConfig:
