@@ -73,11 +73,14 @@ class Assistant:
         return {row.sequence.id: tuple(_proposed(row.read)) for row in rows if row.read is not None}
 
     def _unread(self, rows: Sequence[Row]) -> list[Part]:
-        """What each row has that was not read, or as much as a step reads; what a row before it reads, it waits for."""
+        """What each row has that was not read, or as much as a step reads, those first that lack least. What two rows
+        share, one of them reads while the other waits.
+        """
         parts: list[Part] = []
         budget, taken = self.prefill_tokens, set[int]()
         for row in rows:
-            row.read = text = self._text(row)
+            row.read = self._text(row)
+        for text in sorted((row.read for row in rows if row.read is not None), key=lambda text: text.pending):
             pages, size = text.holding.pages, self.pool.page_size
             count = min(text.pending, max(budget, 1))
             if pages[text.computed // size] in taken:
