@@ -104,11 +104,15 @@ def implementation(name: str | None) -> str:
 
 @struct.dataclass
 class Wanted:
-    """What a forward pass is to do besides hidden states. All of it is known before tracing."""
+    """What a forward pass is to do besides hidden states. All of it is known before tracing.
+
+    positions: of how many of the last positions hidden states are asked for, 0 for all.
+    """
 
     train: bool = struct.field(pytree_node=False, default=False)
     attentions: bool = struct.field(pytree_node=False, default=False)
     hidden_states: bool = struct.field(pytree_node=False, default=False)
+    positions: int = struct.field(pytree_node=False, default=0)
 
 
 KeysAndValues = tuple[jax.Array, jax.Array]

@@ -5,6 +5,7 @@ Axis letters: B batch, S positions, D hidden, V vocabulary, C labels. Parameter 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -73,6 +74,8 @@ class FlaxGemmaForCausalLMModule(_OnDecoder):
         logits_to_keep: int = 0,
     ) -> CausalLMOutputWithPast:
         """logits_to_keep: 0 for all positions, n for the last n. labels as in `FlaxGemmaForCausalLM.of_head`."""
+        if not wanted.hidden_states:
+            wanted = replace(wanted, positions=logits_to_keep)
         out = self.model(input_ids, attention_mask, position_ids, cache, wanted, is_causal)
         hidden = out.last_hidden_state[:, -logits_to_keep:]
         c = self.config

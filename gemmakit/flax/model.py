@@ -54,11 +54,14 @@ class FlaxGemmaDecoderLayer(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: jax.Array, cache: dict[str, jax.Array] | None, told: Told) -> tuple[jax.Array, Trace]:
-        """hidden: (B, S, D), same out."""
+        """hidden: (B, S, D), same out, or the last positions that are wanted."""
         c, x = self.config, hidden
         before, after, before_mlp, after_mlp = (self._norm(*slot) for slot in c.kind.norms._asdict().items())
         attention = FlaxGemmaAttention(c, self.spec, self.dtype, self.wanted, name="self_attn")
         attended, cache, kept, keys_and_values = attention(before(x), cache, told)
+        if last := self.wanted.positions:
+            attended, x, layer_input = (a if a is None else a[:, -last:] for a in (attended, x, told.layer_input))
+            told = replace(told, layer_input=layer_input)
         x = x + after(attended)
         x = x + after_mlp(FlaxGemmaMLP(c, self.spec, self.dtype, name="mlp")(before_mlp(x)))
         if told.layer_input is not None:
@@ -89,7 +92,7 @@ class FlaxGemmaLayerCollection(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: jax.Array, cache: Any, told: list[Told]) -> tuple[jax.Array, Trace]:
-        """hidden: (B, S, D), same out; told: a layer each; in the trace a dictionary of caches and tuples of the rest,
+        """hidden: (B, S, D), same out, or the last positions that are wanted; told: a layer each; in the trace a dictionary of caches and tuples of the rest,
         a layer each."""
         layer = nn.remat(FlaxGemmaDecoderLayer) if self.remat else FlaxGemmaDecoderLayer
         traces = []
@@ -97,7 +100,8 @@ class FlaxGemmaLayerCollection(nn.Module):
             own = spec.kv_source is None
             held = cache[str(i)] if own and cache is not None else None
             here = told[i] if spec.kv_source is None else replace(told[i], shared=traces[spec.kv_source].attended)
-            hidden, trace = layer(self.config, spec, self.dtype, self.wanted, name=str(i))(hidden, held, here)
+            wanted = self.wanted if i == len(self.specs) - 1 else replace(self.wanted, positions=0)
+            hidden, trace = layer(self.config, spec, self.dtype, wanted, name=str(i))(hidden, held, here)
             traces.append(trace)
         caches = None if cache is None else {i: traces[int(i)].cache for i in cache}
         return hidden, Trace(caches, tuple(t.hidden for t in traces), tuple(t.weights for t in traces))
@@ -126,7 +130,7 @@ def _scanned(
         in_axes=(0, nn.broadcast),  # type: ignore[arg-type]
         length=config.num_hidden_layers,
     )
-    module = scan(config, specs[0], dtype, wanted, name="layers")
+    module = scan(config, specs[0], dtype, replace(wanted, positions=0), name="layers")
     kinds = list(dict.fromkeys(map(_kind, specs)))
 
     def run(hidden: jax.Array, cache: Any, told: list[Told]) -> tuple[jax.Array, Trace]:

@@ -14,6 +14,7 @@ from tiny_shapes import SHAPES
 import gemmakit
 from gemmakit.errors import ConfigError, InputError, PromptTooLong, TokenOutOfRange
 from gemmakit.flax import FlaxGemmaForCausalLM, FlaxGemmaModel
+from gemmakit.flax.attention import Wanted
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,31 @@ def test_fresh_weights_follow_the_configuration_and_the_seed(fresh):
     np.testing.assert_array_equal(leaves[kernel], same[kernel])
     assert (np.asarray(leaves[kernel]) != np.asarray(other[kernel])).any()
     assert (np.asarray(leaves[kernel]) != np.asarray(leaves[kernel.replace("1", "0")])).any()
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_the_last_layer_takes_the_positions_asked_for_through_its_mlp(fresh, scan):
+    """Those of layers that are one in a scan take all."""
+    model = FlaxGemmaForCausalLM(fresh.config, seed=7, scan_layers=scan)
+    ids, widths = jnp.asarray(batch()[0]), []
+
+    def logits(**asked):
+        widths.clear()
+        with nn.intercept_methods(watch):
+            return model.module.apply({"params": model.params}, ids, **asked).logits
+
+    def watch(run, given, options, context):
+        if type(context.module).__name__ == "FlaxGemmaMLP":
+            widths.append(given[0].shape[1])
+        return run(*given, **options)
+
+    whole, S = logits(), ids.shape[1]
+    for last in (1, 3, S, S + 1):
+        assert apart(logits(logits_to_keep=last), whole[:, -last:]) < 1e-5
+        assert widths[-1] == (S if scan else min(last, S))
+        assert set(widths[:-1]) <= {S}
+    everything = model.module.apply({"params": model.params}, ids, wanted=Wanted(hidden_states=True), logits_to_keep=1)
+    assert {state.shape[1] for state in everything.hidden_states} == {S}
 
 
 def test_the_module_is_an_ordinary_linen_module(fresh):
