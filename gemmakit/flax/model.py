@@ -60,8 +60,8 @@ class FlaxGemmaDecoderLayer(nn.Module):
         attention = FlaxGemmaAttention(c, self.spec, self.dtype, self.wanted, name="self_attn")
         attended, cache, kept, keys_and_values = attention(before(x), cache, told)
         if last := self.wanted.positions:
-            attended, x, layer_input = (a if a is None else a[:, -last:] for a in (attended, x, told.layer_input))
-            told = replace(told, layer_input=layer_input)
+            attended, x = attended[:, -last:], x[:, -last:]
+            told = told if told.layer_input is None else replace(told, layer_input=told.layer_input[:, -last:])
         x = x + after(attended)
         x = x + after_mlp(FlaxGemmaMLP(c, self.spec, self.dtype, name="mlp")(before_mlp(x)))
         if told.layer_input is not None:

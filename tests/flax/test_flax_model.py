@@ -54,11 +54,12 @@ def test_the_last_layer_takes_the_positions_asked_for_through_its_mlp(fresh, sca
     """Those of layers that are one in a scan take all."""
     model = FlaxGemmaForCausalLM(fresh.config, seed=7, scan_layers=scan)
     ids, widths = jnp.asarray(batch()[0]), []
+    params = model.module.init(jax.random.PRNGKey(3), ids)["params"]
 
     def logits(**asked):
         widths.clear()
         with nn.intercept_methods(watch):
-            return model.module.apply({"params": model.params}, ids, **asked).logits
+            return model.module.apply({"params": params}, ids, **asked).logits
 
     def watch(run, given, options, context):
         if type(context.module).__name__ == "FlaxGemmaMLP":
@@ -70,7 +71,7 @@ def test_the_last_layer_takes_the_positions_asked_for_through_its_mlp(fresh, sca
         assert apart(logits(logits_to_keep=last), whole[:, -last:]) < 1e-5
         assert widths[-1] == (S if scan else min(last, S))
         assert set(widths[:-1]) <= {S}
-    everything = model.module.apply({"params": model.params}, ids, wanted=Wanted(hidden_states=True), logits_to_keep=1)
+    everything = model.module.apply({"params": params}, ids, wanted=Wanted(hidden_states=True), logits_to_keep=1)
     assert {state.shape[1] for state in everything.hidden_states} == {S}
 
 
