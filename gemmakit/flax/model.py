@@ -92,8 +92,8 @@ class FlaxGemmaLayerCollection(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: jax.Array, cache: Any, told: list[Told]) -> tuple[jax.Array, Trace]:
-        """hidden: (B, S, D), same out, or the last positions that are wanted; told: a layer each; in the trace a dictionary of caches and tuples of the rest,
-        a layer each."""
+        """hidden: (B, S, D), same out, or the last positions that are wanted; told: a layer each; in the trace a
+        dictionary of caches and tuples of the rest, a layer each."""
         layer = nn.remat(FlaxGemmaDecoderLayer) if self.remat else FlaxGemmaDecoderLayer
         traces = []
         for i, spec in enumerate(self.specs):
