@@ -20,7 +20,7 @@ def modules_only(monkeypatch):
 
     def run(function):
         with monkeypatch.context() as patch:
-            patch.setattr(model_file, "fused_layer", lambda *arguments: None)
+            patch.setattr(model_file, "fused_layer", lambda *_, **__: None)
             with torch.no_grad():
                 return function()
 
