@@ -37,11 +37,8 @@ from gemmakit.pytorch.masks import Visibility, check_packing, visibility
 from gemmakit.pytorch.other_adapters import explain
 from gemmakit.pytorch.pretrained import GemmaPreTrainedModel
 from gemmakit.pytorch.pytrees import register_nodes
-from gemmakit.pytorch.shapes import Float, Int, Shaped
+from gemmakit.pytorch.shapes import Float, Int, Places, Shaped
 from gemmakit.pytorch.shared_keys import SharedKeys
-
-# What picks positions of a sequence.
-Places = slice | list[int] | Tensor
 
 
 class GemmaDecoderLayer(nn.Module):
@@ -300,11 +297,8 @@ class GemmaModel(GemmaPreTrainedModel):
         all_hidden, all_weights = [], []
         extras = self._layer_inputs(input_ids, inputs_embeds, per_layer_inputs)
         shared = SharedKeys(self.kv_sources) if self.kv_sources else None
-        asked = not isinstance(positions_to_keep, int) or positions_to_keep > 0
         leaves_out = (
-            asked
-            and not torch.compiler.is_compiling()
-            and _count(kept, S) != S
+            _leaves_out(positions_to_keep, S)
             and not (recompute or output_attentions or output_hidden_states)
             and not is_watched(self.norm, *self.layers[-1:])
         )
@@ -338,7 +332,7 @@ class GemmaModel(GemmaPreTrainedModel):
         hidden = self.norm(hidden)
         if output_hidden_states:
             all_hidden.append(hidden)
-        if asked and hidden.shape[1] == S:
+        if hidden.shape[1] == S and not (isinstance(positions_to_keep, int) and positions_to_keep == 0):
             hidden = hidden[:, kept]
         out = BaseModelOutputWithPast(
             last_hidden_state=hidden,
@@ -443,8 +437,11 @@ def places(name: str, positions: Any) -> Places:
     raise InputError(f"{name} is {positions!r}; give a whole number >= 0, or positions as a 1-D tensor.")
 
 
-def _count(kept: Places, S: int) -> int:
-    return len(range(S)[kept]) if isinstance(kept, slice) else len(kept)
+def _leaves_out(positions: int | Places, S: int) -> bool:
+    """Whether not all of S positions are asked for. So many of them in another order are as if all were."""
+    if isinstance(positions, int):
+        return 0 < positions < S
+    return len(range(S)[positions] if isinstance(positions, slice) else positions) != S
 
 
 def is_watched(*modules: nn.Module) -> bool:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 if TYPE_CHECKING or sys.modules.get("jaxtyping") is None:
     from typing import Annotated as Bool
     from typing import Annotated as Float
@@ -21,4 +23,7 @@ if TYPE_CHECKING or sys.modules.get("jaxtyping") is None:
 else:
     from jaxtyping import Bool, Float, Int, Shaped
 
-__all__ = ["Bool", "Float", "Int", "Shaped"]
+# What picks positions of a sequence.
+Places = slice | list[int] | Tensor
+
+__all__ = ["Bool", "Float", "Int", "Places", "Shaped"]

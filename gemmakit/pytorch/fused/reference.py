@@ -6,8 +6,6 @@ Axis letters: B batch, S positions, D hidden, F mlp, N heads, K kv heads, H head
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from gemmakit.pytorch import per_layer
@@ -17,7 +15,7 @@ from gemmakit.pytorch.cache.window import WindowLayer
 from gemmakit.pytorch.kernels import Decision
 from gemmakit.pytorch.layers import LayerParts, RotaryTables, through
 from gemmakit.pytorch.masks import Visibility
-from gemmakit.pytorch.shapes import Float, Int
+from gemmakit.pytorch.shapes import Float, Int, Places
 from gemmakit.pytorch.shared_keys import SharedKeys
 
 # A step of more rows (B * S) is matrix work, which the modules do best, but for forms that say otherwise.
@@ -57,7 +55,7 @@ class FusedLayer:
         cache_position: Int[Tensor, " S"] | None,
         shared: SharedKeys | None = None,
         layer_input: Float[Tensor, "B S P"] | None = None,
-        kept: slice | Sequence[int] | Tensor | None = None,
+        kept: Places | None = None,
     ) -> Float[Tensor, "B _ D"]:
         """The whole layer, but for its scalar; behind its attention, of the positions `kept` alone."""
         q, k, v = self.norm_qkv(x)
