@@ -21,7 +21,7 @@ import sys
 import warnings
 from contextlib import suppress
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +66,7 @@ def linear(
         and not torch.compiler.is_compiling()
         and not _is_small(weight)
         and (
-            x.numel() <= _own_rows(weight) * weight.shape[1]
+            x.numel() <= _reach(weight, x.dtype).at_once * weight.shape[1]
             or product_dtype(x.dtype) != x.dtype
             or is_batch_invariant()
         )
@@ -80,13 +80,6 @@ def linear(
 def _is_small(weight: Tensor) -> bool:
     """Whether torch multiplies by it for its size."""
     return weight.numel() < MIN_WEIGHT and not are_rows_alike() and not takes_any_rows(weight, weight.dtype)
-
-
-def _own_rows(weight: Tensor) -> int:
-    """Rows up to which the native kernel is faster than torch at products by a plain weight."""
-    if takes_any_rows(weight, weight.dtype):
-        return sys.maxsize
-    return PAIR_ROWS if weight.dtype == torch.bfloat16 and cpu.multiplies_pairs() else MAX_ROWS
 
 
 def _few_on_gpu(x: Tensor, weight: Tensor) -> bool:
@@ -126,6 +119,24 @@ def takes_any_rows(weight: Tensor | PackedWeight, dtype: torch.dtype) -> bool:
     if isinstance(weight, PackedWeight):
         return takes_many(weight) or (widened(dtype) and not cpu.multiplies_bytes(weight))
     return weight.numel() >= MIN_EMULATED and dtype != torch.float32 and widened(dtype)
+
+
+class Reach(NamedTuple):
+    """Up to how many rows x meets a weight in one call of `cpu.project`, and in several for at most MAX_ROWS each."""
+
+    at_once: int
+    in_pieces: int
+
+
+def _reach(weight: Tensor | PackedWeight, dtype: torch.dtype) -> Reach:
+    """Beyond it a library's product is faster: of panels, or torch's own."""
+    if takes_any_rows(weight, dtype):
+        return Reach(sys.maxsize, sys.maxsize)
+    if isinstance(weight, PackedWeight):
+        return Reach(MAX_ROWS, FEW_ROWS[weight.bits])
+    at_once = PAIR_ROWS if dtype == torch.bfloat16 and cpu.multiplies_pairs() else MAX_ROWS
+    # Emulated products lose to a second reading of the weight.
+    return Reach(at_once, at_once if product_dtype(dtype) == dtype else 2 * MAX_ROWS)
 
 
 def linear_plan(weight: Tensor | PackedWeight) -> Decision:
@@ -191,21 +202,19 @@ def _linear_rows(
     shape = (*x.shape[:-1], weight.shape[0])
     if x.numel() == 0:
         return x.new_empty(shape)
-    flat = x.reshape(-1, x.shape[-1]).contiguous()
-    if is_batch_invariant() or len(flat) <= _own_rows(weight):
-        return _native(flat, weight, bias).view(shape)
-    # Emulated products lose to a second reading of the weight.
-    few = len(flat) <= (MAX_ROWS if product_dtype(x.dtype) == x.dtype else 2 * MAX_ROWS)
-    return (few_rows if few else multiply)(flat, weight, bias).view(shape)
+    return _on_cpu(x.reshape(-1, x.shape[-1]).contiguous(), weight, bias).view(shape)
 
 
-def few_rows(
+def _on_cpu(
     x: Float[Tensor, "M I"], weight: Float[Tensor, "O I"] | PackedWeight, bias: Float[Tensor, " O"] | None
 ) -> Float[Tensor, "M O"]:
-    """x in pieces of at most eight rows, none much smaller than the others."""
-    if len(x) <= MAX_ROWS:
+    """What the native kernels take, by them as far as they reach."""
+    if len(x) <= MAX_ROWS or is_batch_invariant() or len(x) <= (reach := _reach(weight, x.dtype)).at_once:
         return _native(x, weight, bias)
-    return torch.cat([_native(piece, weight, bias) for piece in x.tensor_split(-(-len(x) // MAX_ROWS))])
+    if len(x) > reach.in_pieces:
+        return multiply(x, weight, bias)
+    pieces = x.tensor_split(-(-len(x) // MAX_ROWS))  # none much smaller than the others
+    return torch.cat([_native(piece, weight, bias) for piece in pieces])
 
 
 def _native(
@@ -251,7 +260,12 @@ def _linear_packed(
     flat = x.reshape(-1, in_features).contiguous()
     if flat.numel() == 0 or len(codes) == 0:
         return x.new_zeros(shape) if bias is None else x.new_zeros(shape) + bias
-    on = _packed_on_gpu if x.device.type in GPU else _packed_on_cpu if x.device.type == "cpu" else multiply
+    on = _packed_on_gpu if x.device.type in GPU else multiply
+    if x.device.type == "cpu":
+        if cpu.library() is None:
+            _warn_once()
+        elif x.dtype in cpu.FORMATS and cpu.reads(packed):
+            on = _on_cpu
     return on(flat, packed, bias).view(shape)
 
 
@@ -262,24 +276,11 @@ def _packed_on_gpu(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tens
     return multiply(x, packed, bias)
 
 
-def _packed_on_cpu(
-    x: Float[Tensor, "M I"], packed: PackedWeight, bias: Float[Tensor, " O"] | None
-) -> Float[Tensor, "M O"]:
-    if cpu.library() is None:
-        _warn_once()
-    elif x.dtype in cpu.FORMATS and cpu.reads(packed):
-        if len(x) <= MAX_ROWS or takes_many(packed) or is_batch_invariant():
-            return _native(x, packed, bias)
-        if len(x) <= FEW_ROWS[packed.bits]:
-            return few_rows(x, packed, bias)
-    return multiply(x, packed, bias)
-
-
 @lru_cache(maxsize=1)
 def _warn_once() -> None:
     warnings.warn(
         f"gemmakit: quantized weights are expanded for every product, which is slow: {cpu.decision().why}.",
-        stacklevel=4,
+        stacklevel=3,
     )
 
 
