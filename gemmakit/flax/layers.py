@@ -64,11 +64,16 @@ class FlaxGemmaRMSNorm(nn.Module):
         return (y if self.gain == 1.0 else y * self.gain).astype(x.dtype)
 
 
+def product(x: jax.Array, weight: jax.Array, wide: jax.Array | None) -> jax.Array:
+    """x @ weight in x's dtype; with the weight's numbers in a wider one where there are such, rounded once."""
+    return x @ weight.astype(x.dtype) if wide is None else (x.astype(wide.dtype) @ wide).astype(x.dtype)
+
+
 class FlaxLinear(nn.Module):
     """A projection with a kernel (in, out), computed in `dtype` whatever its parameters are stored in.
 
     Where the collection "lora" has `a` (in, r) and `b` (r, out) for it, their product is added. Source:
-    arXiv:2106.09685.
+    arXiv:2106.09685. Where the collection "wide" has the kernel, that one is multiplied: see `weights.widened`.
     """
 
     features: int
@@ -81,13 +86,21 @@ class FlaxLinear(nn.Module):
         """x: (..., in) -> (..., out)."""
         kernel = self.param("kernel", nn.initializers.normal(self.std), (x.shape[-1], self.features))
         x = x.astype(self.dtype)
-        y = x @ kernel.astype(self.dtype)
+        y = product(x, kernel, self.get_variable("wide", "kernel"))
         if self.has_variable("lora", "a"):
             a, b = (self.get_variable("lora", n).astype(self.dtype) for n in ("a", "b"))
             y = y + (x @ a) @ b
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros_init(), (self.features,)).astype(self.dtype)
         return y
+
+
+def rows_of(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """table[ids], (*ids, D); an id beyond the last row reads that."""
+    # XLA's CPU code looks numbers of 16 bits up as float32. It converts those rows alone, but of a table that it knows
+    # not to change in a loop the whole, ahead of it.
+    table, ids = jax.lax.optimization_barrier((table, ids))
+    return jnp.take(table, ids, axis=0, mode="clip")
 
 
 class FlaxGemmaScaledEmbedding(nn.Module):
@@ -109,11 +122,12 @@ class FlaxGemmaScaledEmbedding(nn.Module):
     def __call__(self, ids: jax.Array) -> jax.Array:
         """ids: (B, S) -> (B, S, D)."""
         scale = jnp.asarray((self.scaled_by or self.width) ** 0.5, self.embedding.dtype)
-        return (jnp.take(self.embedding, ids, axis=0, mode="clip") * scale).astype(self.dtype)
+        return (rows_of(self.embedding, ids) * scale).astype(self.dtype)
 
     def attend(self, hidden: jax.Array) -> jax.Array:
         """The tied head: hidden (B, S, D) -> logits (B, S, V), by the unscaled weights."""
-        return hidden @ self.embedding.astype(self.dtype).T
+        wide = self.get_variable("wide", "embedding")
+        return product(hidden, self.embedding.T, None if wide is None else wide.T)
 
 
 def activation(act: str | Callable[[Any], Any]) -> Callable[[jax.Array], jax.Array]:

@@ -20,10 +20,18 @@ import pytest
 
 pytest.importorskip("jax", reason="the Flax backend needs jax: pip install 'gemmakit[flax]'")
 
+import jax
 from flax_tools import Both, make_torch
 from tiny_shapes import SHAPES
 
 from gemmakit.flax import FlaxGemmaForCausalLM
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forgets_programs():
+    """Compiled programs hold memory maps, of which Linux gives a process 65,530: XLA ends it where they run out."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

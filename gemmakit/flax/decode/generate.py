@@ -28,6 +28,7 @@ from gemmakit.flax.decode.prompt import (
 )
 from gemmakit.flax.decode.step import Given, State, begin, go_on, row_seeds
 from gemmakit.flax.loss import known
+from gemmakit.flax.weights import widened
 from gemmakit.generation import GenerationConfig
 from gemmakit.outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from gemmakit.streamers import StepTokens, StreamEvent, Token, events
@@ -52,6 +53,7 @@ class GenerationMixin:
     rules: Any
     variables: Any
     init_cache: Any
+    dtype: Any
 
     def generate(
         self,
@@ -167,7 +169,10 @@ class GenerationMixin:
         if self.rules is not None and not inside:
             ids, mask = self.rules.batch(ids), self.rules.batch(mask)
         numbers = knobs(config, prompt.new, prompt.ids.shape[1])
-        given = Given(self.variables(params, lora), ids, mask, numbers, *_seeds(config, plan, prompt, prng_key))
+        variables = self.variables(params, lora)
+        if not inside and jax.default_backend() == "cpu":
+            variables["wide"] = widened(variables["params"], self.dtype, self.config.tie_word_embeddings)
+        given = Given(variables, ids, mask, numbers, *_seeds(config, plan, prompt, prng_key))
         cache = self.init_cache(ids.shape[0] * plan.copies, ids.shape[1] + plan.room)
         return Call(config, inside, prompt, (self.module, plan), given, cache)
 
