@@ -162,7 +162,11 @@ def widened(params: Any, dtype: Any, tied: bool) -> dict[str, Any]:
     }
     if dtype == jnp.float32:
         read = {path: leaf for path, leaf in read.items() if leaf.dtype != dtype}
-    require_memory(sum(4 * leaf.size for leaf in read.values()), "the weights in float32, which a CPU multiplies by,")
+    require_memory(
+        sum(4 * leaf.size for leaf in read.values()),
+        "a copy of the weights in float32, which generating on a CPU takes,",
+        remedy="Close other programs, or use the PyTorch backend, which multiplies by the weights as they are stored.",
+    )
     return nested({path: leaf.astype(dtype).astype(jnp.float32) for path, leaf in read.items()})
 
 

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from flax_tools import apart, batch, flat
 
+from gemmakit.checkpoint import memory
+from gemmakit.errors import NotEnoughMemory
 from gemmakit.flax import FlaxGemmaForCausalLM, init_lora
 from gemmakit.flax.decode import generate, step
 from gemmakit.flax.layers import rows_of
@@ -134,9 +136,6 @@ def test_under_a_callers_jit_the_callers_code_is_left_alone(stored, monkeypatch)
 
 
 def test_too_little_memory_is_said_before_anything_is_made(stored, monkeypatch):
-    from gemmakit.checkpoint import memory
-    from gemmakit.errors import NotEnoughMemory
-
     model = stored("bfloat16")
     monkeypatch.setattr(memory, "free_memory_bytes", lambda: 1000)
     with pytest.raises(NotEnoughMemory, match="in float32"):

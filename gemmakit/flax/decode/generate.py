@@ -99,6 +99,7 @@ class GenerationMixin:
             GenerationConfigError, InputError, TokenOutOfRange: an argument out of range, or one only PyTorch has.
             PromptTooLong: prompt and new tokens do not fit the context.
             NumericalError: a step has no finite score to choose by.
+            NotEnoughMemory: on a CPU, for weights of 16 bits in float32.
         """
         call = self._checked(
             input_ids, generation_config, prng_key, params, logits_processor, attention_mask, lora, **settings
