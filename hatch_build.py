@@ -22,6 +22,7 @@ _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 # Best first: the library takes the first that the processor at hand runs.
 INSTRUCTION_SETS = {
     "x86_64": {
+        "amx": [*_AVX512, "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
         "avx512bf16": [*_AVX512, "-mavx512vnni", "-mavx512bf16"],
         "avx512vnni": [*_AVX512, "-mavx512vnni"],
         "avx512": _AVX512,

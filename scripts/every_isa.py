@@ -24,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = Path("gemmakit/pytorch/kernels")
-SETS = ("avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16")
+SETS = ("avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx")
 TESTS = ["tests/unit/kernels", "tests/unit/quantize", "tests/unit/pytorch", "tests/unit/decode",
          "tests/parity/test_forward_matches_transformers.py"]  # fmt: skip
 
@@ -77,8 +77,9 @@ def compile_one(tree: Path, isa: str, emulated: bool) -> None:
         flags = [*build.INSTRUCTION_SETS["x86_64"]["avx2"], "-O1", f"-DEMULATED_{isa.upper()}",
                  f"-I{tree / 'tests/emulated'}"]  # fmt: skip
         plain = build.run
-        # What the dispatcher asks this processor for, it is told that it has.
-        build.run = lambda compiler, *rest: plain(compiler, "-D__builtin_cpu_supports(name)=1", *rest)
+        # What the dispatcher asks this processor and its system for, it is told that it has.
+        told = "-D__builtin_cpu_supports(name)=1", "-DROOM_FOR_TILES=true"
+        build.run = lambda compiler, *rest: plain(compiler, *told, *rest)
     build.INSTRUCTION_SETS["x86_64"] = {isa: flags}
     if not build.compile_library(tree):
         raise SystemExit(f"the kernels did not compile for {isa}")

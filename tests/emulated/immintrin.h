@@ -1,5 +1,5 @@
 // The vector instructions of processors that are not at hand, by those of AVX2: what the kernels use of AVX-512 (F, BW,
-// DQ, VL), its VNNI and BF16, and AVX-VNNI. Found before the compiler's own file of this name, which it includes; each
+// DQ, VL), its VNNI and BF16, AVX-VNNI and AMX. Found before the compiler's own file of this name, which it includes; each
 // set is then announced as the compiler does where it may use it. scripts/every_isa.py compiles the kernels with it.
 
 #pragma once
@@ -51,7 +51,6 @@ TWO(Bits, __m512i, unpacklo_epi64, _mm256_unpacklo_epi64)
 TWO(Bits, __m512i, unpackhi_epi64, _mm256_unpackhi_epi64)
 TWO(Bits, __m512i, add_epi16, _mm256_add_epi16)
 TWO(Bits, __m512i, add_epi32, _mm256_add_epi32)
-TWO(Bits, __m512i, mullo_epi32, _mm256_mullo_epi32)
 TWO(Bits, __m512i, madd_epi16, _mm256_madd_epi16)
 TWO(Bits, __m512i, maddubs_epi16, _mm256_maddubs_epi16)
 TWO(Bits, __m512i, and_si512, _mm256_and_si256)
@@ -87,13 +86,6 @@ template <int HOW>
 inline __m256i cvtps_ph(__m512 a) {
   Floats x{a};
   return _mm256_set_m128i(_mm256_cvtps_ph(x.half[1], HOW), _mm256_cvtps_ph(x.half[0], HOW));
-}
-template <int SIZE>
-inline __m512 i32gather_ps(__m512i at, const float* p) {
-  Bits x{at};
-  Floats to;
-  for (int h = 0; h < 2; h++) to.half[h] = _mm256_i32gather_ps(p, x.half[h], SIZE);
-  return to.all;
 }
 inline __m512i slli_epi32(__m512i a, int n) {
   Bits x{a}, to;
@@ -282,9 +274,73 @@ inline __m512 dpbf16_ps(__m512 acc, __m512bh a, __m512bh b) {
   return to.all;
 }
 
+// The numbers of `low`, then those of `high`, rounded to the nearest, denormals taken as zeros.
+inline __m512bh cvtne2ps_pbh(__m512 high, __m512 low) {
+  Floats x{low}, y{high};
+  uint16_t to[32];
+  for (int i = 0; i < 32; i++) {
+    float f = flushed(i < 16 ? x.lane[i] : y.lane[i - 16]);
+    uint32_t bits;
+    std::memcpy(&bits, &f, 4);
+    to[i] = f != f ? bits >> 16 | 64 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  }
+  __m512bh made;
+  std::memcpy(&made, to, sizeof made);
+  return made;
+}
+
+// The tiles of a thread: rows, bytes of a row, and the bytes, rows of 64.
+struct TileConfig {
+  uint8_t palette, start, none[14];
+  uint16_t bytes[16];
+  uint8_t rows[16];
+};
+struct Tiled {
+  TileConfig config{};
+  uint8_t rows[8][16][64]{};
+};
+inline Tiled& tiled() {
+  static thread_local Tiled own;
+  return own;
+}
+inline void tile_storeconfig(void* to) { std::memcpy(to, &tiled().config, 64); }
+inline void tile_loadconfig(const void* from) {
+  tiled() = Tiled();
+  std::memcpy(&tiled().config, from, 64);
+}
+inline void tile_zero(int t) { std::memset(tiled().rows[t], 0, sizeof tiled().rows[t]); }
+inline void tile_loadd(int t, const void* from, int64_t next) {
+  tile_zero(t);
+  const TileConfig& is = tiled().config;
+  for (int r = 0; r < is.rows[t]; r++) std::memcpy(tiled().rows[t][r], (const char*)from + r * next, is.bytes[t]);
+}
+inline void tile_stored(int t, void* to, int64_t next) {
+  const TileConfig& is = tiled().config;
+  for (int r = 0; r < is.rows[t]; r++) std::memcpy((char*)to + r * next, tiled().rows[t][r], is.bytes[t]);
+}
+// Pairs of bfloat16, each of a place of a's row and of a row of b.
+inline void tile_dpbf16ps(int to, int a, int b) {
+  Tiled& is = tiled();
+  for (int m = 0; m < is.config.rows[to]; m++)
+    for (int n = 0; n < is.config.bytes[to] / 4; n++) {
+      float sum;
+      std::memcpy(&sum, is.rows[to][m] + 4 * n, 4);
+      for (int k = 0; k < is.config.bytes[a] / 4; k++)
+        for (int half = 0; half < 2; half++)
+          sum = flushed(std::fma(bf16_at(is.rows[a][m], 2 * k + half), bf16_at(is.rows[b][k], 2 * n + half), sum));
+      std::memcpy(is.rows[to][m] + 4 * n, &sum, 4);
+    }
+}
+
 }  // namespace emulated
 
 #undef _mm512_setr_epi32
+#undef _tile_storeconfig
+#undef _tile_loadconfig
+#undef _tile_zero
+#undef _tile_loadd
+#undef _tile_stored
+#undef _tile_dpbf16ps
 #define _mm512_setzero_ps() emulated::set1_ps(0)
 #define _mm512_setzero_si512() emulated::set1_epi32(0)
 #define _mm512_castps512_ps256(a) emulated::half_ps(a, 0)
@@ -295,8 +351,14 @@ inline __m512 dpbf16_ps(__m512 acc, __m512bh a, __m512bh b) {
 #define _mm512_roundscale_ps(a, how) emulated::roundscale_ps<(how)>(a)
 #define _mm512_cvtps_ph(a, how) emulated::cvtps_ph<(how)>(a)
 #define _mm512_cmp_ps_mask(a, b, how) emulated::cmp_ps_mask<how>(a, b)
-#define _mm512_i32gather_ps(at, p, size) emulated::i32gather_ps<size>(at, p)
 #define _mm512_dpwssd_epi32 emulated::thrice<emulated::dpwssd>
+#define _mm512_cvtne2ps_pbh emulated::cvtne2ps_pbh
+#define _tile_storeconfig emulated::tile_storeconfig
+#define _tile_loadconfig emulated::tile_loadconfig
+#define _tile_zero emulated::tile_zero
+#define _tile_loadd emulated::tile_loadd
+#define _tile_stored emulated::tile_stored
+#define _tile_dpbf16ps emulated::tile_dpbf16ps
 #define _mm512_dpbusd_epi32 emulated::thrice<emulated::dpbusd>
 #define _mm256_dpwssd_avx_epi32 emulated::dpwssd
 #define _mm256_dpbusd_avx_epi32 emulated::dpbusd
@@ -330,7 +392,6 @@ inline __m512 dpbf16_ps(__m512 acc, __m512bh a, __m512bh b) {
 #define _mm512_max_ps emulated::max_ps
 #define _mm512_min_ps emulated::min_ps
 #define _mm512_mul_ps emulated::mul_ps
-#define _mm512_mullo_epi32 emulated::mullo_epi32
 #define _mm512_permutexvar_ps emulated::permutexvar_ps
 #define _mm512_reduce_add_ps emulated::reduce_add_ps
 #define _mm512_reduce_max_ps emulated::reduce_max_ps
@@ -361,9 +422,12 @@ inline __m512 dpbf16_ps(__m512 acc, __m512bh a, __m512bh b) {
 #define __AVX512DQ__ 1
 #define __AVX512VL__ 1
 #endif
-#if defined(EMULATED_AVX512VNNI) || defined(EMULATED_AVX512BF16)
+#if defined(EMULATED_AVX512VNNI) || defined(EMULATED_AVX512BF16) || defined(EMULATED_AMX)
 #define __AVX512VNNI__ 1
 #endif
-#if defined(EMULATED_AVX512BF16)
+#if defined(EMULATED_AVX512BF16) || defined(EMULATED_AMX)
 #define __AVX512BF16__ 1
+#endif
+#if defined(EMULATED_AMX)
+#define __AMX_BF16__ 1
 #endif

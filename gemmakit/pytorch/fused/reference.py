@@ -6,6 +6,8 @@ Axis letters: B batch, S positions, D hidden, F mlp, N heads, K kv heads, H head
 
 from __future__ import annotations
 
+import sys
+
 from torch import Tensor
 
 from gemmakit.pytorch import per_layer
@@ -42,9 +44,9 @@ class FusedLayer:
         self.parts = parts
 
     @property
-    def any_rows(self) -> bool:
-        """Whether it takes more than MAX_ROWS."""
-        return True
+    def most_rows(self) -> int:
+        """How many rows it takes."""
+        return sys.maxsize
 
     def __call__(
         self,

@@ -2,14 +2,15 @@
 
 The reference is torch's linear, of a packed weight once it is dequantized. A few rows against a large weight, which is
 what a decoding step is, go through a kernel that reads the weight once, in its own format, for all rows: on the CPU the
-native one, on a GPU Triton's. On the CPU more rows of bfloat16 go through it too where the processor multiplies pairs
-of them and has no tiles, and all in float32 where it only emulates 16-bit products (`panels`): with gradients (`wide`)
+native one, on a GPU Triton's. On the CPU more rows of bfloat16 go through it too where the processor has tiles or
+multiplies pairs of them, and all in float32 where it only emulates 16-bit products (`panels`): with gradients (`wide`)
 as without.
 
 With a packed weight, the native kernel computes with the codes as they lie and with x rounded to 16 bits in blocks of
 32 (cpu/inputs.h bounds the error), or with codes of 4 bits to the weight's `decode_activation_bits`. More rows than
-eight are multiplied in bytes, with x rounded to 8 bits in blocks of 32, where the processor is fast at that, gradients
-are off and the weight's `activation_bits` are 8; else with panels of the weight, expanded in turn. Under
+eight are multiplied by tiles, as they come in bfloat16, where the processor has those; in bytes, with x rounded to 8
+bits in blocks of 32, where it is fast at that, gradients are off and the weight's `activation_bits` are 8; else with
+panels of the weight, expanded in turn. Under
 `batch_invariant` the number of rows decides nothing: x meets every weight by the native kernels, and codes in
 `activation_bits`.
 Axis letters: M rows, O outputs, I inputs.
@@ -47,6 +48,8 @@ MIN_EMULATED = 1 << 16
 GPU = {"cuda"}
 # Rows of bfloat16 up to which the kernel beats torch where it multiplies pairs (benchmarks/products.py).
 PAIR_ROWS = 32
+# The same where it has tiles.
+TILE_ROWS = 512
 # Bits of codes -> rows up to which reading them once for every eight costs less than expanding them.
 FEW_ROWS = {8: 16, 6: 16, 5: 16, 4: 24}
 
@@ -66,7 +69,7 @@ def linear(
         and not torch.compiler.is_compiling()
         and not _is_small(weight)
         and (
-            x.numel() <= _reach(weight, x.dtype).at_once * weight.shape[1]
+            x.numel() <= reach(weight, x.dtype).at_once * weight.shape[1]
             or product_dtype(x.dtype) != x.dtype
             or is_batch_invariant()
         )
@@ -109,15 +112,18 @@ def linear_packed(
     return torch.ops.gemmakit.linear_packed(x, codes, scale, zero, bias, *facts)
 
 
-def takes_many(packed: PackedWeight) -> bool:
-    """Whether many rows are multiplied by this weight in bytes, with x rounded to 8 bits in blocks of 32."""
-    return packed.activation_bits == 8 and cpu.multiplies_bytes(packed)
+def takes_many(packed: PackedWeight, dtype: torch.dtype) -> bool:
+    """Whether many rows of this dtype are multiplied in bytes, with x rounded to 8 bits in blocks of 32."""
+    return packed.activation_bits == 8 and cpu.multiplies_bytes(packed, dtype)
 
 
 def takes_any_rows(weight: Tensor | PackedWeight, dtype: torch.dtype) -> bool:
     """Whether `cpu.project` is the product of any number of rows of this dtype, with activation_bits of 0."""
     if isinstance(weight, PackedWeight):
-        return takes_many(weight) or (widened(dtype) and not cpu.multiplies_bytes(weight))
+        if cpu.multiplies_tiles(dtype):
+            return True
+        in_bytes = cpu.multiplies_bytes(weight, dtype)
+        return weight.activation_bits == 8 if in_bytes else widened(dtype)
     return weight.numel() >= MIN_EMULATED and dtype != torch.float32 and widened(dtype)
 
 
@@ -128,13 +134,14 @@ class Reach(NamedTuple):
     in_pieces: int
 
 
-def _reach(weight: Tensor | PackedWeight, dtype: torch.dtype) -> Reach:
+def reach(weight: Tensor | PackedWeight, dtype: torch.dtype) -> Reach:
     """Beyond it a library's product is faster: of panels, or torch's own."""
     if takes_any_rows(weight, dtype):
         return Reach(sys.maxsize, sys.maxsize)
     if isinstance(weight, PackedWeight):
         return Reach(MAX_ROWS, FEW_ROWS[weight.bits])
     at_once = PAIR_ROWS if dtype == torch.bfloat16 and cpu.multiplies_pairs() else MAX_ROWS
+    at_once = TILE_ROWS if cpu.multiplies_tiles(dtype) else at_once
     # Emulated products lose to a second reading of the weight.
     return Reach(at_once, at_once if product_dtype(dtype) == dtype else 2 * MAX_ROWS)
 
@@ -178,9 +185,11 @@ def _packed_plan(packed: PackedWeight) -> Decision:
     if not cpu.reads(packed):
         return Decision(f"torch, {kind} expanded", f"no kernel reads scales of {dtype_name(packed.scale.dtype)}")
     many = f"; beyond {FEW_ROWS[packed.bits]} rows in float32" if cpu.multiplies_floats() else ""
-    many = "; beyond 8 rows activations in 8 bits" if takes_many(packed) else many
+    many = "; beyond 8 rows activations in 8 bits" if takes_many(packed, torch.float32) else many
     if packed.bits == 4 and packed.decode_activation_bits == 8:
         many = "; activations in 8 bits"
+    if cpu.multiplies_tiles(torch.bfloat16):
+        many = f"{many}{',' if many else ';'} beyond {MAX_ROWS} rows of bfloat16 by tiles"
     many = f"; activations in {packed.activation_bits} bits" if is_batch_invariant() else many
     return Decision(f"native {cpu.instruction_set()} {kind}{many}")
 
@@ -209,9 +218,9 @@ def _on_cpu(
     x: Float[Tensor, "M I"], weight: Float[Tensor, "O I"] | PackedWeight, bias: Float[Tensor, " O"] | None
 ) -> Float[Tensor, "M O"]:
     """What the native kernels take, by them as far as they reach."""
-    if len(x) <= MAX_ROWS or is_batch_invariant() or len(x) <= (reach := _reach(weight, x.dtype)).at_once:
+    if len(x) <= MAX_ROWS or is_batch_invariant() or len(x) <= (most := reach(weight, x.dtype)).at_once:
         return _native(x, weight, bias)
-    if len(x) > reach.in_pieces:
+    if len(x) > most.in_pieces:
         return multiply(x, weight, bias)
     pieces = x.tensor_split(-(-len(x) // MAX_ROWS))  # none much smaller than the others
     return torch.cat([_native(piece, weight, bias) for piece in pieces])

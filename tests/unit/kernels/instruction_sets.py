@@ -6,7 +6,7 @@ import torch
 
 from gemmakit.pytorch.kernels import cpu
 
-BEST_FIRST = ["avx512bf16", "avx512vnni", "avx512", "avxvnni", "avx2", "neondot", "neon"]
+BEST_FIRST = ["amx", "avx512bf16", "avx512vnni", "avx512", "avxvnni", "avx2", "neondot", "neon"]
 FORMATS = [torch.bfloat16, torch.float16, torch.float32]
 
 

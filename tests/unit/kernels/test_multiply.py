@@ -21,7 +21,8 @@ def multiplied_by():
     found = []
     for isa in runnable():
         with using(isa, 1):
-            found += [(isa, scheme) for scheme in SCHEMES if cpu.multiplies_bytes(random_packed(scheme, 3, 64))]
+            weights = {scheme: random_packed(scheme, 3, 64) for scheme in SCHEMES}
+            found += [(isa, s) for s, packed in weights.items() if cpu.multiplies_bytes(packed, torch.float32)]
     return found
 
 
@@ -132,8 +133,8 @@ def test_codes_of_8_bits_are_not_multiplied_in_bytes_where_their_sums_could_over
     for isa in {"avx512", "avx2", "neon"} & set(runnable()):
         with using(isa, 1):
             packed, x = random_packed("int8", 20, 300), torch.randn(40, 300)
-            assert cpu.multiplies_bytes(random_packed("int4-32", 20, 300)) and not cpu.multiplies_bytes(packed)
-            assert not takes_many(packed)
+            assert cpu.multiplies_bytes(random_packed("int4-32", 20, 300), x.dtype)
+            assert not cpu.multiplies_bytes(packed, x.dtype) and not takes_many(packed, x.dtype)
             with torch.no_grad():
                 got = linear_packed(x, packed).double()
             assert ((got - exact(x, packed)).abs() <= room(x, packed, torch.float32, UNROUNDED)).all()
@@ -145,7 +146,7 @@ def test_with_gradients_activations_are_not_rounded_to_bytes(scheme):
     packed, x = random_packed(scheme, 64, 320), torch.randn(40, 320)
     with torch.no_grad():
         inside = linear_packed(x, packed)
-    if takes_many(packed):
+    if takes_many(packed, x.dtype):
         assert torch.equal(inside, product(x, packed))
     got = linear_packed(x, packed).double()
     assert ((got - exact(x, packed)).abs() <= room(x, packed, torch.float32, UNROUNDED)).all()
@@ -157,8 +158,8 @@ def test_with_16_activation_bits_many_rows_are_not_rounded():
     with torch.no_grad():
         exact_inputs = linear_packed(x, packed._replace(activation_bits=16))
         assert ((exact_inputs.double() - exact(x, packed)).abs() <= room(x, packed, torch.float32, UNROUNDED)).all()
-        assert torch.equal(exact_inputs, linear_packed(x, packed)) != takes_many(packed)
-    assert not takes_many(packed._replace(activation_bits=16))
+        assert torch.equal(exact_inputs, linear_packed(x, packed)) != takes_many(packed, x.dtype)
+    assert not takes_many(packed._replace(activation_bits=16), x.dtype)
 
 
 @native
@@ -168,7 +169,7 @@ def test_a_group_that_is_the_row_needs_no_multiple_of_32():
     packed = PackedWeight(codes, torch.ones(70, 1).half(), None, 45, 45, WeightFormat.INT8_GROUPS)
     x = torch.randn(12, 45)
     with using(isa, 1):
-        if cpu.multiplies_bytes(packed):
+        if cpu.multiplies_bytes(packed, x.dtype):
             got = product(x, packed).double()
             assert ((got - exact(x, packed)).abs() <= room(x, packed, torch.float32, MOST)).all()
 

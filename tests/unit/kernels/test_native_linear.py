@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gemmakit.pytorch.kernels import cpu, linear, linear_plan
 from gemmakit.pytorch.kernels.cpu import MAX_ROWS
-from gemmakit.pytorch.kernels.linear import MIN_WEIGHT, PAIR_ROWS, takes_any_rows
+from gemmakit.pytorch.kernels.linear import MIN_WEIGHT, PAIR_ROWS, TILE_ROWS, takes_any_rows
 from gemmakit.pytorch.kernels.panels import product_dtype
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason=f"needs the compiled kernels: {cpu.decision().why}")
@@ -141,11 +141,8 @@ def test_gradients_small_weights_and_many_rows_stay_with_torch():
     assert not native(many, large, grad=False)
     bf16 = torch.bfloat16
     panels = product_dtype(bf16) != bf16
-    for rows, own in (
-        (MAX_ROWS + 1, cpu.multiplies_pairs()),
-        (PAIR_ROWS, cpu.multiplies_pairs()),
-        (PAIR_ROWS + 1, False),
-    ):
+    most = TILE_ROWS if cpu.multiplies_tiles(bf16) else PAIR_ROWS if cpu.multiplies_pairs() else MAX_ROWS
+    for rows, own in ((MAX_ROWS + 1, most > MAX_ROWS), (most, True), (most + 1, False)):
         x = row.expand(rows, -1).to(bf16)
         assert native(x, large.to(bf16), grad=False) == (own or panels)
         assert not native(x, large.to(bf16), grad=True)

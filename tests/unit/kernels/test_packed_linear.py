@@ -114,7 +114,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(isa, scheme):
     packed = random_packed(scheme, 40, 1100)
     x = torch.randn(FEW_ROWS[packed.bits], 1100).bfloat16()
     with using(isa, 2), torch.no_grad():
-        most = MAX_ROWS if takes_many(packed) else len(x)
+        most = MAX_ROWS if takes_many(packed, x.dtype) or cpu.multiplies_tiles(x.dtype) else len(x)
         alone = torch.cat([project(row, packed) for row in x.split(1)])
         for rows in range(2, most + 1):
             assert torch.equal(linear_packed(x[:rows], packed), alone[:rows])
@@ -240,8 +240,10 @@ def test_the_plan_names_bits_and_instructions():
     for scheme in STEPS:
         packed = random_packed(scheme, 7, 64)
         many = f"; beyond {FEW_ROWS[packed.bits]} rows in float32" if cpu.multiplies_floats() else ""
-        many = "; beyond 8 rows activations in 8 bits" if takes_many(packed) else many
+        many = "; beyond 8 rows activations in 8 bits" if takes_many(packed, torch.float32) else many
         many = "; activations in 8 bits" if packed.decode_activation_bits == 8 else many
+        if cpu.multiplies_tiles(torch.bfloat16):
+            many = (many + "," if many else ";") + " beyond 8 rows of bfloat16 by tiles"
         assert str(linear_plan(packed)) == f"native {cpu.instruction_set()} int{packed.bits}{many}"
 
 
@@ -280,4 +282,7 @@ def test_what_the_plan_says_is_what_runs(dtype, monkeypatch):
         for weight in (dense, dense[:4], *packed):
             assert runs_native(weight, 1) == linear_plan(weight).path.startswith("native")
             if isinstance(weight, PackedWeight):
-                assert runs_native(weight, 33) == (linear_plan(weight).path.count(";") == 1)
+                path = linear_plan(weight).path
+                by_tiles = cpu.multiplies_tiles(dtype)
+                said = "by tiles" in path if by_tiles else "in 8 bits" in path or "in float32" in path
+                assert runs_native(weight, 33) == said

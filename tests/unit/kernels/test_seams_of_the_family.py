@@ -91,7 +91,7 @@ def test_a_projection_is_normed_before_it_is_added(threads, dtype, weights, B, S
     seams = fused_layer(layer, x, False)
     many = B * S > MAX_ROWS
     if seams is None and many:
-        assert weights == "plain" or not takes_many(p.o_proj.packed)
+        assert weights == "plain" or not takes_many(p.o_proj.packed, dtype)
         pytest.skip("more rows than the kernels of these weights take")
     for add, module, norm in (
         (seams.attention_add, p.o_proj, p.norms.after_attention),

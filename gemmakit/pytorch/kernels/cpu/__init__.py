@@ -140,7 +140,7 @@ def decision() -> Decision:
 
 
 def instruction_set() -> str | None:
-    """The instruction set in use: avx512bf16, avx512vnni, avx512, avxvnni, avx2, neondot or neon; None without one."""
+    """The instruction set in use, or None: amx, avx512bf16, avx512vnni, avx512, avxvnni, avx2, neondot or neon."""
     found = library()
     return None if found is None else found.gemmakit_instruction_set().decode()
 
@@ -164,8 +164,8 @@ def matrix(weight: Tensor | PackedWeight, bias: Tensor | None = None, activation
     """What the kernels know of a weight (O, I) and its bias (O,): contiguous tensors on the CPU, bias in x's dtype.
 
     activation_bits: to which x is rounded against codes, for any number of rows: 16 or 8, or 32 for not at all; or 0
-    for 8 beyond MAX_ROWS where the processor is fast at that, else 32 beyond 16 rows, and up to those 16, or with 4-bit
-    codes the weight's `decode_activation_bits`.
+    for none beyond MAX_ROWS of bfloat16 where the processor has tiles, 8 where it is fast at that, else 32 beyond 16
+    rows, and up to those 16, or with 4-bit codes the weight's `decode_activation_bits`.
     """
     bias_at = None if bias is None else bias.data_ptr()
     O, I = weight.shape
@@ -177,14 +177,20 @@ def matrix(weight: Tensor | PackedWeight, bias: Tensor | None = None, activation
     return Matrix(weight.format, group, activation_bits, weight.decode_activation_bits, O, I, *at)
 
 
-def multiplies_bytes(packed: PackedWeight) -> bool:
-    """Whether `project` rounds x to 8 bits for more than MAX_ROWS rows where it is not told their activation_bits: this
-    processor is fast at products of bytes by this weight.
+def multiplies_bytes(packed: PackedWeight, dtype: torch.dtype) -> bool:
+    """Whether `project` rounds x of this dtype to 8 bits for more than MAX_ROWS rows where it is not told their
+    activation_bits: this processor is fast at products of bytes by this weight, and at no better ones.
     """
     found = library()
-    if found is None:
+    if found is None or dtype not in FORMATS:
         return False
-    return found.gemmakit_project((Matrix * 1)(matrix(packed)), 1, 0, None, MAX_ROWS + 1, None, None, 1) == 0
+    one = (Matrix * 1)(matrix(packed))
+    return found.gemmakit_project(one, 1, FORMATS[dtype], None, MAX_ROWS + 1, None, None, 1) == 0
+
+
+def multiplies_tiles(dtype: torch.dtype) -> bool:
+    """Whether `project` multiplies rows of this dtype by tiles: any number of them, by its weights and by codes."""
+    return dtype == torch.bfloat16 and instruction_set() == "amx"
 
 
 def multiplies_floats() -> bool:

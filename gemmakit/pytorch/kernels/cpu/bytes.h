@@ -10,22 +10,10 @@ namespace {
 // OUTPUTS: sums that the registers hold beside the running ones, of TOKENS vectors at most.
 #if defined(__AVX512F__)
 constexpr int OUTPUTS = 12, TOKENS = 3;
-inline V gather(const float* p, int64_t next) {
-  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  return _mm512_i32gather_ps(_mm512_mullo_epi32(lane, _mm512_set1_epi32((int)next)), p, 4);
-}
 #elif defined(__AVX2__)
 constexpr int OUTPUTS = 4, TOKENS = 2;
-inline V gather(const float* p, int64_t next) {
-  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  return _mm256_i32gather_ps(p, _mm256_mullo_epi32(lane, _mm256_set1_epi32((int)next)), 4);
-}
 #else
 constexpr int OUTPUTS = 12, TOKENS = 3;
-inline V gather(const float* p, int64_t next) {
-  float lanes[L] = {p[0], p[next], p[2 * next], p[3 * next]};
-  return load(lanes);
-}
 #endif
 
 constexpr int STEPS = BLOCK / 4;  // of four inputs in a block

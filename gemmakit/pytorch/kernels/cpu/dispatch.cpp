@@ -4,8 +4,13 @@
 #include <cstdlib>
 #include <cstring>
 
-#if defined(__aarch64__) && defined(__linux__)
+#if defined(__linux__)
+#if defined(__aarch64__)
 #include <sys/auxv.h>
+#else
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 #include "native.h"
@@ -27,6 +32,13 @@ bool runs_avx512() {
 }
 bool runs_avx512vnni() { return runs_avx512() && __builtin_cpu_supports("avx512vnni"); }
 bool runs_avx512bf16() { return runs_avx512vnni() && __builtin_cpu_supports("avx512bf16"); }
+// A process has no room for tiles before it has asked for it: ARCH_REQ_XCOMP_PERM for XFEATURE_XTILEDATA.
+#if !defined(ROOM_FOR_TILES) && defined(__linux__)
+#define ROOM_FOR_TILES !syscall(SYS_arch_prctl, 0x1023, 18)
+#elif !defined(ROOM_FOR_TILES)
+#define ROOM_FOR_TILES false
+#endif
+bool runs_amx() { return runs_avx512bf16() && __builtin_cpu_supports("amx-bf16") && ROOM_FOR_TILES; }
 #else
 bool runs_neon() { return true; }
 #if defined(__linux__)

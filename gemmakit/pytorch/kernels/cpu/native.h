@@ -76,8 +76,9 @@ struct Attention {
 // gemmakit_project: y[i] (rows, m[i].out) = x (rows, in) @ m[i]^T + bias, rounded to x_format (BF16, F16 or F32), for
 //   `count` matrices that share x. Where residual is not null (count 1, rows * out, in x_format), it is added to the
 //   rounded product and the sum is rounded. Sums are float32, and those of a row do not depend on the other rows, how
-//   many there are, or the threads; but codes whose activation_bits are 0 are multiplied otherwise beyond 8 rows: in
-//   bytes where the processor is fast at that, 1 elsewhere when x is null, which asks only that; or beyond 16 as float32.
+//   many there are, or the threads; but codes whose activation_bits are 0 are multiplied otherwise beyond 8 rows: by
+//   tiles of bfloat16 where the processor has them and x is that; in bytes where it is fast at that, 1 elsewhere when x
+//   is null, which asks only that; or beyond 16 as float32.
 // gemmakit_expand: rows from..to of m as a dense panel y (to - from, in) of y_format, each number rounded once.
 // gemmakit_rms_norm: y (rows, width) = the norm of x; where residual is not null, their sum, rounded once more. y may be
 //   x. gemmakit_gated: y = act(gate) * up, n numbers, act rounded before the product; 1 for GELU_ERF.
@@ -121,8 +122,10 @@ struct Kernels {
 #if defined(ISA)
 #define GEMMAKIT_DECLARE(name, parameters, arguments) extern "C" int NATIVE(name) parameters;
 GEMMAKIT_FUNCTIONS(GEMMAKIT_DECLARE)
-// `gemmakit_project` in products of bytes, and of weights in plain numbers.
+// `gemmakit_project` in products of bytes, by tiles of bfloat16, and of weights in plain numbers.
 extern "C" int NATIVE(project_bytes)(const Matrix* m, int count, int x_format, const void* x, int64_t rows,
+                                     void* const* y, const void* residual, int threads);
+extern "C" int NATIVE(project_tiles)(const Matrix* m, int count, int x_format, const void* x, int64_t rows,
                                      void* const* y, const void* residual, int threads);
 extern "C" int NATIVE(project_plain)(const Matrix* m, int count, int x_format, const void* x, int64_t rows,
                                      void* const* y, const void* residual, int threads);

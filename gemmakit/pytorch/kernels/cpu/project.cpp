@@ -1,6 +1,6 @@
 // y = x @ W^T + bias for any rows of x and one or several weights in any format: here for codes against x in 16 bits,
-// and up to 8 rows of x in 8; products of bytes for many rows are project_bytes.cpp's, those of plain numbers, and of codes
-// as such, project_plain.cpp's.
+// and up to 8 rows of x in 8; products of bytes for many rows are project_bytes.cpp's, those by tiles project_tiles.cpp's,
+// those of plain numbers, and of codes as such, project_plain.cpp's.
 //
 // A piece of a weight is read once and stays in a cache while all rows of x meet it, a few at a time.
 
@@ -93,9 +93,17 @@ int run(const Matrix* w, int count, const void* x, int rows, void* const* y, con
   return 0;
 }
 
-enum Way { PLAIN, PACKED, PACKED_8, BYTES, WAYS };
+enum Way { PLAIN, PACKED, PACKED_8, BYTES, TILES, WAYS };
 
-Way way_of(const Matrix& m, int rows) {
+#if defined(__AMX_BF16__)
+constexpr bool BF16_TILES = true;
+#else
+constexpr bool BF16_TILES = false;
+#endif
+
+Way way_of(const Matrix& m, int rows, int x_format) {
+  bool tiles = BF16_TILES && x_format == BF16;
+  if (tiles && (m.format == BF16 || (m.format > F32 && !m.activation_bits && rows > MAX_ROWS))) return TILES;
   if (m.format <= F32 || m.activation_bits == 32) return PLAIN;
   if (m.activation_bits) return m.activation_bits == 8 ? BYTES : PACKED;
   bool bytes = DOT4 || m.format == INT4;
@@ -109,9 +117,9 @@ struct Share {
   void* y[16];
   int count = 0;
 
-  Share(const Matrix* m, int all, void* const* to, int rows, Way way) {
+  Share(const Matrix* m, int all, void* const* to, int rows, int x_format, Way way) {
     for (int i = 0; i < all; i++) {
-      if (way_of(m[i], rows) != way) continue;
+      if (way_of(m[i], rows, x_format) != way) continue;
       w[count] = m[i];
       y[count++] = to ? to[i] : nullptr;
     }
@@ -139,12 +147,12 @@ extern "C" int NATIVE(gemmakit_project)(const Matrix* m, int count, int x_format
   for (int i = 0; i < count; i++)
     if (m[i].format < BF16 || m[i].format > INT6) return 1;
   for (int i = 0; !x && i < count; i++)
-    if (way_of(m[i], rows) != BYTES) return 1;
+    if (way_of(m[i], rows, x_format) != BYTES) return 1;
   if (!x) return 0;
   constexpr decltype(&multiply_packed<16>) ways[WAYS] = {NATIVE(project_plain), multiply_packed<16>, multiply_packed<8>,
-                                                         NATIVE(project_bytes)};
+                                                         NATIVE(project_bytes), NATIVE(project_tiles)};
   for (int way = WAYS - 1; way >= 0; way--) {
-    Share own(m, count, y, rows, (Way)way);
+    Share own(m, count, y, rows, x_format, (Way)way);
     if (own.count && ways[way](own.w, own.count, x_format, x, rows, own.y, residual, threads)) return 1;
   }
   return 0;

@@ -6,6 +6,7 @@
 // (bytes_few.h), in the same order.
 
 #include "bytes_few.h"
+#include "outputs.h"
 
 namespace {
 
@@ -39,16 +40,6 @@ void sums_of(const Matrix& w, int64_t from, int64_t rows, const Tiles& x, int64_
   }
 }
 
-// The sums of L outputs of a token, from `from` on and before `end`, to their places.
-template <int F, int FORMAT>
-void finish(const Matrix& w, int64_t from, int64_t end, int64_t token, V v, void* y, const void* residual) {
-  int64_t row = token * w.out;
-  if (FORMAT == INT8_ROWS) v = mul(v, take<F32>(w.scale, from, end));
-  v = add(v, w.bias ? take<F>(w.bias, from, end) : zero());
-  if (residual) v = add(rounded<F>(v), take<F>(residual, row + from, row + end));
-  give<F>(y, row + from, row + end, v);
-}
-
 // OUTS rows of the weight from `from` on against `count` tiles from `tile` on; x has `tokens` in all.
 template <int F, int FORMAT>
 void multiply_piece(const Matrix& w, const Tiles& x, int64_t tokens, int64_t from, int64_t tile, int64_t count,
@@ -56,9 +47,8 @@ void multiply_piece(const Matrix& w, const Tiles& x, int64_t tokens, int64_t fro
   int64_t rows = w.out - from < OUTS ? w.out - from : OUTS, next = (count + 1) * L, first = tile * L;
   float* sums = scratch<float, 13>(OUTS * next);
   sums_of<FORMAT>(w, from, rows, x, tile, count, sums);
-  for (int64_t m = first; m < tokens && m < first + count * L; m++)
-    for (int64_t r = 0; r < rows; r += L)  // the room for sums is larger than a piece, so all L can be read
-      finish<F, FORMAT>(w, from + r, from + rows, m, gather(sums + r * next + m - first, next), y, residual);
+  int64_t last = first + count * L < tokens ? first + count * L : tokens;
+  finish_all<F, FORMAT>(w, from, from + rows, first, last, sums, next, y, residual);
 }
 
 template <int F>
