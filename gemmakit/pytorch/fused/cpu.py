@@ -1,8 +1,8 @@
 """A decoder layer on the CPU: five native calls, and three for an embedding of its own, which read each weight once for
 all rows.
 
-More rows than eight go through the same calls, a norm and a gate apart, as far as native products `reach` for all
-weights, or where results must not depend on the number of rows; attention goes through torch then, but in pages.
+More rows than eight go through the same calls, a norm and a gate apart, where `takes_any_rows` is true of all weights,
+or results must not depend on the number of rows; attention goes through torch then, but in pages.
 
 Everything that a call needs and that stays the same is put together once a layer: pointers into the modules' own
 tensors, nothing else. Axis letters: B batch, S positions, D hidden, F mlp, N heads, K kv heads, H head_dim, T keys.
@@ -11,7 +11,6 @@ tensors, nothing else. Axis letters: B batch, S positions, D hidden, F mlp, N he
 from __future__ import annotations
 
 import ctypes
-import sys
 from functools import cache
 from typing import Any
 
@@ -24,7 +23,7 @@ from gemmakit.pytorch.cache.paged import PagedCache
 from gemmakit.pytorch.fused.reference import MAX_ROWS, FusedLayer, writable
 from gemmakit.pytorch.fused.weights import is_summed, misfit, weight_of
 from gemmakit.pytorch.kernels import Decision, PackedWeight, cpu, is_batch_invariant
-from gemmakit.pytorch.kernels.linear import reach, takes_many
+from gemmakit.pytorch.kernels.linear import takes_any_rows, takes_many
 from gemmakit.pytorch.kernels.reference import ACTIVATION_OF
 from gemmakit.pytorch.layers import STREAM_SCALES, LayerNorms, LayerParts, RotaryTables, activated
 from gemmakit.pytorch.masks import Visibility
@@ -103,14 +102,14 @@ class NativeLayer(FusedLayer):
         act = ACTIVATION_OF.get(parts.act_fn)
         self.act = act if act in cpu.ACTIVATIONS else None
         weights = [weight for _, module in parts.projections() if (weight := weight_of(module)) is not None]
-        self.reach = min((reach(weight, dtype).at_once for weight in weights), default=MAX_ROWS)
+        self.many = all(takes_any_rows(weight, dtype) for weight in weights)
         in_bytes = any(isinstance(weight, PackedWeight) and takes_many(weight, dtype) for weight in weights)
         self.products = "tiles" if cpu.multiplies_tiles(dtype) else "bytes" if in_bytes else "float32"
         self.decision = self._decision()
 
     @property
-    def most_rows(self) -> int:
-        return sys.maxsize if is_batch_invariant() else self.reach
+    def any_rows(self) -> bool:
+        return self.many or is_batch_invariant()
 
     def _decision(self) -> Decision:
         why = native_obstacle(self.parts.self_attn)
@@ -119,9 +118,8 @@ class NativeLayer(FusedLayer):
             attention += ", o_proj and down_proj by their modules, which sum over processes"
         if is_batch_invariant():
             return Decision(f"{cpu.decision()}{attention}, without gradients, any number of rows alike")
-        beyond = f"; beyond that too, in products of {self.products}" if self.reach == sys.maxsize else ""
-        most = MAX_ROWS if beyond else self.reach
-        return Decision(f"{cpu.decision()}{attention}, without gradients, up to {most} rows{beyond}")
+        beyond = f"; beyond that too, in products of {self.products}" if self.many else ""
+        return Decision(f"{cpu.decision()}{attention}, without gradients, up to {MAX_ROWS} rows{beyond}")
 
     def norm_qkv(
         self, x: Float[Tensor, "B S D"]

@@ -54,7 +54,7 @@ def fused_layer(layer: Layer, x: Tensor, output_attentions: bool, leaves_out: bo
         found = layer.__dict__["fusion"] = FusionDecision(layer, x)
     if found.dropout and layer.training:
         return None
-    if B * S > MAX_ROWS and found.form is not None and found.form.most_rows < B * S:
+    if B * S > MAX_ROWS and found.form is not None and not found.form.any_rows:
         return FusedLayer(found.parts) if leaves_out else None
     return found.form
 

@@ -69,7 +69,7 @@ def linear(
         and not torch.compiler.is_compiling()
         and not _is_small(weight)
         and (
-            x.numel() <= reach(weight, x.dtype).at_once * weight.shape[1]
+            x.numel() <= _reach(weight, x.dtype).at_once * weight.shape[1]
             or product_dtype(x.dtype) != x.dtype
             or is_batch_invariant()
         )
@@ -134,7 +134,7 @@ class Reach(NamedTuple):
     in_pieces: int
 
 
-def reach(weight: Tensor | PackedWeight, dtype: torch.dtype) -> Reach:
+def _reach(weight: Tensor | PackedWeight, dtype: torch.dtype) -> Reach:
     """Beyond it a library's product is faster: of panels, or torch's own."""
     if takes_any_rows(weight, dtype):
         return Reach(sys.maxsize, sys.maxsize)
@@ -218,9 +218,9 @@ def _on_cpu(
     x: Float[Tensor, "M I"], weight: Float[Tensor, "O I"] | PackedWeight, bias: Float[Tensor, " O"] | None
 ) -> Float[Tensor, "M O"]:
     """What the native kernels take, by them as far as they reach."""
-    if len(x) <= MAX_ROWS or is_batch_invariant() or len(x) <= (most := reach(weight, x.dtype)).at_once:
+    if len(x) <= MAX_ROWS or is_batch_invariant() or len(x) <= (reach := _reach(weight, x.dtype)).at_once:
         return _native(x, weight, bias)
-    if len(x) > most.in_pieces:
+    if len(x) > reach.in_pieces:
         return multiply(x, weight, bias)
     pieces = x.tensor_split(-(-len(x) // MAX_ROWS))  # none much smaller than the others
     return torch.cat([_native(piece, weight, bias) for piece in pieces])
