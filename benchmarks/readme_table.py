@@ -16,7 +16,8 @@ from rounds import Rounds
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 END = "<!-- end -->"
-AVX2 = "avx2"  # folder of results/ from a processor that has no more than that
+# Processors by what they have at most, each with a folder of results/, and a table in the README by this name.
+SETS = ("amx", "avx2")
 PEERS = ("transformers", "llama.cpp", "OpenVINO", "onnxruntime")
 HEADINGS = ("", "gemmakit", "of the limit", *PEERS, "quality")
 RATES = {"decode_tokens_per_s", "prefill_tokens_per_s"}  # of which more is better
@@ -127,7 +128,7 @@ def main() -> int:
     check = parser.parse_args().check
     readme = ROOT / "README.md"
     text = new = readme.read_text(encoding="utf-8")
-    for name, block in {"cpu": cpu_block(), AVX2: cpu_block(f"{AVX2}/"), "gpu": gpu_block()}.items():
+    for name, block in {"cpu": cpu_block(), **{s: cpu_block(f"{s}/") for s in SETS}, "gpu": gpu_block()}.items():
         begin = f"<!-- {name} table: made by benchmarks/readme_table.py -->\n"
         before, rest = new.split(begin)
         new = before + begin + block + END + rest.split(END, 1)[1]

@@ -78,7 +78,7 @@ def compile_one(tree: Path, isa: str, emulated: bool) -> None:
                  f"-I{tree / 'tests/emulated'}"]  # fmt: skip
         plain = build.run
         # What the dispatcher asks this processor and its system for, it is told that it has.
-        told = "-D__builtin_cpu_supports(name)=1", "-DROOM_FOR_TILES=true"
+        told = "-D__builtin_cpu_supports(name)=1", "-DHAS_TILES=true"
         build.run = lambda compiler, *rest: plain(compiler, *told, *rest)
     build.INSTRUCTION_SETS["x86_64"] = {isa: flags}
     if not build.compile_library(tree):

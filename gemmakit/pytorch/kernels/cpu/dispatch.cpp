@@ -8,6 +8,7 @@
 #if defined(__aarch64__)
 #include <sys/auxv.h>
 #else
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -32,13 +33,20 @@ bool runs_avx512() {
 }
 bool runs_avx512vnni() { return runs_avx512() && __builtin_cpu_supports("avx512vnni"); }
 bool runs_avx512bf16() { return runs_avx512vnni() && __builtin_cpu_supports("avx512bf16"); }
-// A process has no room for tiles before it has asked for it: ARCH_REQ_XCOMP_PERM for XFEATURE_XTILEDATA.
-#if !defined(ROOM_FOR_TILES) && defined(__linux__)
-#define ROOM_FOR_TILES !syscall(SYS_arch_prctl, 0x1023, 18)
-#elif !defined(ROOM_FOR_TILES)
-#define ROOM_FOR_TILES false
+#if !defined(HAS_TILES) && defined(__linux__)
+// By the processor's own word: not every compiler that knows the others knows these. A process has no room for tiles before
+// it has asked for it: ARCH_REQ_XCOMP_PERM for XFEATURE_XTILEDATA.
+bool has_tiles() {
+  constexpr unsigned AMX_BF16 = 1u << 22, AMX_TILE = 1u << 24;
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & AMX_BF16) && (d & AMX_TILE) &&
+         !syscall(SYS_arch_prctl, 0x1023, 18);
+}
+#define HAS_TILES has_tiles()
+#elif !defined(HAS_TILES)
+#define HAS_TILES false
 #endif
-bool runs_amx() { return runs_avx512bf16() && __builtin_cpu_supports("amx-bf16") && ROOM_FOR_TILES; }
+bool runs_amx() { return runs_avx512bf16() && HAS_TILES; }
 #else
 bool runs_neon() { return true; }
 #if defined(__linux__)

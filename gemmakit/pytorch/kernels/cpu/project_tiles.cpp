@@ -23,6 +23,9 @@ constexpr int64_t FEW_TOKENS = 64;            // that meet plain weights as they
 constexpr int64_t SOON = 16;                  // steps before these are read they are asked for
 constexpr int64_t SHARE = 1 << 20;            // bytes of a weight that a thread takes at a time
 
+// Whatever a pointer shows is in memory now: a compiler knows of no more than the first bytes that a tile's instruction takes.
+inline void seen(const void* p) { asm volatile("" ::"r"(p) : "memory"); }
+
 // The shapes of the thread's tiles, for as long as this is there; whose they were before has them back.
 struct TileShapes {
   alignas(64) uint8_t before[64];
@@ -31,9 +34,13 @@ struct TileShapes {
     alignas(64) uint8_t own[64] = {1};
     for (int t = 0; t < 8; t++) own[16 + 2 * t] = 64, own[48 + t] = 16;  // bytes of a row, rows
     _tile_storeconfig(before);
+    seen(before), seen(own);
     _tile_loadconfig(own);
   }
-  ~TileShapes() { _tile_loadconfig(before); }
+  ~TileShapes() {
+    seen(before);
+    _tile_loadconfig(before);
+  }
   TileShapes(const TileShapes&) = delete;
 };
 
@@ -213,7 +220,7 @@ void multiply_piece(const Matrix& w, const Tokens& x, int64_t from, int64_t to, 
         Part part = {own + r * row + here, after - here};
         widen_row<FORMAT>(w, from + r, step, some, part, panel + r * PANEL_NEXT);
       }
-      asm volatile("" ::: "memory");  // what tiles read the compiler does not see them reading
+      seen(panel);
       for (int64_t r = 0; r < rows; r += PAIR)
         add_rows<2, false>(panel + r * PANEL_NEXT, PANEL_NEXT, x, step, some, sums + r * next, next);
     }
@@ -253,7 +260,7 @@ void multiply_some(const Matrix* w, int count, const uint16_t* x, int64_t rows, 
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < t.tiles(); i++)
       fill_tokens(x + i * L * w->in, w->in, rows - i * L, t.steps, room + i * t.steps * SQUARE);
-    asm volatile("" ::: "memory");
+    seen(room);
 #pragma omp for schedule(dynamic, share < 1 ? 1 : share) nowait
     for (int64_t p = 0; p < pieces.total; p++) {
       Piece piece = pieces[p];
