@@ -75,7 +75,7 @@ def test_bias_and_residual_are_added_as_the_modules_do(scheme):
         bare = product(x, weight)
         biased = product(x, weight, bias)
         (both,) = cpu.project(x, [cpu.matrix(weight, bias)], residual)
-        (several,) = [cpu.project(x, [cpu.matrix(weight), cpu.matrix(weight, bias)])]
+        several = cpu.project(x, [cpu.matrix(weight), cpu.matrix(weight, bias)])
     assert torch.equal(both, biased + residual)
     assert torch.equal(several[0], bare) and torch.equal(several[1], biased)
     assert ((biased.double() - bare.double() - bias.double()).abs() <= 2.0**-7 * (bare.abs() + bias.abs() + 1e-3)).all()
