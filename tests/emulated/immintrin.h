@@ -165,6 +165,7 @@ inline __m512i castsi128_si512(__m128i a) {
   }
 WIDER(cvtepu16_epi32, __m256i, _mm256_cvtepu16_epi32)
 WIDER(cvtepi8_epi16, __m256i, _mm256_cvtepi8_epi16)
+WIDER(cvtepu8_epi16, __m256i, _mm256_cvtepu8_epi16)
 WIDER(cvtepi8_epi32, __m128i, _mm256_cvtepi8_epi32)
 WIDER(cvtepu8_epi32, __m128i, _mm256_cvtepu8_epi32)
 inline __m512 cvtph_ps(__m256i a) {
@@ -218,6 +219,20 @@ inline __m512 permutexvar_ps(__m512i at, __m512 a) {
   Floats x{a}, to;
   for (int i = 0; i < 16; i++) to.lane[i] = x.lane[from.lane[i] & 15];
   return to.all;
+}
+inline __m512i srlv_epi16(__m512i a, __m512i n) {
+  uint16_t x[32], by[32];
+  std::memcpy(x, &a, sizeof a);
+  std::memcpy(by, &n, sizeof n);
+  for (int i = 0; i < 32; i++) x[i] = by[i] > 15 ? 0 : x[i] >> by[i];
+  return loadu_si512(x);
+}
+inline __m512i permutexvar_epi16(__m512i at, __m512i a) {
+  uint16_t from[32], x[32], to[32];
+  std::memcpy(from, &at, sizeof at);
+  std::memcpy(x, &a, sizeof a);
+  for (int i = 0; i < 32; i++) to[i] = x[from[i] & 31];
+  return loadu_si512(to);
 }
 template <int HOW>
 inline unsigned cmp_ps_mask(__m512 a, __m512 b) {
@@ -376,6 +391,7 @@ inline void tile_dpbf16ps(int to, int a, int b) {
 #define _mm512_cvtepi8_epi16 emulated::cvtepi8_epi16
 #define _mm512_cvtepi8_epi32 emulated::cvtepi8_epi32
 #define _mm512_cvtepu16_epi32 emulated::cvtepu16_epi32
+#define _mm512_cvtepu8_epi16 emulated::cvtepu8_epi16
 #define _mm512_cvtepu8_epi32 emulated::cvtepu8_epi32
 #define _mm512_cvtph_ps emulated::cvtph_ps
 #define _mm512_cvtps_epi32 emulated::cvtps_epi32
@@ -392,6 +408,7 @@ inline void tile_dpbf16ps(int to, int a, int b) {
 #define _mm512_max_ps emulated::max_ps
 #define _mm512_min_ps emulated::min_ps
 #define _mm512_mul_ps emulated::mul_ps
+#define _mm512_permutexvar_epi16 emulated::permutexvar_epi16
 #define _mm512_permutexvar_ps emulated::permutexvar_ps
 #define _mm512_reduce_add_ps emulated::reduce_add_ps
 #define _mm512_reduce_max_ps emulated::reduce_max_ps
@@ -404,6 +421,7 @@ inline void tile_dpbf16ps(int to, int a, int b) {
 #define _mm512_slli_epi32 emulated::slli_epi32
 #define _mm512_srli_epi16 emulated::srli_epi16
 #define _mm512_srli_epi32 emulated::srli_epi32
+#define _mm512_srlv_epi16 emulated::srlv_epi16
 #define _mm512_storeu_ps emulated::storeu_ps
 #define _mm512_sub_ps emulated::sub_ps
 #define _mm512_unpackhi_epi32 emulated::unpackhi_epi32

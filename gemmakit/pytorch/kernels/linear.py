@@ -47,8 +47,8 @@ MIN_EMULATED = 1 << 16
 GPU = {"cuda"}
 # Rows of bfloat16 up to which the kernel beats torch where it multiplies pairs (benchmarks/products.py).
 PAIR_ROWS = 32
-# The same where it has tiles: 1.1 to 1.4 times as fast up to 256 rows, level within a tenth up to these.
-TILE_ROWS = 512
+# The same where it has tiles: 1.1 to 1.4 times as fast up to these, 0.9 times beyond.
+TILE_ROWS = 256
 # Bits of codes -> rows up to which reading them once for every eight costs less than expanding them.
 FEW_ROWS = {8: 16, 6: 16, 5: 16, 4: 24}
 

@@ -80,13 +80,12 @@ inline void fill_codes(const Matrix& w, int64_t row, int64_t block, int64_t coun
   for (int p = 0; p < PARTS<FORMAT> && n > left; p++) std::memset(to + p * DEPTH * BLOCK + left, 0, n - left);
 }
 
-template <int FORMAT, int GROUP>
+template <int FORMAT>
 void fill_piece(const Matrix& w, int64_t from, int64_t rows, int64_t block, int64_t count, Piece<FORMAT>& piece) {
   for (int64_t r = 0; r < rows; r++) {
     fill_codes<FORMAT>(w, from + r, block, count, piece.codes[r][0]);
     if (FORMAT == INT8_ROWS) continue;
-    Groups g = groups(w, from + r);
-    Scales s = count == L ? scales<GROUP>(g, block) : gathered(g, block);
+    Scales s = scales_of(w, groups(w, from + r), block, count);
     store(piece.scale[r], s.scale);
     if (FORMAT == INT4) store(piece.offset[r], mul(s.scale, s.zero));
   }

@@ -150,25 +150,17 @@ Strip strip_of(const Matrix& w, int64_t row) {
   return s;
 }
 
-template <int FORMAT, int GROUP>
+// The scales of a strip's rows and scale * zero, by block.
+template <int FORMAT>
 void scales_of(const Strip& s, int64_t block, int64_t count, V* scale, V* offset) {
   I by[L], zeros[L];
   for (int r = 0; r < L; r++) {
-    Groups g = groups(s.w, s.at(r));
-    Scales found = count == L ? scales<GROUP>(g, block) : gathered(g, block);
+    Scales found = scales_of(s.w, groups(s.w, s.at(r)), block, count);
     by[r] = bits_of(found.scale), zeros[r] = bits_of(mul(found.scale, found.zero));
   }
   turn(by);
   if (FORMAT == INT4) turn(zeros);
   for (int b = 0; b < L; b++) scale[b] = number_of(by[b]), offset[b] = number_of(zeros[b]);
-}
-
-// The scales of a strip's rows and scale * zero, by block.
-template <int FORMAT>
-void scales_of(const Strip& s, int64_t block, int64_t count, V* scale, V* offset) {
-  if (s.w.group == 32) return scales_of<FORMAT, 32>(s, block, count, scale, offset);
-  if (s.w.group == 128) return scales_of<FORMAT, 128>(s, block, count, scale, offset);
-  scales_of<FORMAT, 0>(s, block, count, scale, offset);
 }
 
 // total[m] += a block of L weight rows against M rows of x.

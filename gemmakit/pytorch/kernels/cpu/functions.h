@@ -40,6 +40,10 @@ inline void store_bf16(void* p, V v) {
 inline void store_f16(void* p, V v) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+#if defined(__AVX512BF16__)
+// Two vectors as bfloat16, rounded as round_bf16 does but for denormal numbers, which become zeros.
+inline __m512i narrow_two(V first, V second) { return (__m512i)_mm512_cvtne2ps_pbh(second, first); }
+#endif
 #elif defined(__AVX2__)
 inline V divide(V a, V b) { return _mm256_div_ps(a, b); }
 inline V smaller(V a, V b) { return _mm256_min_ps(a, b); }

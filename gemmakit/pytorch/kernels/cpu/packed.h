@@ -57,6 +57,13 @@ INLINE Scales scales(const Groups& g, int64_t b) {
   return gathered(g, b);
 }
 
+// The same where the groups are not known before.
+inline Scales scales_of(const Matrix& w, const Groups& g, int64_t b, int64_t count) {
+  if (count == L && w.group == 32) return scales<32>(g, b);
+  if (count == L && w.group == 128) return scales<128>(g, b);
+  return gathered(g, b);
+}
+
 // The last blocks of a row, fewer than L, are read with the first of the next row, where there is one as long: those
 // meet activations of zero, and a scale of zero, whatever it was.
 template <int GROUP>

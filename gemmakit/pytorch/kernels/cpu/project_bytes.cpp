@@ -13,20 +13,13 @@ namespace {
 constexpr int64_t MOST_TOKENS = 1024;  // whose sums with a piece stay in the second cache, and x in the third
 
 template <int FORMAT>
-void fill(const Matrix& w, int64_t from, int64_t rows, int64_t block, int64_t count, Piece<FORMAT>& piece) {
-  if (w.group == 32) return fill_piece<FORMAT, 32>(w, from, rows, block, count, piece);
-  if (w.group == 128) return fill_piece<FORMAT, 128>(w, from, rows, block, count, piece);
-  fill_piece<FORMAT, 0>(w, from, rows, block, count, piece);
-}
-
-template <int FORMAT>
 void sums_of(const Matrix& w, int64_t from, int64_t rows, const Tiles& x, int64_t tile, int64_t tiles, float* sums) {
   static thread_local Piece<FORMAT> piece;
   int64_t next = (tiles + 1) * L;  // one more, so that rows do not meet in the same places of a cache
   std::memset(sums, 0, rows * next * sizeof(float));
   for (int64_t block = 0; block < x.blocks; block += DEPTH) {
     int64_t count = x.blocks - block < DEPTH ? x.blocks - block : DEPTH;
-    fill<FORMAT>(w, from, rows, block, count, piece);
+    fill_piece(w, from, rows, block, count, piece);
     for (int64_t t = 0; t < tiles;) {
       int64_t left = tiles - t;
       float* to = sums + t * L;
@@ -45,7 +38,7 @@ template <int F, int FORMAT>
 void multiply_piece(const Matrix& w, const Tiles& x, int64_t tokens, int64_t from, int64_t tile, int64_t count,
                     void* y, const void* residual) {
   int64_t rows = w.out - from < OUTS ? w.out - from : OUTS, next = (count + 1) * L, first = tile * L;
-  float* sums = scratch<float, 13>(OUTS * next);
+  float* sums = scratch<float, 13>((OUTS + BESIDE) * next);
   sums_of<FORMAT>(w, from, rows, x, tile, count, sums);
   int64_t last = first + count * L < tokens ? first + count * L : tokens;
   finish_all<F, FORMAT>(w, from, from + rows, first, last, sums, next, y, residual);

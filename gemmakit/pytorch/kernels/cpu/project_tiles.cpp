@@ -4,7 +4,7 @@
 // A tile has 16 weight rows or tokens. A sum runs along the inputs in their order, in float32, whatever the other tokens
 // are and however many. A few tokens meet plain weights as they lie, as fast as the memory gives them.
 
-#include "codes.h"
+#include "expand.h"
 #include "outputs.h"
 #include "pieces.h"
 
@@ -55,16 +55,18 @@ struct Tokens {
 
 void fill_tokens(const uint16_t* x, int64_t in, int64_t rows, int64_t steps, uint16_t* to) {
   for (int64_t step = 0; step < steps; step++, to += SQUARE) {
-    int64_t left = in - step * STEP;
-    I v[L];
-    for (int t = 0; t < L; t++) {
-      uint16_t some[STEP] = {};
-      const uint16_t* own = x + t * in + step * STEP;
-      if (t < rows && left < STEP) own = (const uint16_t*)std::memcpy(some, own, left * 2);
-      v[t] = t < rows ? load_bytes(own) : none();
+    int64_t left = in - step * STEP, next = in;
+    const uint16_t* own = x + step * STEP;
+    uint16_t some[L][STEP];
+    if (rows < L || left < STEP) {
+      std::memset(some, 0, sizeof some);
+      for (int t = 0; t < L && t < rows; t++) std::memcpy(some[t], own + t * next, (left < STEP ? left : STEP) * 2);
+      own = some[0], next = STEP;
     }
+    I v[L];
+    UNROLL for (int t = 0; t < L; t++) v[t] = load_bytes(own + t * next);
     turn(v);
-    std::memcpy(to, v, sizeof v);
+    UNROLL for (int t = 0; t < L; t++) std::memcpy(to + t * STEP, v + t, sizeof v[t]);
   }
 }
 
@@ -80,12 +82,13 @@ struct Part {
 };
 
 // `count` blocks of a row of codes, from `block` on, as bfloat16; INT8_ROWS without their scale, which their sums get.
-template <int FORMAT, int GROUP>
+template <int FORMAT>
 void widen_codes(const Matrix& w, int64_t row, int64_t block, int64_t count, const Part& part, uint16_t* to) {
   constexpr int BYTES = FORMAT == INT4 ? 16 : 32;
+  using Own = Group<BF16, FORMAT == INT4 ? INT4 : INT8_ROWS>;
   alignas(64) int8_t bytes[DEEP];
   const uint8_t* codes = part.at;
-  int64_t left = w.in - block * BLOCK;
+  int64_t left = w.in - block * BLOCK, same = w.group % FOUR ? 0 : 3;  // of a block's number where a group goes on
   if (is_split(w)) {
     join_codes(w, row, block, count, bytes);
     codes = (const uint8_t*)bytes;
@@ -95,29 +98,20 @@ void widen_codes(const Matrix& w, int64_t row, int64_t block, int64_t count, con
     std::memset(bytes + left, 0, count * BLOCK - left);
     codes = (const uint8_t*)bytes;
   }
+  Groups g = {};
+  if (FORMAT != INT8_ROWS) g = groups(w, row);
   for (int64_t first = 0; first < count; first += L) {
     int64_t some = count - first < L ? count - first : L;
     float scale[L], offset[L];
     if (FORMAT != INT8_ROWS) {
-      Groups g = groups(w, row);
-      Scales s = some == L ? scales<GROUP>(g, block + first) : gathered(g, block + first);
+      Scales s = scales_of(w, g, block + first, some);
       store(scale, s.scale), store(offset, s.zero);
     }
+    Own group{splat(1.0f), zero()};
     for (int64_t b = 0; b < some; b++, codes += BYTES, to += BLOCK) {
       part.ask<BYTES>((first + b) * BYTES);
-      V low, high;
-      if (FORMAT == INT4) {
-        __m128i both = _mm_loadu_si128((const __m128i*)codes), nibble = _mm_set1_epi8(15);
-        V by = splat(scale[b]), zero = splat(offset[b]);
-        low = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_and_si128(both, nibble)));
-        high = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_and_si128(_mm_srli_epi16(both, 4), nibble)));
-        low = mul(sub(low, zero), by), high = mul(sub(high, zero), by);
-      } else {
-        low = widen_s8((const int8_t*)codes), high = widen_s8((const int8_t*)codes + L);
-        if (FORMAT != INT8_ROWS) low = mul(low, splat(scale[b])), high = mul(high, splat(scale[b]));
-      }
-      __m512bh made = _mm512_cvtne2ps_pbh(high, low);
-      std::memcpy(to, &made, sizeof made);
+      if (FORMAT != INT8_ROWS && !(b & same)) group = {splat(scale[b]), splat(offset[b])};
+      group.expand(codes, to, L);
     }
   }
 }
@@ -134,12 +128,8 @@ void widen_row(const Matrix& w, int64_t row, int64_t step, int64_t steps, const 
     if (i == steps) return;
     std::memset(to + i * STEP, 0, STEP * 2);
     std::memcpy(to + i * STEP, own + i * STEP, (left - i * STEP) * 2);
-  } else if (FORMAT != INT8_ROWS && w.group == 32) {
-    widen_codes<FORMAT, 32>(w, row, step, steps, part, to);
-  } else if (FORMAT != INT8_ROWS && w.group == 128) {
-    widen_codes<FORMAT, 128>(w, row, step, steps, part, to);
   } else {
-    widen_codes<FORMAT, 0>(w, row, step, steps, part, to);
+    widen_codes<FORMAT>(w, row, step, steps, part, to);
   }
 }
 
@@ -237,9 +227,10 @@ auto piece_of(const Matrix& w) {
   return multiply_piece<INT8_GROUPS>;
 }
 
-// Weight rows of a piece: of a panel, or fewer where else some threads would have none.
-int64_t rows_each(const Matrix* w, int count, int threads) {
-  int64_t all = 0, each = PANEL_ROWS;
+// Weight rows of a piece: of a panel, or fewer where a tile of tokens leaves them no second meeting, or where else some
+// threads would have none.
+int64_t rows_each(const Matrix* w, int count, int64_t tokens, int threads) {
+  int64_t all = 0, each = tokens <= L ? PAIR : PANEL_ROWS;
   for (int i = 0; i < count; i++) all += w[i].out;
   while (each > PAIR && all / each < 4 * threads) each /= 2;
   return each;
@@ -250,7 +241,7 @@ void multiply_some(const Matrix* w, int count, const uint16_t* x, int64_t rows, 
   Tokens t = {nullptr, rows, (w->in + STEP - 1) / STEP};
   uint16_t* room = scratch<uint16_t, 31>(t.tiles() * t.steps * SQUARE);
   t.x = room;
-  Pieces pieces(w, count, threads, rows_each(w, count, threads));
+  Pieces pieces(w, count, threads, rows_each(w, count, rows, threads));
   // What a piece asks for at its end is the beginning of the next: those of a thread are beside each other.
   int64_t bytes = row_bytes(*w) * pieces.rows_each[0], most = pieces.total / (8 * threads), share = SHARE / bytes;
   share = share < most ? share : most;
