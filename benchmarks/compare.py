@@ -3,8 +3,9 @@
     python benchmarks/compare.py [MODEL | --size 2b] --peer transformers [--quantize int8] [--json FILE]
     python benchmarks/compare.py FOLDER --peer openvino --peer onnxruntime --peer llama.cpp [--gguf FILE]
 
-Each measurement is a fresh process, and the sides take turns; Ctrl-C keeps what there is. What the others read is
-written from the folder once, in as many bits as ours, and kept beside it.
+Each measurement is a fresh process, and the sides take turns; Ctrl-C keeps what there is. With --in-turn each side is
+one process, and their timed runs take turns, which a shared machine wants; Ctrl-C then keeps nothing. What the others
+read is written from the folder once, in as many bits as ours, and kept beside it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import peer_models
 from checkpoints import cached_random
 from peers import PEERS, interpreter
 from report import comparison_table, plain_lines
-from rounds import Found, Rounds, Side, SideFailed, interleave, run_command
+from rounds import Found, Rounds, Side, SideFailed, in_turn, interleave, run_command
 
 from gemmakit import demo_model
 from gemmakit.bench.measure import scheme_config, shares
@@ -34,6 +35,7 @@ LIMITS = ("limits", "limits again")  # measured before and behind gemmakit, in e
 WHAT = (
     "load, first token, prefill and greedy decoding of one prompt, choosing tokens included; each side a fresh process"
 )
+IN_TURN = ", one for all rounds, in which the timed runs of all sides take turns"
 
 
 @dataclass
@@ -46,7 +48,7 @@ class Comparison:
         quantize: a short name, for gemmakit's side.
         peers: sides besides gemmakit's, see `peer_sides`.
         contexts: tokens in the cache before decoding is timed; 0 is right behind the prompt.
-        repeats: timed runs in a process; rounds: processes a side.
+        repeats: timed runs in a process; rounds: processes a side, of which there is one where the runs are in_turn.
         more: fields of the spec of gemmakit's own processes (limit_s, tokens of the quality text).
     """
 
@@ -63,6 +65,7 @@ class Comparison:
     contexts: Sequence[int] = (0,)
     repeats: int = 3
     rounds: int = 3
+    in_turn: bool = False
     peers: Sequence[Side] = ()
     more: dict[str, Any] | None = None
     save: Path | None = None
@@ -87,6 +90,7 @@ class Comparison:
             **source, "dtype": self.dtype, "device": self.device, "threads": self.threads,
             "prompt": self.prompt, "new": self.new, "contexts": list(self.contexts), "repeats": self.repeats,
             "fill": "random" if self.device == "cpu" else "prompt", "stream": self.device == "cpu",
+            "in_turn": self.in_turn,
         }  # fmt: skip
 
     def run(self) -> dict[str, Any]:
@@ -112,7 +116,11 @@ class Comparison:
                 quality[scheme] = self._quality(scheme, extra)
         except KeyboardInterrupt:
             return self.result(Rounds(interrupted=True), quality)
-        done = interleave(sides, self.rounds, say=self.say, keep=keep, run=self.run_command)
+        if self.in_turn:
+            done = in_turn(sides, say=self.say)
+            keep(done)
+        else:
+            done = interleave(sides, self.rounds, say=self.say, keep=keep, run=self.run_command)
         return self.result(done, quality)
 
     def _quality(self, scheme: str, extra: dict[str, Any]) -> Found:
@@ -129,7 +137,7 @@ class Comparison:
         sides = {label: done.medians(label) for label in done.labels() if label not in LIMITS}
         peers = [label for label in sides if label != self.label]
         return {
-            "what": WHAT,
+            "what": WHAT + IN_TURN * self.in_turn,
             **about(self.threads, "triton", "transformers"),
             "model": {"name": self.name, "random_weights": self.random},
             "settings": {k: v for k, v in self.spec.items() if k not in ("model", "config")}
@@ -239,7 +247,8 @@ def compared(args: argparse.Namespace) -> Comparison:
     comparison = Comparison(
         model=model, name=name, random=args.size is not None, device=args.device, dtype=args.dtype,
         quantize=args.quantize, prompt=args.prompt, new=args.new, contexts=args.context, threads=args.threads,
-        rounds=args.rounds, repeats=args.repeats, save=args.json, say=say, more=quick if args.quick else None,
+        rounds=args.rounds, repeats=args.repeats, in_turn=args.in_turn, save=args.json, say=say,
+        more=quick if args.quick else None,
     )  # fmt: skip
     comparison.peers = [side for peer in dict.fromkeys(args.peer) for side in peer_sides(peer, comparison, args)]
     return comparison
@@ -267,6 +276,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=available_cores(), help="of every side")
     parser.add_argument("--rounds", type=int, default=3, help="processes a side")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs in each process")
+    parser.add_argument("--in-turn", action="store_true", help="one process a side, whose timed runs take turns")
     parser.add_argument("--json", type=Path, help="write everything measured there, after each process")
     parser.add_argument("--quick", action="store_true", help="a trial: the numbers are rough")
     return parser

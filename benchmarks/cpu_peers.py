@@ -131,9 +131,10 @@ def measure(name: str, args: argparse.Namespace) -> None:
     comparison = Comparison(
         model=str(model), name=f"Gemma {shape.upper()} shape", random=True, dtype="auto" if codes else "bfloat16",
         config=fields(size) if size else None, threads=args.threads, rounds=args.rounds, repeats=args.repeats,
-        more=QUICK if args.quick else None, save=args.out / f"{file}.json",
+        in_turn=args.in_turn, more=QUICK if args.quick else None, save=args.out / f"{file}.json",
         say=lambda m: note(f"{name}: {m}"), **part,
     )  # fmt: skip
+    peers = [(p, kind) for p, kind in peers if args.program is None or p in (*args.program, "gemmakit")]
     peers = dict.fromkeys((p, plain(kind, args.threads) if p == "transformers" else kind) for p, kind in peers)
     comparison.peers = [side for program, kind in peers if (side := peer(program, kind, comparison, args))]
     result = comparison.run()
@@ -152,6 +153,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--rounds", type=int, default=3, help="processes a side")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs a process")
+    parser.add_argument("--in-turn", action="store_true", help="one process a side, whose timed runs take turns")
+    parser.add_argument(
+        "--program", nargs="+", help="of the others only these, as where they do not fit memory together"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--quick", action="store_true", help="a trial: the numbers are rough")
     args = parser.parse_args()

@@ -9,7 +9,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 END = "<!-- end -->"
@@ -82,28 +82,41 @@ def real_table(result: dict[str, Any]) -> str:
 # -- loss over bytes ---------------------------------------------------------------------------------------------------
 
 
-def curve(result: dict[str, Any]) -> list[tuple[str, float, float, bool]]:
-    """(form, MB, nats a token above float32, ours or llama.cpp's), the smallest first."""
+class Point(NamedTuple):
+    name: str
+    size: float  # MB
+    lost: float  # nats a token above float32
+    whose: str
+
+
+def whose(form: str) -> str:
+    if form.startswith("int") or " bits" in form:
+        return "ours"
+    return "OpenVINO" if form.startswith("OpenVINO") else "llama.cpp"
+
+
+def curve(result: dict[str, Any]) -> list[Point]:
+    """The smallest first."""
     rows, tokens = result["rows"], result["about"]["tokens"]
     exact = sum(rows["float32"]["losses"])
     points = [
-        (name, held["bytes"] / 1e6, (sum(held["losses"]) - exact) / tokens, name.startswith("int") or " bits" in name)
+        Point(name, held["bytes"] / 1e6, (sum(held["losses"]) - exact) / tokens, whose(name))
         for name, held in rows.items()
         if name != "float32"
     ]
-    return sorted(points, key=lambda point: point[1])
+    return sorted(points, key=lambda point: point.size)
 
 
 def curve_table(result: dict[str, Any]) -> str:
     about = result["about"]
     lines = [
         row(
-            name if ours else f"llama.cpp {name}",
-            f"{size:.1f}",
-            f"{lost:+.3f}",
-            f"{math.expm1(lost):+.1%}".replace("%", " %"),
+            f"llama.cpp {point.name}" if point.whose == "llama.cpp" else point.name,
+            f"{point.size:.1f}",
+            f"{point.lost:+.3f}",
+            f"{math.expm1(point.lost):+.1%}".replace("%", " %"),
         )
-        for name, size, lost, ours in curve(result)
+        for point in curve(result)
     ]
     where = (
         f"{about['tokens']:,} tokens in windows of {about['window']}, {about['calibration']:,} tokens of calibration"
@@ -122,15 +135,16 @@ def draw(result: dict[str, Any], path: Path) -> None:
     matplotlib.rcParams |= {"svg.hashsalt": "", "svg.fonttype": "none", "font.size": 9}
     figure, axes = pyplot.subplots(figsize=(7.2, 4.2), layout="constrained")
     kinds = (("ours, calibrated", "#1f6fb4", "o"), ("ours, self-calibrated", "#3f9a6d", "^"), ("ours", "#8cbbe0", "o"),
-             ("llama.cpp", "#c96a1b", "s"))  # fmt: skip
+             ("llama.cpp", "#c96a1b", "s"), ("OpenVINO", "#8a5fb0", "D"))  # fmt: skip
     for kind, colour, mark in kinds:
         points = [p for p in curve(result) if _kind(p) == kind]
         if not points:
             continue
-        axes.plot([p[1] for p in points], [max(p[2], FLOOR) for p in points], mark, color=colour, label=kind)
-        for name, size, lost, _ in points:
-            short = name.split(", ")[0]
-            axes.annotate(short, (size, max(lost, FLOOR)), (4, 3), textcoords="offset points", fontsize=7, color=colour)
+        axes.plot([p.size for p in points], [max(p.lost, FLOOR) for p in points], mark, color=colour, label=kind)
+        for point in points:
+            short = point.name.removeprefix("OpenVINO ").split(", ")[0]
+            at = point.size, max(point.lost, FLOOR)
+            axes.annotate(short, at, (4, 3), textcoords="offset points", fontsize=7, color=colour)
     axes.margins(x=0.1)  # for the last names
     axes.set_yscale("log")
     axes.set_xlabel("MB of weights in the file")
@@ -143,10 +157,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
 FLOOR = 1e-3  # nats; below it a loss is one of the text's own noise
 
 
-def _kind(point: tuple[str, float, float, bool]) -> str:
+def _kind(point: Point) -> str:
     """Whose it is, and on what it was calibrated."""
-    how = point[0].partition(", ")[2]
-    return "llama.cpp" if not point[3] else f"ours, {how}" if how else "ours"
+    return point.whose + "".join(point.name.partition(", ")[1:])
 
 
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {

@@ -1,13 +1,15 @@
 """Loss over bytes of the real Gemma 3 270M, ours beside llama.cpp's: what docs/quantization.md draws.
 
-    make real; python benchmarks/real_curve.py [--only FORM ...] [--windows N] [--llama-python PATH] [--files FOLDER]
+    make real; python benchmarks/real_curve.py [--only FORM ...] [--windows N] [--llama-python PATH] [--openvino]
+                                               [--files FOLDER]
 
 The weights come from a Q4_K_M file, and rounding them again to the very blocks that they lie on would cost nothing: a
 grid that fits says nothing about other weights. So all start from the same function in another order: hidden, inner
 and value channels are shuffled, which moves every weight into a block beside others and changes no result. llama.cpp
 quantizes and is measured by itself, keys and values in float32, on the same windows of benchmarks/data/held_out.txt;
-ours are calibrated, where they are, on documents of the demo model's corpus that are not in it. Rows of other forms
-that are there for as many tokens stay. Files stay in --files and are not made twice.
+so is OpenVINO (of `make peers`), with activations in float32. Ours are calibrated, where they are, on documents of the
+demo model's corpus that are not in it. Rows of other forms that are there for as many tokens stay. Files stay in
+--files and are not made twice.
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from peer_models import openvino
+from peers import interpreter
 from real_quality import loss, weight_bytes
+from rounds import Side, run_command
 from torch import Tensor
 from two_commits import processor
 
@@ -41,6 +46,8 @@ import reference  # noqa: E402
 OUTPUT = ROOT / "benchmarks" / "results" / "real_curve.json"
 # llama.cpp's kinds; "pure" gives the embedding, two thirds of this model, the kind of the rest.
 KINDS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q4_0", "Q5_0 pure", "IQ4_NL pure", "Q4_0 pure")
+# OpenVINO's, embedding and head in 8 bits, as peer_models.py names them.
+OPENVINO = {"OpenVINO int8": "int8", "OpenVINO int4 g32": "int4", "OpenVINO int4 g128": "int4-g128"}
 # Ours: what quantize_checkpoint is told, and whether it gets the text, or "self".
 OURS: dict[str, tuple[dict[str, Any], bool | Literal["self"]]] = {
     "int8": ({"quantization_config": "int8"}, False),
@@ -135,11 +142,25 @@ def their_loss(files: Path, kind: str, pieces: list[list[int]]) -> dict[str, Any
     return {"losses": said["losses"], "bytes": out.stat().st_size - vocabulary}
 
 
+def openvino_loss(files: Path, name: str, pieces: list[list[int]]) -> dict[str, Any]:
+    folder = openvino(start(files), OPENVINO[name])
+    spec = {"part": "losses", "model": str(folder), "threads": os.cpu_count(), "pieces": pieces}
+    said = run_command(Side("openvino", "openvino_side", spec, interpreter("openvino")).command)
+    return {"losses": said["losses"], "bytes": (folder / "openvino_model.bin").stat().st_size}
+
+
+def measured(files: Path, name: str, pieces: list[list[int]], text: Tensor) -> dict[str, Any]:
+    if name in OURS:
+        return our_loss(files, name, pieces, text)
+    return openvino_loss(files, name, pieces) if name in OPENVINO else their_loss(files, name, pieces)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="FORM", help="the forms to measure, by name")
     parser.add_argument("--windows", type=int, default=4, help="of the text's beginning; 4 by default")
-    parser.add_argument("--llama-python", help="a Python that has llama-cpp-python; without, only ours are measured")
+    parser.add_argument("--llama-python", help="a Python that has llama-cpp-python; without, its own are left out")
+    parser.add_argument("--openvino", action="store_true", help="measure OpenVINO's too")
     parser.add_argument("--files", type=Path, help="a folder for the models, 4 GB; by default one that goes away")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args()
@@ -155,12 +176,12 @@ def main() -> None:
     # The shuffled model's function is the stored one's, of which llama.cpp's losses in float32 are kept.
     exact = json.loads(reference.FILE.read_text())["float32"]["losses"][: len(pieces)]
     rows["float32"] = {"losses": exact, "bytes": FLOAT_BYTES}
-    wanted = [*OURS, *(KINDS if options.llama_python else ())]
+    wanted = [*OURS, *(KINDS if options.llama_python else ()), *(OPENVINO if options.openvino else ())]
     with tempfile.TemporaryDirectory() as scratch:
         files = options.files or Path(scratch)
         for name in options.only or wanted:
             begin = time.perf_counter()
-            rows[name] = our_loss(files, name, pieces, ids) if name in OURS else their_loss(files, name, pieces)
+            rows[name] = measured(files, name, pieces, ids)
             lost = (sum(rows[name]["losses"]) - sum(exact)) / tokens
             took = time.perf_counter() - begin
             print(f"{name:<24} {lost:+9.5f} nats {rows[name]['bytes'] / 1e6:7.1f} MB {took:6.0f} s", flush=True)

@@ -8,11 +8,15 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+
+from gemmakit.bench.timing import TURN
 
 HERE = Path(__file__).resolve().parent
 SIDES = HERE / "sides"
@@ -45,9 +49,8 @@ class Side:
 
 def run_command(command: Sequence[str], timeout_s: float | None = None) -> Found:
     """The JSON object that a command prints last. Ctrl-C ends it too. Raises SideFailed."""
-    environment = {**os.environ, "PYTHONPATH": _path(), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     # Not a session of its own: whatever ends our process group ends the measurement too.
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment())
     try:
         out, err = child.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
@@ -78,9 +81,52 @@ def _why(err: str) -> str:
     return (errors or lines or [""])[-1][:500]
 
 
-def _path() -> str:
+def _environment() -> dict[str, str]:
     """gemmakit and the scripts here can be imported by the process, from wherever they are."""
-    return os.pathsep.join(p for p in (str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH")) if p)
+    path = os.pathsep.join(p for p in (str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH")) if p)
+    return {**os.environ, "PYTHONPATH": path, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
+
+class Started:
+    """A side's process that waits for its turns, as timing.turn does."""
+
+    def __init__(self, side: Side):
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - its errors, closed by `end`
+        self._child = subprocess.Popen(
+            side.command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._said,
+            text=True,
+            env=_environment(),
+        )
+
+    def go(self) -> None:
+        assert self._child.stdin is not None
+        self._child.stdin.write("\n")
+        self._child.stdin.flush()
+
+    def said(self) -> tuple[Found, bool]:
+        """What its run gave, and False; or all that it has to say, and True. Raises SideFailed where it has nothing."""
+        assert self._child.stdout is not None
+        line = ""
+        for line in self._child.stdout:
+            if line.startswith(TURN):
+                return json.loads(line.removeprefix(TURN)), False
+        code = self._child.wait()
+        self._said.seek(0)
+        err = self._said.read()
+        if code:
+            raise SideFailed(_why(err) or f"ended with code {code} and no message", err[-TAIL:])
+        try:
+            return json.loads(line), True
+        except ValueError:
+            raise SideFailed(f"printed no result: {line[-200:]!r}") from None
+
+    def end(self) -> None:
+        self._child.kill()
+        self._child.communicate()
+        self._said.close()
 
 
 @dataclass
@@ -155,4 +201,53 @@ def interleave(
         out.interrupted = True
     out.rounds = [found for found in out.rounds if found]
     keep(out)
+    return out
+
+
+REST_S = 0.3  # for threads that spin a while for more work
+
+
+def in_turn(sides: Iterable[Side], *, say: Callable[[str], None] = lambda _: None) -> Rounds:
+    """One process a side, all at once, which do their timed runs in turn: a round is one of each.
+
+    For machines that are shared, where what others do changes from one minute to the next. A side that has no timed
+    runs is measured once, before the next ones start. Ctrl-C ends it, and nothing is kept.
+    """
+    out = Rounds()
+    started: dict[str, Started] = {}
+    runs: dict[str, list[Found]] = {}  # what each timed run of a side gave
+    whole: dict[str, Found] = {}  # and what it said at its end
+
+    def listen(label: str) -> None:
+        try:
+            found, ended = started[label].said()
+        except SideFailed as error:
+            out.failed[label], found, ended = str(error), {}, True
+        if not ended and found:
+            runs[label].append(found)
+        if ended:
+            started.pop(label).end()
+            if label not in out.failed:
+                whole[label] = found
+
+    try:
+        for side in sides:
+            say(f"starting {side.label}")
+            started[side.label], runs[side.label] = Started(side), []
+            listen(side.label)
+        while started:
+            say(f"round {1 + min(len(runs[label]) for label in started)}")
+            for label in [*started]:
+                time.sleep(REST_S)
+                started[label].go()
+                listen(label)
+    except KeyboardInterrupt:
+        return Rounds(interrupted=True)
+    finally:
+        for side in started.values():
+            side.end()
+    for label, rest in whole.items():
+        for i, run in enumerate(runs[label] or [{}]):
+            out.rounds.extend([{}] * (i + 1 - len(out.rounds)))
+            out.rounds[i] = {**out.rounds[i], label: rest | run}
     return out

@@ -167,5 +167,32 @@ def rows(spec: dict[str, Any]) -> dict[str, Any]:
     return {**about(folder), **found}
 
 
+def losses(spec: dict[str, Any]) -> dict[str, Any]:
+    """Of each of `pieces`, lists of ids, the sum of -log p of its tokens but the first; activations in float32."""
+    import numpy as np
+    import openvino as ov
+
+    folder = Path(spec["model"])
+    unrounded = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+    compiled = ov.Core().compile_model(folder / "openvino_model.xml", "CPU", options(spec["threads"]) | unrounded)
+    request, found = compiled.create_infer_request(), []
+    inputs = {name for port in compiled.inputs for name in port.names}
+    for piece in spec["pieces"]:
+        request.reset_state()
+        feed = {
+            "input_ids": np.array([piece], np.int64),
+            "attention_mask": np.ones((1, len(piece)), np.int64),
+            "position_ids": np.arange(len(piece), dtype=np.int64)[None],
+            "beam_idx": np.zeros(1, np.int32),
+        }
+        request.infer({name: value for name, value in feed.items() if name in inputs}, share_inputs=True)
+        logits, lost = request.get_output_tensor(0).data[0], 0.0
+        for row, token in zip(logits[:-1].astype(np.float64), piece[1:], strict=True):
+            top = row.max()
+            lost += float(top + np.log(np.exp(row - top).sum()) - row[token])
+        found.append(lost)
+    return {**about(folder), "losses": found}
+
+
 if __name__ == "__main__":
-    side.main({"generate": generate, "rows": rows})
+    side.main({"generate": generate, "rows": rows, "losses": losses})

@@ -4,8 +4,10 @@ other programs are timed by this too, in interpreters of their own.
 
 from __future__ import annotations
 
+import json
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -31,6 +33,7 @@ class Work:
         fill: how a context gets there: read as a "prompt", or "random" keys and values, as fast to read and there at
             once.
         stream: time tokens as they come, or (an accelerator would be held up by looking) runs of two lengths.
+        in_turn: say what each timed run gave, and do the next when a line comes on standard input: see `turn`.
 
     Raises:
         InputError: a number that measures nothing.
@@ -43,6 +46,7 @@ class Work:
     repeats: int = 3
     fill: str = "random"
     stream: bool = True
+    in_turn: bool = False
 
     def __post_init__(self) -> None:
         for name in ("prompt", "new", "repeats"):
@@ -113,27 +117,38 @@ def rates(run: Run, work: Work) -> dict[str, float]:
     started = time.perf_counter()
     for context in contexts:  # all lengths where graphs are captured or compiled for each
         measure(run, context, min(new, 2) if work.stream else new)
-    first: list[float] = []
-    rest: dict[int, list[float]] = {context: [] for context in contexts}
     if read:
         run(read, 1, None)
-    warm_up = time.perf_counter() - started
+    out = {"warm_up_s": time.perf_counter() - started}
+
+    def timed() -> dict[str, float]:
+        taken = {context: measure(run, context, new) for context in contexts}
+        first, rest = taken[contexts[0]][0], {context: above_zero(after) for context, (_, after) in taken.items()}
+        first = seconds(lambda: run(read, 1, None)) if read else first
+        found = {"prefill_tokens_per_s": (read or contexts[0] or work.prompt) / first}
+        for context, after in rest.items():
+            found[decode_key(context)] = new / after
+            if context != contexts[0]:
+                found[f"decode_after_{context}_over_first"] = rest[contexts[0]] / after
+        return found
+
+    each: list[dict[str, float]] = []
     for _ in range(work.repeats):
-        for context in contexts:
-            until, after = measure(run, context, new)
-            rest[context].append(above_zero(after))
-            if context == contexts[0] and not read:
-                first.append(until)
-        if read:
-            first.append(seconds(lambda: run(read, 1, None)))
-    out = {"warm_up_s": warm_up}
-    out["prefill_tokens_per_s"] = (read or contexts[0] or work.prompt) / statistics.median(first)
-    for context, times in rest.items():
-        out[decode_key(context)] = new / statistics.median(times)
-        if context != contexts[0]:
-            pairs = zip(rest[contexts[0]], times, strict=True)
-            out[f"decode_after_{context}_over_first"] = statistics.median(a / b for a, b in pairs)
-    return out
+        if work.in_turn:
+            turn(each[-1] if each else {})
+        each.append(timed())
+    if work.in_turn:
+        turn(each[-1])
+    return out | {key: statistics.median(found[key] for found in each) for key in each[0]}
+
+
+TURN = "turn "
+
+
+def turn(found: dict[str, float]) -> None:
+    """Say on standard output what the last timed run gave, if there was one, and wait for a line."""
+    print(TURN + json.dumps(found), flush=True)
+    sys.stdin.readline()
 
 
 def decode_key(context: int) -> str:
