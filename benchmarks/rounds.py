@@ -87,10 +87,20 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
+class Measured(Protocol):
+    """What measuring needs of a side."""
+
+    @property
+    def label(self) -> str: ...
+
+    @property
+    def command(self) -> list[str]: ...
+
+
 class Started:
     """A side's process that waits for its turns, as timing.turn does."""
 
-    def __init__(self, side: Side):
+    def __init__(self, side: Measured):
         self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - its errors, closed by `end`
         self._child = subprocess.Popen(
             side.command,
@@ -165,16 +175,6 @@ def median_of(values: list[Any]) -> Any:
     return statistics.median(values) if all(is_number(v) for v in values) else values[-1]
 
 
-class Measured(Protocol):
-    """What `interleave` needs of a side."""
-
-    @property
-    def label(self) -> str: ...
-
-    @property
-    def command(self) -> list[str]: ...
-
-
 def interleave(
     sides: Iterable[Measured],
     rounds: int,
@@ -207,7 +207,7 @@ def interleave(
 REST_S = 0.3  # for threads that spin a while for more work
 
 
-def in_turn(sides: Iterable[Side], *, say: Callable[[str], None] = lambda _: None) -> Rounds:
+def in_turn(sides: Iterable[Measured], *, say: Callable[[str], None] = lambda _: None) -> Rounds:
     """One process a side, all at once, which do their timed runs in turn: a round is one of each.
 
     For machines that are shared, where what others do changes from one minute to the next. A side that has no timed

@@ -2,11 +2,13 @@
 
 import statistics
 import sys
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rounds import Rounds, Side, SideFailed, interleave, run_command
+from rounds import Rounds, Side, SideFailed, in_turn, interleave, run_command
 
 A, B = (Side(label, "gemmakit_side", {}) for label in "AB")
 
@@ -115,3 +117,55 @@ def test_what_a_side_said_before_its_time_was_up_is_kept():
     with pytest.raises(SideFailed, match="took longer than the 3 s") as failed:
         run_command([sys.executable, "-c", code], 3.0)
     assert failed.value.tail == "compiling\n"
+
+
+@dataclass
+class Timed:
+    """A side that writes its label to `log` whenever it is run, three times in turn behind its warming up."""
+
+    label: str
+    log: str
+    then: str = "print(json.dumps({'load_s': 1.5, **found}))"
+
+    @property
+    def command(self):
+        return python(f"""
+import json
+from gemmakit.bench import timing
+
+def run(context, new, streamer):
+    with open({self.log!r}, "a") as log:
+        log.write({self.label!r})
+    for _ in range(new + 1):
+        streamer.put(0)
+
+found = timing.rates(run, timing.Work(prompt=4, new=1, repeats=3, in_turn=True))
+{self.then}
+""")
+
+
+def test_the_timed_runs_of_processes_take_turns(tmp_path):
+    log = tmp_path / "log"
+    once = SimpleNamespace(label="limits", command=python("print('{\"x\": 1}')"))
+    ill = Timed("C", str(log), "raise ValueError('no room')")
+    done = in_turn([once, Timed("A", str(log)), ill, Timed("B", str(log))])
+    # Each warms up before the next starts.
+    assert log.read_text() == "ACB" + 3 * "ACB"
+    assert [sorted(found) for found in done.rounds] == [["A", "B", "limits"], ["A", "B"], ["A", "B"]]
+    assert done.rounds[0]["limits"] == {"x": 1} and done.failed == {"C": "ValueError: no room"}
+    assert all(found["A"]["load_s"] == 1.5 for found in done.rounds)
+    rates = [found["A"]["prefill_tokens_per_s"] for found in done.rounds]
+    assert len(set(rates)) > 1  # of each run, not their median
+    assert done.medians("A")["prefill_tokens_per_s"] == statistics.median(rates)
+
+
+def test_an_interrupted_turn_ends_the_processes(tmp_path):
+    log = tmp_path / "log"
+
+    def say(message):
+        if message == "round 1":
+            raise KeyboardInterrupt
+
+    done = in_turn([Timed("A", str(log))], say=say)
+    assert done.interrupted and not done.rounds
+    assert log.read_text() == "A"
