@@ -26,9 +26,13 @@ MIN_ROWS, MIN_DEPTH = 64, 128
 Panels = Iterator[tuple[slice, Tensor]]
 
 
-@lru_cache(maxsize=4)
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What x of this dtype is multiplied in on the CPU: itself where the processor can, else float32."""
+    """What x of this dtype is multiplied in on the CPU: itself where the processor can, and that pays, else float32."""
+    return torch.float32 if dtype == torch.bfloat16 and cpu.multiplies_floats() else _torch_multiplies_in(dtype)
+
+
+@lru_cache(maxsize=4)
+def _torch_multiplies_in(dtype: torch.dtype) -> torch.dtype:
     known = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
     if dtype not in known:
         return dtype

@@ -195,9 +195,10 @@ def multiplies_tiles(dtype: torch.dtype) -> bool:
 
 def multiplies_floats() -> bool:
     """Whether `project` is the fastest product of any number of rows, in float32, by plain weights and by codes: the
-    processor has no products in 16 bits, and torch's in float32 want hundreds of rows (benchmarks/products.py).
+    processor has no products in 16 bits, or slow ones (dispatch.cpp), and torch's in float32 want hundreds of rows
+    (benchmarks/products.py).
     """
-    return instruction_set() in ("avx2", "avxvnni")
+    return instruction_set() in ("avx2", "avxvnni", "avx512", "avx512vnni")
 
 
 def multiplies_pairs() -> bool:

@@ -18,7 +18,7 @@ void expand_plain(const Matrix& w, int64_t row, void* y) {
 template <int F>
 int run(const Matrix& w, int64_t from, int64_t to, void* y, int threads) {
   void (*row_of)(const Matrix&, int64_t, void*) = [](const Matrix& w, int64_t row, void* y) {
-    expand_row<F>(w, row, y, L, w.in);
+    expand_row<F>(w, row, 0, w.in, y, L, w.in);
   };
   if (w.format == BF16) row_of = expand_plain<F, BF16>;
   if (w.format == F16) row_of = expand_plain<F, F16>;

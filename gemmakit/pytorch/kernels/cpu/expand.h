@@ -4,6 +4,7 @@
 
 #include "functions.h"
 #include "codes.h"
+#include "pieces.h"
 
 namespace {
 
@@ -55,40 +56,46 @@ struct Group<BF16, INT4> {
 };
 #endif
 
-// `width` numbers, of which those beyond the row are 0.
+// `width` numbers: `count` of a row from `first` on, a multiple of FOUR, and zeros behind them.
 template <int F, int FORMAT>
-void expand_packed(const Matrix& w, int64_t row, void* y, int64_t next, int64_t width) {
+void expand_packed(const Matrix& w, int64_t row, int64_t first, int64_t count, void* y, int64_t next, int64_t width) {
   constexpr int BYTES = FORMAT == INT4 ? 16 : 32;  // of a block
-  int64_t row_bytes = FORMAT == INT4 ? (w.in + BLOCK - 1) / BLOCK * 16 : w.in;
-  const char* codes = (const char*)w.codes + row * row_bytes;
-  if (is_split(w)) codes = (const char*)joined(w, row, 1).codes;
+  const char* codes = (const char*)w.codes + row * row_bytes(w) + first / BLOCK * BYTES;
+  if (is_split(w)) {
+    int8_t* room = scratch<int8_t, 2>(count + FOUR);
+    join_codes(w, row, first / BLOCK, (count + BLOCK - 1) / BLOCK, room);
+    codes = (const char*)room;
+  }
+  V scale = zero(), offset = zero();
   Groups g = {nullptr, nullptr, 1, INT64_MAX};
-  if (w.format != INT8_ROWS) g = groups(w, row);
-  V scale = splat(w.format == INT8_ROWS ? number<F32>(w.scale, row) : 0.0f), offset = zero();
+  if (w.format == INT8_ROWS)
+    scale = splat(number<F32>(w.scale, row));
+  else
+    g = groups(w, row);
   Group<F, FORMAT> group{scale, offset};
-  int64_t i = 0, left = 0, k = 0;
-  for (; i < w.in; i += BLOCK, codes += BYTES) {
-    if (g.scale && left-- == 0) {
+  int64_t i = 0, k = first / BLOCK / g.blocks_each, left = g.blocks_each - first / BLOCK % g.blocks_each;
+  for (bool begins = g.scale; i < count; i += BLOCK, codes += BYTES, left--, begins = false) {
+    if (begins || !left) {
+      k += !begins, left = begins ? left : g.blocks_each;
       scale = splat(widen_one_f16(g.scale[k]));
       if (g.zero) offset = splat(g.zero[k]);
       group = {scale, offset};
-      left = g.blocks_each - 1;
-      k++;
     }
-    if (i + BLOCK > w.in) break;
+    if (i + BLOCK > count) break;
     group.expand(codes, (char*)y + i / L * next * size_of<F>, next);
   }
   if (i >= width) return;
   char rest[BLOCK] = {};
   float last[BLOCK];
-  std::memcpy(rest, codes, i >= w.in ? 0 : FORMAT == INT4 ? 16 : w.in - i);
+  std::memcpy(rest, codes, i >= count ? 0 : FORMAT == INT4 ? 16 : count - i);
   Group<F32, FORMAT>{scale, offset}.expand(rest, last, L);
-  for (; i < width; i++) put<F>(y, i / L * next + i % L, i < w.in ? last[i % BLOCK] : 0.0f);
+  for (; i < width; i++) put<F>(y, i / L * next + i % L, i < count ? last[i % BLOCK] : 0.0f);
 }
 
 template <int F>
-void expand_row(const Matrix& w, int64_t row, void* y, int64_t next, int64_t width) {
-  w.format == INT4 ? expand_packed<F, INT4>(w, row, y, next, width) : expand_packed<F, INT8_ROWS>(w, row, y, next, width);
+void expand_row(const Matrix& w, int64_t row, int64_t first, int64_t count, void* y, int64_t next, int64_t width) {
+  w.format == INT4 ? expand_packed<F, INT4>(w, row, first, count, y, next, width)
+                   : expand_packed<F, INT8_ROWS>(w, row, first, count, y, next, width);
 }
 
 }  // namespace

@@ -19,6 +19,12 @@ inline int64_t row_bytes(const Matrix& w) {
   return w.in * 2;
 }
 
+// Of a row's first inputs, whole groups of those whose codes lie together.
+inline int64_t bytes_before(Matrix w, int64_t inputs) {
+  w.in = inputs;
+  return row_bytes(w);
+}
+
 struct Piece {
   int matrix;
   int64_t from, to;

@@ -130,6 +130,8 @@ struct TileCall {
   int64_t inputs;
   float* sums;  // (tokens, rows), sums_next apart
   int64_t sums_next;
+  float* lanes = nullptr;  // (TILE_TOKENS, TILE_ROWS, L), of inputs so far, where these are not the row's only ones
+  bool begins = true, ends = true;
 };
 
 template <class E, int R, int T>
@@ -137,7 +139,7 @@ void tile(const TileCall<E>& given) {
   const TileCall<E> c = given;
   V acc[T][R];
   UNROLL for (int t = 0; t < T; t++)
-    UNROLL for (int r = 0; r < R; r++) acc[t][r] = zero();
+    UNROLL for (int r = 0; r < R; r++) acc[t][r] = c.begins ? zero() : load(c.lanes + (t * R + r) * L);
   const typename E::W *w = c.w, *soon = c.soon;
   const typename E::X* x = c.x;
   int64_t left = c.inputs;
@@ -157,6 +159,11 @@ void tile(const TileCall<E>& given) {
       typename E::Weights weights = E::weights(rest);
       UNROLL for (int t = 0; t < T; t++) acc[t][r] = E::products(weights, E::inputs(x + t * E::STEP), acc[t][r]);
     }
+  if (!c.ends) {
+    UNROLL for (int t = 0; t < T; t++)
+      UNROLL for (int r = 0; r < R; r++) store(c.lanes + (t * R + r) * L, acc[t][r]);
+    return;
+  }
   UNROLL for (int t = 0; t < T; t++) {
     float four[4];
     store_sums(R == 4 ? c.sums + t * c.sums_next : four, acc[t][0], acc[t][R > 1], acc[t][R > 2 ? 2 : 0],
@@ -193,33 +200,38 @@ void direct(const Matrix& w, const Tiles<E>& x, int64_t from, int64_t to, float*
   }
 }
 
-// Of a panel: it stays in the second cache.
-constexpr int64_t PANEL_BYTES = 1 << 18, MOST_PANEL_ROWS = 64;
+// Of a panel: it stays in the second cache, and of so many inputs that a tile of x stays in the first. Between parts of a
+// row its sums are kept lane by lane, so that their order is the same.
+constexpr int64_t PANEL_BYTES = 1 << 18, MOST_PANEL_ROWS = 64, PANEL_INPUTS = L == 16 ? 1024 : INT64_MAX;
 // Rows of x that meet a panel before the next is made.
 constexpr int64_t PANEL_TOKENS = 32 * TILE_TOKENS;
 // How far ahead in a panel numbers come from the second cache to the first.
 constexpr int64_t PANEL_SOON = 1024;
 
+inline int64_t panel_inputs(const Matrix& w) { return w.in < PANEL_INPUTS ? w.in : PANEL_INPUTS; }
+
 template <class E>
 int64_t panel_rows(const Matrix& w) {
-  int64_t rows = PANEL_BYTES / (whole_steps<E>(w.in) * sizeof(typename E::W)) / TILE_ROWS * TILE_ROWS;
+  int64_t bytes = whole_steps<E>(panel_inputs(w)) * sizeof(typename E::W);
+  int64_t rows = PANEL_BYTES / bytes / TILE_ROWS * TILE_ROWS;
   return rows < TILE_ROWS ? TILE_ROWS : rows > MOST_PANEL_ROWS ? MOST_PANEL_ROWS : rows;
 }
 
-// Weight rows from..from + rows in tiles as x; those behind them are asked for.
+// Inputs first..first + some of weight rows from..from + rows in tiles as x; those behind them are asked for.
 template <class E, class Panel>
-void fill_panel(const Matrix& w, int64_t from, int64_t rows, typename Panel::W* panel) {
-  int64_t whole = whole_steps<Panel>(w.in), each = row_bytes(w);
+void fill_panel(const Matrix& w, int64_t from, int64_t rows, int64_t first, int64_t some, typename Panel::W* panel) {
+  int64_t whole = whole_steps<Panel>(some), each = row_bytes(w);
   for (int64_t r = 0; r < rows; r++) {
     const char* own = (const char*)w.codes + (from + r) * each;
     bool alone = r >= rows / TILE_ROWS * TILE_ROWS;
     int64_t t = alone ? 0 : r % TILE_ROWS, beside = alone ? 1 : TILE_ROWS;
     auto* to = panel + (r - t) * whole;
     if constexpr (std::is_same_v<E, Coded>)
-      expand_row<F32>(w, from + r, to + t * L, beside * L, whole);
+      expand_row<F32>(w, from + r, first, some, to + t * L, beside * L, whole);
     else
-      lay_out<Panel, E::FORMAT, E::PANEL_FORMAT>(own, to, w.in, beside, t);
-    for (int64_t i = 0; i < each; i += 64) __builtin_prefetch(own + rows * each + i, 0, 2);
+      lay_out<Panel, E::FORMAT, E::PANEL_FORMAT>(at<E::FORMAT>(own, first), to, some, beside, t);
+    const char* soon = own + (first + some < w.in ? bytes_before(w, first + some) : rows * each);
+    for (int64_t i = 0; i < bytes_before(w, some); i += 64) __builtin_prefetch(soon + i, 0, 2);
   }
 }
 
@@ -228,17 +240,27 @@ template <class E>
 void by_panel(const Matrix& w, const Tiles<typename E::Panel>& x, int64_t from, int64_t to, int64_t first,
               int64_t count, float* sums, int64_t next) {
   using Panel = typename E::Panel;
-  int64_t rows = to - from, whole = whole_steps<Panel>(w.in);
-  auto* panel = scratch<typename Panel::W, 22>(rows * whole + PANEL_SOON);
-  fill_panel<E, Panel>(w, from, rows, panel);
-  for (int64_t m = 0; m < count; m += TILE_TOKENS)
-    for (int64_t r = 0, some; r < rows; r += some) {
-      some = r + TILE_ROWS <= rows ? TILE_ROWS : 1;
-      const auto* own = panel + r * whole;
-      TileCall<Panel> call = {own, Panel::STEP, some * Panel::STEP, own + PANEL_SOON / sizeof(*own), x.at(first + m),
-                              whole, sums + m * next + r, next};
-      any_tile(some, x.rows_at(first + m), call);
-    }
+  constexpr int64_t TILE_LANES = TILE_ROWS * TILE_TOKENS * L;
+  int64_t rows = to - from, tiles = (rows + TILE_ROWS - 1) / TILE_ROWS + TILE_ROWS;
+  int64_t most = panel_inputs(w);
+  auto* panel = scratch<typename Panel::W, 22>(rows * whole_steps<Panel>(most) + PANEL_SOON);
+  float* lanes = most < w.in ? scratch<float, 24>((count / TILE_TOKENS + 1) * tiles * TILE_LANES) : nullptr;
+  for (int64_t done = 0, some; done < w.in; done += some) {
+    some = w.in - done < most ? w.in - done : most;
+    int64_t whole = whole_steps<Panel>(some);
+    fill_panel<E, Panel>(w, from, rows, done, some, panel);
+    float* own_lanes = lanes;
+    for (int64_t m = 0; m < count; m += TILE_TOKENS)
+      for (int64_t r = 0, beside; r < rows; r += beside, own_lanes += lanes ? TILE_LANES : 0) {
+        beside = r + TILE_ROWS <= rows ? TILE_ROWS : 1;
+        const auto* own = panel + r * whole;
+        int64_t tokens = x.rows_at(first + m);
+        TileCall<Panel> call = {own, Panel::STEP, beside * Panel::STEP, own + PANEL_SOON / sizeof(*own),
+                                x.at(first + m) + done * tokens, whole, sums + m * next + r, next, own_lanes, !done,
+                                done + some == w.in};
+        any_tile(beside, tokens, call);
+      }
+  }
 }
 
 }  // namespace

@@ -187,12 +187,6 @@ void add_rows(const uint16_t* w, int64_t w_next, const Tokens& given, int64_t st
   if (tile < tiles) add_tiles<R, 1, ASK>(w, w_next, x, tile, step, steps, sums + tile * L, next);
 }
 
-// Of a weight row.
-int64_t bytes_before(Matrix w, int64_t step) {
-  w.in = step * STEP;
-  return row_bytes(w);
-}
-
 template <int FORMAT>
 void multiply_piece(const Matrix& w, const Tokens& x, int64_t from, int64_t to, void* y, const void* residual) {
   int64_t rows = to - from, row = row_bytes(w), next = x.tiles() * L + L;
@@ -205,7 +199,7 @@ void multiply_piece(const Matrix& w, const Tokens& x, int64_t from, int64_t to, 
     uint16_t* panel = scratch<uint16_t, 30>((PANEL_ROWS + PAIR) * PANEL_NEXT);
     for (int64_t step = 0, some; step < x.steps; step += some) {
       some = x.steps - step < DEEP / STEP ? x.steps - step : DEEP / STEP;
-      int64_t here = bytes_before(w, step), after = step + some < x.steps ? bytes_before(w, step + some) : rows * row;
+      int64_t here = bytes_before(w, step * STEP), after = step + some < x.steps ? bytes_before(w, (step + some) * STEP) : rows * row;
       for (int64_t r = 0; r < rows; r++) {
         Part part = {own + r * row + here, after - here};
         widen_row<FORMAT>(w, from + r, step, some, part, panel + r * PANEL_NEXT);
