@@ -177,9 +177,7 @@ def test_a_group_that_is_the_row_needs_no_multiple_of_32():
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("isa", runnable())
 def test_unrounded_rows_meet_codes_as_they_meet_the_same_weight_in_float32(isa, scheme):
-    """To the bit, for any number of rows: ends of tiles and panels of both, also within a group, and of vectors and blocks
-    of inputs.
-    """
+    """To the bit, for any number of rows: ends of tiles, of panels and within groups, of vectors and of blocks."""
     shapes = [(1, 1, 1), (3, 5, 31), (9, 7, 32), (17, 49, 257), (40, 97, 64), (100, 13, 2051), (193, 66, 544)]
     for M, O, I in [*shapes, (21, 70, 3100)]:
         packed = random_packed(scheme, O, I)
