@@ -124,7 +124,7 @@ def rates(run: Run, work: Work) -> dict[str, float]:
     def timed() -> dict[str, float]:
         taken = {context: measure(run, context, new) for context in contexts}
         first, rest = taken[contexts[0]][0], {context: above_zero(after) for context, (_, after) in taken.items()}
-        first = seconds(lambda: run(read, 1, None)) if read else first
+        first = seconds(lambda length=read: run(length, 1, None)) if read else first
         found = {"prefill_tokens_per_s": (read or contexts[0] or work.prompt) / first}
         for context, after in rest.items():
             found[decode_key(context)] = new / after
