@@ -3,8 +3,8 @@
 The reference is torch's linear, of a packed weight once it is dequantized. A few rows against a large weight, which is
 what a decoding step is, go through a kernel that reads the weight once, in its own format, for all rows: on the CPU the
 native one, on a GPU Triton's. On the CPU more rows of bfloat16 go through it too where the processor has tiles or
-multiplies pairs of them, and all in float32 where it only emulates 16-bit products (`panels`): with gradients (`wide`)
-as without.
+multiplies pairs of them, and all in float32 where its 16-bit products are emulated or slow (`panels`): with gradients
+(`wide`) as without.
 
 With a packed weight, the native kernel computes with the codes as they lie and with x rounded to 16 bits in blocks of
 32 (cpu/inputs.h bounds the error), or with codes of 4 bits to the weight's `decode_activation_bits`. More rows than

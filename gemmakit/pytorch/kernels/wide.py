@@ -1,8 +1,9 @@
-"""Products with plain 16-bit weights in training, where the processor only emulates them: in float32, with gradients.
+"""Products with plain 16-bit weights in training, where those of the processor are emulated or slow: in float32, with
+gradients.
 
-Torch's own are there a fifth as fast as float32, and the product with a weight that is not transposed, which the way
-back is made of, two hundred times slower. The weight is expanded panel by panel, so that no copy of it is made, and
-sums are rounded once. Axis letters: M rows, O outputs, I inputs.
+Where they are emulated torch's own are a fifth as fast as float32, and the product with a weight that is not
+transposed, which the way back is made of, two hundred times slower. The weight is expanded panel by panel, so that no
+copy of it is made, and sums are rounded once. Axis letters: M rows, O outputs, I inputs.
 """
 
 from __future__ import annotations

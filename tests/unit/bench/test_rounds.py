@@ -131,7 +131,10 @@ class Timed:
     def command(self):
         return python(f"""
 import json
+from itertools import count
 from gemmakit.bench import timing
+
+timing.time.perf_counter = map(lambda n: n * n, count()).__next__  # each run takes longer than the one before
 
 def run(context, new, streamer):
     with open({self.log!r}, "a") as log:

@@ -199,7 +199,8 @@ void multiply_piece(const Matrix& w, const Tokens& x, int64_t from, int64_t to, 
     uint16_t* panel = scratch<uint16_t, 30>((PANEL_ROWS + PAIR) * PANEL_NEXT);
     for (int64_t step = 0, some; step < x.steps; step += some) {
       some = x.steps - step < DEEP / STEP ? x.steps - step : DEEP / STEP;
-      int64_t here = bytes_before(w, step * STEP), after = step + some < x.steps ? bytes_before(w, (step + some) * STEP) : rows * row;
+      int64_t here = bytes_before(w, step * STEP);
+      int64_t after = step + some < x.steps ? bytes_before(w, (step + some) * STEP) : rows * row;
       for (int64_t r = 0; r < rows; r++) {
         Part part = {own + r * row + here, after - here};
         widen_row<FORMAT>(w, from + r, step, some, part, panel + r * PANEL_NEXT);
