@@ -43,8 +43,6 @@ TWO(Floats, __m512, mul_ps, _mm256_mul_ps)
 TWO(Floats, __m512, div_ps, _mm256_div_ps)
 TWO(Floats, __m512, max_ps, _mm256_max_ps)
 TWO(Floats, __m512, min_ps, _mm256_min_ps)
-TWO(Floats, __m512, unpacklo_ps, _mm256_unpacklo_ps)
-TWO(Floats, __m512, unpackhi_ps, _mm256_unpackhi_ps)
 TWO(Bits, __m512i, unpacklo_epi32, _mm256_unpacklo_epi32)
 TWO(Bits, __m512i, unpackhi_epi32, _mm256_unpackhi_epi32)
 TWO(Bits, __m512i, unpacklo_epi64, _mm256_unpacklo_epi64)
@@ -426,10 +424,8 @@ inline void tile_dpbf16ps(int to, int a, int b) {
 #define _mm512_sub_ps emulated::sub_ps
 #define _mm512_unpackhi_epi32 emulated::unpackhi_epi32
 #define _mm512_unpackhi_epi64 emulated::unpackhi_epi64
-#define _mm512_unpackhi_ps emulated::unpackhi_ps
 #define _mm512_unpacklo_epi32 emulated::unpacklo_epi32
 #define _mm512_unpacklo_epi64 emulated::unpacklo_epi64
-#define _mm512_unpacklo_ps emulated::unpacklo_ps
 #define _mm512_xor_si512 emulated::xor_si512
 
 #if defined(EMULATED_AVXVNNI)

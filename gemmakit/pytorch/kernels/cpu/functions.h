@@ -14,12 +14,13 @@ inline V smaller(V a, V b) { return _mm512_min_ps(a, b); }
 inline V whole(V a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 // a * 2^n for whole n; denormal results are rounded once.
 inline V scaled(V a, V n) { return _mm512_scalef_ps(a, n); }
-// The sums of four vectors, next to each other.
+// The sums of four vectors, next to each other; of each neighbours first, then neighbouring pairs, and so on.
 inline void store_sums(float* p, V a, V b, V c, V d) {
-  V ab = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-  V cd = add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-  V all = add(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
-  __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+  V ab = add(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
+  V cd = add(_mm512_shuffle_ps(c, d, 0x88), _mm512_shuffle_ps(c, d, 0xdd));
+  V all = add(_mm512_shuffle_ps(ab, cd, 0x88), _mm512_shuffle_ps(ab, cd, 0xdd));
+  __m256 low = _mm512_castps512_ps256(all), high = _mm512_extractf32x8_ps(all, 1);
+  __m256 half = _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
   _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
 }
 inline __m512i bits_bf16(V v) {

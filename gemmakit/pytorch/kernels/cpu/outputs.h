@@ -17,6 +17,14 @@ void finish(const Matrix& w, int64_t from, int64_t end, int64_t token, V v, void
   give<F>(y, row + from, row + end, v);
 }
 
+// Those of outputs from..to: sums (count, to - from), next apart, of the rows of y from `first` on.
+template <int F>
+void finish_rows(const Matrix& w, int64_t from, int64_t to, const float* sums, int64_t next, int64_t first, int64_t count,
+                 void* y, const void* residual) {
+  for (int64_t m = 0; m < count; m++, sums += next)
+    for (int64_t o = from; o < to; o += L) finish<F, F32>(w, o, to, first + m, take<F32>(sums, o - from, to - from), y, residual);
+}
+
 // L outputs from `from` on, of L tokens.
 template <int F, int FORMAT>
 void finish_square(const Matrix& w, int64_t from, int64_t end, int64_t first, int64_t last, const float* sums, int64_t next,
