@@ -236,11 +236,12 @@ def in_turn(sides: Iterable[Measured], *, say: Callable[[str], None] = lambda _:
             started[side.label], runs[side.label] = Started(side), []
             listen(side.label)
         while started:
-            say(f"round {1 + min(len(runs[label]) for label in started)}")
             for label in [*started]:
                 time.sleep(REST_S)
                 started[label].go()
                 listen(label)
+            if started:
+                say(f"round {min(len(runs[label]) for label in started)} is done")
     except KeyboardInterrupt:
         return Rounds(interrupted=True)
     finally:

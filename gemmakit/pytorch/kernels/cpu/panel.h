@@ -66,6 +66,7 @@ struct Place {
   }
 };
 
+// `inputs` of `lines` lines in format F, `next` numbers apart, to their place; whatever stands for the missing lines.
 template <class E, int F>
 void turn_lines(const void* from, int64_t next, int64_t lines, int64_t inputs, const Place& place);
 
@@ -115,7 +116,6 @@ void turn_blocks(const void* from, int64_t next, int64_t lines, int64_t inputs, 
   }
 }
 
-// `inputs` of `lines` lines in format F, `next` numbers apart, to their place.
 template <class E, int F>
 void turn_lines(const void* from, int64_t next, int64_t lines, int64_t inputs, const Place& place) {
   if constexpr (F == F16) {
@@ -185,6 +185,7 @@ void chains(const Chains& given) {
       }
       float* to = kept;
       if (c.ends) {
+        // As many sums wait for this one as the lane's number has ones at its end.
         to = c.sums + s * STACK;
         for (int level = l; level & 1; level >>= 1, to += TILE)
           UNROLL for (int t = 0; t < T; t++)
