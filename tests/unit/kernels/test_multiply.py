@@ -179,7 +179,7 @@ def test_a_group_that_is_the_row_needs_no_multiple_of_32():
 def test_unrounded_rows_meet_codes_as_they_meet_the_same_weight_in_float32(isa, scheme):
     """To the bit, for any number of rows: ends of tiles, of panels and within groups, of vectors and of blocks."""
     shapes = [(1, 1, 1), (3, 5, 31), (9, 7, 32), (17, 49, 257), (40, 97, 64), (100, 13, 2051), (193, 66, 544)]
-    for M, O, I in [*shapes, (21, 70, 3100)]:
+    for M, O, I in [*shapes, (21, 70, 3100), (300, 5, 2100), (1030, 2, 33)]:
         packed = random_packed(scheme, O, I)
         packed, dense = packed._replace(codes=shifted(packed.codes)), dequantize(packed).contiguous()
         x, bias = shifted(torch.randn(M, I).bfloat16()), torch.randn(O).bfloat16()

@@ -61,7 +61,7 @@ struct Place {
   template <bool ALL>
   INLINE void put(float* own, int64_t k, I word) const {
     // What is too much the next step writes over, but there is none behind the last one.
-    if (ALL || (k + 1) * width + L - width <= steps * width) return store(own, number_of(word));
+    if (ALL || (k + 1) * width + L - count <= steps * width) return store(own, number_of(word));
     std::memcpy(own, &word, count * sizeof *own);
   }
 };
@@ -102,14 +102,15 @@ void turn_blocks(const void* from, int64_t next, int64_t lines, int64_t inputs, 
     UNROLL for (int j = 0; j < L; j += 4) {
       I words[4];
       turn_four(block + 4 * j, apart, words);
-      if (TWO_STEPS && j == L / 2) own = place.to + (k + 1) * place.width;
       UNROLL for (int c = 0; c < 4; c++) {
+        bool next_step = TWO_STEPS && j + c >= L / 2;
+        if (TWO_STEPS && j + c == L / 2) own = place.to + (k + 1) * place.width;
         if (!TWO_STEPS) {
           place.put<ALL>(own, k, words[c]), own += place.lane;
-        } else if (j < L / 2 || second) {
+        } else if (!next_step || second) {
           I pair[2];
           widen_pairs(words[c], pair);
-          UNROLL for (int b = 0; b < 2; b++) place.put<ALL>(own, k + (j >= L / 2), pair[b]), own += place.lane;
+          UNROLL for (int b = 0; b < 2; b++) place.put<ALL>(own, k + next_step, pair[b]), own += place.lane;
         }
       }
     }
@@ -149,8 +150,12 @@ Turned<E> turned_rows(const void* x, int64_t in, int64_t rows, int threads) {
       int64_t from = part * PANEL_INPUTS, some = in - from < PANEL_INPUTS ? in - from : PANEL_INPUTS;
       int64_t m = made.begin(tile), own = made.begin(tile + 1) - m;
       int64_t steps = steps_of<E>(some);
-      Place place = {(float*)made.at(tile, from, steps), own, steps * own, own, steps};
-      turn_lines<E, F>(at<F>(x, m * in + from), in, own, some, place);
+      // The last lines first: what they write too much is where the others come.
+      for (int64_t t = (own - 1) / L * L; t >= 0; t -= L) {
+        int64_t lines = own - t < L ? own - t : L;
+        Place place = {(float*)made.at(tile, from, steps) + t, own, steps * own, lines, steps};
+        turn_lines<E, F>(at<F>(x, (m + t) * in + from), in, lines, some, place);
+      }
     }
   return made;
 }
