@@ -98,13 +98,14 @@ def share_of(key: str, result: dict[str, Any]) -> str:
 
 def under(found: list[tuple[Any, dict[str, Any]]]) -> Iterator[str]:
     """What the table's numbers were measured with, a line a kind of run."""
-    lines: dict[str, None] = {}
+    dates: dict[str, set[str]] = {}
     for _, result in found:
         torch = (result.get("versions") or next(iter(result["rounds"][0].values())))["torch"]
-        lines[f"{result['machine']}, {result['threads']} threads, torch {torch}, {result['date']}"] = None
+        dates.setdefault(f"{result['machine']}, {result['threads']} threads, torch {torch}", set()).add(result["date"])
     heads = {r["sides"][r["ours"]]["head_dtype"] for _, r in found if r.get("ours") in r.get("sides", {})}
     head = f" The head is in {' or '.join(sorted(heads))}." if heads else ""
-    yield f"Random weights; {'; '.join(lines)}.{head}"
+    runs = "; ".join(f"{run}, {' and '.join(sorted(days))}" for run, days in dates.items())
+    yield f"Random weights; {runs}.{head}"
 
 
 def gpu_block() -> str:
