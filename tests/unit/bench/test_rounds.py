@@ -166,9 +166,9 @@ def test_an_interrupted_turn_ends_the_processes(tmp_path):
     log = tmp_path / "log"
 
     def say(message):
-        if message == "round 1":
+        if message == "round 1 is done":
             raise KeyboardInterrupt
 
     done = in_turn([Timed("A", str(log))], say=say)
     assert done.interrupted and not done.rounds
-    assert log.read_text() == "A"
+    assert log.read_text() == "AA"  # the warm-up and one of three rounds
