@@ -93,9 +93,9 @@ def compile_library(root: Path) -> bool:
 
 def compile_objects(compiler: str, machine: str, source: Path, scratch: Path) -> list[Path]:
     """The object files of all instruction sets of a machine that the compiler knows, and of what picks one; or none."""
-    dispatch = source / "dispatch.cpp"
+    once = [source / "dispatch.cpp", source / "xla.cpp"]
     (scratch / "ids.h").write_text(ids_header(source.with_name("ids.py")))
-    kernels = sorted(set(source.glob("*.cpp")) - {dispatch})
+    kernels = sorted(set(source.glob("*.cpp")) - set(once))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         # Set -> its object files, all compiled at the same time.
         jobs = {
@@ -105,13 +105,15 @@ def compile_objects(compiler: str, machine: str, source: Path, scratch: Path) ->
         made = {isa: [job.result() for job in compiled] for isa, compiled in jobs.items()}
     objects = {isa: [file for file in files if file] for isa, files in made.items() if all(files)}
     isas = "-DGEMMAKIT_ISAS(DO)=" + " ".join(f"DO({isa})" for isa in objects)
-    chosen = scratch / "dispatch.o"
     if not objects:
         return []
     named = [f'-DGEMMAKIT_SOURCES="{sources_of(source)}"', f'-DGEMMAKIT_RECIPE="{recipe(compiler, machine, source)}"']
-    if not run(compiler, "-c", isas, *named, "-I", scratch, dispatch, "-o", chosen):
+    compiling, _ = OPENMP.get(platform.system(), OPENMP["Linux"])
+    about = ["-c", *compiling, isas, *named, "-I", scratch]
+    chosen = [scratch / f"{file.stem}.o" for file in once]
+    if not all(run(compiler, *about, file, "-o", made) for file, made in zip(once, chosen, strict=True)):
         return []
-    return [*(file for files in objects.values() for file in files), chosen]
+    return [*(file for files in objects.values() for file in files), *chosen]
 
 
 def compile_one(compiler: str, scratch: Path, file: Path, isa: str, flags: list[str]) -> Path | None:

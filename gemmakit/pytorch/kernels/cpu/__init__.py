@@ -42,6 +42,7 @@ class Matrix(ctypes.Structure):
         ("scale", _POINTER),
         ("zero", _POINTER),
         ("bias", _POINTER),
+        ("turned", ctypes.c_int32),
     )
 
 

@@ -35,6 +35,7 @@ struct Matrix {
   const void* scale;
   const void* zero;
   const void* bias;   // (out) in x's format, or null
+  int32_t turned;     // not 0: the numbers lie as (in, out), the way JAX keeps them; for gemmakit_project alone
 };
 
 // RMSNorm: x / sqrt(mean(x^2) + eps) * (offset + w) * gain in float32, rounded once to x's format. w (width) is BF16, F16 or

@@ -45,7 +45,10 @@ constexpr int64_t PANEL_OUT = 64, PANEL_INPUTS = L == 8 ? 1024 : 2048;
 constexpr int64_t PANEL_TILES = 24;
 // How far ahead in a panel numbers come from the second cache to the first.
 constexpr int64_t PANEL_SOON = 256;
+// The same in inputs, of a weight that is copied.
+constexpr int64_t COPY_SOON = 16;
 constexpr int CODES = INT8_ROWS;  // for a weight in any of those formats
+constexpr int TURNED = 32;        // added to the format of one that lies as (in, out)
 constexpr int LEVELS = L == 16 ? 4 : L == 8 ? 3 : 2;  // of the tree
 constexpr int64_t STACK = (LEVELS + 1) * CHAIN_ROWS * CHAIN_OUT;
 
@@ -207,10 +210,25 @@ void any_chains(int64_t rows, const Chains& c, std::integer_sequence<int, T...>)
   sizes[rows - 1](c);
 }
 
+// What fill_panel does, of a weight that lies as the panel wants it.
+template <int F>
+void copy_panel(const Matrix& w, int64_t from, int64_t to, int64_t first, int64_t some, int64_t strip, int64_t lane,
+                float* panel) {
+  int64_t outputs = to - from;
+  const void* own = at<F>(w.codes, first * w.out + from);
+  for (int64_t k = 0, i = 0; k < strip; k += CHAIN_OUT)
+    for (int l = 0; l < L; l++, i++, own = at<F>(own, w.out))
+      for (int64_t o = 0; o < outputs; o += L) {
+        __builtin_prefetch(at<F>(own, COPY_SOON * w.out + o));
+        store(panel + l * lane + o / CHAIN_OUT * strip + k + o % CHAIN_OUT, i < some ? take<F>(own, o, outputs) : zero());
+      }
+}
+
 // `some` inputs from `first` on of outputs from..to: (lanes, strips, steps, CHAIN_OUT).
 template <class E, int F>
 void fill_panel(const Matrix& w, int64_t from, int64_t to, int64_t first, int64_t some, float* panel) {
   int64_t strips = (to - from + CHAIN_OUT - 1) / CHAIN_OUT, strip = steps_of<E>(some) * CHAIN_OUT, lane = strips * strip + APART;
+  if constexpr (F >= TURNED) return copy_panel<F - TURNED>(w, from, to, first, some, strip, lane, panel);
   for (int64_t o = 0; o < strips * CHAIN_OUT; o += L) {
     int64_t own = from + o < to ? from + o : to - 1, rows = to - own < L ? to - own : L;
     Place place = {panel + o / CHAIN_OUT * strip + o % CHAIN_OUT, CHAIN_OUT, lane, L, steps_of<E>(some)};

@@ -102,6 +102,7 @@ constexpr bool BF16_TILES = false;
 #endif
 
 Way way_of(const Matrix& m, int rows, int x_format) {
+  if (m.turned) return PLAIN;
   bool tiles = BF16_TILES && x_format == BF16;
   if (tiles && (m.format == BF16 || (m.format > F32 && !m.activation_bits && rows > MAX_ROWS))) return TILES;
   if (m.format <= F32 || m.activation_bits == 32) return PLAIN;
@@ -145,7 +146,7 @@ extern "C" int NATIVE(gemmakit_project)(const Matrix* m, int count, int x_format
   for (int i = 1; i < count; i++)
     if (m[i].in != m[0].in) return 1;
   for (int i = 0; i < count; i++)
-    if (m[i].format < BF16 || m[i].format > INT6) return 1;
+    if (m[i].format < BF16 || m[i].format > INT6 || (m[i].turned && m[i].format > F32)) return 1;
   for (int i = 0; !x && i < count; i++)
     if (way_of(m[i], rows, x_format) != BYTES) return 1;
   if (!x) return 0;
