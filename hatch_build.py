@@ -14,7 +14,7 @@ from pathlib import Path
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-FOLDER = Path("gemmakit/pytorch/kernels/cpu")
+FOLDER = Path("gemmakit/native")
 LIBRARY = FOLDER / "native.so"
 COMPILER = os.environ.get("CXX", "c++")
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -94,7 +94,7 @@ def compile_library(root: Path) -> bool:
 def compile_objects(compiler: str, machine: str, source: Path, scratch: Path) -> list[Path]:
     """The object files of all instruction sets of a machine that the compiler knows, and of what picks one; or none."""
     once = [source / "dispatch.cpp", source / "xla.cpp"]
-    (scratch / "ids.h").write_text(ids_header(source.with_name("ids.py")))
+    (scratch / "ids.h").write_text(ids_header(source / "ids.py"))
     kernels = sorted(set(source.glob("*.cpp")) - set(once))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         # Set -> its object files, all compiled at the same time.

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+import gemmakit.native
 from gemmakit.cli.env import about
 from gemmakit.pytorch.kernels import cpu
 from gemmakit.pytorch.quantize.rounding import quantize
@@ -43,7 +44,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if not cpu.use_instruction_set(args.isa):
+    if not gemmakit.native.use_instruction_set(args.isa):
         parser.error(f"the instruction set {args.isa} was not compiled or does not run here")
     result = {"what": "the rates of one core's products, weights in its second cache", **about(1),
               "instruction_set": cpu.instruction_set(), "multiplies_pairs": cpu.multiplies_pairs(),

@@ -23,7 +23,7 @@ import types
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNELS = Path("gemmakit/pytorch/kernels")
+NATIVE = Path("gemmakit/native")
 SETS = ("avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx")
 TESTS = ["tests/unit/kernels", "tests/unit/quantize", "tests/unit/pytorch", "tests/unit/decode",
          "tests/parity/test_forward_matches_transformers.py"]  # fmt: skip
@@ -31,8 +31,8 @@ TESTS = ["tests/unit/kernels", "tests/unit/quantize", "tests/unit/pytorch", "tes
 
 def sources() -> list[Path]:
     """What the library is made from."""
-    found = [*(ROOT / KERNELS / "cpu").glob("*.cpp"), *(ROOT / KERNELS / "cpu").glob("*.h")]
-    found += [ROOT / KERNELS / "ids.py", ROOT / "hatch_build.py", ROOT / "tests/emulated/immintrin.h"]
+    found = [*(ROOT / NATIVE).glob("*.cpp"), *(ROOT / NATIVE).glob("*.h")]
+    found += [ROOT / NATIVE / "ids.py", ROOT / "hatch_build.py", ROOT / "tests/emulated/immintrin.h"]
     return sorted(path for path in found if path.exists())
 
 
@@ -51,7 +51,7 @@ def build_module(root: Path):
 
 def runs_here(isa: str) -> bool:
     """Whether the processor has it; where the installed library has none of it, neither do we."""
-    code = "from gemmakit.pytorch.kernels import cpu; import sys; sys.exit(cpu.library() is None)"
+    code = "from gemmakit import native; import sys; sys.exit(native.library() is None)"
     environment = os.environ | {"GEMMAKIT_ISA": isa, "PYTHONPATH": str(ROOT)}
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=False).returncode == 0
 
@@ -89,7 +89,7 @@ def library(tree: Path, isa: str, emulated: bool, kept: Path) -> None:
     """The same, taken from `kept` where it was compiled before."""
     text = isa.encode() + b"".join(path.read_bytes() for path in sources())
     stored = kept / f"{isa}-{hashlib.sha256(text).hexdigest()[:16]}.so"
-    made = tree / KERNELS / "cpu/native.so"
+    made = tree / NATIVE / "native.so"
     if not stored.exists():
         compile_one(tree, isa, emulated)
         shutil.copy2(made, stored)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from gemmakit.config import GemmaConfig
 from gemmakit.family import FULL_ATTENTION, Norms
 from gemmakit.layer_spec import LayerSpec
+from gemmakit.native.ids import Activation
 from gemmakit.pytorch.kernels import are_rows_alike, linear, one_by_one
-from gemmakit.pytorch.kernels.ids import Activation
 from gemmakit.pytorch.kernels.reference import ACTIVATION_OF, ACTIVATIONS
 from gemmakit.pytorch.kernels.training import fuses, gated, rms_norm
 from gemmakit.pytorch.shapes import Float, Int

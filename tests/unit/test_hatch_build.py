@@ -25,9 +25,7 @@ esac
 def build(tmp_path: Path):
     """A tree of its own with a compiler that counts: (hatch_build.py as a module, how often it was called since)."""
     tree = tmp_path / "tree"
-    kernels = tree / every_isa.KERNELS
-    shutil.copytree(ROOT / every_isa.KERNELS / "cpu", kernels / "cpu", ignore=shutil.ignore_patterns("*.so"))
-    shutil.copy(ROOT / every_isa.KERNELS / "ids.py", kernels)
+    shutil.copytree(ROOT / every_isa.NATIVE, tree / every_isa.NATIVE, ignore=shutil.ignore_patterns("*.so"))
     shutil.copy(ROOT / "hatch_build.py", tree)
     compiler, log = tmp_path / "c++", tmp_path / "log"
 
@@ -54,13 +52,13 @@ def test_an_install_after_another_compiles_nothing(build):
 @pytest.mark.parametrize("what", ["sources", "numbers", "hook", "compiler", "library", "set"])
 def test_whatever_the_library_comes_from_compiles_it_again(build, what: str):
     tree, install = build
-    kernels = tree / every_isa.KERNELS
+    native = tree / every_isa.NATIVE
     install()
-    changed = {"sources": kernels / "cpu/native.h", "numbers": kernels / "ids.py", "hook": tree / "hatch_build.py"}
+    changed = {"sources": native / "native.h", "numbers": native / "ids.py", "hook": tree / "hatch_build.py"}
     if what in changed:
         changed[what].write_text(changed[what].read_text() + "\n")
     elif what == "library":
-        (kernels / "cpu/native.so").unlink()
+        (native / "native.so").unlink()
     then = {"compiler": {"version": "two"}, "set": {"sets": 1}}.get(what, {})
     assert install(**then) > 0
     assert install(**then) == 0

@@ -28,10 +28,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemmakit.dtypes import dtype_name
+from gemmakit.native.ids import WeightFormat
 from gemmakit.pytorch.kernels import cpu, triton
 from gemmakit.pytorch.kernels.cpu import MAX_ROWS
 from gemmakit.pytorch.kernels.decision import Decision
-from gemmakit.pytorch.kernels.ids import WeightFormat
 from gemmakit.pytorch.kernels.invariance import are_rows_alike, is_batch_invariant
 from gemmakit.pytorch.kernels.packed import PackedWeight
 from gemmakit.pytorch.kernels.panels import multiply, multiply_back, product_dtype, widened

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemmakit.pytorch.kernels.ids import WeightFormat
+from gemmakit.native.ids import WeightFormat
 
 # Of plain weights, and of activations.
 FORMATS = {torch.bfloat16: WeightFormat.BF16, torch.float16: WeightFormat.F16, torch.float32: WeightFormat.F32}

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemmakit.pytorch.kernels.ids import Activation
+from gemmakit.native.ids import Activation
 from gemmakit.pytorch.kernels.packed import PackedWeight, dequantize
 from gemmakit.pytorch.shapes import Bool, Float
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gemmakit.native.ids import Activation
 from gemmakit.pytorch.kernels import reference, triton
 from gemmakit.pytorch.kernels.decision import Decision
-from gemmakit.pytorch.kernels.ids import Activation
 from gemmakit.pytorch.kernels.triton import launch
 
 # Types of devices on which the modules call the operators.

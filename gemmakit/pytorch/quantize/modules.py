@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gemmakit.native.ids import WeightFormat
 from gemmakit.pytorch.experts import GemmaExperts
 from gemmakit.pytorch.kernels import PackedWeight, linear_packed
-from gemmakit.pytorch.kernels.ids import WeightFormat
 from gemmakit.pytorch.kernels.packed import dequantize
 from gemmakit.pytorch.layers import GemmaScaledEmbedding
 from gemmakit.pytorch.quantize import rounding

@@ -79,7 +79,7 @@ def test_an_attention_function_of_the_users_own_is_against_it(monkeypatch):
 
 
 def test_without_kernels_it_is_not_had(monkeypatch):
-    monkeypatch.setattr(cpu, "_loaded", lambda: (None, "not compiled"))
+    monkeypatch.setattr("gemmakit.native._loaded", lambda: (None, "not compiled"))
     assert "not compiled" in BatchEngine(made(), cache_tokens=64).batch_invariant.why
 
 

@@ -12,8 +12,9 @@ import shlex
 import struct
 import subprocess
 
+from gemmakit import native
+from gemmakit.native.ids import WeightFormat
 from gemmakit.pytorch.kernels import cpu
-from gemmakit.pytorch.kernels.ids import WeightFormat
 
 _SIZES = {WeightFormat.BF16: 2, WeightFormat.F16: 2, WeightFormat.F32: 4}  # bytes of a number
 
@@ -255,4 +256,4 @@ class Emulated:
 
 if "EMULATED" in os.environ:
     emulated = Emulated(shlex.split(os.environ["EMULATED"])), ""
-    cpu._loaded = lambda: emulated
+    native._loaded = lambda: emulated

@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import torch
 
-from gemmakit.pytorch.kernels import cpu
+import gemmakit.native
 
 BEST_FIRST = ["amx", "avx512bf16", "avx512vnni", "avx512", "avxvnni", "avx2", "neondot", "neon"]
 FORMATS = [torch.bfloat16, torch.float16, torch.float32]
@@ -12,8 +12,8 @@ FORMATS = [torch.bfloat16, torch.float16, torch.float32]
 
 def runnable():
     """What was compiled and this processor runs; empty without the library."""
-    found = [isa for isa in BEST_FIRST if cpu.use_instruction_set(isa)]
-    cpu.use_instruction_set(None)
+    found = [isa for isa in BEST_FIRST if gemmakit.native.use_instruction_set(isa)]
+    gemmakit.native.use_instruction_set(None)
     return found
 
 
@@ -22,11 +22,11 @@ def using(isa, threads):
     """One instruction set's kernels, whichever the dispatcher would take."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    assert cpu.use_instruction_set(isa)
+    assert gemmakit.native.use_instruction_set(isa)
     try:
         yield
     finally:
-        cpu.use_instruction_set(None)
+        gemmakit.native.use_instruction_set(None)
         torch.set_num_threads(before)
 
 

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from gemmakit.pytorch.kernels.ids import WeightFormat
+from gemmakit.native.ids import WeightFormat
 from gemmakit.pytorch.kernels.packed import PackedWeight, dequantize, pack, packed_format, unpack
 
 # name -> (bits, group size; None: one float32 scale a row)

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from instruction_sets import FORMATS, runnable
 
+import gemmakit.native
+from gemmakit.native.ids import Activation
 from gemmakit.pytorch.kernels import cpu
 from gemmakit.pytorch.kernels.cpu import Attention
-from gemmakit.pytorch.kernels.ids import Activation
 from gemmakit.pytorch.kernels.reference import rotate
 from gemmakit.pytorch.layers import GemmaRMSNorm
 
@@ -25,9 +26,9 @@ u = 2.0**-24
 
 @pytest.fixture(params=SETS, autouse=True)
 def isa(request):
-    assert cpu.use_instruction_set(request.param)
+    assert gemmakit.native.use_instruction_set(request.param)
     yield request.param
-    cpu.use_instruction_set(None)
+    gemmakit.native.use_instruction_set(None)
 
 
 def half_unit(dtype):

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from instruction_sets import FORMATS, runnable, shifted, using
 from packed_weights import SCHEMES, exact, random_packed, room
 
+from gemmakit.native.ids import WeightFormat
 from gemmakit.pytorch.kernels import cpu, linear, linear_packed
-from gemmakit.pytorch.kernels.ids import WeightFormat
 from gemmakit.pytorch.kernels.linear import takes_any_rows, takes_many
 from gemmakit.pytorch.kernels.packed import PackedWeight, dequantize
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from instruction_sets import FORMATS, runnable, shifted, using
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gemmakit import native
 from gemmakit.pytorch.kernels import cpu, linear, linear_plan
 from gemmakit.pytorch.kernels.cpu import MAX_ROWS
 from gemmakit.pytorch.kernels.linear import MIN_WEIGHT, PAIR_ROWS, TILE_ROWS, takes_any_rows
@@ -179,27 +180,26 @@ def test_an_instruction_set_can_be_asked_for():
 
 def test_the_kernels_can_be_switched_off(monkeypatch):
     monkeypatch.setenv("GEMMAKIT_NATIVE", "0")
-    assert cpu._loaded.__wrapped__() == (None, "switched off by GEMMAKIT_NATIVE=0")
+    assert native._loaded.__wrapped__() == (None, "switched off by GEMMAKIT_NATIVE=0")
 
 
 def test_a_library_of_other_sources_is_left_alone_and_says_what_to_do(monkeypatch):
     monkeypatch.delenv("GEMMAKIT_NATIVE", raising=False)
-    monkeypatch.setattr(cpu, "digest", lambda folder: "another")
-    library, why = cpu._loaded.__wrapped__()
+    monkeypatch.setattr(native, "digest", lambda folder: "another")
+    library, why = native._loaded.__wrapped__()
     assert library is None
     assert "other sources" in why and "pip install -e ." in why
 
 
 def test_every_byte_and_name_of_the_sources_counts(tmp_path):
-    folder, beside = tmp_path / "cpu", Path(cpu.__file__).parent
-    shutil.copytree(beside, folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    shutil.copy(beside.with_name("ids.py"), tmp_path)
-    seen = {cpu.digest(beside)}
-    assert cpu.digest(folder) in seen
-    for file in (*folder.glob("*.h"), *folder.glob("*.cpp"), tmp_path / "ids.py"):
+    folder, installed = tmp_path / "native", Path(native.__file__).parent
+    shutil.copytree(installed, folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    seen = {native.digest(installed)}
+    assert native.digest(folder) in seen
+    for file in (*folder.glob("*.h"), *folder.glob("*.cpp"), folder / "ids.py"):
         text = file.read_bytes()
         file.write_bytes(text[:-2])
-        seen.add(cpu.digest(folder))
+        seen.add(native.digest(folder))
         file.write_bytes(text)
     (folder / "native.h").rename(folder / "natives.h")
-    assert len(seen | {cpu.digest(folder)}) == 3 + len([*folder.glob("*.h"), *folder.glob("*.cpp")])
+    assert len(seen | {native.digest(folder)}) == 3 + len([*folder.glob("*.h"), *folder.glob("*.cpp")])

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from instruction_sets import FORMATS, runnable, shifted, using
 from packed_weights import STEPS, exact, most_of, random_packed, room
 
+from gemmakit.native.ids import WeightFormat
 from gemmakit.pytorch.kernels import cpu, linear, linear_packed, linear_plan
 from gemmakit.pytorch.kernels.cpu import MAX_ROWS
-from gemmakit.pytorch.kernels.ids import WeightFormat
 from gemmakit.pytorch.kernels.linear import FEW_ROWS, takes_many
 from gemmakit.pytorch.kernels.packed import PackedWeight, dequantize, pack, unpack
 
@@ -225,7 +225,7 @@ def test_scales_that_no_kernel_reads_are_still_computed_with():
 
 def test_without_the_library_it_is_torch_and_says_so_once(monkeypatch):
     packed, x = random_packed("int8", 7, 64), torch.randn(2, 64)
-    monkeypatch.setattr(cpu, "_loaded", lambda: (None, "not there"))
+    monkeypatch.setattr("gemmakit.native._loaded", lambda: (None, "not there"))
     linear_module._warn_once.cache_clear()
     with pytest.warns(UserWarning, match="slow.*not there") as warned:
         first, second = linear_packed(x, packed), linear_packed(x, packed)
@@ -278,7 +278,7 @@ def test_what_the_plan_says_is_what_runs(dtype, monkeypatch):
 
     for there in (True, False):
         if not there:
-            monkeypatch.setattr(cpu, "_loaded", lambda: (None, "not there"))
+            monkeypatch.setattr("gemmakit.native._loaded", lambda: (None, "not there"))
         for weight in (dense, dense[:4], *packed):
             assert runs_native(weight, 1) == linear_plan(weight).path.startswith("native")
             if isinstance(weight, PackedWeight):

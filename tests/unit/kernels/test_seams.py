@@ -541,7 +541,7 @@ def test_weights_behind_modules():
 
 
 def test_without_the_library_the_modules_run(monkeypatch):
-    monkeypatch.setattr(cpu, "_loaded", lambda: (None, "switched off by GEMMAKIT_NATIVE=0"))
+    monkeypatch.setattr("gemmakit.native._loaded", lambda: (None, "switched off by GEMMAKIT_NATIVE=0"))
     model, ids = tiny(), prompts(1, 4)
     assert chosen(model.model.layers[0], torch.randn(1, 1, 40)) is None
     assert model.decode_plan()["seams"] == "modules (native kernel switched off by GEMMAKIT_NATIVE=0)"

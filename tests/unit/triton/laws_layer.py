@@ -13,12 +13,12 @@ from tiny_gemma import far, left_padded, prompts
 
 import gemmakit
 from gemmakit.family import KINDS
+from gemmakit.native.ids import WeightFormat
 from gemmakit.pytorch.cache import DynamicCache, StaticCache, WindowCache
 from gemmakit.pytorch.cache.paged import PagedCache, Span
 from gemmakit.pytorch.fused import cuda, decide
 from gemmakit.pytorch.fused.weights import weight_of
 from gemmakit.pytorch.kernels import linear, linear_packed, linear_plan, triton
-from gemmakit.pytorch.kernels.ids import WeightFormat
 from gemmakit.pytorch.kernels.triton import attention, gemv, launch, rowwise
 from gemmakit.pytorch.quantize import rounding
 from gemmakit.pytorch.quantize.modules import QuantizedLinear

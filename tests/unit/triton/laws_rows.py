@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from gemmakit.errors import InputError
+from gemmakit.native.ids import Activation, WeightFormat
 from gemmakit.pytorch.kernels import reference
-from gemmakit.pytorch.kernels.ids import Activation, WeightFormat
 from gemmakit.pytorch.kernels.packed import PackedWeight, dequantize, pack, packed_format
 from gemmakit.pytorch.kernels.triton import launch, tuning
 

@@ -17,8 +17,8 @@ import tiny_gemma
 from tiny_gemma import far, prompts
 
 from gemmakit.config import ACTIVATIONS
+from gemmakit.native.ids import Activation
 from gemmakit.pytorch.kernels import reference, training, triton
-from gemmakit.pytorch.kernels.ids import Activation
 from gemmakit.pytorch.kernels.triton import launch, rowwise
 from gemmakit.pytorch.layers import GemmaMLP, GemmaRMSNorm, activation
 

@@ -15,7 +15,7 @@ triton = pytest.importorskip("triton", reason="needs triton: pip install 'triton
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from gemmakit.pytorch.kernels.ids import Activation, WeightFormat  # noqa: E402
+from gemmakit.native.ids import Activation, WeightFormat  # noqa: E402
 from gemmakit.pytorch.kernels.triton import attention, dequantize, gemv, launch, tuning  # noqa: E402
 
 if os.environ.get("TRITON_INTERPRET") == "1":

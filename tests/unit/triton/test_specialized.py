@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.compiler import CUDABackend  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
-from gemmakit.pytorch.kernels.ids import Activation  # noqa: E402
+from gemmakit.native.ids import Activation  # noqa: E402
 from gemmakit.pytorch.kernels.triton import attention, gemv, launch, tuning  # noqa: E402
 
 H = 64

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gemmakit.pytorch.kernels.ids import Activation, WeightFormat
+from gemmakit.native.ids import Activation, WeightFormat
 
 _INT8_ROWS = tl.constexpr(int(WeightFormat.INT8_ROWS))
 _INT8_GROUPS = tl.constexpr(int(WeightFormat.INT8_GROUPS))

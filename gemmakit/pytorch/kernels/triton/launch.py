@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemmakit.errors import InputError
+from gemmakit.native.ids import WeightFormat
 from gemmakit.pytorch.kernels import reference
-from gemmakit.pytorch.kernels.ids import WeightFormat
 from gemmakit.pytorch.kernels.packed import FORMATS, PackedWeight
 from gemmakit.pytorch.kernels.triton import MAX_ROWS, interpreted, starting, tuning
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 
 def digest(folder: Path) -> str:
-    """Of the C++ in `folder` and of the numbers that it shares with Python, in ids.py beside the folder."""
-    files = [*sorted([*folder.glob("*.cpp"), *folder.glob("*.h")]), folder.with_name("ids.py")]
+    """Of the C++ in `folder` and of the numbers that it shares with Python, in its ids.py."""
+    files = [*sorted([*folder.glob("*.cpp"), *folder.glob("*.h")]), folder / "ids.py"]
     found = hashlib.sha256()
     for file in files:
         text = file.read_bytes()
