@@ -15,6 +15,7 @@ import numpy as np
 
 from gemmakit.config import GemmaConfig
 from gemmakit.family import FULL_ATTENTION
+from gemmakit.flax.products import product
 from gemmakit.layer_spec import LayerSpec
 from gemmakit.rotary import FOLLOW_LENGTH, Arrays, frequencies
 
@@ -64,16 +65,11 @@ class FlaxGemmaRMSNorm(nn.Module):
         return (y if self.gain == 1.0 else y * self.gain).astype(x.dtype)
 
 
-def product(x: jax.Array, weight: jax.Array, wide: jax.Array | None) -> jax.Array:
-    """x @ weight in x's dtype; with the weight's numbers in a wider one where there are such, rounded once."""
-    return x @ weight.astype(x.dtype) if wide is None else (x.astype(wide.dtype) @ wide).astype(x.dtype)
-
-
 class FlaxLinear(nn.Module):
     """A projection with a kernel (in, out), computed in `dtype` whatever its parameters are stored in.
 
     Where the collection "lora" has `a` (in, r) and `b` (r, out) for it, their product is added. Source:
-    arXiv:2106.09685. Where the collection "wide" has the kernel, that one is multiplied: see `weights.widened`.
+    arXiv:2106.09685. The collection "products" may say how to multiply: see products.py.
     """
 
     features: int
@@ -86,7 +82,7 @@ class FlaxLinear(nn.Module):
         """x: (..., in) -> (..., out)."""
         kernel = self.param("kernel", nn.initializers.normal(self.std), (x.shape[-1], self.features))
         x = x.astype(self.dtype)
-        y = product(x, kernel, self.get_variable("wide", "kernel"))
+        y = product(x, kernel, self.get_variable("products", "kernel"))
         if self.has_variable("lora", "a"):
             a, b = (self.get_variable("lora", n).astype(self.dtype) for n in ("a", "b"))
             y = y + (x @ a) @ b
@@ -126,8 +122,7 @@ class FlaxGemmaScaledEmbedding(nn.Module):
 
     def attend(self, hidden: jax.Array) -> jax.Array:
         """The tied head: hidden (B, S, D) -> logits (B, S, V), by the unscaled weights."""
-        wide = self.get_variable("wide", "embedding")
-        return product(hidden, self.embedding.T, None if wide is None else wide.T)
+        return product(hidden, self.embedding, self.get_variable("products", "embedding"), by_outputs=True)
 
 
 def activation(act: str | Callable[[Any], Any]) -> Callable[[jax.Array], jax.Array]:

@@ -125,7 +125,7 @@ def _scanned(
     layer = nn.remat(_AnyLayer, prevent_cse=False) if remat else _AnyLayer
     scan = nn.scan(
         layer,
-        variable_axes={"params": 0, "lora": 0, "wide": 0},
+        variable_axes={"params": 0, "lora": 0, "products": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=(0, nn.broadcast),  # type: ignore[arg-type]
         length=config.num_hidden_layers,

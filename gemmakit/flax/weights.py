@@ -147,29 +147,6 @@ def merge_lora(params: Any, lora: Any) -> dict[str, Any]:
     return nested(out)
 
 
-def widened(params: Any, dtype: Any, tied: bool) -> dict[str, Any]:
-    """In float32 what products in `dtype` read: every kernel and, of a tied head, the embedding. {} if nothing changes.
-
-    It is the collection "wide" beside the parameters. XLA's CPU code has no products of 16 bits: it would convert all
-    weights each time that it enters a loop, which for a stream is each token.
-
-    Raises NotEnoughMemory.
-    """
-    read = {
-        path: leaf
-        for path, leaf in flat(params).items()
-        if path.endswith("/kernel") or (tied and path.endswith("embed_tokens/embedding"))
-    }
-    if dtype == jnp.float32:
-        read = {path: leaf for path, leaf in read.items() if leaf.dtype != dtype}
-    require_memory(
-        sum(4 * leaf.size for leaf in read.values()),
-        "a copy of the weights in float32, which generating on a CPU takes,",
-        remedy="Close other programs, or use the PyTorch backend, which multiplies by the weights as they are stored.",
-    )
-    return nested({path: leaf.astype(dtype).astype(jnp.float32) for path, leaf in read.items()})
-
-
 # -- on a mesh ---------------------------------------------------------------------------------------------------------
 # Parameters, batch and cache are placed; the compiler derives the rest and the communication it needs.
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError, NumericalError
+from gemmakit.flax import products
 from gemmakit.flax.cache import Cache
 from gemmakit.flax.decode.beams import search
 from gemmakit.flax.decode.prompt import (
@@ -28,7 +29,6 @@ from gemmakit.flax.decode.prompt import (
 )
 from gemmakit.flax.decode.step import Given, State, begin, go_on, row_seeds
 from gemmakit.flax.loss import known
-from gemmakit.flax.weights import widened
 from gemmakit.generation import GenerationConfig
 from gemmakit.outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from gemmakit.streamers import StepTokens, StreamEvent, Token, events
@@ -99,7 +99,7 @@ class GenerationMixin:
             GenerationConfigError, InputError, TokenOutOfRange: an argument out of range, or one only PyTorch has.
             PromptTooLong: prompt and new tokens do not fit the context.
             NumericalError: a step has no finite score to choose by.
-            NotEnoughMemory: on a CPU, for weights of 16 bits in float32.
+            NotEnoughMemory: on a CPU, for a copy of weights in float32, where native code does not multiply by them.
         """
         call = self._checked(
             input_ids, generation_config, prng_key, params, logits_processor, attention_mask, lora, **settings
@@ -172,7 +172,8 @@ class GenerationMixin:
         numbers = knobs(config, prompt.new, prompt.ids.shape[1])
         variables = self.variables(params, lora)
         if not inside and jax.default_backend() == "cpu":
-            variables["wide"] = widened(variables["params"], self.dtype, self.config.tie_word_embeddings)
+            tied, on_mesh = self.config.tie_word_embeddings, self.rules is not None
+            variables["products"] = products.told(variables["params"], self.dtype, tied=tied, on_mesh=on_mesh)
         given = Given(variables, ids, mask, numbers, *_seeds(config, plan, prompt, prng_key))
         cache = self.init_cache(ids.shape[0] * plan.copies, ids.shape[1] + plan.room)
         return Call(config, inside, prompt, (self.module, plan), given, cache)

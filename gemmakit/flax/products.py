@@ -1,0 +1,80 @@
+"""How a weight is multiplied while tokens are made on a CPU: as it is stored, in native code, or as a float32 copy.
+
+XLA's own code for CPUs multiplies float32 alone, is slow at a few rows, and would convert all weights of 16 bits each
+time that it enters a loop, which for a stream is each token. So a call is told, in the collection "products" beside
+"params", of every kernel and of a tied head: an empty array for one that gemmakit/native/xla.cpp reads where it lies,
+else the numbers to multiply instead. Without the collection XLA multiplies by the weights, in whatever dtype.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from gemmakit import native
+from gemmakit.checkpoint import require_memory
+
+try:
+    from jax import ffi
+except ImportError:  # before jax 0.5
+    from jax.extend import ffi  # type: ignore[no-redef]
+
+FORMATS = tuple(map(jnp.dtype, ("float32", "bfloat16", "float16")))
+BY_INPUTS, BY_OUTPUTS = "gemmakit_xla_multiply", "gemmakit_xla_multiply_rows"
+
+
+def told(params: Any, dtype: Any, *, tied: bool, on_mesh: bool) -> dict[str, Any]:
+    """The collection "products" for a model that computes in `dtype`; {} where XLA does as well without.
+
+    tied: whether the embedding is the head. on_mesh: whether weights are spread over devices, which XLA multiplies.
+
+    Raises NotEnoughMemory.
+    """
+    dtype, float32 = jnp.dtype(dtype), jnp.dtype("float32")
+    read = {
+        path: leaf
+        for path, leaf in flatten_dict(params).items()
+        if path[-1] == "kernel" or (tied and path[-2:] == ("embed_tokens", "embedding"))
+    }
+    stored = {
+        path: leaf
+        for path, leaf in read.items()
+        # Not those that products in `dtype` round first.
+        if not on_mesh and leaf.dtype in FORMATS and dtype in (float32, leaf.dtype) and is_native()
+    }
+    wide = {path: leaf for path, leaf in read.items() if path not in stored and not leaf.dtype == dtype == float32}
+    require_memory(
+        sum(4 * leaf.size for leaf in wide.values()),
+        "a copy of the weights in float32, which generating on a CPU takes,",
+        remedy="Close other programs, or use the PyTorch backend, which multiplies by the weights as they are stored.",
+    )
+    # A stack of layers has an axis more, over which it is scanned.
+    empty = {path: jnp.zeros((*leaf.shape[:-2], 0)) for path, leaf in stored.items()}
+    return unflatten_dict(empty | {path: leaf.astype(dtype).astype(float32) for path, leaf in wide.items()})
+
+
+def product(x: jax.Array, weight: jax.Array, told: jax.Array | None, *, by_outputs: bool = False) -> jax.Array:
+    """x (..., in) by a weight (in, out), or (out, in) `by_outputs`: (..., out), in x's dtype.
+
+    told: what the collection "products" has for the weight; then sums are in float32, and rounded once.
+    """
+    if told is not None and not told.size:
+        result = jax.ShapeDtypeStruct((*x.shape[:-1], weight.shape[not by_outputs]), x.dtype)
+        return ffi.ffi_call(BY_OUTPUTS if by_outputs else BY_INPUTS, result)(x, weight)
+    by = weight.astype(x.dtype) if told is None else told
+    return (x.astype(by.dtype) @ (by.T if by_outputs else by)).astype(x.dtype)
+
+
+@lru_cache(maxsize=1)
+def is_native() -> bool:
+    """Whether there are native kernels, which XLA then knows by name."""
+    library = native.library()
+    if library is None:
+        return False
+    for name in (BY_INPUTS, BY_OUTPUTS):
+        ffi.register_ffi_target(name, ffi.pycapsule(getattr(library, name)), platform="cpu")
+    return True
