@@ -79,7 +79,8 @@ struct Attention {
 //   rounded product and the sum is rounded. Sums are float32, and those of a row do not depend on the other rows, how
 //   many there are, or the threads; but codes whose activation_bits are 0 are multiplied otherwise beyond 8 rows: by
 //   tiles of bfloat16 where the processor has them and x is that; in bytes where it is fast at that, 1 elsewhere when x
-//   is null, which asks only that; or beyond 16 as float32.
+//   is null, which asks only that; or beyond 16 as float32. A turned weight's sums have one order up to 16 rows and
+//   another beyond.
 // gemmakit_expand: rows from..to of m as a dense panel y (to - from, in) of y_format, each number rounded once.
 // gemmakit_rms_norm: y (rows, width) = the norm of x; where residual is not null, their sum, rounded once more. y may be
 //   x. gemmakit_gated: y = act(gate) * up, n numbers, act rounded before the product; 1 for GELU_ERF.

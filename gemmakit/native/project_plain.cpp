@@ -95,6 +95,12 @@ void turned_sums(const Matrix& w, const float* x, int64_t rows, int64_t from, in
   }
 }
 
+// Outputs of a piece: few enough for every thread to get two, and of each input a run of memory that pays.
+inline int64_t turned_piece(int64_t out, int threads) {
+  int64_t share = (out / (2 * threads) + 63) / 64 * 64;
+  return share < 64 ? 64 : share > PIECE_ROWS ? PIECE_ROWS : share;
+}
+
 template <int FROM, int F>
 void multiply_turned(const Matrix* w, int count, const void* x, int64_t rows, void* const* y, const void* residual,
                      int threads) {
@@ -104,7 +110,7 @@ void multiply_turned(const Matrix* w, int count, const void* x, int64_t rows, vo
     widen_all<F>(x, room, rows * w->in);
     wide = room;
   }
-  Pieces pieces(w, count, threads, PIECE_ROWS);
+  Pieces pieces(w, count, threads, turned_piece(w->out, threads));
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (pieces.total > 1)
   for (int64_t p = 0; p < pieces.total; p++) {
     float sums[TURNED_ROWS * PIECE_ROWS];

@@ -65,6 +65,47 @@ def test_many_rows_are_the_rounded_float64_product_too(isa, dtype):
         assert torch.equal(added, y + residual)
 
 
+def turned(w, bias=None):
+    """The Matrix of a weight (out, in) that lies as (in, out), and what it points into."""
+    lies = shifted(w.t().contiguous())
+    m = cpu.matrix(lies, bias)
+    m.out, m.in_, m.turned = *w.shape, 1
+    return m, lies
+
+
+@pytest.mark.parametrize("isa", runnable())
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("weight_dtype", FORMATS)
+def test_a_weight_that_lies_by_inputs_gives_the_rounded_float64_product(isa, dtype, weight_dtype):
+    """Few rows meet it as it lies and many by panels: up to a part of the sums, beyond it, and beyond a panel."""
+    g = torch.Generator().manual_seed(0)
+    shapes = [(1, 1, 1), (1, 5, 31), (2, 600, 257), (16, 50, 1029), (17, 5, 31), (25, 130, 2051), (101, 49, 33)]
+    for rows, O, I in shapes:
+        x = shifted(torch.randn(rows, I, generator=g).to(dtype))
+        w = torch.randn(O, I, generator=g).to(weight_dtype)
+        b, residual = torch.randn(O, generator=g).to(dtype), torch.randn(rows, O, generator=g).to(dtype)
+        (m, lies), exact = turned(w, b), F.linear(x.double(), w.double(), b.double())
+        allowed = room(x, w, dtype) + b.double().abs() * torch.finfo(dtype).eps
+        for threads in (1, 2):
+            with using(isa, threads):
+                y, added = (cpu.project(x, [m], r)[0] for r in (None, residual))
+            assert ((y.double() - exact).abs() <= allowed * 1.01).all(), (rows, O, I, threads)
+            assert torch.equal(added, y + residual)
+        del lies
+
+
+@pytest.mark.parametrize("isa", runnable())
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_few_rows_of_a_weight_that_lies_by_inputs_are_each_as_alone(isa, dtype):
+    x, w = torch.randn(16, 300).to(dtype), torch.randn(1050, 300).to(dtype)
+    m, lies = turned(w)
+    with using(isa, 2):
+        all_of_them, other = cpu.project(x, [m, cpu.matrix(w)])
+        alone = [cpu.project(x[i : i + 1], [m])[0] for i in range(len(x))]
+        assert torch.equal(other, cpu.project(x, [cpu.matrix(w)])[0])
+    assert torch.equal(all_of_them, torch.cat(alone)) and len(lies)
+
+
 @pytest.mark.parametrize("isa", runnable())
 @pytest.mark.parametrize("dtype", FORMATS)
 def test_weights_that_share_x_give_what_each_gives_alone(isa, dtype):
@@ -89,11 +130,15 @@ def test_a_residual_is_added_after_the_product_was_rounded(isa, dtype):
 def test_nan_and_infinity_pass_through(isa):
     w = torch.ones(3, 64, dtype=torch.bfloat16)
     w[1, 40], w[2, 5] = float("nan"), float("inf")
-    with using(isa, 1):
-        y = cpu.project(torch.ones(1, 64, dtype=torch.bfloat16), [cpu.matrix(w)])[0]
-    assert y[0, 0] == 64
-    assert y[0, 1].isnan()
-    assert y[0, 2].isinf()
+    m, lies = turned(w)
+    for rows in (1, 20):
+        with using(isa, 1):
+            ys = cpu.project(torch.ones(rows, 64, dtype=torch.bfloat16), [cpu.matrix(w), m])
+        for y in ys:
+            assert (y[:, 0] == 64).all()
+            assert y[:, 1].isnan().all()
+            assert y[:, 2].isinf().all()
+    assert len(lies)
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
