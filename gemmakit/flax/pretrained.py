@@ -26,7 +26,7 @@ from gemmakit.config import GemmaConfig
 from gemmakit.errors import ConfigError, InputError, TokenOutOfRange
 from gemmakit.family import FLAX, member_class
 from gemmakit.flax import cache as caches
-from gemmakit.flax import per_layer
+from gemmakit.flax import per_layer, products
 from gemmakit.flax.attention import Wanted, implementation
 from gemmakit.flax.loss import check_array, known
 from gemmakit.flax.weights import (
@@ -279,10 +279,13 @@ class FlaxGemmaPreTrainedModel(Generic[Output]):
         if train and dropout_rng is None and self._drops():
             raise InputError("train=True with dropout in the configuration needs dropout_rng=jax.random.PRNGKey(...).")
         attention_mask, position_ids = (None if a is None else self._placed(a) for a in (attention_mask, position_ids))
+        variables, inputs = self.variables(params, lora), (input_ids, attention_mask, position_ids, past_key_values)
+        if not train and known(*jax.tree.leaves((variables, inputs, labels))):
+            variables["products"] = self.products(variables["params"], copies=False)
         out = _apply(
             self.module,
-            self.variables(params, lora),
-            (input_ids, attention_mask, position_ids, past_key_values),
+            variables,
+            inputs,
             labels,
             dropout_rng,
             train=train,
@@ -300,6 +303,11 @@ class FlaxGemmaPreTrainedModel(Generic[Output]):
         """What the module is applied to: the model's own parameters or others, and adapters."""
         held = {"params": self.stored_params if params is None else self._stored_form(params)}
         return held if lora is None else {**held, "lora": self._stored_form(lora)}
+
+    def products(self, params: Any, *, copies: bool) -> dict[str, Any]:
+        """How a call multiplies by the parameters, see products.py; {} where the module alone says it."""
+        tied, on_mesh = self.config.tie_word_embeddings, self.rules is not None
+        return products.told(params, self.dtype, tied=tied, on_mesh=on_mesh, copies=copies)
 
     def _drops(self) -> bool:
         return self.config.attention_dropout > 0

@@ -1,9 +1,10 @@
-"""How a weight is multiplied while tokens are made on a CPU: as it is stored, in native code, or as a float32 copy.
+"""How a weight is multiplied on a CPU: as it is stored, in native code, or as a float32 copy.
 
-XLA's own code for CPUs multiplies float32 alone, is slow at a few rows, and would convert all weights of 16 bits each
-time that it enters a loop, which for a stream is each token. So a call is told, in the collection "products" beside
-"params", of every kernel and of a tied head: an empty array for one that gemmakit/native/xla.cpp reads where it lies,
-else the numbers to multiply instead. Without the collection XLA multiplies by the weights, in whatever dtype.
+XLA's own code for CPUs multiplies float32 alone, is slow at a few rows, and converts all weights of 16 bits at every
+call, and each time that it enters a loop, which for a stream is each token. So a call is told, in the collection
+"products" beside "params", of every kernel and of a tied head: an empty array for one that native code reads where it
+lies (gemmakit/native/xla.cpp), else the numbers to multiply instead. Without the collection XLA multiplies by the
+weights, as it does under a caller's jit, grad or vmap, of which native code knows nothing.
 """
 
 from __future__ import annotations
@@ -27,17 +28,21 @@ FORMATS = tuple(map(jnp.dtype, ("float32", "bfloat16", "float16")))
 BY_INPUTS, BY_OUTPUTS = "gemmakit_xla_multiply", "gemmakit_xla_multiply_rows"
 
 
-def told(params: Any, dtype: Any, *, tied: bool, on_mesh: bool) -> dict[str, Any]:
+def told(params: Any, dtype: Any, *, tied: bool, on_mesh: bool, copies: bool) -> dict[str, Any]:
     """The collection "products" for a model that computes in `dtype`; {} where XLA does as well without.
 
     tied: whether the embedding is the head. on_mesh: whether weights are spread over devices, which XLA multiplies.
+    copies: whether to convert what XLA would convert again and again.
 
-    Raises NotEnoughMemory.
+    Raises NotEnoughMemory: for the copies.
     """
+    if jax.default_backend() != "cpu":
+        return {}
     dtype, float32 = jnp.dtype(dtype), jnp.dtype("float32")
+    leaves: dict[Any, Any] = flatten_dict(params)
     read = {
         path: leaf
-        for path, leaf in flatten_dict(params).items()
+        for path, leaf in leaves.items()
         if path[-1] == "kernel" or (tied and path[-2:] == ("embed_tokens", "embedding"))
     }
     stored = {
@@ -46,15 +51,22 @@ def told(params: Any, dtype: Any, *, tied: bool, on_mesh: bool) -> dict[str, Any
         # Not those that products in `dtype` round first.
         if not on_mesh and leaf.dtype in FORMATS and dtype in (float32, leaf.dtype) and is_native()
     }
+    # A stack of layers has an axis more, over which it is scanned.
+    empty = {path: _empty(leaf.shape[:-2]) for path, leaf in stored.items()}
+    if not copies:
+        return unflatten_dict(empty)
     wide = {path: leaf for path, leaf in read.items() if path not in stored and not leaf.dtype == dtype == float32}
     require_memory(
         sum(4 * leaf.size for leaf in wide.values()),
         "a copy of the weights in float32, which generating on a CPU takes,",
         remedy="Close other programs, or use the PyTorch backend, which multiplies by the weights as they are stored.",
     )
-    # A stack of layers has an axis more, over which it is scanned.
-    empty = {path: jnp.zeros((*leaf.shape[:-2], 0)) for path, leaf in stored.items()}
     return unflatten_dict(empty | {path: leaf.astype(dtype).astype(float32) for path, leaf in wide.items()})
+
+
+@lru_cache
+def _empty(lead: tuple[int, ...]) -> jax.Array:
+    return jnp.zeros((*lead, 0))
 
 
 def product(x: jax.Array, weight: jax.Array, told: jax.Array | None, *, by_outputs: bool = False) -> jax.Array:

@@ -45,8 +45,7 @@ def way(request, monkeypatch):
 
 
 def told(model):
-    tied = model.config.tie_word_embeddings
-    return products.told(model.stored_params, model.dtype, tied=tied, on_mesh=model.rules is not None)
+    return model.products(model.stored_params, copies=True)
 
 
 @pytest.mark.parametrize(("param_dtype", "dtype"), DTYPES)
@@ -153,11 +152,25 @@ def test_rows_of_a_table_and_their_derivatives_are_those_of_indexing(dtype):
         np.testing.assert_array_equal(ours.view(np.uint8), theirs.view(np.uint8))
 
 
-def test_under_a_callers_jit_the_callers_code_is_left_alone(stored, monkeypatch):
+def test_under_a_callers_jit_grad_or_vmap_the_callers_code_is_left_alone(stored, monkeypatch):
     monkeypatch.setattr(products, "told", lambda *_, **__: pytest.fail("told while tracing"))
     model = stored("bfloat16")
     ids, _ = batch(rows=1)
     jax.jit(lambda params, ids: model.generate(ids, params=params, max_new_tokens=2).sequences)(model.params, ids)
+    lora = init_lora(model.params, rank=2, rng=jax.random.key(0))
+    jax.grad(lambda lora: model(ids, lora=lora).logits.astype(float).sum())(lora)
+    jax.vmap(lambda ids: model(ids).logits)(jnp.asarray(ids)[None])
+    jax.jit(lambda mask: model(ids, mask).logits)(jnp.ones_like(ids))
+    model(ids, train=True)
+
+
+@pytest.mark.parametrize(("param_dtype", "dtype"), DTYPES)
+def test_a_call_copies_no_weight_and_gives_what_a_compiled_one_does(stored, param_dtype, dtype):
+    model = stored(param_dtype, dtype)
+    ids, mask = batch("left")
+    assert not any(leaf.size for leaf in flat(model.products(model.stored_params, copies=False)).values())
+    compiled = jax.jit(lambda params: model(ids, mask, params=params).logits)(model.params)
+    assert apart(model(ids, mask).logits, compiled, mask) < (1e-5 if dtype == "float32" else 2**-5)
 
 
 def test_too_little_memory_is_said_before_anything_is_made(stored, monkeypatch):

@@ -13,7 +13,6 @@ import numpy as np
 
 from gemmakit.config import GemmaConfig
 from gemmakit.errors import InputError, NumericalError
-from gemmakit.flax import products
 from gemmakit.flax.cache import Cache
 from gemmakit.flax.decode.beams import search
 from gemmakit.flax.decode.prompt import (
@@ -52,6 +51,7 @@ class GenerationMixin:
     module: Any
     rules: Any
     variables: Any
+    products: Any
     init_cache: Any
     dtype: Any
 
@@ -171,9 +171,8 @@ class GenerationMixin:
             ids, mask = self.rules.batch(ids), self.rules.batch(mask)
         numbers = knobs(config, prompt.new, prompt.ids.shape[1])
         variables = self.variables(params, lora)
-        if not inside and jax.default_backend() == "cpu":
-            tied, on_mesh = self.config.tie_word_embeddings, self.rules is not None
-            variables["products"] = products.told(variables["params"], self.dtype, tied=tied, on_mesh=on_mesh)
+        if not inside:
+            variables["products"] = self.products(variables["params"], copies=True)
         given = Given(variables, ids, mask, numbers, *_seeds(config, plan, prompt, prng_key))
         cache = self.init_cache(ids.shape[0] * plan.copies, ids.shape[1] + plan.room)
         return Call(config, inside, prompt, (self.module, plan), given, cache)
