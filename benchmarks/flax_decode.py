@@ -85,7 +85,7 @@ def pytorch_runner(args):
     ids = torch.tensor(prompt_of(args, model.config.vocab_size))
 
     def run(new, room):
-        return model.generate(ids, max_new_tokens=new, eos_token_id=None, do_sample=False)
+        return model.generate(ids, max_new_tokens=new, eos_token_id=None, do_sample=False, speculate=False)
 
     return Runner(run, f"gemmakit {__version__} pytorch, torch {torch.__version__}", model.num_parameters())
 
