@@ -9,11 +9,13 @@ weights, as it does under a caller's jit, grad or vmap, of which native code kno
 
 from __future__ import annotations
 
+import warnings
 from functools import lru_cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gemmakit import native
@@ -28,7 +30,7 @@ FORMATS = tuple(map(jnp.dtype, ("float32", "bfloat16", "float16")))
 BY_INPUTS, BY_OUTPUTS = "gemmakit_xla_multiply", "gemmakit_xla_multiply_rows"
 
 
-def told(params: Any, dtype: Any, *, tied: bool, on_mesh: bool, copies: bool) -> dict[str, Any]:
+def told(params: Any, dtype: Any, tied: bool, on_mesh: bool, copies: bool) -> dict[str, Any]:
     """The collection "products" for a model that computes in `dtype`; {} where XLA does as well without.
 
     tied: whether the embedding is the head. on_mesh: whether weights are spread over devices, which XLA multiplies.
@@ -49,10 +51,10 @@ def told(params: Any, dtype: Any, *, tied: bool, on_mesh: bool, copies: bool) ->
         path: leaf
         for path, leaf in read.items()
         # Not those that products in `dtype` round first.
-        if not on_mesh and leaf.dtype in FORMATS and dtype in (float32, leaf.dtype) and is_native()
+        if not on_mesh and _is_here(leaf) and leaf.dtype in FORMATS and dtype in (float32, leaf.dtype) and is_native()
     }
     # A stack of layers has an axis more, over which it is scanned.
-    empty = {path: _empty(leaf.shape[:-2]) for path, leaf in stored.items()}
+    empty = {path: np.zeros((*leaf.shape[:-2], 0), np.float32) for path, leaf in stored.items()}
     if not copies:
         return unflatten_dict(empty)
     wide = {path: leaf for path, leaf in read.items() if path not in stored and not leaf.dtype == dtype == float32}
@@ -62,11 +64,6 @@ def told(params: Any, dtype: Any, *, tied: bool, on_mesh: bool, copies: bool) ->
         remedy="Close other programs, or use the PyTorch backend, which multiplies by the weights as they are stored.",
     )
     return unflatten_dict(empty | {path: leaf.astype(dtype).astype(float32) for path, leaf in wide.items()})
-
-
-@lru_cache
-def _empty(lead: tuple[int, ...]) -> jax.Array:
-    return jnp.zeros((*lead, 0))
 
 
 def product(x: jax.Array, weight: jax.Array, told: jax.Array | None, *, by_outputs: bool = False) -> jax.Array:
@@ -83,10 +80,20 @@ def product(x: jax.Array, weight: jax.Array, told: jax.Array | None, *, by_outpu
 
 @lru_cache(maxsize=1)
 def is_native() -> bool:
-    """Whether there are native kernels, which XLA then knows by name."""
+    """Whether there are native kernels that XLA takes, which it then knows by name."""
     library = native.library()
     if library is None:
         return False
-    for name in (BY_INPUTS, BY_OUTPUTS):
-        ffi.register_ffi_target(name, ffi.pycapsule(getattr(library, name)), platform="cpu")
+    try:
+        for name in (BY_INPUTS, BY_OUTPUTS):
+            ffi.register_ffi_target(name, ffi.pycapsule(getattr(library, name)), platform="cpu")
+    except Exception as error:  # jaxlib raises what it likes where it wants another version
+        warnings.warn(f"gemmakit: XLA multiplies by itself, which is slower: {error}", stacklevel=2)
+        return False
     return True
+
+
+def _is_here(leaf: Any) -> bool:
+    """Whether an array lies on one device, a CPU."""
+    devices = leaf.devices() if isinstance(leaf, jax.Array) else ()
+    return len(devices) <= 1 and all(device.platform == "cpu" for device in devices)

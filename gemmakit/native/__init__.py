@@ -53,7 +53,7 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
         _share_threads()
         library = ctypes.CDLL(str(path))
         _declare(library)
-    except (OSError, AttributeError) as error:
+    except (OSError, AttributeError, ValueError) as error:
         return None, f"{path.name} does not load: {error} {AGAIN}"
     if library.gemmakit_sources().decode() != digest(path.parent):
         return None, f"{path.name} was compiled from other sources than those beside it {AGAIN}"
@@ -86,14 +86,16 @@ def _share_threads() -> None:
     those for macOS bring the only libomp there is. Where torch is not imported, its file is loaded all the same:
     whoever imports it later finds the same threads.
     """
-    torch = find_spec("torch")
+    torch, imported = find_spec("torch"), "torch" in sys.modules
     if torch is None or torch.origin is None:
         return
     folder, flags = Path(torch.origin).parent, getattr(os, "RTLD_GLOBAL", 0)
-    if "torch" in sys.modules:
+    if imported:
         flags |= getattr(os, "RTLD_NOLOAD", 0)
     for place in (folder / "lib", folder.with_name("torch.libs")):
         for file in sorted(place.glob("lib*omp*")):
             if file.name.startswith(("libgomp", "libomp", "libiomp")):
                 with suppress(OSError):  # a file that torch has not loaded
                     ctypes.CDLL(str(file), mode=flags)
+                    if not imported:
+                        return

@@ -228,17 +228,19 @@ void copy_panel(const Matrix& w, int64_t from, int64_t to, int64_t first, int64_
 template <class E, int F>
 void fill_panel(const Matrix& w, int64_t from, int64_t to, int64_t first, int64_t some, float* panel) {
   int64_t strips = (to - from + CHAIN_OUT - 1) / CHAIN_OUT, strip = steps_of<E>(some) * CHAIN_OUT, lane = strips * strip + APART;
-  if constexpr (F >= TURNED) return copy_panel<F - TURNED>(w, from, to, first, some, strip, lane, panel);
-  for (int64_t o = 0; o < strips * CHAIN_OUT; o += L) {
-    int64_t own = from + o < to ? from + o : to - 1, rows = to - own < L ? to - own : L;
-    Place place = {panel + o / CHAIN_OUT * strip + o % CHAIN_OUT, CHAIN_OUT, lane, L, steps_of<E>(some)};
-    if constexpr (F == CODES)
-      turn_numbers<E>(rows, some, place, [&](int64_t r, int64_t i, int64_t n, float* to) {
-        expand_row<F32>(w, own + r, first + i, n, to, L, n);
-      });
-    else
-      turn_lines<E, F>(at<F>(w.codes, own * w.in + first), w.in, rows, some, place);
-  }
+  if constexpr (F >= TURNED)
+    copy_panel<F - TURNED>(w, from, to, first, some, strip, lane, panel);
+  else
+    for (int64_t o = 0; o < strips * CHAIN_OUT; o += L) {
+      int64_t own = from + o < to ? from + o : to - 1, rows = to - own < L ? to - own : L;
+      Place place = {panel + o / CHAIN_OUT * strip + o % CHAIN_OUT, CHAIN_OUT, lane, L, steps_of<E>(some)};
+      if constexpr (F == CODES)
+        turn_numbers<E>(rows, some, place, [&](int64_t r, int64_t i, int64_t n, float* to) {
+          expand_row<F32>(w, own + r, first + i, n, to, L, n);
+        });
+      else
+        turn_lines<E, F>(at<F>(w.codes, own * w.in + first), w.in, rows, some, place);
+    }
 }
 
 // Outputs from..to of the tiles first..last of x, to their places in y, whose rows these are from `done` on.

@@ -6,11 +6,11 @@
 
 #include <mutex>
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
 #include "native.h"
+
+#if defined(_OPENMP)
+extern "C" int omp_get_max_threads(void);  // Apple's compiler knows OpenMP but has no header of it
+#endif
 
 extern "C" int gemmakit_project(const Matrix* m, int count, int x_format, const void* x, int rows, void* const* y,
                                 const void* residual, int threads);

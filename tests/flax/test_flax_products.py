@@ -164,6 +164,34 @@ def test_under_a_callers_jit_grad_or_vmap_the_callers_code_is_left_alone(stored,
     model(ids, train=True)
 
 
+def test_a_call_while_something_is_traced_leaves_nothing_behind(stored):
+    model = stored("bfloat16")
+    ids, _ = batch(rows=1)
+    traced = jax.jit(lambda t: model(ids).logits / t)(1.0)
+    jax.eval_shape(lambda: model(ids).logits)
+    assert apart(model(ids).logits, traced, np.ones_like(ids)) < 1e-5
+
+
+def test_derivatives_by_what_generates_are_zero_and_no_error(stored):
+    model = stored("bfloat16")
+    ids, _ = batch(rows=1)
+    lora = jax.tree.map(lambda leaf: leaf + 0.01, init_lora(model.params, rank=2, rng=jax.random.key(0)))
+
+    def scored(lora):
+        made = model.generate(ids, lora=lora, max_new_tokens=3, eos_token_id=None).sequences
+        return model(jax.lax.stop_gradient(made), lora=lora).logits.astype(float).sum()
+
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.grad(scored)(lora)))
+
+
+def test_weights_that_a_caller_spreads_over_devices_are_left_to_xla(stored):
+    model = stored("float32")
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("all",))
+    spread = jax.device_put(model.params, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    found = flat(model.products(spread, copies=False))
+    assert bool(found) == (len(jax.devices()) == 1 and products.is_native())
+
+
 @pytest.mark.parametrize(("param_dtype", "dtype"), DTYPES)
 def test_a_call_copies_no_weight_and_gives_what_a_compiled_one_does(stored, param_dtype, dtype):
     model = stored(param_dtype, dtype)

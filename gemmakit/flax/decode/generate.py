@@ -171,7 +171,7 @@ class GenerationMixin:
             ids, mask = self.rules.batch(ids), self.rules.batch(mask)
         numbers = knobs(config, prompt.new, prompt.ids.shape[1])
         variables = self.variables(params, lora)
-        if not inside:
+        if not inside and known(*jax.tree.leaves(variables)):
             variables["products"] = self.products(variables["params"], copies=True)
         given = Given(variables, ids, mask, numbers, *_seeds(config, plan, prompt, prng_key))
         cache = self.init_cache(ids.shape[0] * plan.copies, ids.shape[1] + plan.room)
