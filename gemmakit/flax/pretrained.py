@@ -302,7 +302,7 @@ class FlaxGemmaPreTrainedModel(Generic[Output]):
     def variables(self, params: Any = None, lora: Any = None) -> dict[str, Any]:
         """What the module is applied to: the model's own parameters or others, and adapters."""
         held = {"params": self.stored_params if params is None else self._stored_form(params)}
-        return held | ({} if lora is None else {"lora": self._stored_form(lora)})
+        return held if lora is None else {**held, "lora": self._stored_form(lora)}
 
     def products(self, params: Any, *, copies: bool) -> dict[str, Any]:
         """How a call multiplies by the parameters, see products.py; {} where the module alone says it."""
